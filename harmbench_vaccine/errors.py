@@ -1,0 +1,26 @@
+"""What the command line says when something is wrong, and the exit code that goes with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HbvError(Exception):
+    """A failure while running (disk, engine, network), told in one sentence. Exit code 1."""
+
+    exit_code = 1
+
+
+class BadInput(HbvError):
+    """What the user wrote cannot be run, told in one sentence with what is allowed. Exit code 2."""
+
+    exit_code = 2
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> BadInput:
+    """The refusal of a name: what it was, the nearest valid one, and every valid one."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    guess = f" Did you mean {close[0]!r}?" if close else ""
+    return BadInput(f"Unknown {kind} {name!r}.{guess} Allowed: {', '.join(names) or 'none'}.")
