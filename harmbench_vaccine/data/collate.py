@@ -1,0 +1,80 @@
+"""From text to tensors: loss on response tokens only, padding on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import BadInput
+from .prompts import PromptTemplate
+from .records import Example
+
+IGNORED = -100
+"""Label of a token without loss (the convention of torch's cross-entropy)."""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a prompt as the model sees it in training and in generation: with the tokenizer's opening
+    special tokens, without a closing one."""
+    ids: list[int] = list(tokenizer(text)["input_ids"])
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training row: ids and labels of equal length, labels IGNORED over the prompt."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, example: Example, max_length: int
+) -> Encoded | None:
+    """A row cut at `max_length` tokens; None where the cut leaves no response token to learn from."""
+    prompt = encode_prompt(tokenizer, template.render(example))
+    response = tokenizer(example.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    if len(prompt) >= max_length:
+        return None
+    return Encoded((prompt + response)[:max_length], ([IGNORED] * len(prompt) + response)[:max_length])
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, examples: Sequence[Example], max_length: int
+) -> list[Encoded]:
+    """Every row that keeps a response token within `max_length`, in order.
+
+    Raises:
+        BadInput: no row does.
+    """
+    rows = [row for example in examples if (row := encode(tokenizer, template, example, max_length))]
+    if examples and not rows:
+        raise BadInput(f"Every prompt fills the whole max_length of {max_length} tokens: nothing is left to learn.")
+    return rows
+
+
+def collate(rows: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, each (rows x longest row), padded on the right."""
+    width = max(len(row.ids) for row in rows)
+
+    def padded(values: Sequence[Any], fill: int) -> torch.Tensor:
+        return torch.tensor([list(value) + [fill] * (width - len(value)) for value in values], dtype=torch.long)
+
+    return {
+        "input_ids": padded([row.ids for row in rows], pad),
+        "attention_mask": padded([[1] * len(row.ids) for row in rows], 0),
+        "labels": padded([row.labels for row in rows], IGNORED),
+    }
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token's id, or the end token's where the tokenizer has no padding token."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    assert isinstance(pad, int)
+    return pad

@@ -1,0 +1,113 @@
+"""Hidden-state taps: read, and shift, the output of every attention block of a decoder.
+
+Blocks are found by structure, not by class: a decoder layer is an element of the module list that is as long as the
+configuration says, and its attention block is the child whose forward takes an attention mask. The tap stands at
+the block's own output, before any norm and before the residual is added.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadInput
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The text decoder's layers.
+
+    Raises:
+        BadInput: no module list of the configuration's length has attention blocks in it.
+    """
+    config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    depth = config.num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and any(_attentions(layer) for layer in module):
+            return module
+    raise BadInput(
+        f"No attention block found in {type(model).__name__}: hidden-state taps need a decoder of {depth} layers "
+        "with one child that takes an attention mask."
+    )
+
+
+def attention_blocks(model: nn.Module) -> list[nn.Module]:
+    """The attention blocks, from first layer to last (layers without one, as in hybrid models, are passed over).
+
+    Raises:
+        BadInput: there is none, or a layer has several.
+    """
+    blocks: list[nn.Module] = []
+    for number, layer in enumerate(decoder_layers(model)):
+        found = _attentions(layer)
+        if len(found) > 1:
+            raise BadInput(f"Layer {number} of {type(model).__name__} has {len(found)} attention blocks; taps need one.")
+        blocks += found
+    return blocks
+
+
+def _attentions(layer: nn.Module) -> list[nn.Module]:
+    def takes_mask(module: nn.Module) -> bool:
+        return "attention_mask" in inspect.signature(module.forward).parameters
+
+    return [child for child in layer.children() if takes_mask(child)]
+
+
+class Taps:
+    """Taps on the attention blocks of one model; hooks are in place only inside the two context managers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.blocks = attention_blocks(model)
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Tensor]]:
+        """Collects the outputs of one forward pass: a list of L tensors (batch x length x width)."""
+        outputs: list[Tensor] = []
+        with self._hooked(lambda number, output: outputs.append(output)):
+            yield outputs
+
+    @contextmanager
+    def shifted(self, shifts: Sequence[Tensor]) -> Iterator[None]:
+        """Adds `shifts[l]` (batch x length x width) to the output of block l in every forward pass inside."""
+        with self._hooked(lambda number, output: output + shifts[number].to(output.dtype)):
+            yield
+
+    @contextmanager
+    def probed(self) -> Iterator[list[Tensor]]:
+        """Adds zeros that require a gradient: after a forward pass, the list holds L leaves e_l
+        (batch x length x width, float32) with dL/de_l = dL/dh_l. Under gradient checkpointing the recomputed
+        forward meets the same leaves."""
+        probes: dict[int, Tensor] = {}
+        leaves: list[Tensor] = []
+
+        def add(number: int, output: Tensor) -> Tensor:
+            if number not in probes:
+                probes[number] = torch.zeros_like(output, dtype=torch.float32, requires_grad=True)
+                leaves.append(probes[number])
+            return output + probes[number].to(output.dtype)
+
+        with self._hooked(add):
+            yield leaves
+
+    @contextmanager
+    def _hooked(self, change: Any) -> Iterator[None]:
+        def hook(number: int) -> Any:
+            def run(module: nn.Module, args: Any, output: Any) -> Any:
+                first = output[0] if isinstance(output, tuple) else output
+                changed = change(number, first)
+                if changed is None:
+                    return None
+                return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+            return run
+
+        handles = [block.register_forward_hook(hook(number)) for number, block in enumerate(self.blocks)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
