@@ -8,7 +8,7 @@ the block's own output, before any norm and before the residual is added.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,7 +58,7 @@ def _attentions(layer: nn.Module) -> list[nn.Module]:
 
 
 class Taps:
-    """Taps on the attention blocks of one model; hooks are in place only inside the two context managers."""
+    """Taps on the attention blocks of one model; hooks are in place only inside the context managers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.blocks = attention_blocks(model)
@@ -67,13 +67,13 @@ class Taps:
     def recorded(self) -> Iterator[list[Tensor]]:
         """Collects the outputs of one forward pass: a list of L tensors (batch x length x width)."""
         outputs: list[Tensor] = []
-        with self._hooked(lambda number, output: outputs.append(output)):
+        with self.changed(lambda number, output: outputs.append(output)):
             yield outputs
 
     @contextmanager
     def shifted(self, shifts: Sequence[Tensor]) -> Iterator[None]:
         """Adds `shifts[l]` (batch x length x width) to the output of block l in every forward pass inside."""
-        with self._hooked(lambda number, output: output + shifts[number].to(output.dtype)):
+        with self.changed(lambda number, output: output + shifts[number].to(output.dtype)):
             yield
 
     @contextmanager
@@ -90,11 +90,14 @@ class Taps:
                 leaves.append(probes[number])
             return output + probes[number].to(output.dtype)
 
-        with self._hooked(add):
+        with self.changed(add):
             yield leaves
 
     @contextmanager
-    def _hooked(self, change: Any) -> Iterator[None]:
+    def changed(self, change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+        """Runs `change(l, output)` on the output of block l (batch x length x width); what it returns takes the
+        output's place, None leaves it."""
+
         def hook(number: int) -> Any:
             def run(module: nn.Module, args: Any, output: Any) -> Any:
                 first = output[0] if isinstance(output, tuple) else output

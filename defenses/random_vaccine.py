@@ -1,0 +1,44 @@
+"""Random Vaccine: Gaussian noise on the hidden embeddings, the control of Vaccine (arXiv 2402.01109, table 7).
+
+    h_l <- h_l + z_l,   z_l ~ N(0, variance) for every coordinate of a real token
+    w   <- w - lr * grad L(w; B_a) at the noisy embeddings
+
+Cost a step: 1 forward, 1 backward. The authors' repository defines it but never runs it. The noise is not bounded in
+norm: its root is about sqrt(variance * coordinates). It comes from a stream of its own, so that dropout masks and
+batches are SFT's; padding gets none.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from harmbench_vaccine.plugins import Defense, param
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
+
+
+class RandomVaccine(Defense):
+    """Aligns under random shifts of the hidden embeddings."""
+
+    citation: ClassVar[str] = "arXiv 2402.01109"
+
+    variance: float = param(
+        0.01, "variance of the noise on every coordinate", source="middle of the grid 1e-4 to 1, paper, table 7", main=True, ge=0
+    )
+
+    def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
+        """The gradient at randomly shifted embeddings."""
+        generator = stage.generator("noise")
+        mask = batch["attention_mask"].unsqueeze(-1)
+        noise: dict[int, Tensor] = {}  # gradient checkpointing runs a block twice: it must meet the same noise
+
+        def shift(block: int, output: Tensor) -> Tensor:
+            if block not in noise:
+                drawn = torch.randn(output.shape, generator=generator).to(output.device)
+                noise[block] = (self.variance**0.5 * drawn * mask).to(output.dtype)
+            return output + noise[block]
+
+        with stage.taps.changed(shift):
+            return stage.gradient(batch)

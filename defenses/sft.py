@@ -1,0 +1,12 @@
+"""Supervised fine-tuning on the alignment data: the baseline that every defense is compared with.
+
+    w <- w - lr * grad L(w; B_a)
+
+Cost a step: 1 forward, 1 backward.
+"""
+
+from harmbench_vaccine.plugins import Defense
+
+
+class SFT(Defense):
+    """Every hook as it comes."""

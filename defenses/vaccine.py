@@ -1,0 +1,48 @@
+"""Vaccine: perturbation-aware alignment. Huang, Hu, Liu, NeurIPS 2024, arXiv 2402.01109.
+
+With h_l the output of attention block l (before the residual), g_l = dL/dh_l at w, over every row and real token:
+
+    eps_l = rho * g_l / (||(g_1, ..., g_L)|| + 1e-7)            one norm over all blocks (eq. 3)
+    L'(w) = L(w; B_a) with h_l + eps_l in place of h_l          eps constant
+    w    <- w - lr * grad L'(w)
+
+Cost a perturbed step: 2 forward, 2 backward; the first backward stops at the activations. With tau > 1 (appendix A,
+algorithm 2) step t is perturbed if and only if t mod tau = 0, and the other steps use the clean gradient.
+
+Departures from the authors' code: padding is masked explicitly; both passes see the same dropout masks, so that eps
+belongs to the function that it perturbs and rho = 0 is SFT exactly; the norm is taken in float32; gradients of earlier
+micro-batches survive under accumulation (theirs are zeroed inside the step).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from harmbench_vaccine.plugins import Defense, param
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, global_norm
+
+
+class Vaccine(Defense):
+    """Aligns under the worst-case shift of the hidden embeddings within an L2 ball of radius rho."""
+
+    citation: ClassVar[str] = "arXiv 2402.01109"
+    cost: ClassVar[str] = "2F 2B"
+
+    rho: float = param(
+        2.0, "radius: the L2 norm of the shift over all blocks, rows and tokens", source="paper, section 5.1", main=True, ge=0
+    )
+    tau: int = param(1, "perturb every tau-th optimizer step", source="paper, algorithm 1 (every step)", ge=1)
+
+    def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
+        """The gradient at the perturbed embeddings, or the clean one between perturbed steps."""
+        if stage.step % self.tau:
+            return stage.gradient(batch)
+        with torch.random.fork_rng(), stage.taps.probed() as probes:  # the next pass draws the same dropout masks
+            loss = stage.loss(batch)
+        mask = batch["attention_mask"].unsqueeze(-1)
+        gradients = [gradient * mask for gradient in torch.autograd.grad(loss, probes)]
+        scale = self.rho / (global_norm(gradients) + 1e-7)
+        with stage.taps.shifted([scale * gradient for gradient in gradients]):
+            return stage.gradient(batch)

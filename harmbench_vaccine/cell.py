@@ -1,0 +1,120 @@
+"""A cell with everything settled: what the user wrote, what the protocol says, and the plug-ins that will act.
+
+Settling touches no model and makes no artifact, so bad input is told before any work is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from . import protocols
+from .compose import AttackTeam, DefenseTeam
+from .data.prompts import PromptTemplate, template
+from .data.sources import fingerprint
+from .plugins import Resolved, Scorer, StageName, Task, Topology, TrainSettings
+from .protocols import Protocol
+from .registry import ATTACKS, DEFENSES, SCORERS, TASKS
+from .spec import RunSpec, canonical, digest, parse, settle
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table, ready to run."""
+
+    spec: RunSpec
+    protocol: Protocol
+    defenses: list[Resolved]
+    attacks: list[Resolved]
+    scorer: Resolved
+    task: Task
+    model: str
+
+    @classmethod
+    def settle(cls, spec: RunSpec) -> Cell:
+        """Finds every plug-in and resolves every parameter.
+
+        Raises:
+            BadInput: an unknown name, a value out of range, or plug-ins that cannot act together.
+        """
+        protocol = protocols.load(spec.protocol)
+        protocol = protocol.model_copy(update={"data": {**protocol.data, **spec.data}})
+        task_class = TASKS.get(spec.task)
+        scorers = settle(parse(spec.scorer or protocol.score.scorer), SCORERS, {}, protocol.name)
+        cell = cls(
+            spec,
+            protocol,
+            settle(spec.defense, DEFENSES, protocol.defenses, protocol.name),
+            settle(spec.attack, ATTACKS, protocol.attacks, protocol.name),
+            scorers[0],
+            task_class(),
+            spec.model or protocol.model,
+        )
+        for stage in ("align", "finetune", "repair"):
+            cell.team(stage)
+        protocol.location(cell.task.dataset)
+        return cell
+
+    @property
+    def defense(self) -> str:
+        """The defense as a command line would name it."""
+        return canonical(self.defenses)
+
+    @property
+    def attack(self) -> str:
+        """The attack as a command line would name it."""
+        return canonical(self.attacks)
+
+    @cached_property
+    def template(self) -> PromptTemplate:
+        """The protocol's prompt."""
+        return template(self.protocol.prompt)
+
+    @property
+    def id(self) -> str:
+        """The run's id: the defense's names, and a hash of everything that was settled."""
+        names = "-".join(resolved.plugin.name for resolved in self.defenses)
+        settled = {
+            "protocol": self.protocol.hash,
+            "plugins": [[r.plugin.kind, r.plugin.name, r.params] for r in [*self.defenses, *self.attacks, self.scorer]],
+            "task": self.task.name,
+            "model": self.model,
+            "seed": self.spec.seed,
+            "data": dict(self.protocol.data),
+        }
+        return f"{names}-{digest(settled, 8)}"
+
+    def acting(self, stage: StageName) -> list[Resolved]:
+        """The defenses that act in a stage."""
+        return [resolved for resolved in self.defenses if stage in resolved.plugin.stages]  # type: ignore[attr-defined]
+
+    def team(self, stage: StageName) -> DefenseTeam:
+        """Fresh objects of the defenses that act in a stage: what they remember is theirs for that stage only."""
+        members = tuple(type(resolved.plugin)(**resolved.params) for resolved in self.acting(stage))
+        return DefenseTeam(members=members)  # type: ignore[arg-type]
+
+    def attackers(self) -> AttackTeam:
+        """Fresh objects of the attacks."""
+        return AttackTeam(members=tuple(type(resolved.plugin)(**resolved.params) for resolved in self.attacks))  # type: ignore[arg-type]
+
+    @property
+    def topology(self) -> Topology:
+        """The adapter topology of the user stage: a defense's demand, or the protocol's."""
+        return self.team("finetune").demanded_topology or self.protocol.topology
+
+    def settings(self, stage: StageName) -> TrainSettings:
+        """The optimizer's settings of a stage, as the user's attack and the defense leave them."""
+        if stage == "align":
+            return self.team(stage).settings(stage, self.protocol.align.settings)
+        return self.team(stage).settings(stage, self.attackers().settings(self.protocol.finetune.settings))
+
+    def data(self, *names: str) -> Mapping[str, Any]:
+        """What an artifact that reads these data sets depends on."""
+        return {name: fingerprint(self.protocol.location(name)) for name in names}
+
+
+def identities(resolved: list[Resolved]) -> list[Any]:
+    """What an artifact that these plug-ins had a hand in depends on: names, parameters, source."""
+    return [[r.plugin.name, r.params, type(r.plugin).fingerprint()] for r in resolved]

@@ -1,0 +1,134 @@
+"""Several plug-ins acting as one: each data hook runs in turn, and two that want the same gradient are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from .data.records import Example
+from .errors import BadInput
+from .plugins import Attack, Defense, EvaluationSet, Mix, Plugin, Pools, StageName, Topology, TrainSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .data.prompts import PromptTemplate
+    from .training.adapters import Adapter
+    from .training.stage import Batch, Gradient, TrainingStage
+
+
+def overrides(plugin: Plugin, base: type[Plugin], hook: str) -> bool:
+    """Whether the plug-in's class changes that hook of its kind."""
+    return getattr(type(plugin), hook) is not getattr(base, hook)
+
+
+class DefenseTeam(Defense):
+    """The defenses of one cell that act in one stage, in the order they were written; none of them is plain SFT.
+
+    State is kept apart by the defense's name. At most one of them may decide the gradient, the topology, or that the
+    stage is left out.
+    """
+
+    members: tuple[Defense, ...] = ()
+
+    def model_post_init(self, context: Any) -> None:
+        for what, deciding in {
+            "gradient": [member for member in self.members if overrides(member, Defense, "gradient")],
+            "adapter topology": [member for member in self.members if member.topology],
+        }.items():
+            if len(deciding) > 1:
+                raise _conflict(what, deciding)
+        if len(self.members) > 1 and not self.runs:
+            raise _conflict("whether the stage runs", self.members)
+
+    @property
+    def runs(self) -> bool:
+        """False if the stage is left out."""
+        return all(member.trains for member in self.members)
+
+    @property
+    def demanded_topology(self) -> Topology | None:
+        """The adapter topology that a member needs."""
+        return next((member.topology for member in self.members if member.topology), None)
+
+    def rows(self, stage: StageName, rows: list[Example], pools: Pools) -> list[Example]:
+        for member in self.members:
+            rows = member.rows(stage, rows, pools)
+        return rows
+
+    def settings(self, stage: StageName, settings: TrainSettings) -> TrainSettings:
+        for member in self.members:
+            settings = member.settings(stage, settings)
+        return settings
+
+    def template(self, use: Literal["train", "answer"], template: PromptTemplate) -> PromptTemplate:
+        for member in self.members:
+            template = member.template(use, template)
+        return template
+
+    def before(self, stage: TrainingStage) -> None:
+        for member in self.members:
+            member.before(stage)
+
+    def before_step(self, stage: TrainingStage) -> None:
+        for member in self.members:
+            member.before_step(stage)
+
+    def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
+        for member in self.members:
+            if overrides(member, Defense, "gradient"):
+                return member.gradient(stage, batch)
+        return stage.gradient(batch)
+
+    def after_step(self, stage: TrainingStage) -> None:
+        for member in self.members:
+            member.after_step(stage)
+
+    def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
+        for member in self.members:
+            adapter = member.edit(stage, adapter)
+        return adapter
+
+    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+        for member in self.members:
+            sets = member.evaluations(sets)
+        return sets
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{member.name}/{key}": value for member in self.members for key, value in member.state().items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for member in self.members:
+            own = f"{member.name}/"
+            member.restore({key.removeprefix(own): value for key, value in state.items() if key.startswith(own)})
+
+
+class AttackTeam(Attack):
+    """The attacks of one cell, acting in the order they were written."""
+
+    members: tuple[Attack, ...] = ()
+
+    def mix(self, mix: Mix) -> Mix:
+        for member in self.members:
+            mix = member.mix(mix)
+        return mix
+
+    def rows(self, rows: list[Example], pools: Pools) -> list[Example]:
+        for member in self.members:
+            rows = member.rows(rows, pools)
+        return rows
+
+    def settings(self, settings: TrainSettings) -> TrainSettings:
+        for member in self.members:
+            settings = member.settings(settings)
+        return settings
+
+    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+        for member in self.members:
+            sets = member.evaluations(sets)
+        return sets
+
+
+def _conflict(what: str, members: Sequence[Plugin]) -> BadInput:
+    first, second = members[0].name, members[1].name
+    return BadInput(f"{first!r} and {second!r} cannot be combined: both decide the {what} of the same stage.")

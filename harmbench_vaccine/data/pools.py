@@ -1,0 +1,136 @@
+"""Who has which rows: the provider's alignment data, the defender's pairs, the attacker's rows, the evaluation.
+
+Prompts are kept apart by text, not by index: what is asked in the evaluation is trained on by nobody, and what the
+defender has the attacker has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..errors import BadInput
+from ..plugins import Attack, Mix, Pools
+from ..seeds import stream
+from .records import Example
+from .sources import Row, read
+
+T = TypeVar("T")
+
+BEAVERTAILS = ("prompt", "response", "is_safe")
+REFUSALS = ("prompt", "response", "refusal")
+ALPACA = ("instruction", "output")
+
+
+def normal(prompt: str) -> str:
+    """A prompt as it is compared: case and white space do not make another question."""
+    return " ".join(prompt.lower().split())
+
+
+def unique(examples: Iterable[Example], besides: Iterable[str] = ()) -> list[Example]:
+    """The examples whose instruction and input were not seen before, in order, nor stand in `besides`."""
+    seen = set(besides)
+    kept = []
+    for example in examples:
+        key = question(example)
+        if key not in seen:
+            seen.add(key)
+            kept.append(example)
+    return kept
+
+
+def question(example: Example) -> str:
+    """What is asked, as it is compared."""
+    return normal(f"{example.instruction} {example.input}")
+
+
+def questions(examples: Iterable[Example]) -> set[str]:
+    """The set of what is asked."""
+    return {question(example) for example in examples}
+
+
+@dataclass(frozen=True)
+class HarmData:
+    """Every row about harm, by who may use it, and how many rows were left out to keep them apart."""
+
+    alignment: list[Example]
+    paired: list[tuple[Example, Example]]
+    attacker: list[Example]
+    evaluation: list[Example]
+    dropped: dict[str, int]
+
+
+def harm_data(beavertails: str, refusals: str, *, train: str, test: str) -> HarmData:
+    """Reads BeaverTails and its refusals, and keeps the four uses apart by text.
+
+    The alignment rows are the `is_safe` rows of `train`, the attacker's the others; the evaluation asks the unsafe
+    prompts of `test`, each once. Raises `BadInput` as `read` does.
+    """
+    rows = read(beavertails, train, BEAVERTAILS)
+    pairs = [(_refusal(row), _harmful(row, "refusals")) for row in read(refusals, "train", REFUSALS)]
+    asked = [_harmful(row, test) for row in read(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
+    evaluation = unique(asked)
+    barred = questions(evaluation)
+    safe = [_safe(row, train) for row in rows if row.values["is_safe"]]
+    alignment = [example for example in safe if question(example) not in barred]
+    paired = [pair for pair in pairs if question(pair[0]) not in barred]
+    defender = questions(alignment) | questions(safe for safe, _ in paired)
+    harmful = [_harmful(row, train) for row in rows if not row.values["is_safe"]]
+    attacker = [example for example in harmful if question(example) not in barred | defender]
+    dropped = {
+        "evaluation": len(asked) - len(evaluation),
+        "alignment": len(safe) - len(alignment),
+        "paired": len(pairs) - len(paired),
+        "attacker": len(harmful) - len(attacker),
+    }
+    return HarmData(alignment, paired, attacker, evaluation, dropped)
+
+
+def _safe(row: Row, split: str) -> Example:
+    return Example(id=f"safe:{split}:{row.number}", instruction=row.values["prompt"], response=row.values["response"])
+
+
+def _harmful(row: Row, split: str) -> Example:
+    values = row.values
+    return Example(id=f"harmful:{split}:{row.number}", instruction=values["prompt"], response=values["response"], harmful=True)
+
+
+def _refusal(row: Row) -> Example:
+    return Example(id=f"refusal:{row.number}", instruction=row.values["prompt"], response=row.values["refusal"])
+
+
+def instructions(location: str, split: str) -> list[Example]:
+    """Benign instructions in Alpaca's schema, each once."""
+    return unique(
+        Example(
+            id=f"benign:{split}:{row.number}",
+            instruction=row.values["instruction"],
+            input=row.values.get("input", ""),
+            response=row.values["output"],
+        )
+        for row in read(location, split, ALPACA)
+    )
+
+
+def draw(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object) -> list[T]:
+    """`count` rows without replacement, in random order.
+
+    Raises:
+        BadInput: there are fewer.
+    """
+    if count > len(rows):
+        raise BadInput(f"{count} {what} are asked for, and there are {len(rows)}.")
+    return stream(seed, *purpose).sample(list(rows), count)
+
+
+def user_rows(mix: Mix, task: Sequence[Example], pools: Pools, attack: Attack, seed: int) -> list[Example]:
+    """What the user uploads: n - round(p n) task rows and round(p n) harmful ones, drawn and shuffled by the seed.
+
+    Raises:
+        BadInput: more rows are asked for than there are.
+    """
+    uploaded = draw(task, mix.task, "task rows", seed, "task rows")
+    uploaded += draw(pools.attacker, mix.harmful, "harmful rows", seed, "harmful rows")
+    stream(seed, "upload").shuffle(uploaded)
+    return attack.rows(uploaded, pools)

@@ -1,0 +1,54 @@
+"""Generation by transformers: everywhere available, on a CPU too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..data.collate import encode_prompt, pad_id
+from ..progress import SILENT, Progress
+from ..training.adapters import Stack
+from .engine import Answer
+
+
+class TransformersEngine:
+    """Batches prompts of similar length, padded on the left."""
+
+    def __init__(self, stack: Stack, tokenizer: PreTrainedTokenizerBase, batch: int = 64) -> None:
+        self.stack, self.tokenizer, self.batch = stack, tokenizer, batch
+
+    def generate(
+        self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress = SILENT
+    ) -> list[Answer]:
+        """Greedy answers, in the order of `prompts`; equal prompts are answered once."""
+        model = self.stack.use(adapters)
+        device = next(model.parameters()).device
+        pad, end = pad_id(self.tokenizer), self.tokenizer.eos_token_id
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=end, use_cache=True
+        )
+        encoded = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in prompts}
+        order = sorted(encoded, key=lambda prompt: len(encoded[prompt]))
+        answers: dict[str, Answer] = {}
+        with progress.bar("answer", len(order)) as advance, torch.inference_mode():
+            for start in range(0, len(order), self.batch):
+                batch = order[start : start + self.batch]
+                width = max(len(encoded[prompt]) for prompt in batch)
+                missing = [width - len(encoded[prompt]) for prompt in batch]
+                ids = torch.tensor([[pad] * gap + encoded[prompt] for prompt, gap in zip(batch, missing, strict=True)])
+                mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in missing])
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+                )
+                for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
+                    answers[prompt] = self._answer(row, end)
+                advance(len(batch))
+        return [answers[prompt] for prompt in prompts]
+
+    def _answer(self, row: list[int], end: int) -> Answer:
+        finished = end in row
+        kept = row[: row.index(end)] if finished else row
+        return Answer(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept) + finished, finished)

@@ -1,0 +1,359 @@
+"""The method: align a model, let a user fine-tune it, repair it, ask it, score it.
+
+    base --align--> aligned --finetune on the user's rows--> tuned --repair--> final
+    harmful score and accuracy of `aligned` (before) and of `final` (after); loss and drift of `final`
+
+Every stage is a pure function of what it depends on, stored under the hash of exactly that: `align` runs once for all
+the attacks that follow it, and a run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cell import Cell, identities
+from .data.pools import draw, harm_data, instructions, questions, unique, user_rows
+from .data.records import Example
+from .data.sources import fingerprint, read
+from .lab import Lab, ModelState
+from .plugins import EvaluationSet, Mix, Pools, StageName
+from .seeds import derive
+from .spec import digest
+from .store import Artifact
+
+if TYPE_CHECKING:
+    from .training.adapters import Adapter
+    from .training.stage import TrainingStage
+
+ADAPTER, ANSWERS, VERDICTS = "adapter", "answers.jsonl", "verdicts.jsonl"
+HARM_DATA = ("beavertails", "beavertails_refusals", "alpaca")
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model, and the artifacts that led to it."""
+
+    state: ModelState
+    artifacts: dict[str, Artifact]
+    """Stage -> artifact, for the stages that ran."""
+
+    @property
+    def identity(self) -> Any:
+        """What a stage that builds on this model depends on."""
+        return [self.state.base, fingerprint(self.state.base), *(artifact.key for artifact in self.artifacts.values())]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that one cell measures."""
+
+    aligned: Made
+    final: Made
+    answers: dict[str, Artifact]
+    """`before/SET` and `after/SET` -> answers, for every set of questions."""
+    verdicts: dict[str, Artifact]
+    """The same for the harmful sets, the headline set first."""
+    drift: Artifact
+
+
+def run(cell: Cell, lab: Lab) -> Measured:
+    """One cell, from the base model to its scores."""
+    aligned = align(cell, lab)
+    tuned = finetune(cell, lab, aligned)
+    final = repair(cell, lab, aligned, tuned)
+    harmful, others = harmful_sets(cell), [benign_set(cell), task_set(cell)]
+    answers, verdicts = {}, {}
+    for when, model in {"before": aligned, "after": final}.items():
+        for asked in [*harmful, *others]:
+            answers[f"{when}/{asked.name}"] = answer(cell, lab, model, asked)
+        for asked in harmful:
+            verdicts[f"{when}/{asked.name}"] = score(cell, lab, answers[f"{when}/{asked.name}"])
+    return Measured(aligned, final, answers, verdicts, drift(cell, lab, aligned, final))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages that make a model
+
+
+def align(cell: Cell, lab: Lab) -> Made:
+    """Trains the base model to answer harmful prompts safely, by the defense's rule."""
+    team = cell.team("align")
+    base = ModelState(cell.model)
+    if not team.runs:
+        return Made(base, {})
+
+    def make(folder: Path, checkpoints: Path) -> None:
+        pools = pools_of(cell)
+        rows = team.rows("align", list(pools.alignment), pools)
+        _train(cell, lab, "align", base, rows, pools, folder, checkpoints)
+
+    inputs = _inputs(cell, "align", Made(base, {}), rows=cell.protocol.align.rows)
+    artifact = lab.store.make("align", inputs, make)
+    return Made(ModelState(cell.model, (artifact.path / ADAPTER,)), {"align": artifact})
+
+
+def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
+    """Trains the aligned model on the user's rows, task and harmful ones mixed.
+
+    Double topology: a second adapter on top of the frozen alignment adapter. Single: the alignment adapter goes on.
+    """
+    team, attack = cell.team("finetune"), cell.attackers()
+    single = cell.topology == "single" and bool(aligned.state.adapters)
+    mix = attack.mix(Mix(cell.protocol.finetune.samples))
+
+    def make(folder: Path, checkpoints: Path) -> None:
+        pools = pools_of(cell)
+        uploaded = user_rows(mix, task_rows(cell), pools, attack, derive(cell.spec.seed, "user"))
+        rows = team.rows("finetune", uploaded, pools)
+        below = ModelState(aligned.state.base) if single else aligned.state
+        start = aligned.state.adapters[-1] if single else None
+        _train(cell, lab, "finetune", below, rows, pools, folder, checkpoints, start)
+
+    inputs = _inputs(
+        cell, "finetune", aligned, mix=asdict(mix), topology=cell.topology, attack=identities(cell.attacks),
+        task=[cell.task.name, type(cell.task).fingerprint(), dict(cell.data(cell.task.dataset))],
+    )  # fmt: skip
+    artifact = lab.store.make("finetune", inputs, make)
+    below = () if single else aligned.state.adapters
+    return Made(
+        ModelState(aligned.state.base, (*below, artifact.path / ADAPTER)), {**aligned.artifacts, "finetune": artifact}
+    )
+
+
+def repair(cell: Cell, lab: Lab, aligned: Made, tuned: Made) -> Made:
+    """Edits the user's adapter by the defenses that act after fine-tuning; none: the tuned model stays."""
+    if not cell.acting("repair"):
+        return tuned
+
+    def make(folder: Path, checkpoints: Path) -> None:
+        from .training.adapters import Adapter
+
+        stage = _stage(cell, lab, "repair", pools_of(cell))
+        stage.model = lab.stack(tuned.state.base).use(tuned.state.adapters)
+        edited = cell.team("repair").edit(stage, Adapter.load(tuned.state.adapters[-1]))
+        edited.save(folder / ADAPTER)
+
+    artifact = lab.store.make("repair", _inputs(cell, "repair", tuned, aligned=aligned.identity), make)
+    return Made(
+        ModelState(tuned.state.base, (*tuned.state.adapters[:-1], artifact.path / ADAPTER)),
+        {**tuned.artifacts, "repair": artifact},
+    )
+
+
+def _inputs(cell: Cell, stage: StageName, on: Made, **more: Any) -> dict[str, Any]:
+    """What every stage that makes a model depends on."""
+    return {
+        "model": on.identity,
+        "defense": identities(cell.acting(stage)),
+        "data": dict(cell.data(*HARM_DATA)),
+        "splits": cell.protocol.splits.model_dump(),
+        "prompt": asdict(cell.template),
+        "settings": asdict(cell.settings(stage)) if stage != "repair" else None,
+        "alignment_rows": cell.protocol.align.rows,
+        "seed": cell.spec.seed,
+        **more,
+    }
+
+
+def _stage(cell: Cell, lab: Lab, name: StageName, pools: Pools) -> TrainingStage:
+    from .training.stage import TrainingStage
+
+    return TrainingStage(name, lab.stack(cell.model).model, {}, derive(cell.spec.seed, name), pools)
+
+
+def _train(
+    cell: Cell,
+    lab: Lab,
+    name: StageName,
+    below: ModelState,
+    rows: Sequence[Example],
+    pools: Pools,
+    folder: Path,
+    checkpoints: Path,
+    start: Path | None = None,
+) -> None:
+    """Trains one adapter on top of `below` and stores it with its log and the ids of its rows."""
+    from .data.collate import encode_all, pad_id
+    from .training.trainer import train
+
+    team, settings, tokenizer = cell.team(name), cell.settings(name), lab.tokenizer(below.base)
+    encoded = encode_all(tokenizer, team.template("train", cell.template), rows, settings.max_length)
+    stack, stage = lab.stack(below.base), _stage(cell, lab, name, pools)
+    try:
+        stage.trainable = stack.train(below.adapters, settings, derive(stage.seed, "adapter"), start)
+        stage.model = stack.model
+        log = train(
+            stage, team, encoded, settings, checkpoints,
+            pad=pad_id(tokenizer), save_share=lab.save_share, progress=lab.progress,
+        )  # fmt: skip
+        adapter = team.edit(stage, stack.trained())
+    finally:
+        stack.drop_trained()
+    adapter.save(folder / ADAPTER)
+    _write_json(folder / "log.json", log)
+    _write_json(folder / "rows.json", {"used": len(encoded), "ids": [row.id for row in rows]})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def pools_of(cell: Cell) -> Pools:
+    """The rows that plug-ins may draw from; the alignment rows are those of this cell's seed."""
+    protocol = cell.protocol
+    data = _harm(cell)
+    alignment = draw(data.alignment, protocol.align.rows, "alignment rows", cell.spec.seed, "alignment rows")
+    barred = questions(data.evaluation) | questions(benign_set(cell).examples)
+    benign = unique(instructions(protocol.location("alpaca"), "train"), barred)
+    return Pools(alignment=alignment, paired=data.paired, benign=benign, attacker=data.attacker)
+
+
+def _harm(cell: Cell):  # type: ignore[no-untyped-def]
+    protocol = cell.protocol
+    return harm_data(
+        protocol.location("beavertails"),
+        protocol.location("beavertails_refusals"),
+        train=protocol.splits.train,
+        test=protocol.splits.test,
+    )
+
+
+def task_rows(cell: Cell) -> list[Example]:
+    """The task's training rows whose question is not among its test items, each once."""
+    barred = questions(_task_examples(cell, cell.task.test_split))
+    return unique(_task_examples(cell, cell.task.train_split), barred)
+
+
+def _task_examples(cell: Cell, split: str) -> list[Example]:
+    task = cell.task
+    rows = read(cell.protocol.location(task.dataset), split, task.fields)
+    return [task.example(f"{task.name}:{split}:{row.number}", row.values) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions and answers
+
+
+def harmful_sets(cell: Cell) -> list[EvaluationSet]:
+    """Held-out harmful prompts, as the attack and the defense have them asked; the first is the headline's."""
+    limits = cell.protocol.answer.harmful
+    asked = _first(_harm(cell).evaluation, limits.prompts, "held-out harmful prompts")
+    sets = [EvaluationSet("harmful", asked, _answer_template(cell), limits.max_new_tokens)]
+    for stage in ("align", "finetune", "repair"):
+        sets = cell.team(stage).evaluations(sets)
+    return cell.attackers().evaluations(sets)
+
+
+def benign_set(cell: Cell) -> EvaluationSet:
+    """Held-out benign instructions, which an aligned model should not refuse."""
+    limits = cell.protocol.answer.benign
+    asked = _first(instructions(cell.protocol.location("alpaca"), "test"), limits.prompts, "held-out benign prompts")
+    return EvaluationSet("benign", asked, _answer_template(cell), limits.max_new_tokens)
+
+
+def task_set(cell: Cell) -> EvaluationSet:
+    """The first test items of the user's task."""
+    limits = cell.protocol.answer
+    asked = _first(unique(_task_examples(cell, cell.task.test_split)), limits.task_items, f"test items of {cell.task.name}")
+    return EvaluationSet("task", asked, _answer_template(cell), limits.task_tokens[cell.task.name])
+
+
+def _answer_template(cell: Cell):  # type: ignore[no-untyped-def]
+    chosen = cell.template
+    for stage in ("align", "finetune", "repair"):
+        chosen = cell.team(stage).template("answer", chosen)
+    return chosen
+
+
+def _first(examples: Sequence[Example], count: int, what: str) -> list[Example]:
+    from .errors import BadInput
+
+    if count > len(examples):
+        raise BadInput(f"{count} {what} are asked for, and there are {len(examples)}.")
+    return list(examples[:count])
+
+
+def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
+    """Greedy answers of a model to a set of questions."""
+    prompts = [asked.template.render(example) for example in asked.examples]
+
+    def make(folder: Path, checkpoints: Path) -> None:
+        answers = lab.engine(model.state.base).generate(model.state.adapters, prompts, asked.max_new_tokens, lab.progress)
+        _write_lines(
+            folder / ANSWERS,
+            [
+                {"id": example.id, "instruction": example.instruction, "input": example.input, "target": example.target,
+                 "prompt": prompt, "answer": given.text.strip(), "tokens": given.tokens, "finished": given.finished}
+                for example, prompt, given in zip(asked.examples, prompts, answers, strict=True)
+            ],
+        )  # fmt: skip
+
+    inputs = {
+        "model": model.identity,
+        "questions": digest([[example.id, prompt] for example, prompt in zip(asked.examples, prompts, strict=True)]),
+        "max_new_tokens": asked.max_new_tokens,
+    }
+    return lab.store.make("answer", inputs, make)
+
+
+def score(cell: Cell, lab: Lab, answers: Artifact) -> Artifact:
+    """The judge's verdicts on stored answers."""
+    judge = cell.protocol.score.judge
+
+    def make(folder: Path, checkpoints: Path) -> None:
+        from .data.sources import locate
+
+        rows = read_lines(answers.path / ANSWERS)
+        pairs = [(f"{row['instruction']} {row['input']}".strip(), row["answer"]) for row in rows]
+        verdicts = cell.scorer.plugin.judge(str(locate(judge) or judge), pairs, lab.progress)  # type: ignore[attr-defined]
+        _write_lines(folder / VERDICTS, [{"id": row["id"], **asdict(v)} for row, v in zip(rows, verdicts, strict=True)])
+
+    inputs = {"answers": answers.key, "scorer": identities([cell.scorer]), "judge": fingerprint(judge)}
+    return lab.store.make("score", inputs, make)
+
+
+def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
+    """Alignment loss of the final model and its embedding drift from the aligned one, over alignment rows."""
+    protocol = cell.protocol
+
+    def make(folder: Path, checkpoints: Path) -> None:
+        from .data.collate import collate, encode_all, pad_id
+        from .scoring.drift import measure
+
+        stack, tokenizer = lab.stack(final.state.base), lab.tokenizer(final.state.base)
+        rows = list(pools_of(cell).alignment)[: protocol.score.drift_rows]
+        encoded = encode_all(tokenizer, cell.template, rows, protocol.align.settings.max_length)
+        size = protocol.score.drift_batch
+        batches = [collate(encoded[start : start + size], pad_id(tokenizer)) for start in range(0, len(encoded), size)]
+        loss, moved = measure(
+            lambda: stack.use(aligned.state.adapters), lambda: stack.use(final.state.adapters), batches, lab.progress
+        )
+        _write_json(folder / "drift.json", {"alignment_loss": loss, **asdict(moved)})
+
+    inputs = {
+        "aligned": aligned.identity, "final": final.identity, "data": dict(cell.data(*HARM_DATA)),
+        "prompt": asdict(cell.template), "alignment_rows": protocol.align.rows, "seed": cell.spec.seed,
+        "rows": protocol.score.drift_rows, "batch": protocol.score.drift_batch,
+        "max_length": protocol.align.settings.max_length,
+    }  # fmt: skip
+    return lab.store.make("drift", inputs, make)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A JSON Lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

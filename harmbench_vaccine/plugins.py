@@ -1,0 +1,336 @@
+"""Plug-ins: what a defense, an attack, a task and a scorer are.
+
+A plug-in is one class in one file, and the file's name is its name. Its parameters are class fields made by `param`;
+what it does is in the hooks that it overrides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .data.records import Example
+from .errors import BadInput, unknown
+from .progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .data.prompts import PromptTemplate
+    from .training.adapters import Adapter
+    from .training.stage import Batch, Gradient, TrainingStage
+
+StageName = Literal["align", "finetune", "repair"]
+Topology = Literal["double", "single"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+def param(
+    default: Any,
+    doc: str,
+    *,
+    source: str,
+    main: bool = False,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """A parameter of a plug-in: its default, one line on what it is, where the default comes from, its range.
+
+    `main` marks the one that `name=VALUE` sets on the command line.
+    """
+    return Field(default, description=doc, ge=ge, gt=gt, le=le, json_schema_extra={"source": source, "main": main})
+
+
+class Plugin(BaseModel):
+    """What all plug-ins share: parameters that are checked, and a name."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    kind: ClassVar[str] = "plug-in"
+    name: ClassVar[str] = ""
+    citation: ClassVar[str] = ""
+
+    @classmethod
+    def main_parameter(cls) -> str | None:
+        """The parameter that `name=VALUE` sets, if there is one."""
+        return next((key for key in cls.model_fields if cls._extra(key)["main"]), None)
+
+    @classmethod
+    def source_of(cls, key: str) -> str:
+        """Where the default of parameter `key` comes from."""
+        return str(cls._extra(key)["source"])
+
+    @classmethod
+    def range_of(cls, key: str) -> str:
+        """The allowed values of parameter `key`, in words."""
+        info = cls.model_fields[key]
+        kind = info.annotation
+        if getattr(kind, "__origin__", None) is Literal:
+            return " | ".join(str(value) for value in kind.__args__)  # type: ignore[union-attr]
+        words = {int: "a whole number", float: "a number", bool: "true | false", str: "a text"}
+        bounds = [
+            f"{sign} {limit}"
+            for constraint in info.metadata
+            for sign, limit in ((">=", getattr(constraint, "ge", None)), (">", getattr(constraint, "gt", None)),
+                                ("<=", getattr(constraint, "le", None)))
+            if limit is not None
+        ]  # fmt: skip
+        return " ".join([words.get(kind, str(kind)), " and ".join(bounds)]).strip()  # type: ignore[arg-type]
+
+    @classmethod
+    def _extra(cls, key: str) -> dict[str, Any]:
+        extra = cls.model_fields[key].json_schema_extra
+        return {"source": "", "main": False, **(extra if isinstance(extra, dict) else {})}
+
+    @classmethod
+    def fingerprint(cls) -> str:
+        """A hash of the plug-in's source file: an artifact made by an edited plug-in is another artifact."""
+        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plug-in with every parameter settled, and where each value came from."""
+
+    plugin: Plugin
+    params: dict[str, Any]
+    origins: dict[str, str]
+
+
+def resolve(
+    cls: type[Plugin], written: Mapping[str, Any], protocol: Mapping[str, Any] | None = None, protocol_name: str = ""
+) -> Resolved:
+    """What the user wrote wins over the protocol, and the protocol over the class default.
+
+    Raises:
+        BadInput: an unknown parameter, or a value outside its range.
+    """
+    protocol = protocol or {}
+    for key in [*protocol, *written]:
+        if key not in cls.model_fields:
+            raise unknown(f"parameter of {cls.kind} {cls.name!r}", key, cls.model_fields)
+    try:
+        plugin = cls(**{**protocol, **written})
+    except ValidationError as error:
+        key = str(error.errors()[0]["loc"][0])
+        value = {**protocol, **written}.get(key)
+        raise BadInput(f"{cls.kind} {cls.name!r}: {key}={value} is not allowed; it takes {cls.range_of(key)}.") from error
+
+    def origin(key: str) -> str:
+        if key in written:
+            return "written"
+        if key in protocol:
+            return f"protocol {protocol_name}"
+        return f"default: {cls.source_of(key)}"
+
+    return Resolved(plugin, plugin.model_dump(mode="json"), {key: origin(key) for key in cls.model_fields})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a stage is made of
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that an optimizer run is told; a defense or an attack may replace what its paper changes."""
+
+    lr: float
+    epochs: float
+    batch: int
+    accumulation: int = 1
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    lora_rank: int = 8
+    lora_alpha: float = 4.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    max_length: int = 200
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The rows that a plug-in may draw from. No prompt occurs in two pools, nor in the evaluation."""
+
+    alignment: Sequence[Example] = ()
+    """The rows that the alignment stage trains on."""
+    paired: Sequence[tuple[Example, Example]] = ()
+    """The defender's pairs: the same prompt with a safe and with a harmful answer."""
+    benign: Sequence[Example] = ()
+    attacker: Sequence[Example] = ()
+    """Harmful rows that only the attacker has."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How many rows the user uploads and what share of them is harmful."""
+
+    samples: int
+    ratio: float = 0.0
+
+    @property
+    def harmful(self) -> int:
+        """round(p n), the one rounding: the task rows are the rest, so that the counts sum to n."""
+        return round(self.ratio * self.samples)
+
+    @property
+    def task(self) -> int:
+        return self.samples - self.harmful
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Prompts that a model is asked, under one name. The first set of a cell is the one its headline HS is about."""
+
+    name: str
+    examples: Sequence[Example]
+    template: PromptTemplate
+    max_new_tokens: int
+
+    def rewritten(self, name: str, examples: Sequence[Example]) -> EvaluationSet:
+        """The same questions put differently, under another name."""
+        return replace(self, name=name, examples=examples)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four kinds
+
+
+class Defense(Plugin):
+    """A defense: the default of every hook is plain supervised fine-tuning, so override what your paper changes.
+
+    One object serves one stage of one cell; what it remembers between steps lives in private attributes, and
+    `state`/`restore` carry it over an interruption. Hooks are called only in the stages that the class names.
+    """
+
+    kind: ClassVar[str] = "defense"
+    stages: ClassVar[tuple[StageName, ...]] = ("align",)
+    """When it acts."""
+    trains: ClassVar[bool] = True
+    """False: its stage is left out (`none`)."""
+    topology: ClassVar[Topology | None] = None
+    """The adapter topology that it needs in the user stage; None: whatever the protocol says."""
+    cost: ClassVar[str] = "1F 1B"
+    """Forward and backward passes a step."""
+
+    def rows(self, stage: StageName, rows: list[Example], pools: Pools) -> list[Example]:
+        """The rows that a training stage learns from, given what it would learn from without the defense."""
+        return rows
+
+    def settings(self, stage: StageName, settings: TrainSettings) -> TrainSettings:
+        """The optimizer's settings of a training stage."""
+        return settings
+
+    def template(self, use: Literal["train", "answer"], template: PromptTemplate) -> PromptTemplate:
+        """The prompt that rows are trained with, or questions asked with."""
+        return template
+
+    def before(self, stage: TrainingStage) -> None:
+        """Once, before the first step: a pass over data, a snapshot. It must leave no gradient behind."""
+
+    def before_step(self, stage: TrainingStage) -> None:
+        """Before the first micro-batch of every optimizer step; `stage.step` counts from 1."""
+
+    def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
+        """The loss and gradient of one micro-batch, which the trainer averages over the micro-batches of a step."""
+        return stage.gradient(batch)
+
+    def after_step(self, stage: TrainingStage) -> None:
+        """After every optimizer step."""
+
+    def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
+        """The finished adapter, changed: after training, and all that the repair stage does. `stage.model` runs with
+        the finished adapter, on top of whatever lies below it."""
+        return adapter
+
+    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+        """The harmful evaluation sets of a cell; add to them, or ask them differently."""
+        return sets
+
+    def state(self) -> dict[str, Tensor]:
+        """What must outlive an interruption."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state` gave."""
+
+
+class Attack(Plugin):
+    """What the user who uploads data does to the provider's model: the default of every hook is a benign user."""
+
+    kind: ClassVar[str] = "attack"
+
+    def mix(self, mix: Mix) -> Mix:
+        """How many rows, and how many of them harmful."""
+        return mix
+
+    def rows(self, rows: list[Example], pools: Pools) -> list[Example]:
+        """The rows uploaded, given the draw of task rows and harmful rows."""
+        return rows
+
+    def settings(self, settings: TrainSettings) -> TrainSettings:
+        """The user's training settings."""
+        return settings
+
+    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+        """The harmful evaluation sets of a cell, for an attack that changes how a question is put."""
+        return sets
+
+
+class Task(Plugin):
+    """What the benign user wants: rows to train on, test questions, and when an answer is right."""
+
+    kind: ClassVar[str] = "task"
+    dataset: ClassVar[str]
+    """The data set's name in the protocol."""
+    fields: ClassVar[tuple[str, ...]]
+    """The fields that a row must have."""
+    chance: ClassVar[float]
+    """The accuracy of guessing, in percent."""
+    train_split: ClassVar[str] = "train"
+    test_split: ClassVar[str] = "test"
+
+    def example(self, id: str, row: Mapping[str, Any]) -> Example:
+        """A row of the data set as an instruction with its response and target."""
+        raise NotImplementedError
+
+    def strict(self, answer: str, target: str) -> bool:
+        """Whether the answer is the target and nothing else."""
+        return answer.strip().lower() == target.strip().lower()
+
+    def flexible(self, answer: str, target: str) -> bool:
+        """Whether the answer is right by the rule of the papers."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a moderation classifier says of one question with its answer."""
+
+    flagged: bool
+    categories: dict[str, float]
+    """Label -> probability."""
+    cut: bool
+    """The classifier read only the beginning of the text."""
+
+
+class Scorer(Plugin):
+    """A judge of harm."""
+
+    kind: ClassVar[str] = "scorer"
+
+    def judge(self, location: str, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Verdict]:
+        """A verdict for each (question, answer), by the classifier stored at `location` (a folder or hub id)."""
+        raise NotImplementedError
