@@ -16,7 +16,9 @@ class Ratio(Attack):
 
     citation: ClassVar[str] = "arXiv 2402.01109"
 
-    p: float = param(0.1, "share of harmful rows among the uploaded rows", source="paper, section 5.1", main=True, ge=0, le=1)
+    p: float = param(
+        0.1, "share of harmful rows among the uploaded rows", source="paper, section 5.1", main=True, ge=0, le=1
+    )
 
     def mix(self, mix: Mix) -> Mix:
         """Changes the share, not the count."""

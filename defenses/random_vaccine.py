@@ -25,7 +25,11 @@ class RandomVaccine(Defense):
     citation: ClassVar[str] = "arXiv 2402.01109"
 
     variance: float = param(
-        0.01, "variance of the noise on every coordinate", source="middle of the grid 1e-4 to 1, paper, table 7", main=True, ge=0
+        0.01,
+        "variance of the noise on every coordinate",
+        source="middle of the grid 1e-4 to 1, paper, table 7",
+        main=True,
+        ge=0,
     )
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:

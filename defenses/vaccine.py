@@ -31,7 +31,11 @@ class Vaccine(Defense):
     cost: ClassVar[str] = "2F 2B"
 
     rho: float = param(
-        2.0, "radius: the L2 norm of the shift over all blocks, rows and tokens", source="paper, section 5.1", main=True, ge=0
+        2.0,
+        "radius: the L2 norm of the shift over all blocks, rows and tokens",
+        source="paper, section 5.1",
+        main=True,
+        ge=0,
     )
     tau: int = param(1, "perturb every tau-th optimizer step", source="paper, algorithm 1 (every step)", ge=1)
 

@@ -14,7 +14,7 @@ from . import protocols
 from .compose import AttackTeam, DefenseTeam
 from .data.prompts import PromptTemplate, template
 from .data.sources import fingerprint
-from .plugins import Resolved, Scorer, StageName, Task, Topology, TrainSettings
+from .plugins import Resolved, StageName, Task, Topology, TrainSettings
 from .protocols import Protocol
 from .registry import ATTACKS, DEFENSES, SCORERS, TASKS
 from .spec import RunSpec, canonical, digest, parse, settle
@@ -92,12 +92,11 @@ class Cell:
 
     def team(self, stage: StageName) -> DefenseTeam:
         """Fresh objects of the defenses that act in a stage: what they remember is theirs for that stage only."""
-        members = tuple(type(resolved.plugin)(**resolved.params) for resolved in self.acting(stage))
-        return DefenseTeam(members=members)  # type: ignore[arg-type]
+        return DefenseTeam(members=_fresh(self.acting(stage)))
 
     def attackers(self) -> AttackTeam:
         """Fresh objects of the attacks."""
-        return AttackTeam(members=tuple(type(resolved.plugin)(**resolved.params) for resolved in self.attacks))  # type: ignore[arg-type]
+        return AttackTeam(members=_fresh(self.attacks))
 
     @property
     def topology(self) -> Topology:
@@ -118,3 +117,7 @@ class Cell:
 def identities(resolved: list[Resolved]) -> list[Any]:
     """What an artifact that these plug-ins had a hand in depends on: names, parameters, source."""
     return [[r.plugin.name, r.params, type(r.plugin).fingerprint()] for r in resolved]
+
+
+def _fresh(resolved: list[Resolved]) -> Any:
+    return tuple(type(r.plugin)(**r.params) for r in resolved)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .data.sources import locate
 from .errors import HbvError
@@ -77,5 +76,6 @@ class Lab:
             model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
         except (OSError, ValueError) as error:
             raise HbvError(f"Model {base!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        self._stack = Stack(model.to("cuda" if torch.cuda.is_available() else "cpu"))
+        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+        self._stack = Stack(model.to(device))
         self._base = base

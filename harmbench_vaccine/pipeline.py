@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cell import Cell, identities
-from .data.pools import draw, harm_data, instructions, questions, unique, user_rows
+from .data.pools import HarmData, draw, harm_data, instructions, questions, unique, user_rows
+from .data.prompts import PromptTemplate
 from .data.records import Example
 from .data.sources import fingerprint, read
+from .errors import BadInput
 from .lab import Lab, ModelState
 from .plugins import EvaluationSet, Mix, Pools, StageName
 from .seeds import derive
@@ -26,7 +28,6 @@ from .spec import digest
 from .store import Artifact
 
 if TYPE_CHECKING:
-    from .training.adapters import Adapter
     from .training.stage import TrainingStage
 
 ADAPTER, ANSWERS, VERDICTS = "adapter", "answers.jsonl", "verdicts.jsonl"
@@ -75,6 +76,17 @@ def run(cell: Cell, lab: Lab) -> Measured:
     return Measured(aligned, final, answers, verdicts, drift(cell, lab, aligned, final))
 
 
+def check(cell: Cell) -> None:
+    """Draws everything that the cell needs from its data, so that a lack of rows is told before any work is spent.
+
+    Raises:
+        BadInput: a file lacks a field, or more rows are asked for than there are.
+    """
+    user_data(cell, pools_of(cell))
+    harmful_sets(cell)
+    task_set(cell)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages that make a model
 
@@ -101,20 +113,19 @@ def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
 
     Double topology: a second adapter on top of the frozen alignment adapter. Single: the alignment adapter goes on.
     """
-    team, attack = cell.team("finetune"), cell.attackers()
+    team = cell.team("finetune")
     single = cell.topology == "single" and bool(aligned.state.adapters)
-    mix = attack.mix(Mix(cell.protocol.finetune.samples))
 
     def make(folder: Path, checkpoints: Path) -> None:
         pools = pools_of(cell)
-        uploaded = user_rows(mix, task_rows(cell), pools, attack, derive(cell.spec.seed, "user"))
-        rows = team.rows("finetune", uploaded, pools)
+        rows = team.rows("finetune", user_data(cell, pools), pools)
         below = ModelState(aligned.state.base) if single else aligned.state
         start = aligned.state.adapters[-1] if single else None
         _train(cell, lab, "finetune", below, rows, pools, folder, checkpoints, start)
 
     inputs = _inputs(
-        cell, "finetune", aligned, mix=asdict(mix), topology=cell.topology, attack=identities(cell.attacks),
+        cell, "finetune", aligned, samples=cell.protocol.finetune.samples, topology=cell.topology,
+        attack=identities(cell.attacks),
         task=[cell.task.name, type(cell.task).fingerprint(), dict(cell.data(cell.task.dataset))],
     )  # fmt: skip
     artifact = lab.store.make("finetune", inputs, make)
@@ -212,7 +223,14 @@ def pools_of(cell: Cell) -> Pools:
     return Pools(alignment=alignment, paired=data.paired, benign=benign, attacker=data.attacker)
 
 
-def _harm(cell: Cell):  # type: ignore[no-untyped-def]
+def user_data(cell: Cell, pools: Pools) -> list[Example]:
+    """What the user uploads: the mix that the attack asks for, and what it makes of the rows."""
+    attack = cell.attackers()
+    mix = attack.mix(Mix(cell.protocol.finetune.samples))
+    return user_rows(mix, task_rows(cell), pools, attack, derive(cell.spec.seed, "user"))
+
+
+def _harm(cell: Cell) -> HarmData:
     protocol = cell.protocol
     return harm_data(
         protocol.location("beavertails"),
@@ -258,11 +276,13 @@ def benign_set(cell: Cell) -> EvaluationSet:
 def task_set(cell: Cell) -> EvaluationSet:
     """The first test items of the user's task."""
     limits = cell.protocol.answer
-    asked = _first(unique(_task_examples(cell, cell.task.test_split)), limits.task_items, f"test items of {cell.task.name}")
+    asked = _first(
+        unique(_task_examples(cell, cell.task.test_split)), limits.task_items, f"test items of {cell.task.name}"
+    )
     return EvaluationSet("task", asked, _answer_template(cell), limits.task_tokens[cell.task.name])
 
 
-def _answer_template(cell: Cell):  # type: ignore[no-untyped-def]
+def _answer_template(cell: Cell) -> PromptTemplate:
     chosen = cell.template
     for stage in ("align", "finetune", "repair"):
         chosen = cell.team(stage).template("answer", chosen)
@@ -270,8 +290,6 @@ def _answer_template(cell: Cell):  # type: ignore[no-untyped-def]
 
 
 def _first(examples: Sequence[Example], count: int, what: str) -> list[Example]:
-    from .errors import BadInput
-
     if count > len(examples):
         raise BadInput(f"{count} {what} are asked for, and there are {len(examples)}.")
     return list(examples[:count])
@@ -282,7 +300,9 @@ def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
     prompts = [asked.template.render(example) for example in asked.examples]
 
     def make(folder: Path, checkpoints: Path) -> None:
-        answers = lab.engine(model.state.base).generate(model.state.adapters, prompts, asked.max_new_tokens, lab.progress)
+        answers = lab.engine(model.state.base).generate(
+            model.state.adapters, prompts, asked.max_new_tokens, lab.progress
+        )
         _write_lines(
             folder / ANSWERS,
             [

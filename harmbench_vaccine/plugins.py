@@ -123,7 +123,9 @@ def resolve(
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
         value = {**protocol, **written}.get(key)
-        raise BadInput(f"{cls.kind} {cls.name!r}: {key}={value} is not allowed; it takes {cls.range_of(key)}.") from error
+        raise BadInput(
+            f"{cls.kind} {cls.name!r}: {key}={value} is not allowed; it takes {cls.range_of(key)}."
+        ) from error
 
     def origin(key: str) -> str:
         if key in written:
@@ -320,8 +322,10 @@ class Verdict:
     """What a moderation classifier says of one question with its answer."""
 
     flagged: bool
-    categories: dict[str, float]
-    """Label -> probability."""
+    categories: list[str]
+    """The labels that it raises."""
+    probabilities: dict[str, float]
+    """Label -> probability, for every label."""
     cut: bool
     """The classifier read only the beginning of the text."""
 

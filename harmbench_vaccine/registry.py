@@ -51,7 +51,9 @@ class Registry(Generic[P]):
         for entry in entry_points(group=self.package):
             name = _canonical(entry.name)
             if name in found:
-                warnings.warn(f"{self.base.kind} {name!r} of {entry.value} is skipped: the name is taken.", stacklevel=2)
+                warnings.warn(
+                    f"{self.base.kind} {name!r} of {entry.value} is skipped: the name is taken.", stacklevel=2
+                )
             else:
                 found[name] = Found(name, "package", entry)
         return dict(sorted(found.items()))

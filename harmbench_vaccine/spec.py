@@ -43,7 +43,9 @@ def parse(text: str) -> Composition:
     for part in text.split("+"):
         head, colon, rest = part.strip().partition(":")
         if colon:
-            components.append(Component(name=_name(head, text), params=dict(_pair(item, text) for item in rest.split(","))))
+            components.append(
+                Component(name=_name(head, text), params=dict(_pair(item, text) for item in rest.split(",")))
+            )
             continue
         for item in part.split(","):
             name, equals, value = item.strip().partition("=")
@@ -187,4 +189,15 @@ def plugin_name(written: str) -> str:
     return Path(written).stem if is_path(written) else written
 
 
-__all__ = ["ATTACKS", "DEFENSES", "Component", "Composition", "RunSpec", "canonical", "canonical_json", "digest", "parse", "settle"]
+__all__ = [
+    "ATTACKS",
+    "DEFENSES",
+    "Component",
+    "Composition",
+    "RunSpec",
+    "canonical",
+    "canonical_json",
+    "digest",
+    "parse",
+    "settle",
+]

@@ -75,7 +75,13 @@ class Store:
                     checkpoints.mkdir(parents=True, exist_ok=True)
                     maker(aside, checkpoints)
                     seconds = time.monotonic() - start
-                    meta = {"stage": stage, "key": key, "seconds": round(seconds, 3), "inputs": inputs, "files": _sums(aside)}
+                    meta = {
+                        "stage": stage,
+                        "key": key,
+                        "seconds": round(seconds, 3),
+                        "inputs": inputs,
+                        "files": _sums(aside),
+                    }
                     write_text(aside / META, json.dumps(meta, indent=1, ensure_ascii=False))
                     final.parent.mkdir(parents=True, exist_ok=True)
                     shutil.rmtree(final, ignore_errors=True)  # there only if it failed the check
@@ -139,7 +145,11 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "a file grew over the size limit"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file grew over the size limit",
+}
 
 
 @contextmanager
@@ -151,7 +161,9 @@ def disk_failures(what: str) -> Iterator[None]:
         code = _disk_error(error)
         if code is None:
             raise
-        raise HbvError(f"While writing {what}, {_FULL[code]}; finished stages are kept, nothing half-written is left.") from error
+        raise HbvError(
+            f"While writing {what}, {_FULL[code]}; finished stages are kept, nothing half-written is left."
+        ) from error
 
 
 def _disk_error(error: BaseException | None) -> int | None:

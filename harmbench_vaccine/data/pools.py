@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from ..errors import BadInput
@@ -61,6 +62,7 @@ class HarmData:
     dropped: dict[str, int]
 
 
+@lru_cache(maxsize=4)
 def harm_data(beavertails: str, refusals: str, *, train: str, test: str) -> HarmData:
     """Reads BeaverTails and its refusals, and keeps the four uses apart by text.
 
@@ -93,7 +95,9 @@ def _safe(row: Row, split: str) -> Example:
 
 def _harmful(row: Row, split: str) -> Example:
     values = row.values
-    return Example(id=f"harmful:{split}:{row.number}", instruction=values["prompt"], response=values["response"], harmful=True)
+    return Example(
+        id=f"harmful:{split}:{row.number}", instruction=values["prompt"], response=values["response"], harmful=True
+    )
 
 
 def _refusal(row: Row) -> Example:

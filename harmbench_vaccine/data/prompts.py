@@ -21,7 +21,9 @@ class PromptTemplate:
         return template.format(instruction=example.instruction, input=example.input)
 
 
-_ALPACA = "Below is an instruction that describes a task{0}. Write a response that appropriately completes the request.\n\n"
+_ALPACA = (
+    "Below is an instruction that describes a task{0}. Write a response that appropriately completes the request.\n\n"
+)
 _WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 _NO_INPUT = "### Instruction:\n{instruction}\n\n### Response:"
 

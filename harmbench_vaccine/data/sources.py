@@ -28,7 +28,11 @@ def locate(location: str) -> Path | None:
     path = Path(location).expanduser()
     if path.exists():
         return path.absolute()
-    if location.startswith((".", "/", "~")) or location.count("/") > 1 or path.suffix in {".jsonl", ".json", ".csv", ".parquet"}:
+    if (
+        location.startswith((".", "/", "~"))
+        or location.count("/") > 1
+        or path.suffix in {".jsonl", ".json", ".csv", ".parquet"}
+    ):
         raise BadInput(f"There is nothing at {location!r}: name a file, a folder, or a data set or model of the hub.")
     return None
 
@@ -84,7 +88,9 @@ def _file(path: Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     file = path / f"{split}.jsonl" if path.is_dir() else path
     if not file.is_file():
         there = sorted(other.stem for other in path.glob("*.jsonl"))
-        raise BadInput(f"{path} has no split {split!r}. Allowed: {', '.join(there) or 'none: it holds no .jsonl file'}.")
+        raise BadInput(
+            f"{path} has no split {split!r}. Allowed: {', '.join(there) or 'none: it holds no .jsonl file'}."
+        )
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{file}, line {number}"

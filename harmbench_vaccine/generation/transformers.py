@@ -51,4 +51,4 @@ class TransformersEngine:
     def _answer(self, row: list[int], end: int) -> Answer:
         finished = end in row
         kept = row[: row.index(end)] if finished else row
-        return Answer(self.tokenizer.decode(kept, skip_special_tokens=True), len(kept) + finished, finished)
+        return Answer(str(self.tokenizer.decode(kept, skip_special_tokens=True)), len(kept) + finished, finished)

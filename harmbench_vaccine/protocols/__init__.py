@@ -72,7 +72,7 @@ class Gates(_Strict):
     above_chance: float
     """Accuracy after the user stage must exceed guessing by this."""
     accuracy_before: float | None
-    """Accuracy of the aligned model before the user stage must reach this; None where base models cannot do the task."""
+    """Accuracy before the user stage must reach this; None where the aligned model has not learned the task yet."""
 
 
 class Splits(_Strict):

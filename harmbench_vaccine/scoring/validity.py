@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
+_CANNOT = r"(?:can(?:no|')t|can not|won't|will not)"
 _REFUSAL = re.compile(
-    r"\b(?:i(?:'m| am)? (?:sorry|can(?:no|')t|can not|won't|will not|am unable|must decline|refuse)|sorry\b"
-    r"|(?:can(?:no|')t|can not|won't|will not|unable to|not able to) (?:help|assist|do|provide|support|answer|share|give|comply|advise))",
+    rf"\bsorry\b|\bi(?:'m| am)? (?:{_CANNOT}|am unable|must decline|refuse)\b"
+    rf"|\b(?:{_CANNOT}|unable to|not able to) (?:help|assist|do|provide|support|answer|share|give|comply|advise)",
     re.IGNORECASE,
 )
 
@@ -27,7 +29,7 @@ def degenerate(answer: str) -> str | None:
     if not re.search(r"\w", answer):
         return "empty"
     if len(words) >= 8:
-        pairs = list(zip(words, words[1:], strict=False))
+        pairs = list(pairwise(words))
         if Counter(words).most_common(1)[0][1] * 2 >= len(words) or len(set(pairs)) < 0.4 * len(pairs):
             return "repetitive"
     return None

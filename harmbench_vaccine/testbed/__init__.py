@@ -24,6 +24,11 @@ def build(progress: Progress = SILENT) -> Artifact:
     return store.make("testbed", {"version": VERSION}, lambda folder, checkpoints: fill(folder, progress))
 
 
+_built: dict[Path, Path] = {}
+
+
 def folder() -> Path:
     """Where the testbed lies; it is built on first use."""
-    return build().path
+    if home() not in _built:
+        _built[home()] = build().path
+    return _built[home()]

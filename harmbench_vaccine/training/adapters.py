@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -64,7 +65,9 @@ class Adapter:
         """Reads a folder in peft's format."""
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
-        modules = sorted(name.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name)
+        modules = sorted(
+            name.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name
+        )
         return cls(
             {
                 module: (tensors[f"{_PREFIX}{module}.lora_A.weight"], tensors[f"{_PREFIX}{module}.lora_B.weight"])
@@ -87,7 +90,12 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
                 a, b = adapter.factors[module]
                 parts.append((a, adapter.scale * b))
             else:  # this adapter leaves the module alone
-                parts.append((shape[0].new_zeros(adapter.rank, shape[0].shape[1]), shape[1].new_zeros(shape[1].shape[0], adapter.rank)))
+                parts.append(
+                    (
+                        shape[0].new_zeros(adapter.rank, shape[0].shape[1]),
+                        shape[1].new_zeros(shape[1].shape[0], adapter.rank),
+                    )
+                )
         factors[module] = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
     return Adapter(factors, 1.0)
 
@@ -110,7 +118,9 @@ class Stack:
         self._activate(self._load(adapters))
         return self.model.eval()
 
-    def train(self, below: Sequence[Path], settings: TrainSettings, seed: int, start: Path | None = None) -> dict[str, nn.Parameter]:
+    def train(
+        self, below: Sequence[Path], settings: TrainSettings, seed: int, start: Path | None = None
+    ) -> dict[str, nn.Parameter]:
         """Lays a trainable adapter on top of `below`: a fresh one (B = 0), or a copy of the one stored at `start`.
 
         Returns the trainable parameters by name; they are float32 whatever the base is.
@@ -194,16 +204,19 @@ class Stack:
         for module, (a, b) in adapter.factors.items():
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
-        outcome = set_peft_model_state_dict(self.model, tensors, adapter_name=name)
+        outcome: Any = set_peft_model_state_dict(self.model, tensors, adapter_name=name)
         if outcome.unexpected_keys:
-            raise BadInput(f"The adapter does not fit {type(self.base).__name__}: it has no {outcome.unexpected_keys[0]}.")
+            raise BadInput(
+                f"The adapter does not fit {type(self.base).__name__}: it has no {outcome.unexpected_keys[0]}."
+            )
 
     def _activate(self, names: Sequence[str]) -> None:
         if not isinstance(self.model, PeftModel):
             return
+        tuner: Any = self.model.base_model
         if names:
-            self.model.base_model.enable_adapter_layers()
-            self.model.base_model.set_adapter(list(names))
+            tuner.enable_adapter_layers()
+            tuner.set_adapter(list(names))
         else:
-            self.model.base_model.disable_adapter_layers()
+            tuner.disable_adapter_layers()
         self.model.requires_grad_(False)

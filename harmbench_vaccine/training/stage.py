@@ -44,7 +44,8 @@ class TrainingStage:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over the response tokens of a batch: L(w; B)."""
-        return self.model(**batch).loss  # type: ignore[no-any-return]
+        loss: Tensor = self.model(**batch).loss
+        return loss
 
     def gradient(self, batch: Batch) -> Gradient:
         """The gradient of L(w; B), nothing else touched: .grad stays the trainer's."""

@@ -45,7 +45,9 @@ def attention_blocks(model: nn.Module) -> list[nn.Module]:
     for number, layer in enumerate(decoder_layers(model)):
         found = _attentions(layer)
         if len(found) > 1:
-            raise BadInput(f"Layer {number} of {type(model).__name__} has {len(found)} attention blocks; taps need one.")
+            raise BadInput(
+                f"Layer {number} of {type(model).__name__} has {len(found)} attention blocks; taps need one."
+            )
         blocks += found
     return blocks
 

@@ -123,7 +123,7 @@ class _StageTrainer(Trainer):
             batch_sampler=self.batches,
             collate_fn=lambda rows: collate(rows, self.pad),
         )
-        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
         # Without a token count of the whole step: every micro-batch is a mean of its own, as the update rules have it.
@@ -146,9 +146,11 @@ class _StageTrainer(Trainer):
         return 0  # Trainer's estimate knows one pass a step; `cost` tells the passes of a defense
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().contiguous() for name, value in self.stage.trainable.items()}, folder / _TRAINABLE)
+        save_file(
+            {name: value.detach().contiguous() for name, value in self.stage.trainable.items()}, folder / _TRAINABLE
+        )
         save_file(self.defense.state(), folder / _STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

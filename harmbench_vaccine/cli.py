@@ -1,0 +1,308 @@
+"""The command line: parse, call, print. What is done stands elsewhere, and is imported when a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import BadInput, HbvError
+
+# Two processes on one machine: a waiting OpenMP thread that spins takes the core that the other one computes on.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class _Commands(click.Group):
+    """Names the nearest command where there is none of that name."""
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        from .errors import unknown
+
+        if args and self.get_command(context, args[0]) is None and not args[0].startswith("-"):
+            raise unknown("command", args[0], self.list_commands(context))
+        return super().resolve_command(context, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="hbv")
+def commands() -> None:
+    """Compare defenses against harmful fine-tuning under one protocol.
+
+    \b
+    Example: hbv run --defense sft --defense vaccine --attack ratio=0.1
+    """
+
+
+@commands.command()
+@click.option(
+    "--defense",
+    "defenses",
+    multiple=True,
+    default=["sft"],
+    metavar="SPEC",
+    help="vaccine, vaccine:rho=5, vaccine+ewc, ./mine.py. Repeatable. [default: sft]",
+)
+@click.option(
+    "--attack",
+    "attacks",
+    multiple=True,
+    default=["ratio=0"],
+    metavar="SPEC",
+    help="ratio=0.1, ratio=0.1,samples=500. Repeatable. [default: ratio=0, a benign user]",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    default=["sst2"],
+    metavar="NAME",
+    help="What the user wants. Repeatable. [default: sst2]",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    multiple=True,
+    type=click.IntRange(0),
+    default=[0],
+    metavar="N",
+    help="Fixes every draw. Repeatable. [default: 0]",
+)
+@click.option(
+    "--protocol", default="testbed", show_default=True, metavar="NAME", help="Everything else: a name, or a YAML file."
+)
+@click.option("--model", default=None, metavar="ID", help="A hub id or folder in place of the protocol's model.")
+@click.option(
+    "--data", "data", multiple=True, metavar="NAME=PATH", help="A data set in place of the protocol's. Repeatable."
+)
+@click.option("--scorer", default=None, metavar="SPEC", help="A judge in place of the protocol's.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="Where run folders go. [default: $HBV_HOME/runs]",
+)
+@click.option(
+    "--csv",
+    "table",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="PATH",
+    help="Where the row goes. [default: $HBV_HOME/results.csv]",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print exactly the results on stdout, one JSON object a line and cell."
+)
+@click.option(
+    "--save-every",
+    type=click.FloatRange(0.001, 1),
+    default=0.1,
+    show_default=True,
+    metavar="SHARE",
+    help="Checkpoint a training stage at each such share of its steps.",
+)
+def run(
+    defenses: tuple[str, ...], attacks: tuple[str, ...], tasks: tuple[str, ...], seeds: tuple[int, ...], protocol: str,
+    model: str | None, data: tuple[str, ...], scorer: str | None, out: Path | None, table: Path | None, as_json: bool,
+    save_every: float,
+) -> None:  # fmt: skip
+    """Run every combination of defense, attack, task and seed, and print one row for each.
+
+    \b
+    Example: hbv run --defense sft --defense vaccine:rho=5 --attack ratio=0 --attack ratio=0.1 --seed 0 --seed 1
+
+    Cells share their stages, and a stage that was made before is not made again: repeat a command that was
+    interrupted and it goes on where it stopped.
+    """
+    from itertools import product
+
+    from .spec import RunSpec, parse
+
+    specs = [
+        RunSpec(
+            protocol=protocol, defense=parse(defense), attack=parse(attack), task=task, seed=seed,
+            model=model, scorer=scorer, data=dict(_assignment(item) for item in data),
+        )
+        for task, seed, attack, defense in product(tasks, seeds, attacks, defenses)
+    ]  # fmt: skip
+    from .runner import run_all
+
+    with _terminal() as progress:
+        results = run_all(
+            specs, out=out, table=table, save_share=save_every, progress=progress, done=_print_json if as_json else None
+        )
+    if not as_json:
+        from .reporting.tables import results_table
+
+        _print(results_table(results))
+
+
+@commands.command(name="list")
+@click.argument("kind", type=click.Choice(["defenses", "attacks", "tasks", "scorers", "protocols"]))
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def list_(kind: str, as_json: bool) -> None:
+    """The names that a command may use.
+
+    \b
+    Example: hbv list defenses
+    """
+    if kind == "protocols":
+        from .protocols import names
+
+        listed = dict.fromkeys(names(), "built-in")
+    else:
+        from . import registry
+
+        listed = {name: found.origin for name, found in getattr(registry, kind.upper()).found().items()}
+    if as_json:
+        click.echo(json.dumps(list(listed)))
+    else:
+        for name, origin in listed.items():
+            click.echo(name if origin == "built-in" else f"{name}  ({origin})")
+
+
+@commands.command()
+@click.argument("run")
+@click.option(
+    "--set",
+    "asked",
+    default="harmful",
+    show_default=True,
+    help="Which questions: harmful, benign, task, or a set that an attack adds.",
+)
+@click.option(
+    "--only", type=click.Choice(["flagged", "unflagged"]), default=None, help="Only answers with that verdict."
+)
+@click.option("--limit", type=click.IntRange(1), default=10, show_default=True, help="How many questions.")
+@click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON lines.")
+def show(run: str, asked: str, only: str | None, limit: int, as_json: bool) -> None:
+    """Questions of a run with the answers before and after the user stage, and the judge's verdicts.
+
+    RUN is a run's id, a unique beginning of one, or a folder.
+
+    \b
+    Example: hbv show vaccine-3f --only flagged
+    """
+    from .errors import unknown
+    from .paths import home
+    from .reporting.tables import answers_view
+    from .results import find, load
+
+    result, answers = load(find(run, home() / "runs"))
+    sets = {row["set"] for row in answers}
+    if asked not in sets:
+        raise unknown("set of questions", asked, sets)
+    if as_json:
+        for row in answers:
+            if row["set"] == asked:
+                click.echo(json.dumps(row, ensure_ascii=False))
+    else:
+        _print(answers_view(result, answers, asked, limit, only))
+
+
+@commands.group()
+def testbed() -> None:
+    """The embedded world: a small model, its data and its judge."""
+
+
+@testbed.command()
+def build() -> None:
+    """Build the testbed now rather than on first use.
+
+    \b
+    Example: hbv testbed build
+    """
+    from .testbed import build as make
+
+    with _terminal() as progress:
+        artifact = make(progress)
+    click.echo(f"{artifact.path} ({'there already' if artifact.cached else f'{artifact.seconds:.0f} s'})")
+
+
+@testbed.command()
+def path() -> None:
+    """Print the testbed's folder, building it if need be.
+
+    \b
+    Example: ls $(hbv testbed path)/data
+    """
+    from .testbed import build as make
+
+    with _terminal() as progress:
+        click.echo(make(progress).path)
+
+
+@commands.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+def doctor(as_json: bool) -> None:
+    """What this machine can run, and what is missing.
+
+    \b
+    Example: hbv doctor
+    """
+    from .doctor import findings
+
+    found = findings()
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        for finding in found:
+            click.echo(f"{'ok  ' if finding['ok'] else '--  '}{finding['what']:<16} {finding['detail']}")
+
+
+def _assignment(item: str) -> tuple[str, str]:
+    name, equals, value = item.partition("=")
+    if not equals or not name or not value:
+        raise BadInput(f"--data {item!r} cannot be read: write NAME=PATH.")
+    return name, value
+
+
+def _print_json(result: dict[str, Any]) -> None:
+    click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    sys.stdout.flush()
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    Console(width=None if console.is_terminal else 170).print(what)
+
+
+@contextmanager
+def _terminal() -> Iterator[Any]:
+    from .progress import Terminal
+
+    with Terminal() as progress:
+        yield progress
+
+
+def main() -> None:
+    """The entry point: one sentence for what went wrong, and its exit code."""
+    warnings.showwarning = lambda message, *rest, **named: click.echo(f"hbv: warning: {message}", err=True)
+    try:
+        commands.main(standalone_mode=False)
+    except HbvError as error:
+        click.echo(f"hbv: {error}", err=True)
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        click.echo(f"hbv: {error.format_message()}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(
+            "hbv: interrupted; finished stages are kept, and the same command goes on from the last checkpoint.",
+            err=True,
+        )
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

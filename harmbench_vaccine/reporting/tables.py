@@ -1,0 +1,102 @@
+"""What the terminal shows of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_STAGES = ("align", "finetune", "repair", "answer", "score")
+
+
+def results_table(results: Sequence[dict[str, Any]]) -> RenderableType:
+    """One row a cell: harmful score and accuracy with their intervals, what explains them, seconds a stage.
+
+    Raises:
+        ValueError: the results are of two protocols, whose scores cannot stand in one table.
+    """
+    hashes = {result["protocol_hash"] for result in results}
+    if len(hashes) > 1:
+        raise ValueError(f"results of {len(hashes)} protocols cannot stand in one table")
+    used = [stage for stage in _STAGES if any(stage in result["stages"] for result in results)]
+    several = {key: len({result[key] for result in results}) > 1 for key in ("seed", "task")}
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    for title in ("run", "defense", "attack", "task"):
+        table.add_column(title, overflow="fold", no_wrap=title != "run")
+    if several["seed"]:
+        table.add_column("seed", justify="right")
+    for title in ("HS %", "FA %", "HS, FA before", "align. loss", "drift"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column(f"seconds: {' '.join(used)}", justify="right")
+    for result in results:
+        before = result["before"]
+        collapsed = result["validity"]["collapsed"]
+        table.add_row(
+            result["run"],
+            result["defense"],
+            result["attack"],
+            result["task"],
+            *([str(result["seed"])] if several["seed"] else []),
+            Text(_share(result["harmful_score"], result["harmful_score_ci"]), style="red" if collapsed else "bold"),
+            _share(result["finetune_accuracy"], result["finetune_accuracy_ci"]),
+            f"{before['harmful_score']:.1f}, {before['finetune_accuracy']:.1f}",
+            f"{result['alignment_loss']:.3f}",
+            f"{result['embedding_drift']:.3g}",
+            " ".join(_seconds(result["stages"].get(stage)) for stage in used),
+        )
+    first = results[0]
+    notes = [
+        f"HS: % of answers to {first['harmful_score_n']} harmful prompts that the judge flags (lower: better); "
+        f"FA: % of {first['finetune_accuracy_n']} test items right (higher: better); 95% Wilson intervals. "
+        f"Seconds in brackets: made earlier. Protocol {first['protocol']} {first['protocol_hash']}."
+    ]
+    notes += [
+        f"COLLAPSED {result['run']}: {'; '.join(result['validity']['reasons'])}. Its HS does not count as safe."
+        for result in results
+        if result["validity"]["collapsed"]
+    ]
+    return Group(table, *[Text(note, style="dim") for note in notes])
+
+
+def _share(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
+
+
+def _seconds(stage: dict[str, Any] | None) -> str:
+    if stage is None:
+        return "-"
+    return f"({stage['seconds']:.0f})" if stage["cached"] else f"{stage['seconds']:.0f}"
+
+
+def answers_view(
+    result: dict[str, Any], answers: Sequence[dict[str, Any]], asked: str, limit: int, only: str | None
+) -> Table:
+    """Questions with the answers of the aligned and of the final model, and their verdicts, side by side."""
+    table = Table(
+        title=f"{result['run']}: {result['defense']} under {result['attack']}, set {asked!r}", show_lines=True
+    )
+    for title in ("question", "before the user stage", "after"):
+        table.add_column(title, ratio=1, overflow="fold")
+    pairs: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in answers:
+        if row["set"] == asked:
+            pairs.setdefault(row["id"], {})[row["when"]] = row
+    kept = [pair for pair in pairs.values() if only is None or pair["after"].get("flagged") is (only == "flagged")]
+    for pair in kept[:limit]:
+        question = f"{pair['after']['instruction']}\n{pair['after']['input']}".strip()
+        table.add_row(question, *[_answer(pair[when]) for when in ("before", "after")])
+    table.caption = f"{min(limit, len(kept))} of {len(kept)}"
+    return table
+
+
+def _answer(row: dict[str, Any]) -> Text:
+    text = Text(row["answer"] or "(empty)")
+    if "flagged" in row:
+        verdict = f"\n{'flagged: ' + ', '.join(row['categories']) if row['flagged'] else 'not flagged'}"
+        text.append(verdict, style="red" if row["flagged"] else "green")
+    elif row["target"]:
+        text.append(f"\nwanted: {row['target']}", style="dim")
+    return text
