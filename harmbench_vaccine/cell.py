@@ -40,6 +40,8 @@ class Cell:
             BadInput: an unknown name, a value out of range, or plug-ins that cannot act together.
         """
         protocol = protocols.load(spec.protocol)
+        for name in spec.data:
+            protocol.location(name)
         protocol = protocol.model_copy(update={"data": {**protocol.data, **spec.data}})
         task_class = TASKS.get(spec.task)
         scorers = settle(parse(spec.scorer or protocol.score.scorer), SCORERS, {}, protocol.name)

@@ -18,6 +18,8 @@ from .errors import BadInput, HbvError
 
 # Two processes on one machine: a waiting OpenMP thread that spins takes the core that the other one computes on.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # theirs would break ours
 
 
 class _Commands(click.Group):
@@ -146,7 +148,7 @@ def run(
 
 
 @commands.command(name="list")
-@click.argument("kind", type=click.Choice(["defenses", "attacks", "tasks", "scorers", "protocols"]))
+@click.argument("kind", type=click.Choice(["defenses", "attacks", "tasks", "scorers", "protocols", "models"]))
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def list_(kind: str, as_json: bool) -> None:
     """The names that a command may use.
@@ -154,10 +156,10 @@ def list_(kind: str, as_json: bool) -> None:
     \b
     Example: hbv list defenses
     """
-    if kind == "protocols":
-        from .protocols import names
+    if kind in ("protocols", "models"):
+        from . import protocols
 
-        listed = dict.fromkeys(names(), "built-in")
+        listed = dict.fromkeys(protocols.names() if kind == "protocols" else protocols.models(), "built-in")
     else:
         from . import registry
 
@@ -240,8 +242,32 @@ def path() -> None:
         click.echo(make(progress).path)
 
 
-@commands.command()
+@testbed.command()
+@click.option("--quick", is_flag=True, help="2 seeds and 3 ratios instead of 5 and 6.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@click.pass_context
+def report(context: click.Context, quick: bool, as_json: bool) -> None:
+    """Measure whether the testbed is a fair place; exit code 1 if a check fails. Resumes where it stopped.
+
+    \b
+    Example: hbv testbed report --quick
+    """
+    from dataclasses import asdict
+
+    from .reporting.tables import testbed_view
+    from .testbed.report import report as make
+
+    with _terminal() as progress:
+        made = make(quick, progress)
+    if as_json:
+        click.echo(json.dumps({**asdict(made), "holds": made.holds}, default=str))
+    else:
+        _print(testbed_view(made))
+    context.exit(0 if made.holds else 1)
+
+
+@commands.command()
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 def doctor(as_json: bool) -> None:
     """What this machine can run, and what is missing.
 
@@ -289,7 +315,7 @@ def main() -> None:
     """The entry point: one sentence for what went wrong, and its exit code."""
     warnings.showwarning = lambda message, *rest, **named: click.echo(f"hbv: warning: {message}", err=True)
     try:
-        commands.main(standalone_mode=False)
+        code = commands.main(standalone_mode=False)
     except HbvError as error:
         click.echo(f"hbv: {error}", err=True)
         sys.exit(error.exit_code)
@@ -302,6 +328,7 @@ def main() -> None:
             err=True,
         )
         sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ class BadInput(HbvError):
     exit_code = 2
 
 
-def unknown(kind: str, name: str, allowed: Iterable[str]) -> BadInput:
-    """The refusal of a name: what it was, the nearest valid one, and every valid one."""
+def unknown(kind: str, name: str, allowed: Iterable[str], of: str = "") -> BadInput:
+    """The refusal of a name: what it was (`of` what), the nearest valid one, and every valid one."""
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    return BadInput(f"Unknown {kind} {name!r}.{guess} Allowed: {', '.join(names) or 'none'}.")
+    return BadInput(f"Unknown {kind} {name!r}{of and f' of {of}'}.{guess} Allowed: {', '.join(names) or 'none'}.")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import protocols
 from .data.sources import locate
-from .errors import HbvError
+from .errors import BadInput, HbvError
 from .progress import SILENT, Progress
 from .store import Store
 
@@ -79,3 +81,31 @@ class Lab:
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         self._stack = Stack(model.to(device))
         self._base = base
+
+
+def check_model(location: str) -> None:
+    """Looks whether there is a model at a location, before any work is spent on it.
+
+    Raises:
+        BadInput: it is neither a model's folder nor a model that the hub has.
+    """
+    path = locate(location)
+    if path is not None and (path / "config.json").is_file():
+        return
+    if path is None:
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(location)
+            return
+        except (OSError, ValueError) as error:
+            reason = f"the hub does not give it: {str(error).splitlines()[0]}"
+    else:
+        reason = "it holds no config.json"
+    known = protocols.models()
+    close = difflib.get_close_matches(location, known, n=1, cutoff=0.4)
+    guess = f" Did you mean {close[0]!r}?" if close else ""
+    raise BadInput(
+        f"Unknown model {location!r}: {reason.rstrip('.')}.{guess} "
+        f"Allowed: a model's folder, a hub id, or one of the protocols': {', '.join(known)}."
+    )

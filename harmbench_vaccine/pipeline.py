@@ -21,7 +21,7 @@ from .data.prompts import PromptTemplate
 from .data.records import Example
 from .data.sources import fingerprint, read
 from .errors import BadInput
-from .lab import Lab, ModelState
+from .lab import Lab, ModelState, check_model
 from .plugins import EvaluationSet, Mix, Pools, StageName
 from .seeds import derive
 from .spec import digest
@@ -77,11 +77,13 @@ def run(cell: Cell, lab: Lab) -> Measured:
 
 
 def check(cell: Cell) -> None:
-    """Draws everything that the cell needs from its data, so that a lack of rows is told before any work is spent.
+    """Draws everything that the cell needs from its data, and looks for its models, before any work is spent.
 
     Raises:
-        BadInput: a file lacks a field, or more rows are asked for than there are.
+        BadInput: a file lacks a field, more rows are asked for than there are, or a model is not there.
     """
+    check_model(cell.model)
+    check_model(cell.protocol.score.judge)
     user_data(cell, pools_of(cell))
     harmful_sets(cell)
     task_set(cell)
@@ -279,7 +281,8 @@ def task_set(cell: Cell) -> EvaluationSet:
     asked = _first(
         unique(_task_examples(cell, cell.task.test_split)), limits.task_items, f"test items of {cell.task.name}"
     )
-    return EvaluationSet("task", asked, _answer_template(cell), limits.task_tokens[cell.task.name])
+    tokens = limits.task_tokens.get(cell.task.name, cell.task.max_new_tokens)
+    return EvaluationSet("task", asked, _answer_template(cell), tokens)
 
 
 def _answer_template(cell: Cell) -> PromptTemplate:
@@ -291,7 +294,7 @@ def _answer_template(cell: Cell) -> PromptTemplate:
 
 def _first(examples: Sequence[Example], count: int, what: str) -> list[Example]:
     if count > len(examples):
-        raise BadInput(f"{count} {what} are asked for, and there are {len(examples)}.")
+        raise BadInput(f"{count} {what} are asked for; allowed: at most {len(examples)}, as many as there are.")
     return list(examples[:count])
 
 

@@ -117,7 +117,7 @@ def resolve(
     protocol = protocol or {}
     for key in [*protocol, *written]:
         if key not in cls.model_fields:
-            raise unknown(f"parameter of {cls.kind} {cls.name!r}", key, cls.model_fields)
+            raise unknown("parameter", key, cls.model_fields, of=f"{cls.kind} {cls.name!r}")
     try:
         plugin = cls(**{**protocol, **written})
     except ValidationError as error:
@@ -301,6 +301,8 @@ class Task(Plugin):
     """The fields that a row must have."""
     chance: ClassVar[float]
     """The accuracy of guessing, in percent."""
+    max_new_tokens: ClassVar[int] = 200
+    """How long an answer may be where the protocol sets no limit for the task."""
     train_split: ClassVar[str] = "train"
     test_split: ClassVar[str] = "test"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,23 +45,18 @@ def run_all(
         check(cell)
     lab = Lab(Store(root / "store", progress), progress, save_share)
     results = []
-    for cell in cells:
-        _quiet_libraries()
-        measured = run(cell, lab)
-        values = result(cell, measured)
-        save(cell, measured, values, runs, table or root / "results.csv")
-        results.append(values)
-        if done:
-            done(values)
+    with progress.bar("cells", len(cells)) as advance:
+        for cell in cells:
+            measured = run(cell, lab)
+            values = result(cell, measured)
+            save(cell, measured, values, runs, table or root / "results.csv")
+            results.append(values)
+            if done:
+                done(values)
+            advance(1)
     return results
 
 
 def _uses_testbed(cell: Cell) -> bool:
     places = [cell.model, cell.protocol.score.judge, *cell.protocol.data.values()]
     return any(place.startswith(TESTBED) for place in places)
-
-
-def _quiet_libraries() -> None:
-    """Their progress bars would break ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

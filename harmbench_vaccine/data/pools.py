@@ -124,7 +124,7 @@ def draw(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object) 
         BadInput: there are fewer.
     """
     if count > len(rows):
-        raise BadInput(f"{count} {what} are asked for, and there are {len(rows)}.")
+        raise BadInput(f"{count} {what} are asked for; allowed: at most {len(rows)}, as many as there are.")
     return stream(seed, *purpose).sample(list(rows), count)
 
 

@@ -112,13 +112,18 @@ class Protocol(_Strict):
             BadInput: the protocol does not name it.
         """
         if dataset not in self.data:
-            raise unknown(f"data set of protocol {self.name!r}", dataset, self.data)
+            raise unknown("data set", dataset, self.data, of=f"protocol {self.name!r}")
         return self.data[dataset]
 
 
 def names() -> list[str]:
     """The protocols that come with the package."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
+
+
+def models() -> list[str]:
+    """The models that those protocols start from."""
+    return sorted({load(name).model for name in names()})
 
 
 def load(name: str) -> Protocol:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from ..testbed.report import Report
 
 _STAGES = ("align", "finetune", "repair", "answer", "score")
 
@@ -100,3 +103,27 @@ def _answer(row: dict[str, Any]) -> Text:
     elif row["target"]:
         text.append(f"\nwanted: {row['target']}", style="dim")
     return text
+
+
+def testbed_view(report: Report) -> RenderableType:
+    """The testbed's curves, accuracies and checks."""
+    curves = Table(title="Harmful score (HS, %) by harmful ratio p: mean ± half of the 95% t-interval over seeds")
+    curves.add_column("defense")
+    curves.add_column("seeds", justify="right")
+    for ratio in report.ratios:
+        curves.add_column(f"p={ratio:g}", justify="right")
+    for name, points in report.harmful.items():
+        seeds = str(next(iter(points.values())).n)
+        curves.add_row(name, seeds, *[str(points[ratio]) if ratio in points else "" for ratio in report.ratios])
+    learned = Table(title="Fine-tune accuracy (FA, %) of the SFT-aligned model")
+    for title in ("task", "before the user stage", "after it"):
+        learned.add_column(title, justify="left" if title == "task" else "right")
+    for task, scores in report.accuracy.items():
+        learned.add_row(task, str(scores["before"]), str(scores["after"]))
+    checks = Table(title="Checks")
+    for title in ("", "what must hold", "measured"):
+        checks.add_column(title)
+    for check in report.checks:
+        mark = Text("holds", style="green") if check.holds else Text("FAILS", style="bold red")
+        checks.add_row(mark, check.what, check.found)
+    return Group(curves, learned, checks)

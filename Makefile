@@ -1,0 +1,42 @@
+# The two commands of the README are `make run` and `make test`; each sets up what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: run test fast slow lint bench clean
+
+run: $(VENV)/.installed
+	$(BIN)/hbv run --defense sft --defense vaccine --attack ratio=0.1
+
+test: fast slow
+	$(BIN)/coverage combine --quiet --append 2>/dev/null || true
+	$(BIN)/coverage report
+
+fast: $(VENV)/.installed-dev
+	$(BIN)/pytest -m "not slow" --cov --cov-report=
+
+slow: $(VENV)/.installed-dev
+	$(BIN)/pytest -m slow --cov --cov-append --cov-report=
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@

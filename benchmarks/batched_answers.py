@@ -1,0 +1,47 @@
+"""How much faster prompts are answered in batches than one at a time: the ratio, from one run.
+
+python benchmarks/batched_answers.py
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from harmbench_vaccine.generation.transformers import TransformersEngine
+from harmbench_vaccine.training.adapters import Stack
+
+PROMPTS, TOKENS = 64, 32
+
+
+def main() -> None:
+    """Prints the seconds of both ways and the ratio."""
+    torch.manual_seed(0)
+    words = {f"w{number}": number for number in range(1000)}
+    model = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="w1", pad_token="w2", unk_token="w0")
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4
+    )
+    stack = Stack(LlamaForCausalLM(config))
+    draw = random.Random(0)
+    prompts = [" ".join(draw.choices(sorted(words), k=draw.randint(8, 24))) for _ in range(PROMPTS)]
+    seconds = {}
+    for batch in (1, PROMPTS):
+        start = time.perf_counter()
+        TransformersEngine(stack, tokenizer, batch).generate((), prompts, TOKENS)
+        seconds[batch] = time.perf_counter() - start
+    print(f"{PROMPTS} prompts: {seconds[1]:.1f} s one at a time, {seconds[PROMPTS]:.1f} s in one batch")
+    print(f"ratio {seconds[1] / seconds[PROMPTS]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
