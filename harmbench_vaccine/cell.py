@@ -14,10 +14,11 @@ from . import protocols
 from .compose import AttackTeam, DefenseTeam
 from .data.prompts import PromptTemplate, template
 from .data.sources import fingerprint
-from .plugins import Resolved, StageName, Task, Topology, TrainSettings
+from .plugins import Resolved, Task
 from .protocols import Protocol
 from .registry import ATTACKS, DEFENSES, SCORERS, TASKS
 from .spec import RunSpec, canonical, digest, parse, settle
+from .terms import StageName, Topology, TrainSettings
 
 
 @dataclass(frozen=True)

@@ -328,6 +328,11 @@ def main() -> None:
             err=True,
         )
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get("HBV_DEBUG"):
+            raise
+        click.echo(f"hbv: unexpected {type(error).__name__}: {error} (HBV_DEBUG=1 shows where)", err=True)
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

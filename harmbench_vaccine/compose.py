@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .data.records import Example
 from .errors import BadInput
-from .plugins import Attack, Defense, EvaluationSet, Mix, Plugin, Pools, StageName, Topology, TrainSettings
+from .plugins import Attack, Defense, Plugin
+from .terms import EvaluationSet, Mix, Pools, StageName, Topology, TrainSettings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,10 +22,10 @@ from .data.records import Example
 from .data.sources import fingerprint, read
 from .errors import BadInput
 from .lab import Lab, ModelState, check_model
-from .plugins import EvaluationSet, Mix, Pools, StageName
 from .seeds import derive
 from .spec import digest
 from .store import Artifact
+from .terms import EvaluationSet, Mix, Pools, StageName
 
 if TYPE_CHECKING:
     from .training.stage import TrainingStage
@@ -202,6 +202,7 @@ def _train(
         log = train(
             stage, team, encoded, settings, checkpoints,
             pad=pad_id(tokenizer), save_share=lab.save_share, progress=lab.progress,
+            title=f"{name} {cell.defense}, seed {cell.spec.seed}",
         )  # fmt: skip
         adapter = team.edit(stage, stack.trained())
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .data.records import Example
 from .errors import BadInput, unknown
 from .progress import SILENT, Progress
+from .terms import EvaluationSet, Mix, Pools, StageName, Topology, TrainSettings, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from .data.prompts import PromptTemplate
     from .training.adapters import Adapter
     from .training.stage import Batch, Gradient, TrainingStage
-
-StageName = Literal["align", "finetune", "repair"]
-Topology = Literal["double", "single"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters
@@ -135,75 +133,6 @@ def resolve(
         return f"default: {cls.source_of(key)}"
 
     return Resolved(plugin, plugin.model_dump(mode="json"), {key: origin(key) for key in cls.model_fields})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a stage is made of
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything that an optimizer run is told; a defense or an attack may replace what its paper changes."""
-
-    lr: float
-    epochs: float
-    batch: int
-    accumulation: int = 1
-    schedule: str = "cosine"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    lora_rank: int = 8
-    lora_alpha: float = 4.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    max_length: int = 200
-
-
-@dataclass(frozen=True)
-class Pools:
-    """The rows that a plug-in may draw from. No prompt occurs in two pools, nor in the evaluation."""
-
-    alignment: Sequence[Example] = ()
-    """The rows that the alignment stage trains on."""
-    paired: Sequence[tuple[Example, Example]] = ()
-    """The defender's pairs: the same prompt with a safe and with a harmful answer."""
-    benign: Sequence[Example] = ()
-    attacker: Sequence[Example] = ()
-    """Harmful rows that only the attacker has."""
-
-
-@dataclass(frozen=True)
-class Mix:
-    """How many rows the user uploads and what share of them is harmful."""
-
-    samples: int
-    ratio: float = 0.0
-
-    @property
-    def harmful(self) -> int:
-        """round(p n), the one rounding: the task rows are the rest, so that the counts sum to n."""
-        return round(self.ratio * self.samples)
-
-    @property
-    def task(self) -> int:
-        return self.samples - self.harmful
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """Prompts that a model is asked, under one name. The first set of a cell is the one its headline HS is about."""
-
-    name: str
-    examples: Sequence[Example]
-    template: PromptTemplate
-    max_new_tokens: int
-
-    def rewritten(self, name: str, examples: Sequence[Example]) -> EvaluationSet:
-        """The same questions put differently, under another name."""
-        return replace(self, name=name, examples=examples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,19 +246,6 @@ class Task(Plugin):
     def flexible(self, answer: str, target: str) -> bool:
         """Whether the answer is right by the rule of the papers."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a moderation classifier says of one question with its answer."""
-
-    flagged: bool
-    categories: list[str]
-    """The labels that it raises."""
-    probabilities: dict[str, float]
-    """Label -> probability, for every label."""
-    cut: bool
-    """The classifier read only the beginning of the text."""
 
 
 class Scorer(Plugin):

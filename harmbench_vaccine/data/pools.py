@@ -12,8 +12,9 @@ from functools import lru_cache
 from typing import TypeVar
 
 from ..errors import BadInput
-from ..plugins import Attack, Mix, Pools
+from ..plugins import Attack
 from ..seeds import stream
+from ..terms import Mix, Pools
 from .records import Example
 from .sources import Row, read
 

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import BadInput, unknown
-from ..plugins import Topology, TrainSettings
 from ..spec import digest, first_problem
+from ..terms import Topology, TrainSettings
 
 
 class _Strict(BaseModel):

@@ -132,7 +132,7 @@ def report(quick: bool = False, progress: Progress = SILENT) -> Report:
             scores["after"].append(result["finetune_accuracy"])
     curves = {name: {ratio: Point.of(v) for ratio, v in points.items()} for name, points in harmful.items()}
     learned = {task: {when: Point.of(v) for when, v in scores.items()} for task, scores in accuracy.items()}
-    judge = json.loads((folder() / "testbed.json").read_text(encoding="utf-8"))["judge"]
+    judge = json.loads((folder() / "testbed.json").read_text(encoding="utf-8"))["judge_held_out"]["flag"]
     return Report(size.ratios, curves, learned, judge, _checks(suite, size, curves, learned, judge))
 
 

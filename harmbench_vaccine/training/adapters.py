@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import BadInput
-from ..plugins import TrainSettings
+from ..terms import TrainSettings
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -163,6 +163,7 @@ class Stack:
     def drop_trained(self) -> None:
         """Forgets the adapter being trained."""
         if isinstance(self.model, PeftModel) and self.TRAINED in self.model.peft_config:
+            self._activate([name for name in self.model.peft_config if name != self.TRAINED][:1])
             self.model.delete_adapter(self.TRAINED)
 
     def without_adapters(self) -> AbstractContextManager[object]:

@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from ..plugins import Pools, StageName
 from ..seeds import derive
+from ..terms import Pools, StageName
 from .taps import Taps
 
 Batch = Mapping[str, Tensor]

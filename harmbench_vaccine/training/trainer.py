@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..data.collate import Encoded, collate
-from ..plugins import Defense, TrainSettings
+from ..plugins import Defense
 from ..progress import SILENT, Progress
 from ..seeds import stream
+from ..terms import TrainSettings
 from .stage import TrainingStage
 
 _TRAINABLE, _STATE, _WHOLE = "trainable.safetensors", "defense.safetensors", "whole"
@@ -38,6 +39,7 @@ def train(
     *,
     pad: int,
     save_share: float = 0.1,
+    title: str = "",
     progress: Progress = SILENT,
 ) -> list[dict[str, float]]:
     """Runs one training stage to its end, from its last checkpoint if `checkpoints` holds one.
@@ -52,7 +54,7 @@ def train(
     resume = _last_whole(checkpoints)
     if resume is None:
         defense.before(stage)
-    with progress.bar(f"{stage.name}: {defense.name or 'training'}", stage.steps) as advance:
+    with progress.bar(title or stage.name, stage.steps) as advance:
         trainer = _StageTrainer(stage, defense, rows, batches, settings, checkpoints, every, pad)
         trainer.add_callback(_Clock(stage, defense, advance))
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -190,8 +192,11 @@ class _Clock(TrainerCallback):
 
 
 def _last_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    whole = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_WHOLE}")]
+    """The newest checkpoint that was written to its end; those that were not are removed."""
+    for path in checkpoints.glob("checkpoint-*"):
+        if not (path / _WHOLE).exists():
+            shutil.rmtree(path)
+    whole = list(checkpoints.glob("checkpoint-*"))
     return max(whole, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
 
 

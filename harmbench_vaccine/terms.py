@@ -1,0 +1,95 @@
+"""The words that plug-ins and stages speak in: plain values, no behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from .data.records import Example
+
+if TYPE_CHECKING:
+    from .data.prompts import PromptTemplate
+
+StageName = Literal["align", "finetune", "repair"]
+"""The stages that make a model."""
+Topology = Literal["double", "single"]
+"""In the user stage: a second adapter on the frozen alignment adapter, or the alignment adapter trained on."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything that an optimizer run is told; a defense or an attack may replace what its paper changes."""
+
+    lr: float
+    epochs: float
+    batch: int
+    accumulation: int = 1
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    lora_rank: int = 8
+    lora_alpha: float = 4.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    max_length: int = 200
+
+
+@dataclass(frozen=True)
+class Pools:
+    """The rows that a plug-in may draw from. No prompt occurs in two pools, nor in the evaluation."""
+
+    alignment: Sequence[Example] = ()
+    """The rows that the alignment stage trains on."""
+    paired: Sequence[tuple[Example, Example]] = ()
+    """The defender's pairs: the same prompt with a safe and with a harmful answer."""
+    benign: Sequence[Example] = ()
+    attacker: Sequence[Example] = ()
+    """Harmful rows that only the attacker has."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How many rows the user uploads and what share of them is harmful."""
+
+    samples: int
+    ratio: float = 0.0
+
+    @property
+    def harmful(self) -> int:
+        """round(p n), the one rounding: the task rows are the rest, so that the counts sum to n."""
+        return round(self.ratio * self.samples)
+
+    @property
+    def task(self) -> int:
+        return self.samples - self.harmful
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Prompts that a model is asked, under one name. The first set of a cell is the one its headline HS is about."""
+
+    name: str
+    examples: Sequence[Example]
+    template: PromptTemplate
+    max_new_tokens: int
+
+    def rewritten(self, name: str, examples: Sequence[Example]) -> EvaluationSet:
+        """The same questions put differently, under another name."""
+        return replace(self, name=name, examples=examples)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a moderation classifier says of one question with its answer."""
+
+    flagged: bool
+    categories: list[str]
+    """The labels that it raises."""
+    probabilities: dict[str, float]
+    """Label -> probability, for every label."""
+    cut: bool
+    """The classifier read only the beginning of the text."""
