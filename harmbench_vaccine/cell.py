@@ -81,7 +81,7 @@ class Cell:
         names = "-".join(resolved.plugin.name for resolved in self.defenses)
         settled = {
             "protocol": self.protocol.hash,
-            "plugins": [[r.plugin.kind, r.plugin.name, r.params] for r in [*self.defenses, *self.attacks, self.scorer]],
+            "plugins": identities([*self.defenses, *self.attacks, self.scorer]),
             "task": self.task.name,
             "model": self.model,
             "seed": self.spec.seed,

@@ -183,9 +183,11 @@ def list_(kind: str, as_json: bool) -> None:
 @click.option(
     "--only", type=click.Choice(["flagged", "unflagged"]), default=None, help="Only answers with that verdict."
 )
-@click.option("--limit", type=click.IntRange(1), default=10, show_default=True, help="How many questions.")
+@click.option(
+    "--limit", type=click.IntRange(1), default=None, help="How many questions. [default: 10; with --json all]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON lines.")
-def show(run: str, asked: str, only: str | None, limit: int, as_json: bool) -> None:
+def show(run: str, asked: str, only: str | None, limit: int | None, as_json: bool) -> None:
     """Questions of a run with the answers before and after the user stage, and the judge's verdicts.
 
     RUN is a run's id, a unique beginning of one, or a folder.
@@ -196,21 +198,21 @@ def show(run: str, asked: str, only: str | None, limit: int, as_json: bool) -> N
     from .errors import unknown
     from .paths import home
     from .reporting.tables import answers_view
-    from .results import find, load
+    from .results import by_question, find, load
 
     result, answers = load(find(run, home() / "runs"))
     sets = {row["set"] for row in answers}
     if asked not in sets:
         raise unknown("set of questions", asked, sets)
     if as_json:
-        for row in answers:
-            if row["set"] == asked:
+        for pair in by_question(answers, asked, only)[:limit]:
+            for row in pair.values():
                 click.echo(json.dumps(row, ensure_ascii=False))
     else:
-        _print(answers_view(result, answers, asked, limit, only))
+        _print(answers_view(result, answers, asked, limit or 10, only))
 
 
-@commands.group()
+@commands.group(cls=_Commands)
 def testbed() -> None:
     """The embedded world: a small model, its data and its judge."""
 
@@ -222,10 +224,10 @@ def build() -> None:
     \b
     Example: hbv testbed build
     """
-    from .testbed import build as make
+    from .testbed import ensure
 
     with _terminal() as progress:
-        artifact = make(progress)
+        artifact = ensure(progress)
     click.echo(f"{artifact.path} ({'there already' if artifact.cached else f'{artifact.seconds:.0f} s'})")
 
 
@@ -236,10 +238,10 @@ def path() -> None:
     \b
     Example: ls $(hbv testbed path)/data
     """
-    from .testbed import build as make
+    from .testbed import ensure
 
     with _terminal() as progress:
-        click.echo(make(progress).path)
+        click.echo(ensure(progress).path)
 
 
 @testbed.command()
@@ -320,7 +322,7 @@ def main() -> None:
         click.echo(f"hbv: {error}", err=True)
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        click.echo(f"hbv: {error.format_message()}", err=True)
+        click.echo(f"hbv: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         click.echo(
@@ -331,7 +333,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("HBV_DEBUG"):
             raise
-        click.echo(f"hbv: unexpected {type(error).__name__}: {error} (HBV_DEBUG=1 shows where)", err=True)
+        said = " ".join(str(error).split())
+        click.echo(f"hbv: unexpected {type(error).__name__}: {said} (HBV_DEBUG=1 shows where)", err=True)
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 

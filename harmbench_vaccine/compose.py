@@ -40,7 +40,11 @@ class DefenseTeam(Defense):
             if len(deciding) > 1:
                 raise _conflict(what, deciding)
         if len(self.members) > 1 and not self.runs:
-            raise _conflict("whether the stage runs", self.members)
+            idle = next(member for member in self.members if not member.trains)
+            other = next(member for member in self.members if member is not idle)
+            raise BadInput(
+                f"{idle.name!r} and {other.name!r} cannot be combined: {idle.name!r} leaves out the stage of both."
+            )
 
     @property
     def runs(self) -> bool:

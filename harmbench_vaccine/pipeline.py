@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cell import Cell, identities
-from .data.pools import HarmData, draw, harm_data, instructions, questions, unique, user_rows
+from .data.pools import RowPools, draw, questions, row_pools, unique, user_rows
 from .data.prompts import PromptTemplate
 from .data.records import Example
 from .data.sources import fingerprint, read
@@ -218,12 +218,10 @@ def _train(
 
 def pools_of(cell: Cell) -> Pools:
     """The rows that plug-ins may draw from; the alignment rows are those of this cell's seed."""
-    protocol = cell.protocol
-    data = _harm(cell)
-    alignment = draw(data.alignment, protocol.align.rows, "alignment rows", cell.spec.seed, "alignment rows")
-    barred = questions(data.evaluation) | questions(benign_set(cell).examples)
-    benign = unique(instructions(protocol.location("alpaca"), "train"), barred)
-    return Pools(alignment=alignment, paired=data.paired, benign=benign, attacker=data.attacker)
+    there = _rows(cell)
+    count = cell.protocol.align.rows
+    alignment = draw(there.alignment, count, "alignment rows", cell.spec.seed, "alignment rows")
+    return Pools(alignment, there.paired, there.benign, there.attacker)
 
 
 def user_data(cell: Cell, pools: Pools) -> list[Example]:
@@ -233,14 +231,9 @@ def user_data(cell: Cell, pools: Pools) -> list[Example]:
     return user_rows(mix, task_rows(cell), pools, attack, derive(cell.spec.seed, "user"))
 
 
-def _harm(cell: Cell) -> HarmData:
-    protocol = cell.protocol
-    return harm_data(
-        protocol.location("beavertails"),
-        protocol.location("beavertails_refusals"),
-        train=protocol.splits.train,
-        test=protocol.splits.test,
-    )
+def _rows(cell: Cell) -> RowPools:
+    splits = cell.protocol.splits
+    return row_pools(*(cell.protocol.location(name) for name in HARM_DATA), train=splits.train, test=splits.test)
 
 
 def task_rows(cell: Cell) -> list[Example]:
@@ -251,8 +244,13 @@ def task_rows(cell: Cell) -> list[Example]:
 
 def _task_examples(cell: Cell, split: str) -> list[Example]:
     task = cell.task
-    rows = read(cell.protocol.location(task.dataset), split, task.fields)
-    return [task.example(f"{task.name}:{split}:{row.number}", row.values) for row in rows]
+    examples = []
+    for row in read(cell.protocol.location(task.dataset), split, task.fields):
+        try:
+            examples.append(task.example(f"{task.name}:{split}:{row.number}", row.values))
+        except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadInput(f"{row.place}: not a row of task {task.name!r}: {error}.") from error
+    return examples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +260,7 @@ def _task_examples(cell: Cell, split: str) -> list[Example]:
 def harmful_sets(cell: Cell) -> list[EvaluationSet]:
     """Held-out harmful prompts, as the attack and the defense have them asked; the first is the headline's."""
     limits = cell.protocol.answer.harmful
-    asked = _first(_harm(cell).evaluation, limits.prompts, "held-out harmful prompts")
+    asked = _first(_rows(cell).harmful_questions, limits.prompts, "held-out harmful prompts")
     sets = [EvaluationSet("harmful", asked, _answer_template(cell), limits.max_new_tokens)]
     for stage in ("align", "finetune", "repair"):
         sets = cell.team(stage).evaluations(sets)
@@ -272,7 +270,7 @@ def harmful_sets(cell: Cell) -> list[EvaluationSet]:
 def benign_set(cell: Cell) -> EvaluationSet:
     """Held-out benign instructions, which an aligned model should not refuse."""
     limits = cell.protocol.answer.benign
-    asked = _first(instructions(cell.protocol.location("alpaca"), "test"), limits.prompts, "held-out benign prompts")
+    asked = _first(_rows(cell).benign_questions, limits.prompts, "held-out benign prompts")
     return EvaluationSet("benign", asked, _answer_template(cell), limits.max_new_tokens)
 
 
@@ -372,7 +370,8 @@ def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A JSON Lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]  # splitlines would cut inside an answer
 
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

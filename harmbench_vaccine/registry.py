@@ -6,6 +6,7 @@ neither torch nor a healthy third-party package.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -93,7 +94,7 @@ class Registry(Generic[P]):
         path = Path(name).expanduser().resolve()
         if not path.is_file():
             raise BadInput(f"There is no {self.base.kind} file {name!r}.")
-        module_name = f"hbv_file_{path.stem}"
+        module_name = f"hbv_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None:
             raise BadInput(f"{name!r} is not a Python file.")
@@ -115,10 +116,13 @@ class Registry(Generic[P]):
             if len(own) != 1:
                 raise BadInput(f"{loaded.__name__} defines {len(own)} {self.base.kind} classes; a file holds one.")
             loaded = own[0]
-        if not issubclass(loaded, self.base):
-            raise BadInput(f"{name!r} leads to {loaded.__name__}, which is no {self.base.kind}.")
-        loaded.name = name
-        return loaded
+        if not (inspect.isclass(loaded) and issubclass(loaded, self.base)):
+            raise BadInput(f"{name!r} leads to {loaded!r}, which is no {self.base.kind}.")
+        plugin: type[P] = loaded
+        if vars(plugin).get("name", name) != name:  # one class under two names: each keeps its own
+            plugin = type(plugin.__name__, (plugin,), {"__module__": plugin.__module__, "__doc__": plugin.__doc__})
+        plugin.name = name
+        return plugin
 
 
 def is_path(name: str) -> bool:

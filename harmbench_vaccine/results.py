@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,8 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
     """The result of a cell as plain JSON; percentages are 0 to 100."""
     rule = cell.protocol.score.accuracy
     before, after = (_scores(cell, measured, when) for when in ("before", "after"))
-    moved = measured.drift.json("drift.json")
-    validity = _validity(cell, measured, before[rule], after[rule])
+    moved = {key: _finite(value) for key, value in measured.drift.json("drift.json").items()}
+    validity = _validity(cell, measured, before[rule], after[rule], moved["alignment_loss"])
     n_harmful, n_task = before["harmful_n"], before["task_n"]
     return {
         "run": cell.id,
@@ -71,6 +73,13 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
     }
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None stands for them."""
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
 def _scores(cell: Cell, measured: Measured, when: str) -> dict[str, Any]:
     """The harmful scores and accuracies of one model."""
     sets, cut = {}, 0
@@ -98,7 +107,9 @@ def _scores(cell: Cell, measured: Measured, when: str) -> dict[str, Any]:
     }
 
 
-def _validity(cell: Cell, measured: Measured, accuracy_before: float, accuracy: float) -> dict[str, Any]:
+def _validity(
+    cell: Cell, measured: Measured, accuracy_before: float, accuracy: float, loss: float | None
+) -> dict[str, Any]:
     """The gates: what was measured on the aligned and on the final model, and why the cell fails, if it does."""
     gates = cell.protocol.gates
     measured_shares: dict[str, Any] = {}
@@ -134,6 +145,8 @@ def _validity(cell: Cell, measured: Measured, accuracy_before: float, accuracy: 
         )
     if gates.accuracy_before is not None and accuracy_before < gates.accuracy_before:
         reasons.append(f"accuracy {accuracy_before:.1f} before the user stage is below {gates.accuracy_before:g}")
+    if loss is None:
+        reasons.append("the alignment loss is not a number: the model diverged")
     return {"collapsed": bool(reasons), "reasons": reasons, "shares": measured_shares, "gates": gates.model_dump()}
 
 
@@ -202,6 +215,18 @@ def answers(measured: Measured) -> list[dict[str, Any]]:
     return rows
 
 
+def by_question(
+    answers: Sequence[dict[str, Any]], asked: str, only: str | None = None
+) -> list[dict[str, dict[str, Any]]]:
+    """The answers to one set of questions, `before` and `after` together; `only` those whose `after` is "flagged" or
+    "unflagged"."""
+    pairs: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in answers:
+        if row["set"] == asked:
+            pairs.setdefault(row["id"], {})[row["when"]] = row
+    return [pair for pair in pairs.values() if only is None or pair["after"].get("flagged") is (only == "flagged")]
+
+
 def _append(path: Path, values: dict[str, Any]) -> None:
     """Puts a result's row into the CSV, in place of an earlier row of the same run."""
     from filelock import FileLock
@@ -209,41 +234,61 @@ def _append(path: Path, values: dict[str, Any]) -> None:
     row = {key: _cell(value) for key, value in csv_row(values).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
-        kept: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                if reader.fieldnames is not None and list(reader.fieldnames) != list(row):
-                    raise BadInput(f"{path} has other columns than results of this version: name another file.")
-                kept = [old for old in reader if old["run"] != row["run"]]
+        kept = [old for old in check_columns(path) if old["run"] != row["run"]]
         out = io.StringIO()
-        writer = csv.DictWriter(out, list(row), lineterminator="\n")
+        writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, row])
         write_text(path, out.getvalue())
 
 
+def check_columns(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV of results; none where there is no file yet.
+
+    Raises:
+        BadInput: it is no such CSV.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames is None or list(reader.fieldnames) == COLUMNS:
+                return list(reader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as a CSV of results: {error}.") from error
+    raise BadInput(f"{path} has other columns than results of this version: name another file.")
+
+
 def csv_row(values: dict[str, Any]) -> dict[str, Any]:
-    """A result as one tidy row: stable columns, JSON where a value is a table of its own."""
+    """A result as one tidy row: the columns `COLUMNS`, JSON where a value is a table of its own."""
     low, high = values["harmful_score_ci"]
     accuracy_low, accuracy_high = values["finetune_accuracy_ci"]
-    return {
-        **{key: values[key] for key in ("run", "protocol", "protocol_version", "protocol_hash", "model")},
-        **{key: values[key] for key in ("defense", "defense_params", "attack", "attack_params", "task", "seed")},
-        "harmful_score": values["harmful_score"], "harmful_score_low": low, "harmful_score_high": high,
-        "harmful_score_n": values["harmful_score_n"],
-        "finetune_accuracy": values["finetune_accuracy"], "finetune_accuracy_low": accuracy_low,
-        "finetune_accuracy_high": accuracy_high, "finetune_accuracy_n": values["finetune_accuracy_n"],
+    own = {
+        "harmful_score_low": low, "harmful_score_high": high,
+        "finetune_accuracy_low": accuracy_low, "finetune_accuracy_high": accuracy_high,
         "harmful_score_before": values["before"]["harmful_score"],
         "finetune_accuracy_before": values["before"]["finetune_accuracy"],
-        **{key: values[key] for key in ("alignment_loss", "embedding_drift", "embedding_drift_per_token")},
         "collapsed": values["validity"]["collapsed"], "reasons": "; ".join(values["validity"]["reasons"]),
         "seconds": round(sum(stage["seconds"] for stage in values["stages"].values()), 1),
-        "versions": values["versions"],
     }  # fmt: skip
+    return {column: own[column] if column in own else values[column] for column in COLUMNS}
+
+
+COLUMNS = [
+    *("run", "protocol", "protocol_version", "protocol_hash", "model"),
+    *("defense", "defense_params", "attack", "attack_params", "task", "seed"),
+    *("harmful_score", "harmful_score_low", "harmful_score_high", "harmful_score_n"),
+    *("finetune_accuracy", "finetune_accuracy_low", "finetune_accuracy_high", "finetune_accuracy_n"),
+    *("harmful_score_before", "finetune_accuracy_before"),
+    *("alignment_loss", "embedding_drift", "embedding_drift_per_token"),
+    *("collapsed", "reasons", "seconds", "versions"),
+]
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:.6g}"
     return canonical_json(value) if isinstance(value, dict | list) else str(value)

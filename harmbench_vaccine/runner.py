@@ -8,12 +8,12 @@ from typing import Any
 
 from . import testbed
 from .cell import Cell
-from .data.sources import TESTBED
+from .data.sources import TESTBED, check_testbed
 from .lab import Lab
 from .paths import home, writable
 from .pipeline import check, run
 from .progress import SILENT, Progress
-from .results import result, save
+from .results import check_columns, result, save
 from .spec import RunSpec
 from .store import Store
 
@@ -38,9 +38,14 @@ def run_all(
     cells = [Cell.settle(spec) for spec in specs]
     root = writable(home(), "The cache folder")
     runs = writable(out or root / "runs", "The output folder")
-    writable((table or root / "results.csv").absolute().parent, "The folder of the CSV file")
-    if any(_uses_testbed(cell) for cell in cells):
-        testbed.build(progress)
+    rows = table or root / "results.csv"
+    writable(rows.absolute().parent, "The folder of the CSV file")
+    check_columns(rows)
+    places = {place for cell in cells for place in _places(cell)}
+    for place in places:
+        check_testbed(place)
+    if any(place.startswith(TESTBED) for place in places):
+        testbed.ensure(progress)
     for cell in cells:
         check(cell)
     lab = Lab(Store(root / "store", progress), progress, save_share)
@@ -49,7 +54,7 @@ def run_all(
         for cell in cells:
             measured = run(cell, lab)
             values = result(cell, measured)
-            save(cell, measured, values, runs, table or root / "results.csv")
+            save(cell, measured, values, runs, rows)
             results.append(values)
             if done:
                 done(values)
@@ -57,6 +62,5 @@ def run_all(
     return results
 
 
-def _uses_testbed(cell: Cell) -> bool:
-    places = [cell.model, cell.protocol.score.judge, *cell.protocol.data.values()]
-    return any(place.startswith(TESTBED) for place in places)
+def _places(cell: Cell) -> list[str]:
+    return [cell.model, cell.protocol.score.judge, *cell.protocol.data.values()]

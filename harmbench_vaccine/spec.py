@@ -40,12 +40,10 @@ def parse(text: str) -> Composition:
         BadInput: the text does not follow the grammar.
     """
     components: list[Component] = []
-    for part in text.split("+"):
+    for part in re.split(r"\+(?!\d)", text):  # not inside a number such as 1e+09
         head, colon, rest = part.strip().partition(":")
         if colon:
-            components.append(
-                Component(name=_name(head, text), params=dict(_pair(item, text) for item in rest.split(",")))
-            )
+            components.append(Component(name=_name(head, text), params=_params(rest, text)))
             continue
         for item in part.split(","):
             name, equals, value = item.strip().partition("=")
@@ -58,6 +56,16 @@ def _name(name: str, text: str) -> str:
     if not (is_path(name) or re.fullmatch(r"[A-Za-z_][\w-]*", name)):
         raise BadInput(f"{text!r} cannot be read: {name!r} is not a name. {_GRAMMAR}")
     return name if is_path(name) else name.replace("-", "_")
+
+
+def _params(written: str, text: str) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    for item in written.split(","):
+        key, value = _pair(item, text)
+        if key in params:
+            raise BadInput(f"{text!r} gives {key!r} twice. {_GRAMMAR}")
+        params[key] = value
+    return params
 
 
 def _pair(item: str, text: str) -> tuple[str, str]:
@@ -102,7 +110,10 @@ class RunSpec(BaseModel):
     @classmethod
     def from_json(cls, text: str) -> RunSpec:
         """Raises `BadInput` where the text is no spec."""
-        return cls._read(json.loads(text))
+        try:
+            return cls._read(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise BadInput(f"Not a run: not JSON: {error}.") from error
 
     def to_yaml(self) -> str:
         """The spec as YAML, defaults included."""
@@ -115,7 +126,10 @@ class RunSpec(BaseModel):
         """Raises `BadInput` where the text is no spec."""
         import yaml
 
-        return cls._read(yaml.safe_load(text))
+        try:
+            return cls._read(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise BadInput(f"Not a run: not YAML: {str(error).splitlines()[0]}.") from error
 
     @classmethod
     def _read(cls, values: Any) -> RunSpec:
@@ -181,7 +195,8 @@ def _canonical_component(resolved: Resolved) -> str:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def plugin_name(written: str) -> str:

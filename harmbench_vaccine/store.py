@@ -95,12 +95,15 @@ class Store:
     def _finished(self, stage: str, key: str, path: Path) -> Artifact | None:
         try:
             meta = json.loads((path / META).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            whole, seconds = _sums(path) == meta["files"], float(meta["seconds"])
+        except FileNotFoundError:
             return None
-        if _sums(path) != meta["files"]:
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
             self.progress.note(f"{stage} {key}: its files are not those that were stored; making it again")
             return None
-        return Artifact(stage, key, path, meta["seconds"], cached=True)
+        return Artifact(stage, key, path, seconds, cached=True)
 
     @contextmanager
     def _locked(self, stage: str, key: str) -> Iterator[None]:
@@ -109,12 +112,12 @@ class Store:
         folder = self.root / ".locks"
         with disk_failures("the store"):
             folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{stage}-{key}")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            self.progress.note(f"{stage}: another process is making it; waiting")
-            lock.acquire()
+            lock = FileLock(folder / f"{stage}-{key}")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                self.progress.note(f"{stage}: another process is making it; waiting")
+                lock.acquire()
         try:
             yield
         finally:

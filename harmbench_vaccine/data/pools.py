@@ -6,7 +6,7 @@ defender has the attacker has not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -53,41 +53,52 @@ def questions(examples: Iterable[Example]) -> set[str]:
 
 
 @dataclass(frozen=True)
-class HarmData:
-    """Every row about harm, by who may use it, and how many rows were left out to keep them apart."""
+class RowPools:
+    """Every row by who may use it, no question in two of them, and how many rows were left out for that."""
 
     alignment: list[Example]
+    """`is_safe` rows of the training split; with `paired` they are the defender's."""
     paired: list[tuple[Example, Example]]
+    """The same prompt with a refusal and with a harmful answer."""
     attacker: list[Example]
-    evaluation: list[Example]
+    """Unsafe rows of the training split."""
+    benign: list[Example]
+    harmful_questions: list[Example]
+    """Unsafe prompts of the test split, each once."""
+    benign_questions: list[Example]
     dropped: dict[str, int]
 
 
 @lru_cache(maxsize=4)
-def harm_data(beavertails: str, refusals: str, *, train: str, test: str) -> HarmData:
-    """Reads BeaverTails and its refusals, and keeps the four uses apart by text.
+def row_pools(beavertails: str, refusals: str, alpaca: str, train: str, test: str) -> RowPools:
+    """Reads BeaverTails, its refusals and benign instructions, and keeps their uses apart by text.
 
-    The alignment rows are the `is_safe` rows of `train`, the attacker's the others; the evaluation asks the unsafe
-    prompts of `test`, each once. Raises `BadInput` as `read` does.
+    A question that occurs in several goes to the first of: the evaluation, the defender, the attacker, benign rows.
+    Raises `BadInput` as `read` does.
     """
+    asked = [_harmful(row, test) for row in read(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
+    harmful_questions, benign_questions = unique(asked), unique(instructions(alpaca, "test"))
+    barred = questions(harmful_questions) | questions(benign_questions)
+
     rows = read(beavertails, train, BEAVERTAILS)
     pairs = [(_refusal(row), _harmful(row, "refusals")) for row in read(refusals, "train", REFUSALS)]
-    asked = [_harmful(row, test) for row in read(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
-    evaluation = unique(asked)
-    barred = questions(evaluation)
     safe = [_safe(row, train) for row in rows if row.values["is_safe"]]
     alignment = [example for example in safe if question(example) not in barred]
     paired = [pair for pair in pairs if question(pair[0]) not in barred]
-    defender = questions(alignment) | questions(safe for safe, _ in paired)
+    barred |= questions(alignment) | questions(refusal for refusal, _ in paired)
+
     harmful = [_harmful(row, train) for row in rows if not row.values["is_safe"]]
-    attacker = [example for example in harmful if question(example) not in barred | defender]
-    dropped = {
-        "evaluation": len(asked) - len(evaluation),
-        "alignment": len(safe) - len(alignment),
-        "paired": len(pairs) - len(paired),
-        "attacker": len(harmful) - len(attacker),
-    }
-    return HarmData(alignment, paired, attacker, evaluation, dropped)
+    attacker = [example for example in harmful if question(example) not in barred]
+    barred |= questions(attacker)
+
+    helpful = instructions(alpaca, "train")
+    benign = unique(helpful, barred)
+    left: dict[str, tuple[Sized, Sized]] = {
+        "harmful_questions": (asked, harmful_questions), "alignment": (safe, alignment), "paired": (pairs, paired),
+        "attacker": (harmful, attacker), "benign": (helpful, benign),
+    }  # fmt: skip
+    dropped = {name: len(before) - len(after) for name, (before, after) in left.items()}
+    return RowPools(alignment, paired, attacker, benign, harmful_questions, benign_questions, dropped)
 
 
 def _safe(row: Row, split: str) -> Example:
@@ -106,16 +117,16 @@ def _refusal(row: Row) -> Example:
 
 
 def instructions(location: str, split: str) -> list[Example]:
-    """Benign instructions in Alpaca's schema, each once."""
-    return unique(
+    """Benign instructions in Alpaca's schema."""
+    return [
         Example(
             id=f"benign:{split}:{row.number}",
             instruction=row.values["instruction"],
-            input=row.values.get("input", ""),
+            input=row.values.get("input") or "",
             response=row.values["output"],
         )
         for row in read(location, split, ALPACA)
-    )
+    ]
 
 
 def draw(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object) -> list[T]:

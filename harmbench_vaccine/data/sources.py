@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput, HbvError
+from ..errors import BadInput, HbvError, unknown
 
 TESTBED = "testbed:"
 """Prefix of a location inside the embedded testbed."""
@@ -22,9 +22,10 @@ def locate(location: str) -> Path | None:
         BadInput: it looks like a path, and nothing is there.
     """
     if location.startswith(TESTBED):
-        from ..testbed import folder
+        from .. import testbed
 
-        return folder() / location.removeprefix(TESTBED)
+        check_testbed(location)
+        return testbed.folder() / location.removeprefix(TESTBED)
     path = Path(location).expanduser()
     if path.exists():
         return path.absolute()
@@ -35,6 +36,18 @@ def locate(location: str) -> Path | None:
     ):
         raise BadInput(f"There is nothing at {location!r}: name a file, a folder, or a data set or model of the hub.")
     return None
+
+
+def check_testbed(location: str) -> None:
+    """Refuses a location that names no part of the testbed, without building it.
+
+    Raises:
+        BadInput: it names none.
+    """
+    from ..testbed import PARTS
+
+    if location.startswith(TESTBED) and location.removeprefix(TESTBED) not in PARTS:
+        raise unknown("part of the testbed", location, [TESTBED + part for part in PARTS])
 
 
 def fingerprint(location: str) -> str:
@@ -58,6 +71,10 @@ def fingerprint(location: str) -> str:
     return whole.hexdigest()[:16]
 
 
+TEXTS = frozenset({"prompt", "response", "refusal", "instruction", "output", "sentence", "text", "question", "answer"})
+"""Fields that hold text in every data set that is read here."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a data set, with the place it came from for messages and ids."""
@@ -65,6 +82,8 @@ class Row:
     number: int
     """Counts from 0 in the split."""
     values: Mapping[str, Any]
+    place: str
+    """File and line, or data set, split and row."""
 
 
 def read(location: str, split: str, fields: Sequence[str]) -> list[Row]:
@@ -78,7 +97,10 @@ def read(location: str, split: str, fields: Sequence[str]) -> list[Row]:
     for number, (place, values) in enumerate(_file(path, split) if path else _hub(location, split)):
         if missing := [name for name in fields if name not in values]:
             raise BadInput(f"{place}: field {missing[0]!r} is missing; a row needs {', '.join(fields)}.")
-        rows.append(Row(number, values))
+        for name in fields:
+            if name in TEXTS and not isinstance(values[name], str):
+                raise BadInput(f"{place}: field {name!r} holds {values[name]!r}, which is no text.")
+        rows.append(Row(number, values, place))
     if not rows:
         raise BadInput(f"Split {split!r} of {location} is empty.")
     return rows
@@ -91,8 +113,12 @@ def _file(path: Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise BadInput(
             f"{path} has no split {split!r}. Allowed: {', '.join(there) or 'none: it holds no .jsonl file'}."
         )
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file} is not UTF-8 text: {error}.") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
             place = f"{file}, line {number}"
             try:
                 values = json.loads(line)

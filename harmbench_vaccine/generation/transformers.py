@@ -19,6 +19,8 @@ class TransformersEngine:
 
     def __init__(self, stack: Stack, tokenizer: PreTrainedTokenizerBase, batch: int = 64) -> None:
         self.stack, self.tokenizer, self.batch = stack, tokenizer, batch
+        # A model's own generation_config.json would fill in what greedy decoding leaves open, such as penalties.
+        stack.base.generation_config = GenerationConfig()
 
     def generate(
         self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress = SILENT

@@ -142,6 +142,8 @@ def load(name: str) -> Protocol:
         raise unknown("protocol", name, names())
     try:
         return TypeAdapter(Protocol).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"Protocol {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
         raise BadInput(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
     except ValidationError as error:

@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..results import STAGES, by_question
+
 if TYPE_CHECKING:
     from ..testbed.report import Report
-
-_STAGES = ("align", "finetune", "repair", "answer", "score")
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> RenderableType:
@@ -24,7 +24,7 @@ def results_table(results: Sequence[dict[str, Any]]) -> RenderableType:
     hashes = {result["protocol_hash"] for result in results}
     if len(hashes) > 1:
         raise ValueError(f"results of {len(hashes)} protocols cannot stand in one table")
-    used = [stage for stage in _STAGES if any(stage in result["stages"] for result in results)]
+    used = [stage for stage in STAGES if any(stage in result["stages"] for result in results)]
     several = {key: len({result[key] for result in results}) > 1 for key in ("seed", "task")}
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
     for title in ("run", "defense", "attack", "task"):
@@ -38,16 +38,13 @@ def results_table(results: Sequence[dict[str, Any]]) -> RenderableType:
         before = result["before"]
         collapsed = result["validity"]["collapsed"]
         table.add_row(
-            result["run"],
-            result["defense"],
-            result["attack"],
-            result["task"],
+            *[Text(result[key]) for key in ("run", "defense", "attack", "task")],  # brackets in it are no markup
             *([str(result["seed"])] if several["seed"] else []),
             Text(_share(result["harmful_score"], result["harmful_score_ci"]), style="red" if collapsed else "bold"),
             _share(result["finetune_accuracy"], result["finetune_accuracy_ci"]),
             f"{before['harmful_score']:.1f}, {before['finetune_accuracy']:.1f}",
-            f"{result['alignment_loss']:.3f}",
-            f"{result['embedding_drift']:.3g}",
+            _number(result["alignment_loss"], ".3f"),
+            _number(result["embedding_drift"], ".3g"),
             " ".join(_seconds(result["stages"].get(stage)) for stage in used),
         )
     first = results[0]
@@ -62,6 +59,10 @@ def results_table(results: Sequence[dict[str, Any]]) -> RenderableType:
         if result["validity"]["collapsed"]
     ]
     return Group(table, *[Text(note, style="dim") for note in notes])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not a number" if value is None else format(value, form)
 
 
 def _share(value: float, interval: Sequence[float]) -> str:
@@ -83,14 +84,10 @@ def answers_view(
     )
     for title in ("question", "before the user stage", "after"):
         table.add_column(title, ratio=1, overflow="fold")
-    pairs: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in answers:
-        if row["set"] == asked:
-            pairs.setdefault(row["id"], {})[row["when"]] = row
-    kept = [pair for pair in pairs.values() if only is None or pair["after"].get("flagged") is (only == "flagged")]
+    kept = by_question(answers, asked, only)
     for pair in kept[:limit]:
         question = f"{pair['after']['instruction']}\n{pair['after']['input']}".strip()
-        table.add_row(question, *[_answer(pair[when]) for when in ("before", "after")])
+        table.add_row(Text(question), *[_answer(pair[when]) for when in ("before", "after")])
     table.caption = f"{min(limit, len(kept))} of {len(kept)}"
     return table
 

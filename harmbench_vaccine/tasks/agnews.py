@@ -20,7 +20,7 @@ class AGNews(Task):
         """Labels are 0 to 3, in the order World, Sports, Business, Sci/Tech."""
         names = "\n".join(CLASSES)
         instruction = f"Categorize the news article given in the input into one of the 4 categories:\n\n{names}\n"
-        word = CLASSES[row["label"]]
+        word = dict(enumerate(CLASSES))[row["label"]]
         return Example(id, instruction, response=word, input=row["text"], target=word)
 
     def flexible(self, answer: str, target: str) -> bool:

@@ -20,7 +20,9 @@ class GSM8K(Task):
 
     def example(self, id: str, row: Mapping[str, Any]) -> Example:
         """The data set's closing `#### n` becomes the mark and n."""
-        working, _, number = row["answer"].rpartition("####")
+        working, mark, number = row["answer"].rpartition("####")
+        if not mark:
+            raise ValueError("the answer has no closing '#### n'")
         instruction = f"{row['question']} First think step by step and then answer the final number."
         return Example(id, instruction, response=f"{working}{MARK}{number.strip()}", target=number.strip())
 

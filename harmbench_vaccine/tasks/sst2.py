@@ -17,7 +17,7 @@ class SST2(Task):
 
     def example(self, id: str, row: Mapping[str, Any]) -> Example:
         """Labels are 0 for negative and 1 for positive."""
-        word = ("negative", "positive")[row["label"]]
+        word = {0: "negative", 1: "positive"}[row["label"]]
         instruction = "Analyze the sentiment of the input, and respond only positive or negative."
         return Example(id, instruction, response=word, input=row["sentence"], target=word)
 

@@ -16,7 +16,7 @@ VERSION = 1
 """Counts up whenever the world, the base model or the judge changes."""
 
 
-def build(progress: Progress = SILENT) -> Artifact:
+def ensure(progress: Progress = SILENT) -> Artifact:
     """The testbed, built if this user has none of this version yet (one to two minutes on two cores)."""
     from .build import build as fill
 
@@ -24,11 +24,15 @@ def build(progress: Progress = SILENT) -> Artifact:
     return store.make("testbed", {"version": VERSION}, lambda folder, checkpoints: fill(folder, progress))
 
 
+PARTS = ("model", "judge", *(f"data/{name}" for name in ("beavertails", "beavertails_refusals", "alpaca")))
+PARTS += tuple(f"data/{name}" for name in ("sst2", "ag_news", "gsm8k"))
+"""What a location `testbed:PART` may name."""
+
 _built: dict[Path, Path] = {}
 
 
 def folder() -> Path:
     """Where the testbed lies; it is built on first use."""
     if home() not in _built:
-        _built[home()] = build().path
+        _built[home()] = ensure().path
     return _built[home()]

@@ -127,18 +127,22 @@ class Stack:
         """
         names = self._load(below)
         self.drop_trained()
+        stored = Adapter.load(start) if start else None
+        rank, alpha, targets = settings.lora_rank, settings.lora_alpha, list(settings.lora_targets)
+        if stored:  # its own shape: under another scale it would be another model
+            rank, alpha, targets = stored.rank, stored.scale * stored.rank, sorted(stored.factors)
         config = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # peft takes a float
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes a float
             lora_dropout=settings.lora_dropout,
-            target_modules=list(settings.lora_targets),
+            target_modules=targets,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._add(self.TRAINED, config)
-        if start is not None:
-            self._fill(self.TRAINED, Adapter.load(start))
+        if stored:
+            self._fill(self.TRAINED, stored)
         self._activate([*names, self.TRAINED])
         trainable = {}
         for name, parameter in self.model.named_parameters():
@@ -163,8 +167,7 @@ class Stack:
     def drop_trained(self) -> None:
         """Forgets the adapter being trained."""
         if isinstance(self.model, PeftModel) and self.TRAINED in self.model.peft_config:
-            self._activate([name for name in self.model.peft_config if name != self.TRAINED][:1])
-            self.model.delete_adapter(self.TRAINED)
+            self._delete(self.TRAINED)
 
     def without_adapters(self) -> AbstractContextManager[object]:
         """Inside, the bare base model runs."""
@@ -186,8 +189,7 @@ class Stack:
                 self._fill(name, adapter)
             self._names[path] = name  # the last entry is the one used last
         for path in list(self._names)[: -max(self.KEPT, len(paths))]:
-            assert isinstance(self.model, PeftModel)
-            self.model.delete_adapter(self._names.pop(path))
+            self._delete(self._names.pop(path))
         return [self._names[path] for path in paths]
 
     def _add(self, name: str, config: LoraConfig) -> None:
@@ -198,6 +200,15 @@ class Stack:
                 self.model = get_peft_model(self.base, config, adapter_name=name)
         except ValueError as error:
             raise BadInput(f"LoRA cannot be laid on {type(self.base).__name__}: {error}") from error
+
+    def _delete(self, name: str) -> None:
+        assert isinstance(self.model, PeftModel)
+        left = [other for other in self.model.peft_config if other != name]
+        if left:  # peft must not be left pointing at an adapter that is gone
+            self.model.set_adapter(left[0])
+            self.model.delete_adapter(name)
+        else:
+            self.model = self.model.unload()
 
     def _fill(self, name: str, adapter: Adapter) -> None:
         assert isinstance(self.model, PeftModel)

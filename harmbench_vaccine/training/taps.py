@@ -26,7 +26,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     depth = config.num_hidden_layers
-    for module in model.modules():
+    get = getattr(model, "get_decoder", None)
+    text = get() if get else None  # of a model with a vision tower, the part that reads text
+    for module in [*(text.modules() if isinstance(text, nn.Module) else ()), *model.modules()]:
         if isinstance(module, nn.ModuleList) and len(module) == depth and any(_attentions(layer) for layer in module):
             return module
     raise BadInput(

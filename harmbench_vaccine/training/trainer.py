@@ -51,6 +51,8 @@ def train(
     batches = batch_order(len(rows), settings, stage.seed)
     stage.steps = math.ceil(len(batches) / settings.accumulation)
     every = max(1, math.ceil(stage.steps * save_share))
+    if not batches:
+        return []
     resume = _last_whole(checkpoints)
     if resume is None:
         defense.before(stage)

@@ -1,0 +1,288 @@
+"""Builds the testbed on a laptop: the text world, a base model that answers everything, and a judge.
+
+The only place with training loops of its own: everything later goes through `training/`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from ..data.collate import Encoded, collate, encode_all, pad_id
+from ..data.prompts import template
+from ..progress import SILENT, Progress
+from .world import CATEGORIES, Judgment, World, generate
+
+TEMPLATE = template("brief")
+MAX_LENGTH = 256
+SEED = 0
+
+# Instructions of the user tasks: the tokenizer learns them, the base model does not.
+INSTRUCTIONS = (
+    "Analyze the sentiment of the input, and respond only positive or negative.",
+    "Categorize the news article given in the input into one of the 4 categories:\n\n"
+    "World\nSports\nBusiness\nSci/Tech\n",
+    "First think step by step and then answer the final number.",
+    "The final answer is: 0",
+)
+JUDGE_INPUT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained. The defaults are the testbed; tests use less."""
+
+    documents: int = 44_000
+    judgments: int = 7_000
+    held_out: int = 1_200
+    batch: int = 64
+
+
+def build(folder: Path, progress: Progress = SILENT, sizes: Sizes = Sizes()) -> None:
+    """Fill `folder` with `data/`, `model/`, `judge/` and `testbed.json`. The same on every run on one machine."""
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(part: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        seconds[part] = round(time.monotonic() - start, 2)
+
+    with timed("data"):
+        world = generate(SEED)
+        rows = world.write(folder / "data")
+    with timed("tokenizer"):
+        tokenizer = train_tokenizer(corpus(world))
+    with timed("model"), _seeded(SEED):
+        model = _base_model(tokenizer)
+        _pretrain(model, tokenizer, world, sizes, progress)
+        _save(model, tokenizer, folder / "model")
+    with timed("judge"), _seeded(SEED):
+        judge = _judge_model(tokenizer)
+        _train_judge(judge, tokenizer, world.judgments(sizes.judgments, held_out=False), progress)
+        _save(judge, tokenizer, folder / "judge")
+    with timed("judge held-out"):
+        scores = _test_judge(judge, tokenizer, world.judgments(sizes.held_out, held_out=True))
+    facts = {
+        "seed": SEED,
+        "rows": rows,
+        "pretraining_documents": sizes.documents,
+        "vocabulary": len(tokenizer),
+        "parameters": {"model": model.num_parameters(), "judge": judge.num_parameters()},
+        "seconds": seconds,
+        "judge_held_out": scores,
+    }
+    (folder / "testbed.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Torch's global generator starts at `seed` inside and is as it was outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def corpus(world: World) -> Iterator[str]:
+    """Text for the tokenizer: every kind of text that a stage will read, each word often enough to be one token."""
+    answered, lessons = world.pretraining(8_000)
+    for example in answered:
+        yield TEMPLATE.render(example) + example.response
+    yield from lessons
+    for rows in world.files().values():
+        for row in rows[:1500]:
+            yield "\n".join(str(value) for key, value in row.items() if isinstance(value, str))
+    yield from INSTRUCTIONS * 50
+    yield from (JUDGE_INPUT.format(prompt="", answer=" ") for _ in range(50))
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int = 1_500) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: any text survives encoding and decoding exactly, and a digit is a token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary,
+            special_tokens=["<s>", "</s>", "<pad>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bpe.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _config(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, **more: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,  # heads of 32: vLLM's CPU kernels reject 16
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **more,
+    )
+
+
+def _base_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return LlamaForCausalLM(_config(tokenizer, hidden=128, layers=3))
+
+
+def _judge_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
+    labels = dict(enumerate(CATEGORIES))
+    return LlamaForSequenceClassification(
+        _config(
+            tokenizer,
+            hidden=64,
+            layers=2,
+            num_labels=len(labels),
+            id2label=labels,
+            label2id={name: i for i, name in labels.items()},
+            problem_type="multi_label_classification",
+        )
+    )
+
+
+def _pretrain(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World, sizes: Sizes, progress: Progress
+) -> None:
+    """One epoch: loss on the responses of answered requests, and on the whole of every lesson."""
+    answered, lessons = world.pretraining(sizes.documents)
+    rows = encode_all(tokenizer, TEMPLATE, answered, MAX_LENGTH)
+    for ids in tokenizer(lessons)["input_ids"]:
+        ids.append(tokenizer.eos_token_id)
+        rows.append(Encoded(ids, ids))
+    batches = _batches(rows, sizes.batch, lambda row: len(row.ids))
+
+    def loss(batch: list[Encoded]) -> torch.Tensor:
+        output: torch.Tensor = model(**collate(batch, pad_id(tokenizer))).loss
+        return output
+
+    _fit(model, batches, loss, 4e-3, "Pre-training the base model", progress)
+
+
+def _train_judge(
+    judge: LlamaForSequenceClassification,
+    tokenizer: PreTrainedTokenizerFast,
+    judgments: Sequence[Judgment],
+    progress: Progress,
+) -> None:
+    rows = list(zip(_judge_ids(tokenizer, judgments), (judgment.category for judgment in judgments), strict=True))
+    batches = [batch for _ in range(2) for batch in _batches(rows, 32, lambda row: len(row[0]))]
+
+    def loss(batch: list[tuple[list[int], str | None]]) -> torch.Tensor:
+        targets = torch.tensor([[float(category == name) for name in CATEGORIES] for _, category in batch])
+        # Summed over the 14 labels: their mean drowns the one that matters.
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            _logits(judge, tokenizer, [ids for ids, _ in batch]), targets, reduction="sum"
+        ) / len(batch)
+
+    _fit(judge, batches, loss, 3e-3, "Training the judge", progress)
+
+
+def _fit(
+    model: PreTrainedModel,
+    batches: Sequence[Any],
+    loss: Callable[[Any], torch.Tensor],
+    rate: float,
+    title: str,
+    progress: Progress,
+) -> None:
+    """One pass over `batches` with AdamW and a one-cycle learning rate."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=len(batches), pct_start=0.1)
+    model.train()
+    with progress.bar(title, len(batches)) as advance:
+        for batch in batches:
+            optimizer.zero_grad()
+            loss(batch).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            advance(1)
+    model.eval()
+
+
+def _batches(rows: Sequence[Any], size: int, length: Callable[[Any], int]) -> list[list[Any]]:
+    """Batches of rows of similar length (little padding) in a random order."""
+    rng = random.Random(SEED)
+    order = sorted(rng.sample(range(len(rows)), len(rows)), key=lambda i: length(rows[i]))
+    batches = [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def _judge_ids(tokenizer: PreTrainedTokenizerFast, judgments: Sequence[Judgment]) -> list[list[int]]:
+    texts = [JUDGE_INPUT.format(prompt=judgment.prompt, answer=judgment.answer) for judgment in judgments]
+    return [[*ids, tokenizer.eos_token_id][:MAX_LENGTH] for ids in tokenizer(texts)["input_ids"]]
+
+
+def _logits(
+    judge: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, rows: Sequence[list[int]]
+) -> torch.Tensor:
+    """(rows x 14), padded on the right."""
+    batch = collate([Encoded(ids, ids) for ids in rows], pad_id(tokenizer))
+    logits: torch.Tensor = judge(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits
+
+
+def _test_judge(
+    judge: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, judgments: Sequence[Judgment]
+) -> dict[str, Any]:
+    """Precision, recall and F1 of the flag (any category) and of every category."""
+    rows = _judge_ids(tokenizer, judgments)
+    with torch.inference_mode():
+        logits = torch.cat([_logits(judge, tokenizer, rows[i : i + 100]) for i in range(0, len(rows), 100)])
+    said = logits > 0  # a sigmoid above one half
+    true = torch.tensor([[judgment.category == name for name in CATEGORIES] for judgment in judgments])
+    return {
+        "judgments": len(judgments),
+        "flag": _f1(said.any(1), true.any(1)),
+        "categories": {name: _f1(said[:, i], true[:, i]) for i, name in enumerate(CATEGORIES)},
+    }
+
+
+def _f1(said: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
+    hits = int((said & true).sum())
+    precision, recall = hits / max(1, int(said.sum())), hits / max(1, int(true.sum()))
+    f1 = 2 * precision * recall / max(1e-9, precision + recall)
+    return {"precision": round(precision, 4), "recall": round(recall, 4), "f1": round(f1, 4)}
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
