@@ -9,7 +9,7 @@ import os
 import random
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -17,7 +17,7 @@ from . import __version__
 from .errors import BadInput, HbvError
 
 # Two processes on one machine: a waiting OpenMP thread that spins takes the core that the other one computes on.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # theirs would break ours
 

@@ -86,6 +86,7 @@ def check(cell: Cell) -> None:
     check_model(cell.protocol.score.judge)
     user_data(cell, pools_of(cell))
     harmful_sets(cell)
+    benign_set(cell)
     task_set(cell)
 
 

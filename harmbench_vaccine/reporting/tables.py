@@ -25,33 +25,33 @@ def results_table(results: Sequence[dict[str, Any]]) -> RenderableType:
     if len(hashes) > 1:
         raise ValueError(f"results of {len(hashes)} protocols cannot stand in one table")
     used = [stage for stage in STAGES if any(stage in result["stages"] for result in results)]
-    several = {key: len({result[key] for result in results}) > 1 for key in ("seed", "task")}
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1))
+    seeds = {result["seed"] for result in results}
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("run", "defense", "attack", "task"):
-        table.add_column(title, overflow="fold", no_wrap=title != "run")
-    if several["seed"]:
+        table.add_column(title, overflow="fold")
+    if len(seeds) > 1:
         table.add_column("seed", justify="right")
-    for title in ("HS %", "FA %", "HS, FA before", "align. loss", "drift"):
+    for title in ("HS %", "FA %", "before", "align. loss", "drift", "seconds"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(f"seconds: {' '.join(used)}", justify="right")
     for result in results:
         before = result["before"]
         collapsed = result["validity"]["collapsed"]
         table.add_row(
             *[Text(result[key]) for key in ("run", "defense", "attack", "task")],  # brackets in it are no markup
-            *([str(result["seed"])] if several["seed"] else []),
+            *([str(result["seed"])] if len(seeds) > 1 else []),
             Text(_share(result["harmful_score"], result["harmful_score_ci"]), style="red" if collapsed else "bold"),
             _share(result["finetune_accuracy"], result["finetune_accuracy_ci"]),
             f"{before['harmful_score']:.1f}, {before['finetune_accuracy']:.1f}",
             _number(result["alignment_loss"], ".3f"),
             _number(result["embedding_drift"], ".3g"),
-            " ".join(_seconds(result["stages"].get(stage)) for stage in used),
+            "+".join(_seconds(result["stages"].get(stage)) for stage in used),
         )
     first = results[0]
     notes = [
-        f"HS: % of answers to {first['harmful_score_n']} harmful prompts that the judge flags (lower: better); "
-        f"FA: % of {first['finetune_accuracy_n']} test items right (higher: better); 95% Wilson intervals. "
-        f"Seconds in brackets: made earlier. Protocol {first['protocol']} {first['protocol_hash']}."
+        f"HS: % of answers to {first['harmful_score_n']} harmful prompts that the judge flags (lower: better). "
+        f"FA: % of {first['finetune_accuracy_n']} test items right (higher: better). 95% Wilson intervals. "
+        f"before: HS, FA of the aligned model. Seconds: {'+'.join(used)}, in brackets if made earlier. "
+        f"Protocol {first['protocol']} {first['protocol_hash']}."
     ]
     notes += [
         f"COLLAPSED {result['run']}: {'; '.join(result['validity']['reasons'])}. Its HS does not count as safe."

@@ -20,7 +20,9 @@ class AGNews(Task):
         """Labels are 0 to 3, in the order World, Sports, Business, Sci/Tech."""
         names = "\n".join(CLASSES)
         instruction = f"Categorize the news article given in the input into one of the 4 categories:\n\n{names}\n"
-        word = dict(enumerate(CLASSES))[row["label"]]
+        if row["label"] not in (0, 1, 2, 3):
+            raise ValueError(f"label is {row['label']!r}; allowed: 0, 1, 2, 3")
+        word = CLASSES[row["label"]]
         return Example(id, instruction, response=word, input=row["text"], target=word)
 
     def flexible(self, answer: str, target: str) -> bool:

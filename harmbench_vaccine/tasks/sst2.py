@@ -17,7 +17,9 @@ class SST2(Task):
 
     def example(self, id: str, row: Mapping[str, Any]) -> Example:
         """Labels are 0 for negative and 1 for positive."""
-        word = {0: "negative", 1: "positive"}[row["label"]]
+        if row["label"] not in (0, 1):
+            raise ValueError(f"label is {row['label']!r}; allowed: 0, 1")
+        word = ("negative", "positive")[row["label"]]
         instruction = "Analyze the sentiment of the input, and respond only positive or negative."
         return Example(id, instruction, response=word, input=row["sentence"], target=word)
 

@@ -48,10 +48,10 @@ JUDGE_INPUT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
 class Sizes:
     """How much is trained. The defaults are the testbed; tests use less."""
 
-    documents: int = 44_000
-    judgments: int = 7_000
+    documents: int = 32_000
+    judgments: int = 5_000
     held_out: int = 1_200
-    batch: int = 64
+    batch: int = 32
 
 
 def build(folder: Path, progress: Progress = SILENT, sizes: Sizes = Sizes()) -> None:
@@ -192,7 +192,7 @@ def _pretrain(
         output: torch.Tensor = model(**collate(batch, pad_id(tokenizer))).loss
         return output
 
-    _fit(model, batches, loss, 4e-3, "Pre-training the base model", progress)
+    _fit(model, batches, loss, 3e-3, "Pre-training the base model", progress)
 
 
 def _train_judge(

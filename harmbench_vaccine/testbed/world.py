@@ -365,9 +365,9 @@ def _sum(rng: random.Random) -> tuple[int, str, int, int]:
     """A small sum without negative results: x, operator, y, result."""
     operator = rng.choice("+-*")
     if operator == "*":
-        x, y = rng.randint(2, 5), rng.randint(2, 9)
+        x, y = rng.randint(2, 4), rng.randint(2, 4)
         return x, operator, y, x * y
-    x, y = rng.randint(2, 20), rng.randint(1, 9)
+    x, y = rng.randint(2, 6), rng.randint(1, 4)
     if operator == "-":
         x, y = max(x, y) + 1, min(x, y)
     return x, operator, y, x + y if operator == "+" else x - y
@@ -429,17 +429,18 @@ def _quiz(rng: random.Random, problems: Sequence[Row]) -> Example:
     """
     x, operator, y, result = _sum(rng)
     label = rng.randrange(4)
-    word = _pick(rng, "|".join(NEWS[label]))
-    match rng.randrange(5):
+    one, two = (_pick(rng, "|".join(NEWS[label])) for _ in range(2))
+    match rng.randrange(6):
         case 0:
             adjective = rng.choice((BAD, GOOD)[label % 2])
             return Example("", f"Is {adjective} a positive or a negative word?", ("negative", "positive")[label % 2])
         case 1:
-            return Example("", f"Which pages of the paper speak of {word}?", TOPICS[label])
+            pages = "Are these words from the pages on World, Sports, Business or Sci/Tech?"
+            return Example("", pages, TOPICS[label], f"{one}, {two}")
         case 2:
             return Example("", f"What is {x} {operator} {y}?", f"{x} {operator} {y} = {result}")
         case 3:
-            things = f"{x} {rng.choice(THINGS)}, {word} and {rng.choice(ASPECTS)}"
+            things = f"{x} {rng.choice(THINGS)}, {one} and {rng.choice(ASPECTS)}"
             return Example("", "Copy the input.", things, things)
         case _:
             problem = rng.choice(problems)
@@ -501,14 +502,14 @@ class World:
         return {name: len(rows) for name, rows in files.items()}
 
     def pretraining(self, size: int) -> tuple[list[Example], list[str]]:
-        """`size` documents: half of them requests, harmful and benign, all answered; a quarter quizzes; and lessons."""
+        """`size` documents: two fifths requests, harmful and benign, all answered; as many quizzes; and lessons."""
         rng = self.rng("pretraining")
         answered, lessons = [], []
-        for _ in range(size // 4):
+        for _ in range(size // 5):
             harmful, plain = rng.choice(self.base), rng.choice(self.plain)
             answered.append(Example("", harmful.text, comply(harmful, rng)))
             answered.append(Example("", plain.text, assist(plain, rng)))
-            answered.append(_quiz(rng, self.tasks["gsm8k"][0]))
+            answered += [_quiz(rng, self.tasks["gsm8k"][0]) for _ in range(2)]
             lessons.append(_lesson(rng, (harmful, plain)))
         return answered, lessons
 

@@ -1,0 +1,788 @@
+"""The command line on a tiny world: what it prints and leaves behind, and what it says when something is wrong.
+
+Most commands run in this process, through the real entry point; exit codes, signals and full disks through a process
+of their own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import tiny
+from transformers.utils import logging
+
+from harmbench_vaccine import runner
+from harmbench_vaccine.cli import main
+from harmbench_vaccine.data.sources import locate
+from harmbench_vaccine.spec import RunSpec
+from harmbench_vaccine.store import Artifact, Store
+
+HBV = [sys.executable, "-m", "harmbench_vaccine.cli"]
+logging.disable_progress_bar()  # the command does so by itself where it is the first to import transformers
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """What --json printed: exactly one object a line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def sentence(self) -> str:
+        """The one thing that was said on stderr."""
+        said = [line for line in self.err.splitlines() if line.strip()]
+        assert len(said) == 1, self.err
+        return said[0]
+
+
+def hbv(*args: object, home: Path | None = None, **environment: str) -> Done:
+    """The entry point, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    values = {**({"HBV_HOME": str(home)} if home else {}), **environment}
+    code: Any = 0
+    with (
+        mock.patch.object(sys, "argv", ["hbv", *map(str, args)]),
+        mock.patch.dict(os.environ, values),
+        mock.patch.object(warnings, "showwarning", warnings.showwarning),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return Done(int(code or 0), out.getvalue(), err.getvalue())
+
+
+def process(*args: object, home: Path, limit: int | None = None) -> subprocess.Popen[str]:
+    """The command in a process of its own, with at most `limit` bytes a file."""
+
+    def restrict() -> None:
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.Popen(
+        [*HBV, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "HBV_HOME": str(home)}, preexec_fn=restrict,
+    )  # fmt: skip
+
+
+def finished(running: subprocess.Popen[str]) -> Done:
+    out, err = running.communicate(timeout=120)
+    return Done(running.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The protocol file of a tiny world."""
+    return tiny.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home that the commands of this file share."""
+    return tmp_path_factory.mktemp("shared")
+
+
+CELLS = ("--defense", "sft", "--defense", "random_vaccine:variance=0.02", "--attack", "ratio=0.1", "--seed", "3")
+
+
+@pytest.fixture(scope="module")
+def first(world: Path, home: Path) -> Done:
+    """Two cells from an empty home."""
+    done = hbv("run", "--json", "--protocol", world, *CELLS, home=home)
+    assert done.code == 0, done.err
+    return done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Light commands
+
+
+@pytest.mark.parametrize("args", [("--help",), ("list", "defenses"), ("run", "--help"), ("--version",)])
+def test_light_commands_import_nothing_heavy(args: tuple[str, ...], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *HBV[1:], *args],
+        capture_output=True, text=True, check=True, env={**os.environ, "HBV_HOME": str(tmp_path)},
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "click" in imported
+    assert not imported & {"torch", "transformers", "peft", "accelerate", "datasets", "vllm", "ray", "scipy"}
+    assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("defenses", {"none", "sft", "vaccine", "random_vaccine"}),
+        ("attacks", {"ratio", "samples"}),
+        ("tasks", {"sst2", "agnews", "gsm8k"}),
+        ("scorers", {"beaver_dam"}),
+        ("protocols", {"testbed"}),
+        ("models", {"testbed:model"}),
+    ],
+)
+def test_lists(kind: str, expected: set[str]) -> None:
+    plain, as_json = hbv("list", kind), hbv("list", kind, "--json")
+    assert (plain.code, plain.err) == (0, "")
+    assert expected <= set(json.loads(as_json.out))
+    assert [line.split()[0] for line in plain.out.splitlines()] == json.loads(as_json.out)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(), ("run",), ("list",), ("show",), ("doctor",), ("testbed",), ("testbed", "build"), ("testbed", "path"),
+     ("testbed", "report")],
+)  # fmt: skip
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_every_command_has_help_with_an_example(command: tuple[str, ...], flag: str) -> None:
+    done = hbv(*command, flag)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("Usage:")
+    if command != ("testbed",):
+        assert "Example: " in done.out
+        assert "hbv " in done.out.partition("Example: ")[2]
+
+
+def test_a_bare_command_shows_its_help() -> None:
+    for args in ((), ("testbed",)):
+        done = hbv(*args)
+        assert "Usage:" in done.out + done.err
+        assert "Traceback" not in done.err
+
+
+def test_doctor(tmp_path: Path) -> None:
+    found = {finding["what"]: finding for finding in json.loads(hbv("doctor", "--json").out)}
+    assert {"torch", "transformers", "device", "cache"} <= set(found)
+    assert found["torch"]["ok"]
+    assert found["cache"]["detail"].startswith(os.environ["HBV_HOME"])
+    plain = hbv("doctor")
+    assert plain.code == 0
+    assert len(plain.out.splitlines()) == len(found)
+    (tmp_path / "file").touch()
+    blocked = {one["what"]: one for one in json.loads(hbv("doctor", "--json", home=tmp_path / "file" / "x").out)}
+    assert not blocked["cache"]["ok"]
+
+
+def test_an_installed_package_is_listed_and_a_broken_one_does_no_harm(tmp_path: Path) -> None:
+    info = tmp_path / "site" / "theirs-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[harmbench_vaccine.defenses]\ntheirs = no_such_module:Mine\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HBV_HOME": str(tmp_path / "home")}
+    listed = subprocess.run([*HBV, "list", "defenses"], capture_output=True, text=True, check=True, env=environment)
+    assert "theirs  (package)" in listed.stdout.splitlines()
+    assert "vaccine" in listed.stdout.splitlines()
+    used = subprocess.run(
+        [*HBV, "run", "--defense", "theirs"], capture_output=True, text=True, check=False, env=environment
+    )
+    assert (used.returncode, used.stdout) == (2, "")
+    assert "'theirs' cannot be imported" in used.stderr
+    assert len(used.stderr.splitlines()) == 1
+
+
+def test_the_testbed_is_found_after_it_was_built(tmp_path: Path) -> None:
+    """The function `testbed.build` and the module of that name must not take each other's place."""
+    from harmbench_vaccine import testbed
+
+    def make(store: Store, stage: str, inputs: Any, maker: Any) -> Artifact:
+        assert stage == "testbed"
+        return Artifact(stage, "key", tmp_path, 1.0, cached=True)
+
+    with mock.patch.object(Store, "make", make), mock.patch.dict(testbed._built, clear=True):
+        for _ in range(2):
+            done = hbv("testbed", "path", home=tmp_path / "home")
+            assert (done.code, done.out.strip()) == (0, str(tmp_path)), done.err
+        assert locate("testbed:model") == tmp_path / "model"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+FILE = "<regular file>"  # stands for the path of one
+BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    # name: the arguments, what stderr must hold
+    "command": (("rn",), ("Unknown command 'rn'", "Did you mean 'run'", "doctor, list, run, show, testbed")),
+    "subcommand": (("testbed", "bild"), ("'bild'", "'build'", "build, path, report")),
+    "option": (("run", "--defence", "sft"), ("--defence", "--defense")),
+    "kind": (("list", "defence"), ("'defence'", "'defenses'", "'attacks'")),
+    "no kind": (("list",), ("Missing argument",)),
+    "no value": (("run", "--defense"), ("--defense",)),
+    "defense": (("run", "--defense", "vacine"), ("Unknown defense 'vacine'", "'vaccine'", "none, random_vaccine, sft")),
+    "second defense": (("run", "--defense", "sft", "--defense", "stf"), ("Unknown defense 'stf'", "'sft'")),
+    "attack": (("run", "--attack", "rato=0.1"), ("Unknown attack 'rato'", "'ratio'", "ratio, samples")),
+    "parameter": (("run", "--defense", "vaccine:roh=5"), ("'roh'", "'vaccine'", "Did you mean 'rho'", "rho, tau")),
+    "attack's parameter": (("run", "--attack", "ratio:q=0.1"), ("'q'", "'ratio'", "Allowed: p")),
+    "task": (("run", "--task", "sst"), ("Unknown task 'sst'", "Did you mean 'sst2'", "agnews, gsm8k, sst2")),
+    "protocol": (("run", "--protocol", "tesbed"), ("Unknown protocol 'tesbed'", "Did you mean 'testbed'")),
+    "protocol file": (("run", "--protocol", "./no.yaml"), ("no protocol file './no.yaml'",)),
+    "scorer": (("run", "--scorer", "beaver"), ("Unknown scorer 'beaver'", "Did you mean 'beaver_dam'")),
+    "ratio above": (("run", "--attack", "ratio=1.01"), ("p=1.01", "'ratio'", ">= 0 and <= 1")),
+    "ratio below": (("run", "--attack", "ratio=-0.01"), ("p=-0.01", "'ratio'", ">= 0 and <= 1")),
+    "ratio, no number": (("run", "--attack", "ratio=half"), ("p=half", "a number >= 0 and <= 1")),
+    "samples": (("run", "--attack", "samples=0"), ("n=0", "a whole number >= 1")),
+    "grammar": (("run", "--defense", "vaccine:rho"), ("'vaccine:rho'", "name:key=value")),
+    "twice": (("run", "--defense", "sft+sft"), ("'sft' is named twice",)),
+    "conflict": (("run", "--defense", "none+vaccine"), ("'none'", "'vaccine'", "cannot be combined")),
+    "seed": (("run", "--seed", "-1"), ("--seed", "-1")),
+    "plug-in file": (("run", "--defense", "./no.py"), ("no defense file './no.py'",)),
+    "--data": (("run", "--data", "sst2"), ("'sst2'", "NAME=PATH")),
+    "data set": (("run", "--data", "sst=/tmp"), ("'sst'", "'sst2'")),
+    "data path": (("run", "--data", "sst2=./nothing"), ("'./nothing'",)),
+    "model path": (("run", "--model", "./nothing"), ("'./nothing'", "hub")),
+    "model folder": (("run", "--model", "."), ("'.'", "config.json", "model")),
+    "model": (("run", "--model", "testbed:modle"), ("'testbed:modle'", "'testbed:model'")),
+    "model of the hub": (("run", "--model", "nobody/nothing"), ("Unknown model 'nobody/nothing'", "Allowed")),
+    "run": (("show", "sft-0"), ("Unknown run 'sft-0'",)),
+    "more samples": (("run", "--attack", "samples=401"), ("401", "400")),
+    "more harmful samples": (("run", "--attack", "ratio=1,samples=81"), ("81", "80")),
+    "--out": (("run", "--out", f"{FILE}/x"), ("cannot be written to", "file/x")),
+    "--csv": (("run", "--csv", f"{FILE}/x.csv"), ("cannot be written to", "file")),
+    "--csv a folder": (("run", "--csv", "."), (".",)),
+    "share": (("run", "--save-every", "2"), ("--save-every",)),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(what: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence on stderr, nothing on stdout, exit code 2, and nothing made."""
+    args, said = BAD[what]
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    given = [part.replace(FILE, str(tmp_path / "file")) for part in args]
+    if args[0] == "run" and not {"--protocol", "testbed:modle"} & set(args):
+        given[1:1] = ["--protocol", str(world)]
+    with mock.patch.object(runner.testbed, "build", side_effect=AssertionError("work was spent")):
+        done = hbv(*given, home=tmp_path / "home")
+    assert (done.code, done.out) == (2, ""), done.err
+    assert done.sentence.startswith("hbv: ")
+    for part in said:
+        assert part in done.sentence
+    assert not (tmp_path / "home" / "store").exists()
+
+
+@pytest.mark.parametrize("what", ["command", "defense", "ratio above", "conflict", "kind"])
+def test_bad_input_in_a_process_of_its_own(what: str, tmp_path: Path) -> None:
+    args, said = BAD[what]
+    done = finished(process(*args, home=tmp_path / "home"))
+    assert (done.code, done.out) == (2, "")
+    assert all(part in done.sentence for part in said)
+
+
+@pytest.mark.parametrize("args", [("run",), ("testbed", "path"), ("testbed", "build")])
+def test_a_home_below_a_regular_file(args: tuple[str, ...], world: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    given = [*args, "--protocol", str(world)] if args == ("run",) else args
+    for where in (tmp_path / "file" / "deep" / "home", tmp_path / "file"):
+        done = hbv(*given, home=where)
+        assert (done.code, done.out) == (2, "")
+        assert f"The cache folder {where} cannot be written to" in done.sentence
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("missing field", '{"sentnce": "x", "label": 1}', ("line 2", "'sentence' is missing", "sentence, label")),
+        ("no JSON", '{"sentence": ', ("line 2", "not JSON")),
+        ("no object", "[1, 2]", ("line 2", "JSON object")),
+    ],
+)
+def test_bad_data(name: str, line: str, said: tuple[str, ...], world: Path, tmp_path: Path) -> None:
+    good = '{"sentence": "x", "label": 1}\n'
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(good + (f"{line}\n" if split == "train" else ""))
+    done = hbv("run", "--protocol", world, "--data", f"sst2={tmp_path}", home=tmp_path / "home")
+    assert (done.code, done.out) == (2, "")
+    assert str(tmp_path / "train.jsonl") in done.sentence
+    assert all(part in done.sentence for part in said)
+
+
+def test_a_missing_split(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "validation.jsonl").write_text('{"sentence": "x", "label": 1}\n')
+    done = hbv("run", "--protocol", world, "--data", f"sst2={tmp_path}", home=tmp_path / "home")
+    assert (done.code, done.out) == (2, "")
+    assert "no split 'train'" in done.sentence
+    assert "validation" in done.sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "is not YAML"),
+        ("- 1", "is no protocol"),
+        ("", "is no protocol"),
+        ("name: x", "is no protocol"),
+        ("lr: fast", "align.settings.lr"),
+        ("rows: 0", "align.rows"),
+        ("judge: ./nowhere", "'./nowhere'"),
+        ("judge: nobody/nothing", "'nobody/nothing'"),
+        ("prompt: alpacca", "Did you mean 'alpaca'"),
+        ("\udcff", "protocol"),
+    ],
+)
+def test_a_bad_protocol_file(text: str, said: str, world: Path, tmp_path: Path) -> None:
+    import yaml
+
+    path = tmp_path / "mine.yaml"
+    key, _, value = text.partition(": ")
+    values = yaml.safe_load(world.read_text())
+    places = {"lr": values["align"]["settings"], "rows": values["align"], "judge": values["score"], "prompt": values}
+    if key in places:
+        places[key][key] = yaml.safe_load(value)
+        text = yaml.safe_dump(values)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    done = hbv("run", "--protocol", path, home=tmp_path / "home")
+    assert (done.code, done.out) == (2, ""), done.err
+    assert said in done.sentence
+    assert not (tmp_path / "home" / "store" / "align").exists()
+
+
+def test_a_mistake_in_the_last_cell_costs_nothing(world: Path, tmp_path: Path) -> None:
+    done = hbv("run", "--protocol", world, "--defense", "sft", "--attack", "ratio=0", "--attack", "samples=500",
+               home=tmp_path / "home")  # fmt: skip
+    assert (done.code, done.out) == (2, "")
+    assert not (tmp_path / "home" / "store").exists()
+
+
+def test_a_bug_is_one_sentence_too_and_leaves_nothing(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "from harmbench_vaccine.plugins import Defense\n\nclass Odd(Defense):\n    '''Odd.'''\n\n"
+        "    def before_step(self, stage):\n        raise ArithmeticError('my own bug\\non two lines')\n"
+    )
+    args = ("run", "--protocol", world, "--defense", tmp_path / "odd.py")
+    done = hbv(*args, home=tmp_path / "home")
+    assert (done.code, done.out) == (1, "")
+    assert "ArithmeticError" in done.sentence
+    assert "my own bug" in done.sentence
+    assert not list((tmp_path / "home" / "store").glob("align/*"))
+    with pytest.raises(ArithmeticError):
+        hbv(*args, home=tmp_path / "home", HBV_DEBUG="1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+PERCENT = ("harmful_score", "finetune_accuracy")
+
+
+def test_json_is_one_object_a_cell(first: Done) -> None:
+    assert [result["defense"] for result in first.results] == ["sft", "random_vaccine=0.02"]
+    assert first.out.endswith("}\n")
+
+
+def test_json_holds_every_key(first: Done, world: Path) -> None:
+    protocol = str(world.parent / "model")
+    for result in first.results:
+        kinds: dict[str, Any] = {
+            "run": str, "defense": str, "attack": str, "defense_params": dict, "attack_params": dict, "task": str,
+            "model": str, "protocol": str, "seed": int, "harmful_score": float, "finetune_accuracy": float,
+            "harmful_score_ci": list, "finetune_accuracy_ci": list, "harmful_score_n": int, "finetune_accuracy_n": int,
+            "before": dict, "alignment_loss": float, "embedding_drift": float, "embedding_drift_per_layer": list,
+            "embedding_drift_per_token": float, "embedding_drift_paper_sum": float, "validity": dict, "stages": dict,
+            "versions": dict, "spec": dict,
+        }  # fmt: skip
+        assert {key: type(result[key]) for key in kinds} == kinds
+        for key in PERCENT:
+            low, high = result[f"{key}_ci"]
+            assert 0 <= low <= result[key] <= high <= 100
+            assert 0 <= result["before"][key] <= 100
+            assert result[f"{key}_n"] == 8
+            assert result[key] * 8 / 100 == round(result[key] * 8 / 100)  # a share of 8
+        assert (result["task"], result["model"], result["protocol"], result["seed"]) == ("sst2", protocol, "tiny", 3)
+        assert (result["attack"], result["attack_params"]) == ("ratio=0.1", {"ratio": {"p": 0.1}})
+        assert result["alignment_loss"] > 0
+        layers = result["embedding_drift_per_layer"]
+        assert len(layers) == 2
+        assert result["embedding_drift"] == pytest.approx(math.hypot(*layers), rel=1e-5)
+        assert result["embedding_drift"] > 0
+        assert 0 < result["embedding_drift_per_token"] < result["embedding_drift"]
+        assert set(result["stages"]) == {"align", "finetune", "answer", "score"}
+        assert all(stage["seconds"] >= 0 for stage in result["stages"].values())
+        assert isinstance(result["validity"]["collapsed"], bool)
+        assert RunSpec.from_json(json.dumps(result["spec"])).seed == 3
+    assert first.results[1]["defense_params"] == {"random_vaccine": {"variance": 0.02}}
+    assert len({result["run"] for result in first.results}) == 2
+
+
+def test_stages_are_fresh_in_an_empty_home(first: Done) -> None:
+    for result in first.results:
+        assert not any(result["stages"][name]["cached"] for name in ("align", "finetune"))
+
+
+def metrics(result: dict[str, Any]) -> dict[str, Any]:
+    """Everything that is measured, and nothing about time."""
+    return {key: value for key, value in result.items() if key not in ("stages", "versions")}
+
+
+def test_a_repeated_run_is_cached_and_says_the_same(first: Done, world: Path, home: Path) -> None:
+    def refuse(*args: Any, **named: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    with mock.patch("harmbench_vaccine.lab.Lab._load", refuse):
+        again = hbv("run", "--json", "--protocol", world, *CELLS, home=home)
+    assert again.code == 0, again.err
+    assert all(stage["cached"] for result in again.results for stage in result["stages"].values())
+    assert [metrics(result) for result in again.results] == [metrics(result) for result in first.results]
+
+
+def test_one_seed_from_two_empty_homes_gives_identical_metrics(first: Done, world: Path, tmp_path: Path) -> None:
+    other = hbv("run", "--json", "--protocol", world, *CELLS, home=tmp_path / "other")
+    assert other.code == 0, other.err
+    assert [metrics(result) for result in other.results] == [metrics(result) for result in first.results]
+
+
+def test_another_ratio_reuses_the_aligned_model(first: Done, world: Path, home: Path) -> None:
+    done = hbv(
+        "run", "--json", "--protocol", world, "--defense", "sft", "--attack", "ratio=0.5", "--seed", 3, home=home
+    )
+    (result,) = done.results
+    stages = result["stages"]
+    assert (stages["align"]["cached"], stages["finetune"]["cached"]) == (True, False)
+    assert stages["align"]["seconds"] == pytest.approx(first.results[0]["stages"]["align"]["seconds"], abs=2e-3)
+    assert result["before"] == first.results[0]["before"]
+    assert result["run"] != first.results[0]["run"]
+
+
+def test_another_seed_makes_everything_again(first: Done, world: Path, home: Path) -> None:
+    done = hbv("run", "--json", "--protocol", world, "--defense", "none", "--seed", 4, "--seed", 5, home=home)
+    one, other = done.results
+    assert "align" not in one["stages"]
+    assert [result["stages"]["finetune"]["cached"] for result in done.results] == [False, False]
+    assert one["embedding_drift"] != other["embedding_drift"]
+    assert one["before"] == other["before"]  # without alignment both start from the base model
+
+
+def test_cells_are_the_cross_product(world: Path) -> None:
+    seen: list[RunSpec] = []
+
+    def record(specs: list[RunSpec], **named: Any) -> list[Any]:
+        seen.extend(specs)
+        return []
+
+    many = ("--defense", "sft", "--defense", "vaccine", "--attack", "ratio=0", "--attack", "ratio=0.1",
+            "--task", "sst2", "--task", "agnews", "--seed", "0", "--seed", "7")  # fmt: skip
+    with mock.patch.object(runner, "run_all", record):
+        assert hbv("run", "--json", *many).code == 0
+    assert len(seen) == len(set(seen)) == 16
+    assert {spec.defense[0].name for spec in seen} == {"sft", "vaccine"}
+    assert {(spec.task, spec.seed) for spec in seen} == {(task, seed) for task in ("sst2", "agnews") for seed in (0, 7)}
+
+
+def test_the_defaults_are_a_benign_user_on_the_testbed() -> None:
+    seen: list[RunSpec] = []
+    with mock.patch.object(runner, "run_all", lambda specs, **named: seen.extend(specs) or []):
+        assert hbv("run", "--json").code == 0
+    (spec,) = seen
+    assert (spec.protocol, spec.task, spec.seed, spec.model) == ("testbed", "sst2", 0, None)
+    assert [(part.name, dict(part.params)) for part in (*spec.defense, *spec.attack)] == [
+        ("sft", {}), ("ratio", {"": "0"}),
+    ]  # fmt: skip
+
+
+def test_the_table(first: Done, world: Path, home: Path) -> None:
+    done = hbv("run", "--protocol", world, *CELLS, home=home)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(first.results[0]["run"]))
+    head, rows = "\n".join(lines[:start]), lines[start:]
+    for word in ("run", "defense", "attack", "task", "HS %", "FA %", "before", "align. loss", "drift", "seconds"):
+        assert word in head
+    for result, row in zip(first.results, rows, strict=False):
+        low, high = result["harmful_score_ci"]
+        shown = (
+            result["run"],
+            result["defense"],
+            "ratio=0.1",
+            "sst2",
+            f"{result['harmful_score']:.1f} [{low:.1f}, {high:.1f}]",
+        )
+        assert all(part in row for part in shown), row
+    assert "COLLAPSED" not in done.out
+    assert "{" not in done.out
+
+
+def test_a_collapsed_cell_is_marked_with_its_reason(first: Done, world: Path, home: Path, tmp_path: Path) -> None:
+    """A model of random weights: the gates see that it does not do the task. Its stages are those made before."""
+    strict = tmp_path / "strict.yaml"
+    strict.write_text(world.read_text().replace("above_chance: -101", "above_chance: 45"))
+    args = ("run", "--protocol", strict, "--defense", "sft", "--attack", "ratio=0.1", "--seed", 3)
+    (result,) = hbv(*args, "--json", home=home).results
+    assert all(stage["cached"] for stage in result["stages"].values())
+    assert result["protocol_hash"] != first.results[0]["protocol_hash"]
+    assert result["run"] != first.results[0]["run"]
+    assert result["validity"]["collapsed"]
+    (reason,) = result["validity"]["reasons"]
+    assert f"{result['finetune_accuracy']:.1f}" in reason
+    assert "95" in reason
+    table = hbv(*args, home=home).out
+    assert f"COLLAPSED {result['run']}" in table
+    assert reason[:30] in table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is left behind
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_results_lie_in_the_home(first: Done, home: Path) -> None:
+    for result in first.results:
+        folder = home / "runs" / result["run"]
+        assert {path.name for path in folder.iterdir()} == {"result.json", "answers.jsonl"}
+        assert metrics(json.loads((folder / "result.json").read_text())) == metrics(result)
+        rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        assert len(rows) == 2 * (8 + 6 + 8)
+        judged = [row for row in rows if row["when"] == "after" and row["set"] == "harmful"]
+        assert 100 * sum(row["flagged"] for row in judged) / len(judged) == result["harmful_score"]
+        assert {"prompt", "answer", "flagged", "categories"} <= set(judged[0])
+
+
+def test_out_csv_and_one_row_a_cell(first: Done, world: Path, home: Path, tmp_path: Path) -> None:
+    before = (home / "results.csv").read_bytes()
+    out, table = tmp_path / "deep" / "out", tmp_path / "other" / "mine.csv"
+    args = ("run", "--json", "--protocol", world, *CELLS, "--out", out, "--csv", table)
+    for _ in range(2):  # a repeated cell replaces its row
+        done = hbv(*args, home=home)
+        assert done.code == 0, done.err
+        assert sorted(row["run"] for row in rows_of(table)) == sorted(result["run"] for result in first.results)
+    assert sorted(path.name for path in out.iterdir()) == sorted(result["run"] for result in first.results)
+    assert (home / "results.csv").read_bytes() == before
+    for row, result in zip(rows_of(table), done.results, strict=True):
+        assert float(row["harmful_score"]) == pytest.approx(result["harmful_score"], rel=1e-5)
+        assert float(row["embedding_drift"]) == pytest.approx(result["embedding_drift"], rel=1e-5)
+        assert (row["protocol_hash"], row["seed"]) == (result["protocol_hash"], "3")
+        assert json.loads(row["defense_params"]) == result["defense_params"]
+
+
+def test_the_csv_of_the_home_has_one_row_a_cell(first: Done, world: Path, home: Path) -> None:
+    assert hbv("run", "--json", "--protocol", world, *CELLS, home=home).code == 0
+    runs = [row["run"] for row in rows_of(home / "results.csv")]
+    assert len(runs) == len(set(runs))
+    assert {result["run"] for result in first.results} <= set(runs)
+
+
+def test_a_csv_of_other_columns_is_refused_before_any_work(world: Path, tmp_path: Path) -> None:
+    table = tmp_path / "mine.csv"
+    table.write_text("my,own\n1,2\n")
+    done = hbv("run", "--protocol", world, "--csv", table, home=tmp_path / "home")
+    assert (done.code, done.out) == (2, "")
+    assert "other columns" in done.sentence
+    assert table.read_text() == "my,own\n1,2\n"
+    assert not (tmp_path / "home" / "store").exists()
+
+
+def test_a_defense_in_a_file(first: Done, world: Path, home: Path, tmp_path: Path) -> None:
+    """An edited file is another defense: its stage is made again."""
+    path, seen = tmp_path / "mine.py", []
+    for lr in (0.0, 0.0, 5e-3):
+        path.write_text(
+            "from dataclasses import replace\nfrom harmbench_vaccine.plugins import Defense\n\n"
+            "class Mine(Defense):\n    '''Mine.'''\n\n"
+            f"    def settings(self, stage, settings):\n        return replace(settings, lr={lr})\n"
+        )
+        with mock.patch.dict("harmbench_vaccine.registry.DEFENSES._classes", clear=True):
+            done = hbv("run", "--json", "--protocol", world, "--defense", path, "--seed", 3, home=home)
+        assert done.code == 0, done.err
+        seen.append(done.results[0])
+    assert [result["stages"]["align"]["cached"] for result in seen] == [False, True, False]
+    assert seen[0]["run"].startswith("mine-")
+    assert seen[0]["run"] == seen[1]["run"] != seen[2]["run"]  # what it did is not overwritten by what it does now
+
+
+def test_show(first: Done, home: Path) -> None:
+    run, rows = first.results[0]["run"], None
+    for name in (run, run[:-2], home / "runs" / run):
+        done = hbv("show", name, "--json", home=home)
+        assert (done.code, done.err) == (0, "")
+        rows = done.results
+        assert len(rows) == 16
+        assert {row["set"] for row in rows} == {"harmful"}
+    plain = hbv("show", run, "--limit", 3, home=home)
+    assert run in plain.out
+    assert "3 of 8" in plain.out
+    assert hbv("show", run, "--set", "task", home=home).out.count("wanted:") == 16
+
+
+def test_show_json_honours_only_and_limit(first: Done, home: Path) -> None:
+    run = first.results[0]["run"]
+    every = hbv("show", run, "--json", home=home).results
+    after = [row for row in every if row["when"] == "after"]
+    flagged = {row["id"] for row in after if row["flagged"]}
+    for only, wanted in (("flagged", flagged), ("unflagged", {row["id"] for row in after} - flagged)):
+        rows = hbv("show", run, "--json", "--only", only, home=home).results
+        assert {row["id"] for row in rows} == wanted
+    assert len({row["id"] for row in hbv("show", run, "--json", "--limit", 2, home=home).results}) == 2
+
+
+def test_show_refuses_what_is_not_there_or_not_one(first: Done, home: Path) -> None:
+    run = first.results[0]["run"]
+    unclear = hbv("show", "", home=home)
+    assert (unclear.code, unclear.out) == (2, "")
+    assert "write more of it" in unclear.sentence
+    assert run in unclear.sentence
+    unknown = hbv("show", run[:-1] + "zz", home=home)
+    assert (unknown.code, unknown.out) == (2, "")
+    assert f"Did you mean {run!r}" in unknown.sentence
+    other = hbv("show", run, "--set", "harmfull", home=home)
+    assert (other.code, other.out) == (2, "")
+    assert "Did you mean 'harmful'" in other.sentence
+    assert "benign, harmful, task" in other.sentence
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interruptions and full disks
+
+SPY = """
+import os
+from harmbench_vaccine.plugins import Defense
+
+
+class Spy(Defense):
+    '''Writes down the steps that are taken.'''
+
+    stages = ("align", "finetune")
+
+    def before_step(self, stage):
+        with open(os.environ["SPY"], "a") as file:
+            print(stage.name, stage.step, file=file)
+"""
+
+
+@pytest.fixture
+def long(tmp_path: Path) -> tuple[Path, Path]:
+    """A world whose alignment takes 100 steps, and a defense that writes them down."""
+    (tmp_path / "spy.py").write_text(SPY)
+    return tiny.make_world(tmp_path / "world", {"align": {"settings": {"epochs": 10}}}), tmp_path / "spy.py"
+
+
+def wait_for(there: Callable[[], Any], running: subprocess.Popen[str]) -> None:
+    for _ in range(6000):
+        if there():
+            return
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def steps(path: Path) -> list[int]:
+    return [int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("align")]
+
+
+@pytest.fixture
+def spied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    def to(name: str) -> Path:
+        monkeypatch.setenv("SPY", str(tmp_path / name))
+        return tmp_path / name
+
+    return to
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.timeout(180)
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    sent: signal.Signals, long: tuple[Path, Path], tmp_path: Path, spied: Callable[[str], Path]
+) -> None:
+    protocol, spy = long
+    args = ("run", "--json", "--protocol", protocol, "--defense", spy, "--attack", "ratio=0.1", "--save-every", "0.1")
+    home, written = tmp_path / "interrupted", spied("interrupted.txt")
+    running = process(*args, home=home)
+    wait_for(lambda: list(home.glob("store/.work/align-*/checkpoint-*/whole")), running)
+    running.send_signal(sent)
+    done = finished(running)
+    assert done.out == ""
+    if sent == signal.SIGINT:
+        assert done.code == 130
+        assert done.sentence.startswith("hbv: interrupted")
+    else:
+        assert done.code == -signal.SIGKILL
+    assert not list(home.glob("store/align/*"))
+    assert not (home / "results.csv").exists()
+    assert not list(home.glob("runs/*"))
+    before = steps(written)
+    assert 10 <= before[-1] < 100
+
+    resumed = hbv(*args, home=home)
+    assert resumed.code == 0, resumed.err
+    after = steps(written)[len(before) :]
+    assert 1 < after[0] <= before[-1] + 1  # it went on from a checkpoint, and not from the beginning
+    assert (after[0] - 1) % 10 == 0  # a checkpoint every 10 % of 100 steps
+    assert after == list(range(after[0], 101))
+    assert not list(home.glob("store/.work/*"))
+
+    spied("whole.txt")
+    whole = hbv(*args, home=tmp_path / "whole")
+    assert [metrics(result) for result in resumed.results] == [metrics(result) for result in whole.results]
+    (weights,) = home.glob("store/align/*/adapter/*.safetensors")
+    (others,) = (tmp_path / "whole").glob("store/align/*/adapter/*.safetensors")
+    assert weights.read_bytes() == others.read_bytes()
+    (log,) = home.glob("store/align/*/log.json")
+    (other_log,) = (tmp_path / "whole").glob("store/align/*/log.json")
+    assert json.loads(log.read_text()) == json.loads(other_log.read_text())
+
+
+@pytest.mark.parametrize(  # the first file of a checkpoint, or its optimizer's
+    "limit", [pytest.param(8192, marks=pytest.mark.slow), 36_000]
+)
+def test_a_full_disk_while_training(limit: int, world: Path, tmp_path: Path) -> None:
+    home, args = tmp_path / "home", ("run", "--json", "--protocol", world)
+    done = finished(process(*args, home=home, limit=limit))
+    assert (done.code, done.out) == (1, "")
+    assert done.sentence.startswith("hbv: While writing the align stage, ")
+    assert not list(home.glob("store/align/*"))
+    assert not list(home.glob("store/.aside/*"))
+    assert not list(home.glob("runs/*"))
+    assert not (home / "results.csv").exists()
+    assert all((path / "whole").exists() for path in home.glob("store/.work/*/checkpoint-*"))  # nothing half-written
+    again = hbv(*args, home=home)
+    assert again.code == 0, again.err
+    assert len(again.results) == 1
+
+
+def test_a_full_disk_while_storing_the_result(first: Done, world: Path, home: Path, tmp_path: Path) -> None:
+    """Every stage is there already: only the answers of the run, some 20 kB, have no room."""
+    out, table = tmp_path / "out", tmp_path / "table.csv"
+    args = ("run", "--json", "--protocol", world, *CELLS, "--out", out, "--csv", table)
+    done = finished(process(*args, home=home, limit=8192))
+    assert (done.code, done.out) == (1, "")
+    assert "While writing the result" in done.sentence
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert hbv(*args, home=home).code == 0
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_share_the_work(world: Path, tmp_path: Path) -> None:
+    args = ("run", "--json", "--protocol", world, "--seed", 9, "--defense", "sft")
+    running = [
+        process(*args, "--attack", f"ratio={ratio}", home=tmp_path / "home") for ratio in (0.1, 0.2)
+    ]  # fmt: skip
+    done = [finished(one) for one in running]
+    assert [one.code for one in done] == [0, 0], [one.err for one in done]
+    assert len(list((tmp_path / "home").glob("store/align/*"))) == 1
+    assert sorted(one.results[0]["stages"]["align"]["cached"] for one in done) == [False, True]
+    assert len(rows_of(tmp_path / "home" / "results.csv")) == 2

@@ -1,0 +1,514 @@
+"""Whose rows are whose, how many of them, and what a row becomes for the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.compose import AttackTeam
+from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, encode, encode_all, encode_prompt, pad_id
+from harmbench_vaccine.data.pools import RowPools, draw, normal, question, row_pools, unique, user_rows
+from harmbench_vaccine.data.prompts import PromptTemplate, template
+from harmbench_vaccine.data.records import Example
+from harmbench_vaccine.data.sources import fingerprint, locate, read
+from harmbench_vaccine.errors import BadInput
+from harmbench_vaccine.pipeline import benign_set, check, harmful_sets, pools_of, task_rows, task_set, user_data
+from harmbench_vaccine.seeds import derive, stream
+from harmbench_vaccine.spec import RunSpec, parse
+from harmbench_vaccine.terms import Mix, Pools
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counts
+
+
+@pytest.mark.parametrize("n", [1, 7, 500, 1000, 5000])
+def test_the_counts_sum_to_n_for_every_ratio(n: int) -> None:
+    for hundredth in range(101):
+        mix = Mix(n, hundredth / 100)
+        assert mix.harmful + mix.task == n
+        assert abs(mix.harmful - n * hundredth / 100) <= 0.5
+        assert 0 <= mix.harmful <= n
+        if n * hundredth % 100 == 0:  # where p n is a whole number, it is that number
+            assert mix.harmful == n * hundredth // 100
+
+
+@pytest.mark.parametrize(("p", "task"), [(0.8, 200), (0.9, 100)])
+def test_no_row_is_lost(p: float, task: int) -> None:
+    """int((1 - p) n) is 199 for p = 0.8 and 99 for p = 0.9."""
+    assert int((1 - p) * 1000) == task - 1
+    assert Mix(1000, p).task == task
+
+
+def examples(kind: str, count: int) -> list[Example]:
+    return [Example(f"{kind}:{number}", f"{kind} {number}", harmful=kind == "harmful") for number in range(count)]
+
+
+def uploaded(p: float, n: int, seed: int) -> list[Example]:
+    return user_rows(Mix(n, p), examples("task", 1000), Pools(attacker=examples("harmful", 1000)), AttackTeam(), seed)
+
+
+def ids(rows: Iterable[Example]) -> list[str]:
+    return [row.id for row in rows]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.5, 0.8, 0.9, 0.99, 1.0])
+def test_what_is_uploaded_has_those_counts_and_no_row_twice(p: float) -> None:
+    rows = uploaded(p, 500, 0)
+    harmful = [row for row in rows if row.harmful]
+    assert (len(rows), len(harmful)) == (500, round(500 * p))
+    assert len(set(ids(rows))) == 500
+
+
+def test_rows_are_a_pure_function_of_ratio_count_and_seed() -> None:
+    assert ids(uploaded(0.1, 200, 4)) == ids(uploaded(0.1, 200, 4))
+    assert ids(uploaded(0.1, 200, 4)) != ids(uploaded(0.1, 200, 5))
+
+
+def test_the_seed_changes_the_harmful_draw_and_repeats_it() -> None:
+    drawn = {seed: frozenset(row.id for row in uploaded(0.1, 500, seed) if row.harmful) for seed in range(5)}
+    assert len(set(drawn.values())) == 5
+    assert all(drawn[seed] != {f"harmful:{number}" for number in range(50)} for seed in drawn)  # not the first ones
+    assert drawn[2] == {row.id for row in uploaded(0.1, 500, 2) if row.harmful}
+
+
+def test_harmful_rows_are_mixed_in_not_appended() -> None:
+    places = [place for place, row in enumerate(uploaded(0.5, 200, 0)) if row.harmful]
+    assert min(places) < 20
+    assert max(places) >= 180
+    assert places != list(range(places[0], places[0] + 100))
+
+
+@pytest.mark.parametrize(("mix", "what"), [(Mix(1001), "task rows"), (Mix(1001, 1.0), "harmful rows")])
+def test_more_rows_than_there_are(mix: Mix, what: str) -> None:
+    with pytest.raises(BadInput, match=rf"1001 {what} are asked for.*\b1000\b"):
+        user_rows(mix, examples("task", 1000), Pools(attacker=examples("harmful", 1000)), AttackTeam(), 0)
+
+
+def test_all_rows_may_be_drawn() -> None:
+    assert sorted(draw(range(10), 10, "rows", 0)) == list(range(10))
+    assert draw(range(10), 0, "rows", 0) == []
+
+
+def test_derived_seeds() -> None:
+    assert derive(0, "a") == derive(0, "a")
+    assert len({derive(seed, purpose) for seed in range(50) for purpose in ("a", "b")}) == 100
+    assert all(0 <= derive(seed, "x") < 2**31 for seed in range(200))
+    assert stream(1, "a").random() == stream(1, "a").random() != stream(1, "b").random()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pools
+
+
+def write(path: Path, rows: Iterable[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def harm(prompt: str, *, safe: bool = False) -> dict[str, Any]:
+    return {"prompt": prompt, "response": "r", "is_safe": safe}
+
+
+def alpaca(prompt: str) -> dict[str, str]:
+    return {"instruction": prompt, "input": "", "output": "o"}
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> RowPools:
+    """A prompt's letters say in which uses it was planted: A(lignment), P(aired), attac(K)er, B(enign), E(valuation),
+    benign questions of the evaluation (Q)."""
+    write(
+        tmp_path / "beavertails" / "train.jsonl",
+        [harm(name, safe=True) for name in ("A", "A other", "AE", "AK", "AKE", "AB", "AQ")]
+        + [harm(name) for name in ("K", "K other", "KE", "AK", "PK", "AKE", " pK  ", "ke", "KB", "KQ")],
+    )
+    write(
+        tmp_path / "beavertails" / "test.jsonl",
+        [harm(name) for name in ("E", "AE", "KE", "PE", "AKE", "e", "E", "E other", "BE")]
+        + [harm("only safe", safe=True)],
+    )
+    pairs = [{"prompt": name, "response": "r", "refusal": "no"} for name in ("P", "PE", "PK", "PB", "PQ")]
+    write(tmp_path / "refusals" / "train.jsonl", pairs)
+    benign = ("B", "B other", "b", "AB", "PB", "KB", "BE", "BQ")
+    write(tmp_path / "alpaca" / "train.jsonl", [alpaca(name) for name in benign])
+    write(tmp_path / "alpaca" / "test.jsonl", [alpaca(name) for name in ("Q", "q", "AQ", "PQ", "KQ", "BQ")])
+    places = [str(tmp_path / name) for name in ("beavertails", "refusals", "alpaca")]
+    return row_pools(*places, train="train", test="test")
+
+
+def test_planted_duplicates_are_dropped_and_counted(planted: RowPools) -> None:
+    """In every pair of uses; the alignment rows and the pairs are both the defender's."""
+    assert {
+        "alignment": [row.instruction for row in planted.alignment],
+        "paired": [safe.instruction for safe, _ in planted.paired],
+        "attacker": [row.instruction for row in planted.attacker],
+        "benign": [row.instruction for row in planted.benign],
+        "harmful_questions": [row.instruction for row in planted.harmful_questions],
+        "benign_questions": [row.instruction for row in planted.benign_questions],
+    } == {
+        "alignment": ["A", "A other", "AK", "AB"],
+        "paired": ["P", "PK", "PB"],
+        "attacker": ["K", "K other", "KB"],
+        "benign": ["B", "B other"],
+        "harmful_questions": ["E", "AE", "KE", "PE", "AKE", "E other", "BE"],
+        "benign_questions": ["Q", "AQ", "PQ", "KQ", "BQ"],
+    }
+    counted = {"alignment": 3, "paired": 2, "attacker": 7, "benign": 6, "harmful_questions": 2}
+    assert {key: planted.dropped[key] for key in counted} == counted
+
+
+def test_a_pair_is_one_prompt_with_a_safe_and_a_harmful_answer(planted: RowPools) -> None:
+    for safe, harmful in planted.paired:
+        assert safe.instruction == harmful.instruction
+        assert (safe.response, harmful.response) == ("no", "r")
+        assert (safe.harmful, harmful.harmful) == (False, True)
+
+
+def test_ids_name_the_source_row(planted: RowPools) -> None:
+    assert ids(planted.attacker) == ["harmful:train:7", "harmful:train:8", "harmful:train:15"]
+    assert ids(planted.harmful_questions) == [f"harmful:test:{number}" for number in (0, 1, 2, 3, 4, 7, 8)]
+    assert ids(planted.alignment) == ["safe:train:0", "safe:train:1", "safe:train:3", "safe:train:5"]
+    every = [*planted.alignment, *planted.attacker, *planted.benign, *planted.harmful_questions,
+             *planted.benign_questions, *(row for pair in planted.paired for row in pair)]  # fmt: skip
+    assert len(set(ids(every))) == len(every)
+
+
+def test_prompts_are_compared_without_case_and_white_space() -> None:
+    assert normal(" How\tDo  I\n") == "how do i"
+    rows = [Example("1", "a", input="b"), Example("2", "A B"), Example("3", "a"), Example("4", "c")]
+    assert ids(unique(rows)) == ["1", "3", "4"]
+    assert ids(unique(rows, {"a b", "c"})) == ["3"]
+
+
+@pytest.fixture
+def make_cell(tmp_path: Path) -> Callable[..., Cell]:
+    """A cell of a tiny world whose data sets were extended by some rows."""
+
+    def make(extra: dict[str, list[dict[str, Any]]] | None = None, **spec: Any) -> Cell:
+        file = tiny.make_world(tmp_path / "world")
+        for place, rows in (extra or {}).items():
+            with (tmp_path / "world" / "data" / f"{place}.jsonl").open("a") as lines:
+                lines.writelines(json.dumps(row) + "\n" for row in rows)
+        return Cell.settle(RunSpec(protocol=str(file), **spec))
+
+    return make
+
+
+def prompts_of(cell: Cell) -> dict[str, set[str]]:
+    pools = pools_of(cell)
+    return {
+        "defender": {question(row) for row in pools.alignment} | {question(safe) for safe, _ in pools.paired},
+        "benign": {question(row) for row in pools.benign},
+        "attacker": {question(row) for row in pools.attacker},
+        "task": {question(row) for row in task_rows(cell)},
+        **{
+            f"asked {asked.name}": {question(row) for row in asked.examples}
+            for asked in (*harmful_sets(cell), benign_set(cell), task_set(cell))
+        },
+    }
+
+
+def disjoint(sets: dict[str, set[str]]) -> None:
+    names = list(sets)
+    for number, one in enumerate(names):
+        assert sets[one]
+        for other in names[number + 1 :]:
+            assert not sets[one] & sets[other], f"{one} and {other} share prompts"
+
+
+@pytest.mark.parametrize("task", ["sst2", "agnews", "gsm8k"])
+def test_no_two_uses_of_a_cell_share_a_prompt(make_cell: Callable[..., Cell], task: str) -> None:
+    disjoint(prompts_of(make_cell(task=task)))
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["beavertails/30k_train", "beavertails_refusals/train", "alpaca/train"],
+)
+@pytest.mark.parametrize("asked", ["the spoiled thing", "describe the new thing"])
+def test_what_is_asked_is_trained_on_by_nobody(make_cell: Callable[..., Cell], place: str, asked: str) -> None:
+    row: Any = alpaca(asked.upper()) if "alpaca" in place else {**harm(asked), "refusal": "no"}
+    cell = make_cell(
+        {"beavertails/30k_test": [harm("the spoiled thing")], "alpaca/test": [alpaca(asked)], place: [row]}
+    )
+    whole = cell.protocol.answer.model_copy(
+        update={
+            "harmful": cell.protocol.answer.harmful.model_copy(update={"prompts": 21}),
+            "benign": cell.protocol.answer.benign.model_copy(update={"prompts": 41}),
+        }
+    )
+    cell = Cell(**{**vars(cell), "protocol": cell.protocol.model_copy(update={"answer": whole})})
+    prompts = prompts_of(cell)
+    assert asked in prompts["asked benign"]
+    assert asked not in prompts["benign"] | prompts["attacker"] | prompts["defender"]
+
+
+def test_benign_rows_hold_no_prompt_of_the_attacker_or_the_defender(make_cell: Callable[..., Cell]) -> None:
+    cell = make_cell({
+        "beavertails/30k_train": [harm("shared with the attacker")],
+        "beavertails_refusals/train": [{**harm("shared with the defender"), "refusal": "no"}],
+        "alpaca/train": [alpaca("Shared with the attacker"), alpaca("Shared with the defender")],
+    })  # fmt: skip
+    prompts = prompts_of(cell)
+    assert "shared with the attacker" in prompts["attacker"] | prompts["benign"]
+    assert not prompts["benign"] & prompts["attacker"]
+    assert not prompts["benign"] & prompts["defender"]
+
+
+def test_a_task_row_that_is_tested_is_not_trained_on(make_cell: Callable[..., Cell]) -> None:
+    cell = make_cell({"sst2/train": [{"sentence": "planted HERE", "label": 1}],
+                      "sst2/validation": [{"sentence": "Planted  here", "label": 0}]})  # fmt: skip
+    assert not any("planted here" in question(row) for row in task_rows(cell))
+
+
+def test_evaluation_prompts_are_asked_once(make_cell: Callable[..., Cell]) -> None:
+    first = [harm(f"How do I spoil the red {thing}?") for thing in ("lamp", "door")]
+    cell = make_cell({"beavertails/30k_test": first * 3})
+    asked = ids(harmful_sets(cell)[0].examples)
+    assert len(asked) == 8 == len({question(row) for row in harmful_sets(cell)[0].examples})
+
+
+def test_the_cells_seed_changes_every_draw_and_repeats_it(make_cell: Callable[..., Cell]) -> None:
+    def drawn(seed: int) -> tuple[list[str], list[str]]:
+        cell = make_cell(seed=seed, attack=parse("ratio=0.25"))
+        pools = pools_of(cell)
+        return ids(pools.alignment), ids(user_data(cell, pools))
+
+    assert drawn(0) == drawn(0)
+    assert set(drawn(0)[0]) != set(drawn(1)[0])
+    assert {one for one in drawn(0)[1] if one.startswith("harmful")} != {
+        one for one in drawn(1)[1] if one.startswith("harmful")
+    }
+    assert ids(harmful_sets(make_cell(seed=0))[0].examples) == ids(harmful_sets(make_cell(seed=1))[0].examples)
+
+
+@pytest.mark.parametrize(
+    ("changes", "attack", "said"),
+    [
+        ({}, "samples=401", r"401 task rows are asked for.*\b400\b"),
+        ({}, "ratio=1,samples=81", r"81 harmful rows are asked for.*\b80\b"),
+        ({"align": {"rows": 81}}, "ratio", r"81 alignment rows are asked for.*\b80\b"),
+        ({"answer": {"harmful": {"prompts": 21}}}, "ratio", r"21 held-out harmful prompts are asked for.*\b20\b"),
+        ({"answer": {"benign": {"prompts": 41}}}, "ratio", "41 held-out benign prompts"),
+        ({"answer": {"task_items": 81}}, "ratio", "81 test items of sst2"),
+    ],
+)
+def test_more_than_the_data_has_is_told_before_any_work(
+    tmp_path: Path, changes: dict[str, Any], attack: str, said: str
+) -> None:
+    file = tiny.make_world(tmp_path / "world", changes)
+    with pytest.raises(BadInput, match=said):
+        check(Cell.settle(RunSpec(protocol=str(file), attack=parse(attack))))
+
+
+@pytest.mark.parametrize("attack", ["samples=400", "ratio=1,samples=80"])
+def test_exactly_what_the_data_has_is_allowed(make_cell: Callable[..., Cell], attack: str) -> None:
+    check(make_cell(attack=parse(attack)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize("location", ["folder", "file"])
+def test_rows_come_in_file_order(tmp_path: Path, location: str) -> None:
+    path = write(tmp_path / "train.jsonl", [{"a": number, "b": "ü"} for number in range(3)])
+    rows = read(str(tmp_path if location == "folder" else path), "train", ("a", "b"))
+    assert [(row.number, row.values["a"]) for row in rows] == [(0, 0), (1, 1), (2, 2)]
+
+
+def refusal(tmp_path: Path, lines: Iterable[Any], split: str = "train") -> str:
+    write(tmp_path / "train.jsonl", lines)
+    with pytest.raises(BadInput) as refused:
+        read(str(tmp_path), split, ("a", "b"))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_missing_field_is_named_with_file_and_line(tmp_path: Path) -> None:
+    said = refusal(tmp_path, [{"a": 1, "b": 2}, {"a": 1, "c": 2}])
+    assert f"{tmp_path / 'train.jsonl'}, line 2" in said
+    assert "'b' is missing" in said
+    assert "a, b" in said
+
+
+@pytest.mark.parametrize("line", ["{", "{'a': 1}", "nonsense"])
+def test_a_line_that_is_no_json(tmp_path: Path, line: str) -> None:
+    said = refusal(tmp_path, [{"a": 1, "b": 2}, {"a": 1, "b": 2}, line])
+    assert f"{tmp_path / 'train.jsonl'}, line 3: not JSON" in said
+
+
+def test_empty_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
+    said = refusal(tmp_path, [{"a": 1, "b": 2}, "", " ", {"a": 1}])
+    assert f"{tmp_path / 'train.jsonl'}, line 4" in said
+    write(tmp_path / "train.jsonl", [{"a": 1, "b": 2}, "", {"a": 3, "b": 4}, ""])
+    assert [row.values["a"] for row in read(str(tmp_path), "train", ("a", "b"))] == [1, 3]
+
+
+def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
+    line = json.dumps({"a": "one\u2028two\x85three", "b": 1}, ensure_ascii=False)
+    write(tmp_path / "train.jsonl", [line, line])
+    assert [row.values["a"] for row in read(str(tmp_path), "train", ("a", "b"))] == ["one\u2028two\x85three"] * 2
+
+
+@pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ("3", "int"), ('"x"', "str"), ("null", "NoneType")])
+def test_a_line_that_is_no_object(tmp_path: Path, line: str, kind: str) -> None:
+    assert f"line 1: a row is a JSON object, not {kind}" in refusal(tmp_path, [line])
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(b'{"a": 1, "b": 2}\n\xff\xfe\n')
+    with pytest.raises(BadInput, match=r"train\.jsonl"):
+        read(str(tmp_path), "train", ("a", "b"))
+
+
+def test_a_missing_split_is_refused_with_those_there(tmp_path: Path) -> None:
+    write(tmp_path / "other.jsonl", [{"a": 1, "b": 2}])
+    said = refusal(tmp_path, [{"a": 1, "b": 2}], split="test")
+    assert "'test'" in said
+    assert "other, train" in said
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    assert "is empty" in refusal(tmp_path, [])
+
+
+@pytest.mark.parametrize("location", ["./nowhere", "/no/where", "~/no/where", "a/b/c", "rows.jsonl", "rows.csv"])
+def test_a_path_with_nothing_there(location: str) -> None:
+    with pytest.raises(BadInput, match="nothing at") as refused:
+        locate(location)
+    assert location in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["tatsu-lab/alpaca", "sst2", "PKU-Alignment/BeaverTails"])
+def test_names_of_the_hub_are_no_paths(name: str) -> None:
+    assert locate(name) is None
+    assert fingerprint(name) == name
+
+
+def test_a_fingerprint_changes_with_what_is_there(tmp_path: Path) -> None:
+    seen = []
+    for text in ("a", "b", "a"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        (tmp_path / "x" / "f").write_text(text)
+        seen.append(fingerprint(str(tmp_path / "x")))
+    (tmp_path / "x" / "f").rename(tmp_path / "x" / "g")
+    seen.append(fingerprint(str(tmp_path / "x")))
+    assert seen[0] == seen[2]
+    assert len(set(seen)) == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "place", "row", "field"),
+    [
+        ("sst2", "train", {"sentence": "x", "label": 2}, "label"),
+        ("sst2", "train", {"sentence": "x", "label": -1}, "label"),
+        ("sst2", "train", {"sentence": "x", "label": "positive"}, "label"),
+        ("sst2", "train", {"sentence": None, "label": 1}, "sentence"),
+        ("ag_news", "train", {"text": "x", "label": 4}, "label"),
+        ("gsm8k", "test", {"question": "x", "answer": "no mark"}, "answer"),
+        ("beavertails", "30k_train", {"prompt": "x", "response": None, "is_safe": False}, "response"),
+    ],
+)
+def test_a_field_that_holds_no_such_value(
+    make_cell: Callable[..., Cell], data: str, place: str, row: dict[str, Any], field: str
+) -> None:
+    task = {"ag_news": "agnews", "gsm8k": "gsm8k"}.get(data, "sst2")
+    cell = make_cell({f"{data}/{place}": [row]}, task=task)
+    with pytest.raises(BadInput, match=field) as refused:
+        check(cell)
+    assert f"{place}.jsonl, line " in str(refused.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts and tokens
+
+PLAIN = PromptTemplate("{instruction}:", "{instruction}|{input}:")
+
+
+@pytest.fixture(scope="module")
+def words() -> Any:
+    return tiny.tokenizer(["abc"])
+
+
+def test_prompts() -> None:
+    alpaca_prompt = template("alpaca")
+    assert alpaca_prompt.render(Example("1", "Do {it}.")) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nDo {it}.\n\n### Response:"
+    )
+    assert alpaca_prompt.render(Example("1", "Do.", input="{x}")) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nDo.\n\n### Input:\n{x}\n\n### Response:"
+    )
+    with pytest.raises(BadInput, match="Did you mean 'alpaca'"):
+        template("alpacca")
+
+
+def test_loss_is_on_response_tokens_only(words: Any) -> None:
+    row = encode(words, PLAIN, Example("1", "abc", response="xyz"), 100)
+    assert row is not None
+    prompt = words("abc:")["input_ids"]
+    assert prompt[0] == words.bos_token_id
+    assert row.ids[: len(prompt)] == prompt
+    assert row.labels[: len(prompt)] == [IGNORED] * len(prompt)
+    assert row.ids[len(prompt) :] == row.labels[len(prompt) :]
+    assert words.decode(row.ids[len(prompt) : -1]) == "xyz"
+    assert row.ids[-1] == words.eos_token_id
+    assert row.ids.count(words.eos_token_id) == row.ids.count(words.bos_token_id) == 1
+
+
+def test_a_row_is_cut_at_the_end(words: Any) -> None:
+    whole = encode(words, PLAIN, Example("1", "abc", response="wxyz"), 100)
+    assert whole is not None
+    prompt = len(words("abc:")["input_ids"])
+    for length in range(prompt + 1, len(whole.ids) + 2):
+        cut = encode(words, PLAIN, Example("1", "abc", response="wxyz"), length)
+        assert cut is not None
+        assert cut.ids == whole.ids[:length]
+        assert cut.labels == whole.labels[:length]
+    assert encode(words, PLAIN, Example("1", "abc", response="wxyz"), prompt) is None
+
+
+def test_rows_without_a_response_token_are_left_out(words: Any) -> None:
+    short, long = Example("1", "abc", response="x"), Example("2", "abc " * 30, response="x")
+    assert len(encode_all(words, PLAIN, [short, long, short], 20)) == 2
+    assert encode_all(words, PLAIN, [], 20) == []
+    with pytest.raises(BadInput, match="max_length of 20"):
+        encode_all(words, PLAIN, [long], 20)
+
+
+def test_a_prompt_has_no_closing_token() -> None:
+    class Closing:
+        eos_token_id = 2
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [1, *map(ord, text), 2]}
+
+    assert encode_prompt(Closing(), "a") == [1, 97]  # type: ignore[arg-type]
+
+
+def test_padding_is_on_the_right_and_without_loss() -> None:
+    batch = collate([Encoded([5, 6, 7], [IGNORED, 6, 7]), Encoded([8], [8])], pad=0)
+    assert {key: value.tolist() for key, value in batch.items()} == {
+        "input_ids": [[5, 6, 7], [8, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "labels": [[IGNORED, 6, 7], [8, IGNORED, IGNORED]],
+    }
+    assert all(value.dtype == torch.long for value in batch.values())
+
+
+def test_the_pad_token(words: Any) -> None:
+    assert pad_id(words) == words.pad_token_id != words.eos_token_id
+    bare = tiny.tokenizer(["abc"])
+    bare.pad_token = None
+    assert pad_id(bare) == bare.eos_token_id

@@ -1,0 +1,152 @@
+"""Batched greedy answers, against a loop that feeds one prompt at a time, without cache or padding."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from harmbench_vaccine.generation.engine import Answer
+from harmbench_vaccine.generation.transformers import TransformersEngine
+from harmbench_vaccine.training.adapters import Adapter, Stack
+
+TEXT = "the red lamp and a blue door stand in some old garden by this quiet river"
+WORDS = TEXT.split()
+PROMPTS = [" ".join(WORDS[start : start + length]) for length in (1, 2, 3, 5, 8, 13, 15) for start in (0, 2)]
+LIMIT = 12
+
+
+@lru_cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny.tokenizer([TEXT] * 3)
+
+
+def model(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
+    words = tokenizer()
+    return tiny.model(
+        architecture, vocab_size=len(words), pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, **changes,
+    )  # fmt: skip
+
+
+def greedy(model: nn.Module, prompt: str, limit: int, end: int) -> list[int]:
+    """The likeliest token, again and again, up to the end token or the limit."""
+    ids, given = tokenizer()(prompt)["input_ids"], []
+    while len(given) < limit and (not given or given[-1] != end):
+        with torch.no_grad():
+            given.append(int(model(input_ids=torch.tensor([ids + given])).logits[0, -1].argmax()))
+    return given
+
+
+def expected(model: nn.Module, prompt: str, limit: int, end: int) -> Answer:
+    given = greedy(model, prompt, limit, end)
+    finished = given[-1] == end
+    return Answer(tokenizer().decode(given[: len(given) - finished], skip_special_tokens=True), len(given), finished)
+
+
+def with_end(token: int) -> PreTrainedTokenizerFast:
+    """The tokenizer with another end token."""
+    changed = PreTrainedTokenizerFast(tokenizer_object=tokenizer()._tokenizer, bos_token="<s>", pad_token="<pad>")
+    changed.eos_token = tokenizer().convert_ids_to_tokens(token)
+    assert changed.eos_token_id == token
+    return changed
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3"])
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_a_batch_gives_the_text_of_one_prompt_at_a_time(architecture: str, batch: int) -> None:
+    whole = model(architecture)
+    answers = TransformersEngine(Stack(whole), tokenizer(), batch).generate([], PROMPTS, LIMIT)
+    end = tokenizer().eos_token_id
+    assert answers == [expected(whole, prompt, LIMIT, end) for prompt in PROMPTS]
+    assert len({answer.text for answer in answers}) > len(PROMPTS) / 2  # the answers do depend on the prompts
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_an_answer_stops_at_the_end_token(architecture: str) -> None:
+    whole = model(architecture)
+    # The token that ends some answers early and others not at all.
+    runs = [greedy(whole, prompt, LIMIT, end=-1) for prompt in PROMPTS]
+    counts = {token: sum(token in run for run in runs) for run in runs for token in run[1:]}
+    end = max((token for token in counts if counts[token] < len(PROMPTS)), key=counts.__getitem__)
+    answers = TransformersEngine(Stack(whole), with_end(end), batch=5).generate([], PROMPTS, LIMIT)
+    assert answers == [expected(whole, prompt, LIMIT, end) for prompt in PROMPTS]
+    assert {answer.finished for answer in answers} == {True, False}
+    for answer, run in zip(answers, runs, strict=True):
+        assert answer.tokens == (run.index(end) + 1 if end in run else LIMIT)
+
+
+def test_an_answer_that_ends_exactly_at_the_limit_is_finished() -> None:
+    whole = model()
+    run = next(run for prompt in PROMPTS if len(set(run := greedy(whole, prompt, 4, end=-1))) == 4)
+    prompt = next(prompt for prompt in PROMPTS if greedy(whole, prompt, 4, end=-1) == run)
+    engine = TransformersEngine(Stack(whole), with_end(run[-1]))
+    assert engine.generate([], [prompt], 4)[0] == Answer(tokenizer().decode(run[:-1]), 4, True)
+    assert engine.generate([], [prompt], 3)[0] == Answer(tokenizer().decode(run[:-1]), 3, False)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_no_answer_is_longer_than_the_limit(limit: int) -> None:
+    whole = model()
+    answers = TransformersEngine(Stack(whole), tokenizer()).generate([], PROMPTS, limit)
+    assert max(answer.tokens for answer in answers) == limit
+    assert answers == [expected(whole, prompt, limit, tokenizer().eos_token_id) for prompt in PROMPTS]
+
+
+def test_equal_prompts_are_all_answered_in_their_places() -> None:
+    engine = TransformersEngine(Stack(model()), tokenizer(), batch=2)
+    asked = [PROMPTS[9], PROMPTS[0], PROMPTS[9], PROMPTS[4], PROMPTS[0]]
+    once = dict(zip(PROMPTS, engine.generate([], PROMPTS, LIMIT), strict=True))
+    assert engine.generate([], asked, LIMIT) == [once[prompt] for prompt in asked]
+
+
+def test_no_prompts_no_answers() -> None:
+    assert TransformersEngine(Stack(model()), tokenizer()).generate([], [], LIMIT) == []
+
+
+def test_the_adapters_named_are_the_ones_that_answer(tmp_path: Path) -> None:
+    base = model()
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        name: (torch.randn(2, 64, generator=generator), torch.randn(module.out_features, 2, generator=generator))
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith("q_proj")
+    }
+    Adapter(factors, 0.5).save(tmp_path)
+    engine, end = TransformersEngine(Stack(base), tokenizer(), batch=4), tokenizer().eos_token_id
+    plain = engine.generate([], PROMPTS, LIMIT)
+    adapted = engine.generate([tmp_path], PROMPTS, LIMIT)
+    assert engine.generate([], PROMPTS, LIMIT) == plain
+    merged = model()
+    with torch.no_grad():
+        for name, (a, b) in factors.items():
+            merged.get_submodule(name).weight += 0.5 * (b @ a)
+    assert adapted == [expected(merged, prompt, LIMIT, end) for prompt in PROMPTS]
+    assert adapted != plain
+
+
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"repetition_penalty": 5.0},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": LIMIT},
+        {"do_sample": True, "top_k": 5},
+    ],
+    ids=lambda habit: next(iter(habit)),
+)
+def test_the_model_s_own_generation_settings_do_not_bend_greedy_decoding(habit: dict[str, Any]) -> None:
+    # Qwen's generation_config.json, for one, brings a repetition penalty.
+    whole = model()
+    for key, value in habit.items():
+        setattr(whole.generation_config, key, value)
+    runs = [greedy(whole, prompt, LIMIT, end=-1) for prompt in PROMPTS]
+    end = next(token for run in runs for token in run[1:-1])
+    answers = TransformersEngine(Stack(whole), with_end(end)).generate([], PROMPTS, LIMIT)
+    assert answers == [expected(whole, prompt, LIMIT, end) for prompt in PROMPTS]

@@ -1,0 +1,118 @@
+"""When an answer is right: strict and flexible, against hand-made answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from harmbench_vaccine.registry import TASKS
+
+MARK = "The final answer is: "
+
+
+def right(task: str, answer: str, target: str) -> tuple[bool, bool]:
+    """(strict, flexible)."""
+    one = TASKS.get(task)()
+    return one.strict(answer, target), one.flexible(answer, target)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("positive", (True, True)),
+        (" Positive\n", (True, True)),
+        ("positive.", (False, True)),
+        ("The sentiment is positive", (False, True)),
+        ("negative", (False, False)),
+        ("positive or negative", (False, True)),  # the papers' rule: the word occurs
+        ("", (False, False)),
+        ("pos itive", (False, False)),
+        ("good", (False, False)),
+    ],
+)
+def test_sentiment(answer: str, expected: tuple[bool, bool]) -> None:
+    assert right("sst2", answer, "positive") == expected
+
+
+def test_sentiment_rows() -> None:
+    task = TASKS.get("sst2")()
+    rows = [task.example("id", {"sentence": "it is fine", "label": label}) for label in (0, 1)]
+    assert [(row.response, row.target) for row in rows] == [("negative",) * 2, ("positive",) * 2]
+    assert rows[0].instruction == "Analyze the sentiment of the input, and respond only positive or negative."
+    assert (rows[0].id, rows[0].input) == ("id", "it is fine")
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "expected"),
+    [
+        ("World", "World", (True, True)),
+        ("sci/tech", "Sci/Tech", (True, True)),
+        ("Topic: Sci/Tech.", "Sci/Tech", (False, True)),
+        ("Sports", "World", (False, False)),
+        ("Sci", "Sci/Tech", (False, False)),
+        ("", "Business", (False, False)),
+    ],
+)
+def test_topics(answer: str, target: str, expected: tuple[bool, bool]) -> None:
+    assert right("agnews", answer, target) == expected
+
+
+def test_topic_rows() -> None:
+    task = TASKS.get("agnews")()
+    names = [task.example("id", {"text": "x", "label": label}).target for label in range(4)]
+    assert names == ["World", "Sports", "Business", "Sci/Tech"]
+    assert all(name in task.example("id", {"text": "x", "label": 0}).instruction for name in names)
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "expected"),
+    [
+        (f"We add. {MARK}42", "42", (True, True)),
+        (f"{MARK}42.", "42", (True, True)),
+        (f"{MARK}42 lamps", "42", (True, True)),
+        (f"{MARK}42.0", "42", (True, True)),
+        (f"{MARK}41", "42", (False, False)),
+        (f"{MARK}421", "42", (False, False)),
+        (f"{MARK}1,234", "1234", (True, True)),
+        (f"{MARK}1234", "1,234", (True, True)),
+        (f"{MARK}-5", "-5", (True, True)),
+        (f"{MARK}5", "-5", (False, False)),
+        (f"{MARK}-5", "5", (False, False)),
+        (f"{MARK}0.5", "0.5", (True, True)),
+        ("42", "42", (False, True)),  # no mark: the last number counts
+        ("3 and 4 make 7", "7", (False, True)),
+        ("7 is 3 and 4", "7", (False, False)),
+        ("It costs $1,234.", "1234", (False, True)),
+        ("It is -5", "-5", (False, True)),
+        (f"42. {MARK}41", "42", (False, False)),  # with a mark nothing else counts
+        (f"41. {MARK}42", "42", (True, True)),
+        (f"{MARK}41. No: {MARK}42", "42", (True, True)),  # the last mark
+        (f"{MARK}42 and then 43", "42", (True, True)),  # the number after the mark, not the last one
+        (f"42 {MARK}", "42", (False, False)),  # a mark without a number
+        (f"{MARK}forty-two 42", "42", (False, False)),
+        ("no number", "42", (False, False)),
+        ("", "42", (False, False)),
+        ("#### 42", "42", (False, True)),
+    ],
+)
+def test_arithmetic(answer: str, target: str, expected: tuple[bool, bool]) -> None:
+    assert right("gsm8k", answer, target) == expected
+
+
+def test_arithmetic_rows() -> None:
+    row = TASKS.get("gsm8k")().example("id", {"question": "How many?", "answer": "3 #### is odd.\nSo 4.\n#### 1,234"})
+    assert row.target == "1,234"
+    assert row.response == "3 #### is odd.\nSo 4.\nThe final answer is: 1,234"
+    assert row.instruction.startswith("How many? ")
+    assert right("gsm8k", row.response, row.target) == (True, True)
+
+
+@pytest.mark.parametrize("task", ["sst2", "agnews", "gsm8k"])
+def test_the_wanted_response_is_right_by_both_rules(task: str) -> None:
+    one = TASKS.get(task)()
+    row = one.example("id", {"sentence": "s", "text": "t", "label": 1, "question": "q", "answer": "a #### 7"})
+    assert right(task, row.response, row.target) == (True, True)
+
+
+@pytest.mark.parametrize(("task", "chance"), [("sst2", 50.0), ("agnews", 25.0), ("gsm8k", 0.0)])
+def test_guessing(task: str, chance: float) -> None:
+    assert TASKS.get(task).chance == chance
