@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
-from .errors import BadInput
+from .errors import BadInput, HbvError
 
 
 def home() -> Path:
@@ -23,6 +24,7 @@ def writable(folder: Path, what: str) -> Path:
 
     Raises:
         BadInput: it cannot be made or written to.
+        HbvError: the disk is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,6 +32,8 @@ def writable(folder: Path, what: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise HbvError(f"{what} {folder} cannot be written to: the disk is full.") from error
         raise BadInput(
             f"{what} {folder} cannot be written to ({error.strerror or error}): name a folder you may write to."
         ) from error

@@ -21,7 +21,7 @@ from .data.prompts import PromptTemplate
 from .data.records import Example
 from .data.sources import fingerprint, read
 from .errors import BadInput
-from .lab import Lab, ModelState, check_model
+from .lab import Lab, ModelState
 from .seeds import derive
 from .spec import digest
 from .store import Artifact
@@ -77,13 +77,11 @@ def run(cell: Cell, lab: Lab) -> Measured:
 
 
 def check(cell: Cell) -> None:
-    """Draws everything that the cell needs from its data, and looks for its models, before any work is spent.
+    """Draws everything that the cell needs from its data, so that a lack of rows is told before any work is spent.
 
     Raises:
-        BadInput: a file lacks a field, more rows are asked for than there are, or a model is not there.
+        BadInput: a file lacks a field, or more rows are asked for than there are.
     """
-    check_model(cell.model)
-    check_model(cell.protocol.score.judge)
     user_data(cell, pools_of(cell))
     harmful_sets(cell)
     benign_set(cell)
@@ -235,6 +233,17 @@ def user_data(cell: Cell, pools: Pools) -> list[Example]:
 def _rows(cell: Cell) -> RowPools:
     splits = cell.protocol.splits
     return row_pools(*(cell.protocol.location(name) for name in HARM_DATA), train=splits.train, test=splits.test)
+
+
+def counts(cell: Cell) -> dict[str, Any]:
+    """How many rows each stage was given, and how many were left out to keep the pools apart by text."""
+    uploaded = user_data(cell, pools_of(cell))
+    return {
+        "alignment_rows": cell.protocol.align.rows if cell.team("align").runs else 0,
+        "uploaded_rows": len(uploaded),
+        "uploaded_harmful_rows": sum(row.harmful for row in uploaded),
+        "dropped_rows": _rows(cell).dropped,
+    }
 
 
 def task_rows(cell: Cell) -> list[Example]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .cell import Cell
 from .errors import BadInput, unknown
-from .pipeline import ANSWERS, VERDICTS, Measured, read_lines
+from .pipeline import ANSWERS, VERDICTS, Measured, counts, read_lines
 from .scoring.statistics import percentage, wilson
 from .scoring.validity import shares
 from .spec import canonical_json
@@ -66,6 +66,7 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
         "embedding_drift_per_token": moved["per_token"],
         "embedding_drift_paper_sum": moved["paper_sum"],
         "validity": validity,
+        "counts": counts(cell),
         "judge_cut": after["cut"],
         "stages": stages(measured),
         "spec": cell.spec.model_dump(mode="json"),

@@ -9,7 +9,7 @@ from typing import Any
 from . import testbed
 from .cell import Cell
 from .data.sources import TESTBED, check_testbed
-from .lab import Lab
+from .lab import Lab, check_model
 from .paths import home, writable
 from .pipeline import check, run
 from .progress import SILENT, Progress
@@ -44,6 +44,9 @@ def run_all(
     places = {place for cell in cells for place in _places(cell)}
     for place in places:
         check_testbed(place)
+    for model in {cell.model for cell in cells} | {cell.protocol.score.judge for cell in cells}:
+        if not model.startswith(TESTBED):
+            check_model(model)
     if any(place.startswith(TESTBED) for place in places):
         testbed.ensure(progress)
     for cell in cells:

@@ -91,7 +91,7 @@ class RunSpec(BaseModel):
 
     protocol: str = "testbed"
     defense: Composition = (Component(name="sft"),)
-    attack: Composition = (Component(name="ratio", params={"": 0}),)
+    attack: Composition = (Component(name="ratio", params={"": "0"}),)
     task: str = "sst2"
     seed: int = Field(default=0, ge=0)
     model: str | None = None

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from harmbench_vaccine.defenses.vaccine import Vaccine
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import tiny
+from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.training.adapters import Adapter, Stack, concatenate
 from harmbench_vaccine.training.trainer import train

@@ -25,9 +25,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import tiny
 from transformers.utils import logging
 
+import tiny
 from harmbench_vaccine import runner
 from harmbench_vaccine.cli import main
 from harmbench_vaccine.data.sources import locate
@@ -204,7 +204,7 @@ def test_an_installed_package_is_listed_and_a_broken_one_does_no_harm(tmp_path: 
 
 
 def test_the_testbed_is_found_after_it_was_built(tmp_path: Path) -> None:
-    """The function `testbed.build` and the module of that name must not take each other's place."""
+    """The module `testbed.build` and the function that calls it must not take each other's place."""
     from harmbench_vaccine import testbed
 
     def make(store: Store, stage: str, inputs: Any, maker: Any) -> Artifact:
@@ -274,7 +274,7 @@ def test_bad_input(what: str, world: Path, tmp_path: Path, monkeypatch: pytest.M
     given = [part.replace(FILE, str(tmp_path / "file")) for part in args]
     if args[0] == "run" and not {"--protocol", "testbed:modle"} & set(args):
         given[1:1] = ["--protocol", str(world)]
-    with mock.patch.object(runner.testbed, "build", side_effect=AssertionError("work was spent")):
+    with mock.patch.object(runner.testbed, "ensure", side_effect=AssertionError("work was spent")):
         done = hbv(*given, home=tmp_path / "home")
     assert (done.code, done.out) == (2, ""), done.err
     assert done.sentence.startswith("hbv: ")

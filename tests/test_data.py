@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from harmbench_vaccine.cell import Cell
 from harmbench_vaccine.compose import AttackTeam
 from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, encode, encode_all, encode_prompt, pad_id

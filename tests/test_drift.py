@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor, nn
 
+import tiny
 from harmbench_vaccine.scoring.drift import Drift, measure
 
 LENGTHS = [(9, 5, 7), (4, 4), (12,)]

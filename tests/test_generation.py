@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+import tiny
 from harmbench_vaccine.generation.engine import Answer
 from harmbench_vaccine.generation.transformers import TransformersEngine
 from harmbench_vaccine.training.adapters import Adapter, Stack

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from rich.console import Console
 
+import tiny
 from harmbench_vaccine.cell import Cell
 from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.lab import ModelState

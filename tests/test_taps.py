@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
-from harmbench_vaccine.defenses.sft import SFT
-from harmbench_vaccine.defenses.vaccine import Vaccine
 from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig
 
+import tiny
+from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
+from harmbench_vaccine.defenses.sft import SFT
+from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.training.taps import Taps, attention_blocks

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-import tiny
 import torch
-from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
-from harmbench_vaccine.defenses.sft import SFT
-from harmbench_vaccine.defenses.vaccine import Vaccine
 from pydantic import PrivateAttr
 from torch import Tensor
 
+import tiny
 from harmbench_vaccine.compose import DefenseTeam
 from harmbench_vaccine.data.collate import collate
+from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
+from harmbench_vaccine.defenses.sft import SFT
+from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.plugins import Defense, TrainSettings
 from harmbench_vaccine.runner import run_all
 from harmbench_vaccine.spec import RunSpec, parse
@@ -423,7 +423,8 @@ def test_a_half_written_checkpoint_is_ignored(garbage: bool, tmp_path: Path) -> 
             path = tmp_path / "cut" / "checkpoint-12" / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"half")
-    assert len(checkpoints(tmp_path / "cut")) == 2
+    # What was cut while saving is cleared away at once, what a killed process left when the stage is tried again.
+    assert len(checkpoints(tmp_path / "cut")) == (2 if garbage else 1)
     witness = Recorder()
     with pytest.raises(KeyError):  # stops it at once: all that is asked here is where it goes on
         run_stage(tmp_path / "cut", _raising(witness), settings)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import tiny
 
 REFERENCE = Path(__file__).parent / "reference" / "trajectory.json"

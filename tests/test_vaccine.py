@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from torch import Tensor, nn
+
+import tiny
 from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.defenses.vaccine import Vaccine
-from torch import Tensor, nn
-
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train

@@ -100,6 +100,8 @@ def read(location: str, split: str, fields: Sequence[str]) -> list[Row]:
         for name in fields:
             if name in TEXTS and not isinstance(values[name], str):
                 raise BadInput(f"{place}: field {name!r} holds {values[name]!r}, which is no text.")
+            if name == "is_safe" and not isinstance(values[name], bool):
+                raise BadInput(f"{place}: field {name!r} holds {values[name]!r}; allowed: true, false.")
         rows.append(Row(number, values, place))
     if not rows:
         raise BadInput(f"Split {split!r} of {location} is empty.")

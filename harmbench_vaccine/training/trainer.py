@@ -53,13 +53,17 @@ def train(
     every = max(1, math.ceil(stage.steps * save_share))
     if not batches:
         return []
+    _remove_broken(checkpoints)
     resume = _last_whole(checkpoints)
     if resume is None:
         defense.before(stage)
     with progress.bar(title or stage.name, stage.steps) as advance:
         trainer = _StageTrainer(stage, defense, rows, batches, settings, checkpoints, every, pad)
         trainer.add_callback(_Clock(stage, defense, advance))
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        finally:
+            _remove_broken(checkpoints)
     return [
         {key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate")}
         for entry in trainer.state.log_history
@@ -194,12 +198,16 @@ class _Clock(TrainerCallback):
 
 
 def _last_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; those that were not are removed."""
+    """The newest checkpoint that was written to its end."""
+    whole = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_WHOLE}")]
+    return max(whole, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
+
+
+def _remove_broken(checkpoints: Path) -> None:
+    """Removes checkpoints that were not written to their end: of a killed process, or on a full disk."""
     for path in checkpoints.glob("checkpoint-*"):
         if not (path / _WHOLE).exists():
-            shutil.rmtree(path)
-    whole = list(checkpoints.glob("checkpoint-*"))
-    return max(whole, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 logging.getLogger("accelerate").setLevel(logging.ERROR)
