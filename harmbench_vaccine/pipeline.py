@@ -16,22 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cell import Cell, identities
-from .data.pools import RowPools, draw, questions, row_pools, unique, user_rows
-from .data.prompts import PromptTemplate
 from .data.records import Example
-from .data.sources import fingerprint, read
-from .errors import BadInput
+from .data.sources import fingerprint, locate
 from .lab import Lab, ModelState
+from .material import HARM_DATA, benign_set, harmful_sets, pools_of, task_set, user_data
 from .seeds import derive
 from .spec import digest
 from .store import Artifact
-from .terms import EvaluationSet, Mix, Pools, StageName
+from .terms import EvaluationSet, Pools, StageName
 
 if TYPE_CHECKING:
     from .training.stage import TrainingStage
 
 ADAPTER, ANSWERS, VERDICTS = "adapter", "answers.jsonl", "verdicts.jsonl"
-HARM_DATA = ("beavertails", "beavertails_refusals", "alpaca")
 
 
 @dataclass(frozen=True)
@@ -74,18 +71,6 @@ def run(cell: Cell, lab: Lab) -> Measured:
         for asked in harmful:
             verdicts[f"{when}/{asked.name}"] = score(cell, lab, answers[f"{when}/{asked.name}"])
     return Measured(aligned, final, answers, verdicts, drift(cell, lab, aligned, final))
-
-
-def check(cell: Cell) -> None:
-    """Draws everything that the cell needs from its data, so that a lack of rows is told before any work is spent.
-
-    Raises:
-        BadInput: a file lacks a field, or more rows are asked for than there are.
-    """
-    user_data(cell, pools_of(cell))
-    harmful_sets(cell)
-    benign_set(cell)
-    task_set(cell)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,99 +197,7 @@ def _train(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def pools_of(cell: Cell) -> Pools:
-    """The rows that plug-ins may draw from; the alignment rows are those of this cell's seed."""
-    there = _rows(cell)
-    count = cell.protocol.align.rows
-    alignment = draw(there.alignment, count, "alignment rows", cell.spec.seed, "alignment rows")
-    return Pools(alignment, there.paired, there.benign, there.attacker)
-
-
-def user_data(cell: Cell, pools: Pools) -> list[Example]:
-    """What the user uploads: the mix that the attack asks for, and what it makes of the rows."""
-    attack = cell.attackers()
-    mix = attack.mix(Mix(cell.protocol.finetune.samples))
-    return user_rows(mix, task_rows(cell), pools, attack, derive(cell.spec.seed, "user"))
-
-
-def _rows(cell: Cell) -> RowPools:
-    splits = cell.protocol.splits
-    return row_pools(*(cell.protocol.location(name) for name in HARM_DATA), train=splits.train, test=splits.test)
-
-
-def counts(cell: Cell) -> dict[str, Any]:
-    """How many rows each stage was given, and how many were left out to keep the pools apart by text."""
-    uploaded = user_data(cell, pools_of(cell))
-    return {
-        "alignment_rows": cell.protocol.align.rows if cell.team("align").runs else 0,
-        "uploaded_rows": len(uploaded),
-        "uploaded_harmful_rows": sum(row.harmful for row in uploaded),
-        "dropped_rows": _rows(cell).dropped,
-    }
-
-
-def task_rows(cell: Cell) -> list[Example]:
-    """The task's training rows whose question is not among its test items, each once."""
-    barred = questions(_task_examples(cell, cell.task.test_split))
-    return unique(_task_examples(cell, cell.task.train_split), barred)
-
-
-def _task_examples(cell: Cell, split: str) -> list[Example]:
-    task = cell.task
-    examples = []
-    for row in read(cell.protocol.location(task.dataset), split, task.fields):
-        try:
-            examples.append(task.example(f"{task.name}:{split}:{row.number}", row.values))
-        except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadInput(f"{row.place}: not a row of task {task.name!r}: {error}.") from error
-    return examples
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Questions and answers
-
-
-def harmful_sets(cell: Cell) -> list[EvaluationSet]:
-    """Held-out harmful prompts, as the attack and the defense have them asked; the first is the headline's."""
-    limits = cell.protocol.answer.harmful
-    asked = _first(_rows(cell).harmful_questions, limits.prompts, "held-out harmful prompts")
-    sets = [EvaluationSet("harmful", asked, _answer_template(cell), limits.max_new_tokens)]
-    for stage in ("align", "finetune", "repair"):
-        sets = cell.team(stage).evaluations(sets)
-    return cell.attackers().evaluations(sets)
-
-
-def benign_set(cell: Cell) -> EvaluationSet:
-    """Held-out benign instructions, which an aligned model should not refuse."""
-    limits = cell.protocol.answer.benign
-    asked = _first(_rows(cell).benign_questions, limits.prompts, "held-out benign prompts")
-    return EvaluationSet("benign", asked, _answer_template(cell), limits.max_new_tokens)
-
-
-def task_set(cell: Cell) -> EvaluationSet:
-    """The first test items of the user's task."""
-    limits = cell.protocol.answer
-    asked = _first(
-        unique(_task_examples(cell, cell.task.test_split)), limits.task_items, f"test items of {cell.task.name}"
-    )
-    tokens = limits.task_tokens.get(cell.task.name, cell.task.max_new_tokens)
-    return EvaluationSet("task", asked, _answer_template(cell), tokens)
-
-
-def _answer_template(cell: Cell) -> PromptTemplate:
-    chosen = cell.template
-    for stage in ("align", "finetune", "repair"):
-        chosen = cell.team(stage).template("answer", chosen)
-    return chosen
-
-
-def _first(examples: Sequence[Example], count: int, what: str) -> list[Example]:
-    if count > len(examples):
-        raise BadInput(f"{count} {what} are asked for; allowed: at most {len(examples)}, as many as there are.")
-    return list(examples[:count])
+# Answers and scores
 
 
 def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
@@ -337,8 +230,6 @@ def score(cell: Cell, lab: Lab, answers: Artifact) -> Artifact:
     judge = cell.protocol.score.judge
 
     def make(folder: Path, checkpoints: Path) -> None:
-        from .data.sources import locate
-
         rows = read_lines(answers.path / ANSWERS)
         pairs = [(f"{row['instruction']} {row['input']}".strip(), row["answer"]) for row in rows]
         verdicts = cell.scorer.plugin.judge(str(locate(judge) or judge), pairs, lab.progress)  # type: ignore[attr-defined]

@@ -12,7 +12,8 @@ from typing import Any
 
 from .cell import Cell
 from .errors import BadInput, unknown
-from .pipeline import ANSWERS, VERDICTS, Measured, counts, read_lines
+from .material import counts
+from .pipeline import ANSWERS, VERDICTS, Measured, read_lines
 from .scoring.statistics import percentage, wilson
 from .scoring.validity import shares
 from .spec import canonical_json

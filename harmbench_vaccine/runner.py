@@ -10,8 +10,9 @@ from . import testbed
 from .cell import Cell
 from .data.sources import TESTBED, check_testbed
 from .lab import Lab, check_model
+from .material import check
 from .paths import home, writable
-from .pipeline import check, run
+from .pipeline import run
 from .progress import SILENT, Progress
 from .results import check_columns, result, save
 from .spec import RunSpec

@@ -19,7 +19,7 @@ from harmbench_vaccine.data.prompts import PromptTemplate, template
 from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.data.sources import fingerprint, locate, read
 from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.pipeline import benign_set, check, harmful_sets, pools_of, task_rows, task_set, user_data
+from harmbench_vaccine.material import benign_set, check, harmful_sets, pools_of, task_rows, task_set, user_data
 from harmbench_vaccine.seeds import derive, stream
 from harmbench_vaccine.spec import RunSpec, parse
 from harmbench_vaccine.terms import Mix, Pools
