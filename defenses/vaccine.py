@@ -43,10 +43,9 @@ class Vaccine(Defense):
         """The gradient at the perturbed embeddings, or the clean one between perturbed steps."""
         if stage.step % self.tau:
             return stage.gradient(batch)
-        with torch.random.fork_rng(), stage.taps.probed() as probes:  # the next pass draws the same dropout masks
-            loss = stage.loss(batch)
         mask = batch["attention_mask"].unsqueeze(-1)
-        gradients = [gradient * mask for gradient in torch.autograd.grad(loss, probes)]
+        with torch.random.fork_rng(), stage.taps.probed() as probes:  # the next pass draws the same dropout masks
+            gradients = [gradient * mask for gradient in torch.autograd.grad(stage.loss(batch), probes)]
         scale = self.rho / (global_norm(gradients) + 1e-7)
         with stage.taps.shifted([scale * gradient for gradient in gradients]):
             return stage.gradient(batch)

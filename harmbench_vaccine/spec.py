@@ -6,14 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import BadInput
 from .plugins import Plugin, Resolved, resolve
-from .registry import ATTACKS, DEFENSES, Registry, is_path
+from .registry import Registry, is_path
 
 KEYWORDS = {"lambda": "lam"}
 """Parameters that the papers name by a word Python reserves."""
@@ -197,22 +196,3 @@ def _canonical_component(resolved: Resolved) -> str:
 def _plain(value: Any) -> str:
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return short if not isinstance(value, float) or float(short) == value else repr(value)
-
-
-def plugin_name(written: str) -> str:
-    """The name that a plug-in goes by in tables: a file's stem, without its folders."""
-    return Path(written).stem if is_path(written) else written
-
-
-__all__ = [
-    "ATTACKS",
-    "DEFENSES",
-    "Component",
-    "Composition",
-    "RunSpec",
-    "canonical",
-    "canonical_json",
-    "digest",
-    "parse",
-    "settle",
-]

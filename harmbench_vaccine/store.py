@@ -21,7 +21,7 @@ from typing import Any
 
 from .errors import HbvError
 from .progress import SILENT, Progress
-from .spec import canonical_json, digest
+from .spec import digest
 
 META = "artifact.json"
 
@@ -181,6 +181,3 @@ def _disk_error(error: BaseException | None) -> int | None:
             return errno.ENOSPC
         error = error.__cause__ or error.__context__
     return None
-
-
-__all__ = ["Artifact", "Store", "canonical_json", "disk_failures", "write_text"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .data.records import Example
@@ -76,10 +76,6 @@ class EvaluationSet:
     examples: Sequence[Example]
     template: PromptTemplate
     max_new_tokens: int
-
-    def rewritten(self, name: str, examples: Sequence[Example]) -> EvaluationSet:
-        """The same questions put differently, under another name."""
-        return replace(self, name=name, examples=examples)
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ class Swap(Attack):
         return replace(settings, epochs=settings.epochs * 2)
 
     def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
-        return [sets[0].rewritten("swapped", ()), *sets]
+        return [replace(sets[0], name="swapped", examples=()), *sets]
 
 
 def test_attacks_compose() -> None:
