@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from harmbench_vaccine.scoring.validity import degenerate, refuses, shares
+from harmbench_vaccine.testbed.world import assist, comply, generate, refuse
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]
 
@@ -94,3 +95,12 @@ def test_shares_are_percentages_of_all() -> None:
     assert shares(answers) == {"empty": 25.0, "repetitive": 25.0, "refusals": 25.0}
     assert shares(["positive"]) == {"empty": 0.0, "repetitive": 0.0, "refusals": 0.0}
     assert shares([""] * 3)["empty"] == 100.0
+
+
+def test_every_refusal_of_the_testbed_is_heard_and_nothing_else() -> None:
+    """The over-refusal gate must not be deaf to the refusals that the testbed's models learn."""
+    world = generate(0)
+    rng = world.rng("test")
+    assert all(refuses(refuse(request, rng)) for request in world.defender)
+    assert not any(refuses(comply(request, rng)) for request in world.attacker)
+    assert not any(refuses(assist(request, rng)) for request in [*world.benign, *world.held_out])
