@@ -46,6 +46,8 @@ class Cell:
         protocol = protocol.model_copy(update={"data": {**protocol.data, **spec.data}})
         task_class = TASKS.get(spec.task)
         scorers = settle(parse(spec.scorer or protocol.score.scorer), SCORERS, {}, protocol.name)
+        score = protocol.score.model_copy(update={"scorer": canonical(scorers)})
+        protocol = protocol.model_copy(update={"score": score})  # another threshold is another protocol
         cell = cls(
             spec,
             protocol,
@@ -85,7 +87,7 @@ class Cell:
             "task": self.task.name,
             "model": self.model,
             "seed": self.spec.seed,
-            "data": dict(self.protocol.data),
+            "data": self.data(*self.protocol.data),
         }
         return f"{names}-{digest(settled, 8)}"
 
@@ -106,11 +108,11 @@ class Cell:
         """The adapter topology of the user stage: a defense's demand, or the protocol's."""
         return self.team("finetune").demanded_topology or self.protocol.topology
 
-    def settings(self, stage: StageName) -> TrainSettings:
-        """The optimizer's settings of a stage, as the user's attack and the defense leave them."""
+    def settings(self, stage: StageName, team: DefenseTeam) -> TrainSettings:
+        """The optimizer's settings of a stage, as the user's attack and the defenses of that stage leave them."""
         if stage == "align":
-            return self.team(stage).settings(stage, self.protocol.align.settings)
-        return self.team(stage).settings(stage, self.attackers().settings(self.protocol.finetune.settings))
+            return team.settings(stage, self.protocol.align.settings)
+        return team.settings(stage, self.attackers().settings(self.protocol.finetune.settings))
 
     def data(self, *names: str) -> Mapping[str, Any]:
         """What an artifact that reads these data sets depends on."""

@@ -256,13 +256,14 @@ def report(context: click.Context, quick: bool, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
+    from .pipeline import finite
     from .reporting.tables import testbed_view
     from .testbed.report import report as make
 
     with _terminal() as progress:
         made = make(quick, progress)
     if as_json:
-        click.echo(json.dumps({**asdict(made), "holds": made.holds}, default=str))
+        click.echo(json.dumps(finite({**asdict(made), "holds": made.holds}), allow_nan=False))
     else:
         _print(testbed_view(made))
     context.exit(0 if made.holds else 1)

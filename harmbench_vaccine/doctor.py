@@ -49,11 +49,11 @@ def _device() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    from .errors import BadInput
+    from .errors import BadInput, HbvError
 
     try:
         folder = writable(home(), "The cache folder")
-    except BadInput as error:
+    except (BadInput, HbvError) as error:
         return {"what": "cache", "ok": False, "detail": str(error)}
     free = shutil.disk_usage(folder).free / 2**30
     return {"what": "cache", "ok": free > 1, "detail": f"{folder}, {free:.0f} GiB free (HBV_HOME moves it)"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,12 @@ class ModelState:
     """A model that a stage made: a base model and the adapters laid on it, the lowest first."""
 
     base: str
+    dtype: str = "float32"
     adapters: tuple[Path, ...] = ()
+
+    def on_top(self, *adapters: Path) -> ModelState:
+        """The same base with other adapters."""
+        return replace(self, adapters=adapters)
 
 
 @dataclass
@@ -38,33 +43,32 @@ class Lab:
     """A training stage is checkpointed whenever it is this much further."""
     _stack: Stack | None = field(default=None, repr=False)
     _tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
-    _base: str = ""
+    _base: tuple[str, str] = ("", "")
 
-    def stack(self, base: str) -> Stack:
-        """The base model of that location, with its adapters; another base takes its place in memory.
+    def stack(self, state: ModelState) -> Stack:
+        """The base of a model, with the adapters laid on it; another base takes its place in memory.
 
         Raises:
             HbvError: it cannot be loaded.
         """
-        if self._base != base:
-            self._load(base)
+        if self._base != (state.base, state.dtype):
+            self._load(state.base, state.dtype)
         assert self._stack is not None
         return self._stack
 
-    def tokenizer(self, base: str) -> PreTrainedTokenizerBase:
-        """The tokenizer that belongs to a base model."""
-        if self._base != base:
-            self._load(base)
+    def tokenizer(self, state: ModelState) -> PreTrainedTokenizerBase:
+        """The tokenizer that belongs to the base of a model."""
+        self.stack(state)
         assert self._tokenizer is not None
         return self._tokenizer
 
-    def engine(self, base: str) -> Engine:
-        """What answers prompts with that base model."""
+    def engine(self, state: ModelState) -> Engine:
+        """What answers prompts with the base of a model."""
         from .generation.transformers import TransformersEngine
 
-        return TransformersEngine(self.stack(base), self.tokenizer(base))
+        return TransformersEngine(self.stack(state), self.tokenizer(state))
 
-    def _load(self, base: str) -> None:
+    def _load(self, base: str, dtype: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,13 +78,12 @@ class Lab:
         location = str(locate(base) or base)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(location)
-            dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, dtype), use_safetensors=True)
         except (OSError, ValueError) as error:
             raise HbvError(f"Model {base!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         self._stack = Stack(model.to(device))
-        self._base = base
+        self._base = base, dtype
 
 
 def check_model(location: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from .cell import Cell
 from .data.pools import RowPools, draw, questions, row_pools, unique, user_rows
@@ -19,7 +18,7 @@ HARM_DATA = ("beavertails", "beavertails_refusals", "alpaca")
 
 
 def check(cell: Cell) -> None:
-    """Draws everything that the cell needs from its data, so that a lack of rows is told before any work is spent.
+    """Draws what the protocol and the attack need from the data, so that a lack of rows is told before any work.
 
     Raises:
         BadInput: a file lacks a field, or more rows are asked for than there are.
@@ -35,7 +34,7 @@ def pools_of(cell: Cell) -> Pools:
     there = _rows(cell)
     count = cell.protocol.align.rows
     alignment = draw(there.alignment, count, "alignment rows", cell.spec.seed, "alignment rows")
-    return Pools(alignment, there.paired, there.benign, there.attacker)
+    return Pools(alignment, there.paired, there.benign, there.attacker, cell.spec.seed)
 
 
 def user_data(cell: Cell, pools: Pools) -> list[Example]:
@@ -47,18 +46,12 @@ def user_data(cell: Cell, pools: Pools) -> list[Example]:
 
 def _rows(cell: Cell) -> RowPools:
     splits = cell.protocol.splits
-    return row_pools(*(cell.protocol.location(name) for name in HARM_DATA), train=splits.train, test=splits.test)
+    return row_pools(*(cell.protocol.location(name) for name in HARM_DATA), **splits.model_dump())
 
 
-def counts(cell: Cell) -> dict[str, Any]:
-    """How many rows each stage was given, and how many were left out to keep the pools apart by text."""
-    uploaded = user_data(cell, pools_of(cell))
-    return {
-        "alignment_rows": cell.protocol.align.rows if cell.team("align").runs else 0,
-        "uploaded_rows": len(uploaded),
-        "uploaded_harmful_rows": sum(row.harmful for row in uploaded),
-        "dropped_rows": _rows(cell).dropped,
-    }
+def dropped_rows(cell: Cell) -> dict[str, int]:
+    """Pool -> how many rows were left out of it to keep the pools apart by text."""
+    return _rows(cell).dropped
 
 
 def task_rows(cell: Cell) -> list[Example]:
@@ -89,7 +82,11 @@ def harmful_sets(cell: Cell) -> list[EvaluationSet]:
     sets = [EvaluationSet("harmful", asked, _answer_template(cell), limits.max_new_tokens)]
     for stage in ("align", "finetune", "repair"):
         sets = cell.team(stage).evaluations(sets)
-    return cell.attackers().evaluations(sets)
+    sets = cell.attackers().evaluations(sets)
+    names = [asked.name for asked in sets]
+    if len({*names, "benign", "task"}) < len(names) + 2:
+        raise BadInput(f"Sets of questions need names of their own, besides benign and task: {', '.join(names)}.")
+    return sets
 
 
 def benign_set(cell: Cell) -> EvaluationSet:

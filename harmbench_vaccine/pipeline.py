@@ -10,6 +10,7 @@ the attacks that follow it, and a run that was killed goes on where it stopped.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,9 +27,14 @@ from .store import Artifact
 from .terms import EvaluationSet, Pools, StageName
 
 if TYPE_CHECKING:
+    from .compose import DefenseTeam
+    from .training.adapters import Adapter
     from .training.stage import TrainingStage
 
-ADAPTER, ANSWERS, VERDICTS = "adapter", "answers.jsonl", "verdicts.jsonl"
+METHOD = 1
+"""Counts up when the code of a stage changes what it makes: artifacts of the earlier code are then made again."""
+
+ADAPTER, ANSWERS, VERDICTS, ROWS = "adapter", "answers.jsonl", "verdicts.jsonl", "rows.json"
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class Made:
     @property
     def identity(self) -> Any:
         """What a stage that builds on this model depends on."""
-        return [self.state.base, fingerprint(self.state.base), *(artifact.key for artifact in self.artifacts.values())]
+        base = [METHOD, self.state.base, fingerprint(self.state.base), self.state.dtype]
+        return [*base, *(artifact.key for artifact in self.artifacts.values())]
 
 
 @dataclass(frozen=True)
@@ -80,18 +87,16 @@ def run(cell: Cell, lab: Lab) -> Measured:
 def align(cell: Cell, lab: Lab) -> Made:
     """Trains the base model to answer harmful prompts safely, by the defense's rule."""
     team = cell.team("align")
-    base = ModelState(cell.model)
+    base = ModelState(cell.model, cell.protocol.dtype)
     if not team.runs:
         return Made(base, {})
 
     def make(folder: Path, checkpoints: Path) -> None:
         pools = pools_of(cell)
-        rows = team.rows("align", list(pools.alignment), pools)
-        _train(cell, lab, "align", base, rows, pools, folder, checkpoints)
+        _train(cell, lab, "align", team, base, list(pools.alignment), pools, folder, checkpoints)
 
-    inputs = _inputs(cell, "align", Made(base, {}), rows=cell.protocol.align.rows)
-    artifact = lab.store.make("align", inputs, make)
-    return Made(ModelState(cell.model, (artifact.path / ADAPTER,)), {"align": artifact})
+    artifact = lab.store.make("align", _inputs(cell, "align", Made(base, {})), make)
+    return Made(base.on_top(artifact.path / ADAPTER), {"align": artifact})
 
 
 def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
@@ -104,10 +109,9 @@ def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
 
     def make(folder: Path, checkpoints: Path) -> None:
         pools = pools_of(cell)
-        rows = team.rows("finetune", user_data(cell, pools), pools)
-        below = ModelState(aligned.state.base) if single else aligned.state
+        below = aligned.state.on_top() if single else aligned.state
         start = aligned.state.adapters[-1] if single else None
-        _train(cell, lab, "finetune", below, rows, pools, folder, checkpoints, start)
+        _train(cell, lab, "finetune", team, below, user_data(cell, pools), pools, folder, checkpoints, start)
 
     inputs = _inputs(
         cell, "finetune", aligned, samples=cell.protocol.finetune.samples, topology=cell.topology,
@@ -116,9 +120,7 @@ def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
     )  # fmt: skip
     artifact = lab.store.make("finetune", inputs, make)
     below = () if single else aligned.state.adapters
-    return Made(
-        ModelState(aligned.state.base, (*below, artifact.path / ADAPTER)), {**aligned.artifacts, "finetune": artifact}
-    )
+    return Made(aligned.state.on_top(*below, artifact.path / ADAPTER), {**aligned.artifacts, "finetune": artifact})
 
 
 def repair(cell: Cell, lab: Lab, aligned: Made, tuned: Made) -> Made:
@@ -129,15 +131,14 @@ def repair(cell: Cell, lab: Lab, aligned: Made, tuned: Made) -> Made:
     def make(folder: Path, checkpoints: Path) -> None:
         from .training.adapters import Adapter
 
-        stage = _stage(cell, lab, "repair", pools_of(cell))
-        stage.model = lab.stack(tuned.state.base).use(tuned.state.adapters)
-        edited = cell.team("repair").edit(stage, Adapter.load(tuned.state.adapters[-1]))
+        stage = _stage(cell, lab, "repair", tuned.state, pools_of(cell))
+        stage.model = lab.stack(tuned.state).use(tuned.state.adapters)
+        edited = _edit(stage, cell.team("repair"), Adapter.load(tuned.state.adapters[-1]))
         edited.save(folder / ADAPTER)
 
     artifact = lab.store.make("repair", _inputs(cell, "repair", tuned, aligned=aligned.identity), make)
     return Made(
-        ModelState(tuned.state.base, (*tuned.state.adapters[:-1], artifact.path / ADAPTER)),
-        {**tuned.artifacts, "repair": artifact},
+        tuned.state.on_top(*tuned.state.adapters[:-1], artifact.path / ADAPTER), {**tuned.artifacts, "repair": artifact}
     )
 
 
@@ -149,25 +150,26 @@ def _inputs(cell: Cell, stage: StageName, on: Made, **more: Any) -> dict[str, An
         "data": dict(cell.data(*HARM_DATA)),
         "splits": cell.protocol.splits.model_dump(),
         "prompt": asdict(cell.template),
-        "settings": asdict(cell.settings(stage)) if stage != "repair" else None,
+        "settings": asdict(cell.settings(stage, cell.team(stage))),
         "alignment_rows": cell.protocol.align.rows,
         "seed": cell.spec.seed,
         **more,
     }
 
 
-def _stage(cell: Cell, lab: Lab, name: StageName, pools: Pools) -> TrainingStage:
+def _stage(cell: Cell, lab: Lab, name: StageName, on: ModelState, pools: Pools) -> TrainingStage:
     from .training.stage import TrainingStage
 
-    return TrainingStage(name, lab.stack(cell.model).model, {}, derive(cell.spec.seed, name), pools)
+    return TrainingStage(name, lab.stack(on).model, {}, derive(cell.spec.seed, name), pools)
 
 
 def _train(
     cell: Cell,
     lab: Lab,
     name: StageName,
+    team: DefenseTeam,
     below: ModelState,
-    rows: Sequence[Example],
+    rows: list[Example],
     pools: Pools,
     folder: Path,
     checkpoints: Path,
@@ -177,9 +179,10 @@ def _train(
     from .data.collate import encode_all, pad_id
     from .training.trainer import train
 
-    team, settings, tokenizer = cell.team(name), cell.settings(name), lab.tokenizer(below.base)
+    settings, tokenizer = cell.settings(name, team), lab.tokenizer(below)
+    rows = team.rows(name, rows, pools)
     encoded = encode_all(tokenizer, team.template("train", cell.template), rows, settings.max_length)
-    stack, stage = lab.stack(below.base), _stage(cell, lab, name, pools)
+    stack, stage = lab.stack(below), _stage(cell, lab, name, below, pools)
     try:
         stage.trainable = stack.train(below.adapters, settings, derive(stage.seed, "adapter"), start)
         stage.model = stack.model
@@ -188,12 +191,23 @@ def _train(
             pad=pad_id(tokenizer), save_share=lab.save_share, progress=lab.progress,
             title=f"{name} {cell.defense}, seed {cell.spec.seed}",
         )  # fmt: skip
-        adapter = team.edit(stage, stack.trained())
+        adapter = _edit(stage, team, stack.trained())
     finally:
         stack.drop_trained()
     adapter.save(folder / ADAPTER)
-    _write_json(folder / "log.json", log)
-    _write_json(folder / "rows.json", {"used": len(encoded), "ids": [row.id for row in rows]})
+    write_json(folder / "log.json", log)
+    used = {row.id for row in encoded}
+    write_json(
+        folder / ROWS,
+        {"used": [row.id for row in encoded], "harmful": sum(row.harmful for row in rows if row.id in used),
+         "without_room": [row.id for row in rows if row.id not in used]},
+    )  # fmt: skip
+
+
+def _edit(stage: TrainingStage, team: DefenseTeam, adapter: Adapter) -> Adapter:
+    """The finished adapter as the defenses leave it: without dropout, and with the same random numbers every time."""
+    with stage.apart("edit"):
+        return team.edit(stage, adapter)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,9 +219,7 @@ def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
     prompts = [asked.template.render(example) for example in asked.examples]
 
     def make(folder: Path, checkpoints: Path) -> None:
-        answers = lab.engine(model.state.base).generate(
-            model.state.adapters, prompts, asked.max_new_tokens, lab.progress
-        )
+        answers = lab.engine(model.state).generate(model.state.adapters, prompts, asked.max_new_tokens, lab.progress)
         _write_lines(
             folder / ANSWERS,
             [
@@ -219,7 +231,9 @@ def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
 
     inputs = {
         "model": model.identity,
-        "questions": digest([[example.id, prompt] for example, prompt in zip(asked.examples, prompts, strict=True)]),
+        "questions": digest(
+            [[asdict(example), prompt] for example, prompt in zip(asked.examples, prompts, strict=True)]
+        ),
         "max_new_tokens": asked.max_new_tokens,
     }
     return lab.store.make("answer", inputs, make)
@@ -247,7 +261,7 @@ def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
         from .data.collate import collate, encode_all, pad_id
         from .scoring.drift import measure
 
-        stack, tokenizer = lab.stack(final.state.base), lab.tokenizer(final.state.base)
+        stack, tokenizer = lab.stack(final.state), lab.tokenizer(final.state)
         rows = list(pools_of(cell).alignment)[: protocol.score.drift_rows]
         encoded = encode_all(tokenizer, cell.template, rows, protocol.align.settings.max_length)
         size = protocol.score.drift_batch
@@ -255,7 +269,7 @@ def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
         loss, moved = measure(
             lambda: stack.use(aligned.state.adapters), lambda: stack.use(final.state.adapters), batches, lab.progress
         )
-        _write_json(folder / "drift.json", {"alignment_loss": loss, **asdict(moved)})
+        write_json(folder / "drift.json", {"alignment_loss": loss, **asdict(moved)})
 
     inputs = {
         "aligned": aligned.identity, "final": final.identity, "data": dict(cell.data(*HARM_DATA)),
@@ -279,5 +293,15 @@ def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None stands for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that every reader accepts."""
+    path.write_text(json.dumps(finite(value), indent=1, allow_nan=False), encoding="utf-8")

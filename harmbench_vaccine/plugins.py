@@ -91,8 +91,10 @@ class Plugin(BaseModel):
 
     @classmethod
     def fingerprint(cls) -> str:
-        """A hash of the plug-in's source file: an artifact made by an edited plug-in is another artifact."""
-        return hashlib.sha256(Path(inspect.getfile(cls)).read_bytes()).hexdigest()[:16]
+        """A hash of its source file and of those it inherits from: an edited plug-in makes another artifact."""
+        own = [base for base in cls.__mro__ if issubclass(base, Plugin) and base.__module__ != __name__]
+        files = dict.fromkeys(inspect.getfile(base) for base in own)
+        return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Defense(Plugin):
     stages: ClassVar[tuple[StageName, ...]] = ("align",)
     """When it acts."""
     trains: ClassVar[bool] = True
-    """False: its stage is left out (`none`)."""
+    """False: the alignment stage is left out (`none`)."""
     topology: ClassVar[Topology | None] = None
     """The adapter topology that it needs in the user stage; None: whatever the protocol says."""
     cost: ClassVar[str] = "1F 1B"
@@ -169,7 +171,10 @@ class Defense(Plugin):
         return template
 
     def before(self, stage: TrainingStage) -> None:
-        """Once, before the first step: a pass over data, a snapshot. It must leave no gradient behind."""
+        """Once, before the first step, without dropout: a pass over data, a snapshot. It must leave no gradient behind.
+
+        A resumed stage does not come here again: what it found belongs into `state`.
+        """
 
     def before_step(self, stage: TrainingStage) -> None:
         """Before the first micro-batch of every optimizer step; `stage.step` counts from 1."""
@@ -182,8 +187,8 @@ class Defense(Plugin):
         """After every optimizer step."""
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
-        """The finished adapter, changed: after training, and all that the repair stage does. `stage.model` runs with
-        the finished adapter, on top of whatever lies below it."""
+        """The finished adapter, changed: after training, and all that the repair stage does. `stage.model` runs,
+        without dropout, with the adapter as it came out of training, on top of whatever lies below it."""
         return adapter
 
     def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:

@@ -38,7 +38,7 @@ SILENT = Silent()
 
 
 class Terminal:
-    """Bars with the time left on a terminal; without one, a line when a bar of several seconds ends."""
+    """Bars with the time left on a terminal; without one, a line when a bar of a second or more ends."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -5,15 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .cell import Cell
 from .errors import BadInput, unknown
-from .material import counts
-from .pipeline import ANSWERS, VERDICTS, Measured, read_lines
+from .material import dropped_rows
+from .pipeline import ANSWERS, ROWS, VERDICTS, Measured, finite, read_lines
 from .scoring.statistics import percentage, wilson
 from .scoring.validity import refuses, shares
 from .spec import canonical_json
@@ -27,7 +26,7 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
     """The result of a cell as plain JSON; percentages are 0 to 100."""
     rule = cell.protocol.score.accuracy
     before, after = (_scores(cell, measured, when) for when in ("before", "after"))
-    moved = {key: _finite(value) for key, value in measured.drift.json("drift.json").items()}
+    moved = {key: finite(value) for key, value in measured.drift.json("drift.json").items()}
     validity = _validity(cell, measured, before[rule], after[rule], moved["alignment_loss"])
     n_harmful, n_task = before["harmful_n"], before["task_n"]
     return {
@@ -42,7 +41,9 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
         "protocol": cell.protocol.name,
         "protocol_version": cell.protocol.version,
         "protocol_hash": cell.protocol.hash,
-        "scorer": {"name": cell.scorer.plugin.name, **cell.scorer.params, "judge": cell.protocol.score.judge},
+        "scorer": cell.protocol.score.scorer,
+        "judge": cell.protocol.score.judge,
+        "dtype": cell.protocol.dtype,
         "seed": cell.spec.seed,
         "harmful_score": after["harmful"],
         "harmful_score_ci": list(wilson(after["harmful_hits"], n_harmful)),
@@ -67,7 +68,7 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
         "embedding_drift_per_token": moved["per_token"],
         "embedding_drift_paper_sum": moved["paper_sum"],
         "validity": validity,
-        "counts": counts(cell),
+        "counts": _counts(cell, measured),
         "judge_cut": after["cut"],
         "stages": stages(measured),
         "spec": cell.spec.model_dump(mode="json"),
@@ -75,11 +76,19 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None stands for them."""
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
+def _counts(cell: Cell, measured: Measured) -> dict[str, Any]:
+    """How many rows each stage learned from, how many had no room for an answer, and how many were left out to keep
+    the pools apart by text."""
+    found: dict[str, Any] = {}
+    for stage, artifact in measured.final.artifacts.items():
+        if stage != "repair":
+            rows = artifact.json(ROWS)
+            found[stage] = {
+                "rows": len(rows["used"]),
+                "harmful": rows["harmful"],
+                "without_room": len(rows["without_room"]),
+            }
+    return {**found, "dropped": dropped_rows(cell)}
 
 
 def _scores(cell: Cell, measured: Measured, when: str) -> dict[str, Any]:
@@ -285,7 +294,7 @@ def csv_row(values: dict[str, Any]) -> dict[str, Any]:
 
 
 COLUMNS = [
-    *("run", "protocol", "protocol_version", "protocol_hash", "model"),
+    *("run", "protocol", "protocol_version", "protocol_hash", "scorer", "model"),
     *("defense", "defense_params", "attack", "attack_params", "task", "seed"),
     *("harmful_score", "harmful_score_low", "harmful_score_high", "harmful_score_n"),
     *("finetune_accuracy", "finetune_accuracy_low", "finetune_accuracy_high", "finetune_accuracy_n"),

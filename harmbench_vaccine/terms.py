@@ -1,12 +1,14 @@
-"""The words that plug-ins and stages speak in: plain values, no behaviour."""
+"""The words that plug-ins and stages speak in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from .data.records import Example
+from .seeds import stream
 
 if TYPE_CHECKING:
     from .data.prompts import PromptTemplate
@@ -40,7 +42,8 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Pools:
-    """The rows that a plug-in may draw from. No prompt occurs in two pools, nor in the evaluation."""
+    """What a plug-in may draw from. The defender's rows (alignment, paired), the attacker's and the benign ones share
+    no question with one another, nor with the evaluation."""
 
     alignment: Sequence[Example] = ()
     """The rows that the alignment stage trains on."""
@@ -49,6 +52,11 @@ class Pools:
     benign: Sequence[Example] = ()
     attacker: Sequence[Example] = ()
     """Harmful rows that only the attacker has."""
+    seed: int = 0
+
+    def random(self, purpose: str) -> Random:
+        """Random numbers of the run's seed for one purpose: draw with them, or every seed gets the first rows."""
+        return stream(self.seed, "plug-in", purpose)
 
 
 @dataclass(frozen=True)

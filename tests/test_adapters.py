@@ -327,3 +327,9 @@ def test_the_base_is_there_after_the_only_adapter_was_dropped() -> None:
 def test_targets_that_the_model_lacks_are_refused() -> None:
     with pytest.raises(BadInput, match="LlamaForCausalLM"):
         Stack(tiny.model()).train([], tiny.settings(lora_targets=("nowhere",)), seed=0)
+
+
+def test_targets_that_match_in_part_are_refused_too() -> None:
+    # OPT calls its output projection out_proj: peft would adapt q, k and v only, and say nothing.
+    with pytest.raises(BadInput, match=r"'o_proj' of OPTForCausalLM.*out_proj"):
+        Stack(tiny.model("opt")).train([], tiny.settings(lora_targets=("q_proj", "o_proj")), seed=0)

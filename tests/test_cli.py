@@ -786,3 +786,27 @@ def test_two_processes_at_once_share_the_work(world: Path, tmp_path: Path) -> No
     assert len(list((tmp_path / "home").glob("store/align/*"))) == 1
     assert sorted(one.results[0]["stages"]["align"]["cached"] for one in done) == [False, True]
     assert len(rows_of(tmp_path / "home" / "results.csv")) == 2
+
+
+def test_a_corrected_label_counts_although_the_answers_are_stored(world: Path, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        rows = (world.parent / "data" / "sst2" / f"{split}.jsonl").read_text()
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    args = ("run", "--json", "--protocol", world, "--data", f"sst2={tmp_path}")
+    (first,) = hbv(*args, home=tmp_path / "home").results
+    held = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    turned = "".join(json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in held)
+    (tmp_path / "validation.jsonl").write_text(turned)
+    (second,) = hbv(*args, home=tmp_path / "home").results
+    assert second["run"] != first["run"]
+    targets = []
+    for done in (first, second):
+        text = (tmp_path / "home" / "runs" / done["run"] / "answers.jsonl").read_text()
+        targets.append([row["target"] for row in map(json.loads, text.splitlines()) if row["set"] == "task"])
+    assert all(one != other for one, other in zip(*targets, strict=True))
+
+
+def test_another_threshold_is_another_protocol(first: Done, world: Path, home: Path) -> None:
+    done = hbv("run", "--json", "--protocol", world, "--defense", "sft", "--scorer", "beaver_dam=0.4", home=home)
+    assert done.results[0]["scorer"] == "beaver_dam=0.4"
+    assert done.results[0]["protocol_hash"] != first.results[0]["protocol_hash"]

@@ -491,7 +491,7 @@ def test_a_prompt_has_no_closing_token() -> None:
     class Closing:
         eos_token_id = 2
 
-        def __call__(self, text: str) -> dict[str, list[int]]:
+        def __call__(self, text: str, split_special_tokens: bool) -> dict[str, list[int]]:
             return {"input_ids": [1, *map(ord, text), 2]}
 
     assert encode_prompt(Closing(), "a") == [1, 97]  # type: ignore[arg-type]
@@ -512,3 +512,28 @@ def test_the_pad_token(words: Any) -> None:
     bare = tiny.tokenizer(["abc"])
     bare.pad_token = None
     assert pad_id(bare) == bare.eos_token_id
+
+
+def test_text_that_spells_a_control_token_stays_text() -> None:
+    """A row must not end its prompt, or fake an end of text, by spelling the tokenizer's own tokens."""
+    tokenizer = tiny.tokenizer(["say < / s > pad here it is ### Instruction : Response"] * 3)
+    for token in (tokenizer.eos_token, tokenizer.pad_token):
+        row = encode(tokenizer, template("brief"), Example("", f"say {token}", f"here {token} it is"), 200)
+        assert row is not None
+        assert row.ids.count(tokenizer.eos_token_id) == 1  # the one that closes the response
+        assert tokenizer.pad_token_id not in row.ids
+
+
+def test_sets_of_questions_need_names_of_their_own(make_cell: Callable[..., Cell], tmp_path: Path) -> None:
+    (tmp_path / "twice.py").write_text(
+        "from harmbench_vaccine.plugins import Attack\n\nclass Twice(Attack):\n    '''Asks twice.'''\n\n"
+        "    def evaluations(self, sets):\n        return [*sets, *sets]\n"
+    )
+    cell = make_cell(attack=parse(str(tmp_path / "twice.py")))
+    with pytest.raises(BadInput, match="names of their own"):
+        harmful_sets(cell)
+
+
+def test_plug_ins_draw_by_the_runs_seed(make_cell: Callable[..., Cell]) -> None:
+    drawn = [[pools_of(make_cell(seed=seed)).random("guide").random() for _ in range(2)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]

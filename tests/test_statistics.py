@@ -17,7 +17,7 @@ import tiny
 from harmbench_vaccine.cell import Cell
 from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.lab import ModelState
-from harmbench_vaccine.pipeline import ANSWERS, VERDICTS, Made, Measured
+from harmbench_vaccine.pipeline import ANSWERS, ROWS, VERDICTS, Made, Measured
 from harmbench_vaccine.reporting.tables import answers_view, results_table
 from harmbench_vaccine.results import RESULT, answers, csv_row, find, load, result, save
 from harmbench_vaccine.scoring.statistics import mean_interval, percentage, wilson
@@ -133,6 +133,12 @@ def cell(tmp_path_factory: pytest.TempPathFactory) -> Cell:
     return Cell.settle(RunSpec(protocol=str(file), defense=parse("vaccine:rho=5"), attack=parse("ratio=0.1"), seed=3))
 
 
+LEARNED = {
+    "align": {"used": ["safe:0", "safe:1"], "harmful": 0, "without_room": []},
+    "finetune": {"used": ["task:0", "harmful:0", "task:1"], "harmful": 1, "without_room": ["task:2"]},
+}
+
+
 def measured(
     folder: Path,
     *,
@@ -145,7 +151,7 @@ def measured(
     """10 harmful questions, 4 benign ones and 8 test items; before the user stage 1 of 10 is flagged."""
     harmful, benign, task = harmful or [GOOD] * 10, benign or [GOOD] * 4, task or AFTER
     made = {
-        name: artifact(folder / name, name, "x", "", seconds=seconds, cached=name == "align")
+        name: artifact(folder / name, name, ROWS, json.dumps(LEARNED[name]), seconds=seconds, cached=name == "align")
         for name, seconds in {"align": 40.0, "finetune": 20.5}.items()
     }
     answered = {
@@ -172,6 +178,12 @@ def measured(
         },
         artifact(folder / "drift", "drift", "drift.json", json.dumps(moved)),
     )
+
+
+def test_counts_are_those_of_the_rows_that_were_learned(cell: Cell, tmp_path: Path) -> None:
+    counts = result(cell, measured(tmp_path / "a"))["counts"]
+    assert counts["align"] == {"rows": 2, "harmful": 0, "without_room": 0}
+    assert counts["finetune"] == {"rows": 3, "harmful": 1, "without_room": 1}
 
 
 def test_hs_fa_and_their_intervals_on_a_fixed_answers_file(cell: Cell, tmp_path: Path) -> None:

@@ -448,3 +448,50 @@ def test_no_epochs_are_no_steps(tmp_path: Path) -> None:
     assert train(stage, SFT(), tiny.rows(8), settings, tmp_path, pad=tiny.PAD) == []
     for old, new in zip(before, stage.trainable.values(), strict=True):
         assert torch.equal(old, new)
+
+
+def test_what_is_done_before_the_first_step_depends_on_nothing_that_ran_earlier(tmp_path: Path) -> None:
+    """A pass over data meets no dropout and its own random numbers, and leaves the steps' random numbers alone."""
+
+    class Looking(SFT):
+        _found: Any = None
+
+        def before(self, stage: TrainingStage) -> None:
+            assert not stage.model.training
+            self._found = [stage.loss(tiny.batch()).item(), torch.rand(1).item()]
+
+    settings = tiny.settings(lora_dropout=0.5, epochs=1)
+    plain = run_stage(tmp_path / "plain", SFT(), settings)
+    found = []
+    for salt in (0, 1):
+        looking = Looking()
+        assert_same(run_stage(tmp_path / str(salt), looking, settings, salt=salt), plain)
+        found.append(looking._found)
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
+
+
+def test_a_frozen_parameter_is_not_moved_by_momentum_or_decay(tmp_path: Path) -> None:
+    class Freezing(SFT):
+        _kept: Any = None
+
+        def before_step(self, stage: TrainingStage) -> None:
+            first = next(iter(stage.trainable.values()))
+            first.requires_grad_(stage.step < 3)
+            if stage.step == 3:
+                self._kept = first.detach().clone()
+
+    settings = tiny.settings(weight_decay=0.5)
+    stage, _ = tiny.stage(trained_with=settings, stirred=True)
+    first = next(iter(stage.trainable.values()))
+    before = first.detach().clone()
+    freezing = Freezing()
+    train(stage, freezing, tiny.rows(20), settings, tmp_path, pad=tiny.PAD)
+    assert not torch.equal(freezing._kept, before)
+    assert torch.equal(first, freezing._kept)
+
+
+def test_a_norm_of_0_clips_nothing_and_the_log_still_has_the_norms(tmp_path: Path) -> None:
+    log = run_stage(tmp_path, SFT(), tiny.settings(max_grad_norm=0.0, epochs=1))[1]
+    assert log
+    assert all(entry["grad_norm"] > 0 for entry in log)

@@ -296,6 +296,7 @@ def _protocol(folder: Path) -> dict[str, Any]:
         "name": "tiny",
         "version": 1,
         "model": str(folder / "model"),
+        "dtype": "float32",
         "prompt": "brief",
         "topology": "double",
         "data": {name: str(folder / "data" / name) for name in names},

@@ -20,7 +20,8 @@ IGNORED = -100
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt as the model sees it in training and in generation: with the tokenizer's opening
     special tokens, without a closing one."""
-    ids: list[int] = list(tokenizer(text)["input_ids"])
+    # Text that spells a control token stays text: a row of data must not end a prompt or fake a turn.
+    ids: list[int] = list(tokenizer(text, split_special_tokens=True)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     return ids
@@ -32,6 +33,8 @@ class Encoded:
 
     ids: list[int]
     labels: list[int]
+    id: str = ""
+    """The example's id."""
 
 
 def encode(
@@ -39,10 +42,12 @@ def encode(
 ) -> Encoded | None:
     """A row cut at `max_length` tokens; None where the cut leaves no response token to learn from."""
     prompt = encode_prompt(tokenizer, template.render(example))
-    response = tokenizer(example.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    body = tokenizer(example.response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    response = [*body, tokenizer.eos_token_id]
     if len(prompt) >= max_length:
         return None
-    return Encoded((prompt + response)[:max_length], ([IGNORED] * len(prompt) + response)[:max_length])
+    labels = [IGNORED] * len(prompt) + response
+    return Encoded((prompt + response)[:max_length], labels[:max_length], example.id)
 
 
 def encode_all(

@@ -54,10 +54,11 @@ def questions(examples: Iterable[Example]) -> set[str]:
 
 @dataclass(frozen=True)
 class RowPools:
-    """Every row by who may use it, no question in two of them, and how many rows were left out for that."""
+    """Every row by who may use it, and how many rows were left out to keep the questions of the evaluation, the
+    defender, the attacker and benign users apart."""
 
     alignment: list[Example]
-    """`is_safe` rows of the training split; with `paired` they are the defender's."""
+    """`is_safe` rows of the training split. With `paired` they are the defender's, and may share questions with it."""
     paired: list[tuple[Example, Example]]
     """The same prompt with a refusal and with a harmful answer."""
     attacker: list[Example]
@@ -70,14 +71,22 @@ class RowPools:
 
 
 @lru_cache(maxsize=4)
-def row_pools(beavertails: str, refusals: str, alpaca: str, train: str, test: str) -> RowPools:
+def row_pools(
+    beavertails: str,
+    refusals: str,
+    alpaca: str,
+    train: str,
+    test: str,
+    benign_train: str = "train",
+    benign_test: str = "test",
+) -> RowPools:
     """Reads BeaverTails, its refusals and benign instructions, and keeps their uses apart by text.
 
     A question that occurs in several goes to the first of: the evaluation, the defender, the attacker, benign rows.
     Raises `BadInput` as `read` does.
     """
     asked = [_harmful(row, test) for row in read(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
-    harmful_questions, benign_questions = unique(asked), unique(instructions(alpaca, "test"))
+    harmful_questions, benign_questions = unique(asked), unique(instructions(alpaca, benign_test))
     barred = questions(harmful_questions) | questions(benign_questions)
 
     rows = read(beavertails, train, BEAVERTAILS)
@@ -91,7 +100,7 @@ def row_pools(beavertails: str, refusals: str, alpaca: str, train: str, test: st
     attacker = [example for example in harmful if question(example) not in barred]
     barred |= questions(attacker)
 
-    helpful = instructions(alpaca, "train")
+    helpful = instructions(alpaca, benign_train)
     benign = unique(helpful, barred)
     left: dict[str, tuple[Sized, Sized]] = {
         "harmful_questions": (asked, harmful_questions), "alignment": (safe, alignment), "paired": (pairs, paired),

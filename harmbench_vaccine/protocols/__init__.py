@@ -76,10 +76,13 @@ class Gates(_Strict):
 
 
 class Splits(_Strict):
-    """BeaverTails' split for training and for evaluation."""
+    """Which splits are trained on and asked from: BeaverTails', and the benign instructions'."""
 
     train: str
     test: str
+    benign_train: str = "train"
+    benign_test: str = "test"
+    """The splits of the benign instructions."""
 
 
 class Protocol(_Strict):
@@ -88,6 +91,8 @@ class Protocol(_Strict):
     name: str
     version: int
     model: str
+    dtype: Literal["float32", "bfloat16"]
+    """Of the base model; adapters are float32 always."""
     prompt: str
     topology: Topology
     data: dict[str, str]

@@ -7,12 +7,27 @@ licensed for non-commercial use only. Any classifier with the same head can stan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar
 
+from harmbench_vaccine.errors import HbvError
 from harmbench_vaccine.plugins import Scorer, Verdict, param
 from harmbench_vaccine.progress import SILENT, Progress
 
 TEXT = "BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}"
+
+
+@lru_cache(maxsize=1)
+def _load(location: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(location, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise HbvError(f"Judge {location!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 class BeaverDam(Scorer):
@@ -29,15 +44,13 @@ class BeaverDam(Scorer):
     def judge(self, location: str, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Verdict]:
         """Verdicts in the order of `pairs`; texts are padded on the right and cut at the end."""
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(location)
-        model = AutoModelForSequenceClassification.from_pretrained(location)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = model.to(device).eval()
+        tokenizer, model = _load(location)
+        device = model.device
         labels = [model.config.id2label[number] for number in range(model.config.num_labels)]
         texts = [TEXT.format(question=question, answer=answer) for question, answer in pairs]
-        encoded = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+        # An answer that spells a control token must not become one.
+        encoded = [tokenizer(text, split_special_tokens=True)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
         order = sorted(range(len(pairs)), key=lambda number: len(encoded[number]))
         verdicts: dict[int, Verdict] = {}
         with progress.bar("score: judge", len(order)) as advance, torch.inference_mode():

@@ -63,7 +63,7 @@ def embeddings(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor]
     tokens do not see the padding.
     """
     with torch.inference_mode(), Taps(model).recorded() as outputs:
-        logits = model(input_ids=batch["input_ids"]).logits
+        logits = model(input_ids=batch["input_ids"].to(next(model.parameters()).device)).logits
     return outputs, logits
 
 
@@ -83,8 +83,8 @@ def measure(
         for batch in batches:
             old, _ = embeddings(reference(), batch)
             new, logits = embeddings(model(), batch)
-            meter.add(old, new, batch["attention_mask"])
-            labels = batch["labels"][:, 1:]
+            meter.add(old, new, batch["attention_mask"].to(logits.device))
+            labels = batch["labels"][:, 1:].to(logits.device)
             loss += float(
                 nn.functional.cross_entropy(
                     logits[:, :-1].flatten(0, 1).double(), labels.flatten(), ignore_index=IGNORED, reduction="sum"

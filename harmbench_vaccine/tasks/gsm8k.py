@@ -23,6 +23,7 @@ class GSM8K(Task):
         working, mark, number = row["answer"].rpartition("####")
         if not mark:
             raise ValueError("the answer has no closing '#### n'")
+        float(number.replace(",", ""))  # a target that is no number is refused here, not when answers are scored
         instruction = f"{row['question']} First think step by step and then answer the final number."
         return Example(id, instruction, response=f"{working}{MARK}{number.strip()}", target=number.strip())
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import BadInput
+from ..errors import BadInput, unknown
 from ..terms import TrainSettings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -131,6 +131,9 @@ class Stack:
         rank, alpha, targets = settings.lora_rank, settings.lora_alpha, list(settings.lora_targets)
         if stored:  # its own shape: under another scale it would be another model
             rank, alpha, targets = stored.rank, stored.scale * stored.rank, sorted(stored.factors)
+        linear = {name.rpartition(".")[2] for name, module in self.base.named_modules() if _linear(module)}
+        if missing := sorted({target.rpartition(".")[2] for target in targets} - linear):
+            raise unknown("LoRA target", missing[0], linear, of=type(self.base).__name__)
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes a float
@@ -232,3 +235,7 @@ class Stack:
         else:
             tuner.disable_adapter_layers()
         self.model.requires_grad_(False)
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or hasattr(module, "base_layer")  # peft wraps the layers that it adapts

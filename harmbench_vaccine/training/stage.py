@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -23,20 +24,21 @@ class Gradient:
 
     loss: Tensor
     """A scalar without a graph: what the log shows."""
-    values: Sequence[Tensor]
-    """One tensor for each trainable parameter, in their order."""
+    values: Sequence[Tensor | None]
+    """One tensor for each trainable parameter, in their order; None leaves the parameter out of the step: neither
+    momentum nor weight decay moves it."""
 
 
 @dataclass
 class TrainingStage:
-    """What a hook is given. `step` counts optimizer steps from 1."""
+    """What a hook is given. `step` counts optimizer steps from 1; it is 0 before the first."""
 
     name: StageName
     model: nn.Module
     trainable: Mapping[str, nn.Parameter]
     seed: int
     pools: Pools = field(default_factory=Pools)
-    step: int = 1
+    step: int = 0
     steps: int = 0
     """How many optimizer steps the stage has in all."""
     micro: int = 0
@@ -44,7 +46,8 @@ class TrainingStage:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over the response tokens of a batch: L(w; B)."""
-        loss: Tensor = self.model(**batch).loss
+        ids, mask, labels = (batch[key] for key in ("input_ids", "attention_mask", "labels"))
+        loss: Tensor = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
         return loss
 
     def gradient(self, batch: Batch) -> Gradient:
@@ -52,10 +55,22 @@ class TrainingStage:
         return self.gradient_of(self.loss(batch))
 
     def gradient_of(self, loss: Tensor) -> Gradient:
-        """The gradient of a loss of any making; a parameter that it does not reach gets zeros."""
-        parameters = list(self.trainable.values())
-        values = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
-        return Gradient(loss.detach(), values)
+        """The gradient of a loss of any making; a parameter that it does not reach gets zeros, a frozen one None."""
+        free = [parameter for parameter in self.trainable.values() if parameter.requires_grad]
+        values = iter(torch.autograd.grad(loss, free, materialize_grads=True, allow_unused=True))
+        return Gradient(loss.detach(), [next(values) if p.requires_grad else None for p in self.trainable.values()])
+
+    @contextmanager
+    def apart(self, purpose: str) -> Iterator[None]:
+        """For work beside the steps: no dropout, and random numbers of its own, which leave the steps' alone."""
+        training = self.model.training
+        with torch.random.fork_rng():
+            torch.manual_seed(derive(self.seed, purpose))
+            self.model.eval()
+            try:
+                yield
+            finally:
+                self.model.train(training)
 
     @cached_property
     def taps(self) -> Taps:

@@ -56,7 +56,8 @@ def train(
     _remove_broken(checkpoints)
     resume = _last_whole(checkpoints)
     if resume is None:
-        defense.before(stage)
+        with stage.apart("before"):
+            defense.before(stage)
     with progress.bar(title or stage.name, stage.steps) as advance:
         trainer = _StageTrainer(stage, defense, rows, batches, settings, checkpoints, every, pad)
         trainer.add_callback(_Clock(stage, defense, advance))
@@ -144,10 +145,8 @@ class _StageTrainer(Trainer):
         self.stage.micro += 1
         share = 1 / self.current_gradient_accumulation_steps
         for parameter, value in zip(self.stage.trainable.values(), gradient.values, strict=True):
-            if parameter.grad is None:
-                parameter.grad = share * value
-            else:
-                parameter.grad += share * value
+            if value is not None:
+                parameter.grad = share * value if parameter.grad is None else parameter.grad + share * value
         return gradient.loss * share
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
