@@ -112,7 +112,7 @@ def testbed_view(report: Report) -> RenderableType:
     for name, points in report.harmful.items():
         seeds = str(next(iter(points.values())).n)
         curves.add_row(name, seeds, *[str(points[ratio]) if ratio in points else "" for ratio in report.ratios])
-    learned = Table(title="Fine-tune accuracy (FA, %) of the SFT-aligned model")
+    learned = Table(title="Accuracy (FA, %) after SFT alignment")
     for title in ("task", "before the user stage", "after it"):
         learned.add_column(title, justify="left" if title == "task" else "right")
     for task, scores in report.accuracy.items():
