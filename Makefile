@@ -11,7 +11,6 @@ run: $(VENV)/.installed
 	$(BIN)/hbv run --defense sft --defense vaccine --attack ratio=0.1
 
 test: fast slow
-	$(BIN)/coverage combine --quiet --append 2>/dev/null || true
 	$(BIN)/coverage report
 
 fast: $(VENV)/.installed-dev
