@@ -24,7 +24,7 @@ def overrides(plugin: Plugin, base: type[Plugin], hook: str) -> bool:
 
 
 class DefenseTeam(Defense):
-    """The defenses of one cell that act in one stage, in the order they were written; none of them is plain SFT.
+    """The defenses of one cell that act in one stage, in the order they were written. Without members it is plain SFT.
 
     State is kept apart by the defense's name. At most one of them may decide the gradient, the topology, or that the
     stage is left out.
