@@ -74,7 +74,7 @@ class Lab:
 
         from .training.adapters import Stack
 
-        self._stack = self._tokenizer = None
+        self._stack, self._tokenizer, self._base = None, None, ("", "")
         location = str(locate(base) or base)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(location)
