@@ -33,7 +33,8 @@ def main() -> None:
     )
     stack = Stack(LlamaForCausalLM(config))
     trainable = stack.train((), TrainSettings(lr=1e-3, epochs=1, batch=ROWS, lora_dropout=0.1), seed=0)
-    stage = TrainingStage("align", stack.model.train(), trainable, seed=0)
+    stage = TrainingStage("align", stack, trainable, seed=0)
+    stage.model.train()
     ids = torch.randint(0, 1200, (ROWS, LENGTH))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     seconds: dict[str, list[float]] = {"sft": [], "vaccine": []}

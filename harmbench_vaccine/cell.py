@@ -14,11 +14,14 @@ from . import protocols
 from .compose import AttackTeam, DefenseTeam
 from .data.prompts import PromptTemplate, template
 from .data.sources import fingerprint
+from .errors import BadInput
 from .plugins import Resolved, Task
 from .protocols import Protocol
 from .registry import ATTACKS, DEFENSES, SCORERS, TASKS
 from .spec import RunSpec, canonical, digest, parse, settle
 from .terms import StageName, Topology, TrainSettings
+
+STAGES: tuple[StageName, ...] = ("align", "finetune", "repair")
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,32 @@ class Cell:
             task_class(),
             spec.model or protocol.model,
         )
-        for stage in ("align", "finetune", "repair"):
-            cell.team(stage)
-        protocol.location(cell.task.dataset)
+        cell._check()
         return cell
+
+    def _check(self) -> None:
+        for stage in STAGES:
+            self.team(stage)
+        self.protocol.location(self.task.dataset)
+        if not self.team("align").runs:
+            for resolved in self.defenses:
+                if resolved.plugin.needs_alignment:  # type: ignore[attr-defined]
+                    raise BadInput(
+                        f"{resolved.plugin.name!r} refers to what alignment added, and {self.defense!r} leaves it out."
+                    )
+        if edits := self.attackers().acting:
+            for resolved in [*self.acting("finetune"), *self.acting("repair")]:
+                raise BadInput(
+                    f"{resolved.plugin.name!r} cannot act under attack {edits.name!r}: "
+                    "it defends a user's training, and this attack trains nothing."
+                )
+        if self.settings("finetune", self.team("finetune")).full:
+            for resolved in [*self.acting("finetune"), *self.acting("repair")]:
+                defense: Any = resolved.plugin
+                if defense.needs_adapter or defense.topology or "repair" in defense.stages:
+                    raise BadInput(
+                        f"{defense.name!r} cannot act where the user trains every weight: it needs the user's adapter."
+                    )
 
     @property
     def defense(self) -> str:
@@ -97,11 +122,16 @@ class Cell:
 
     def team(self, stage: StageName) -> DefenseTeam:
         """Fresh objects of the defenses that act in a stage: what they remember is theirs for that stage only."""
-        return DefenseTeam(members=_fresh(self.acting(stage)))
+        return DefenseTeam(members=self._fresh(self.acting(stage)), stage=stage)
 
     def attackers(self) -> AttackTeam:
         """Fresh objects of the attacks."""
-        return AttackTeam(members=_fresh(self.attacks))
+        return AttackTeam(members=self._fresh(self.attacks))
+
+    @property
+    def trains(self) -> bool:
+        """False if the attack edits weights in place of the user stage: the task is then not learned."""
+        return self.attackers().acting is None
 
     @property
     def topology(self) -> Topology:
@@ -109,10 +139,15 @@ class Cell:
         return self.team("finetune").demanded_topology or self.protocol.topology
 
     def settings(self, stage: StageName, team: DefenseTeam) -> TrainSettings:
-        """The optimizer's settings of a stage, as the user's attack and the defenses of that stage leave them."""
+        """The optimizer's settings of a stage, as the user's attack and the defenses of that stage leave them. What is
+        trained in the repair stage is trained as the protocol's user trains, whatever the attack."""
         if stage == "align":
             return team.settings(stage, self.protocol.align.settings)
-        return team.settings(stage, self.attackers().settings(self.protocol.finetune.settings))
+        settings = self.protocol.finetune.settings
+        return team.settings(stage, self.attackers().settings(settings) if stage == "finetune" else settings)
+
+    def _fresh(self, resolved: list[Resolved]) -> Any:
+        return tuple(type(r.plugin)(**r.params).seeded(self.spec.seed) for r in resolved)
 
     def data(self, *names: str) -> Mapping[str, Any]:
         """What an artifact that reads these data sets depends on."""
@@ -122,7 +157,3 @@ class Cell:
 def identities(resolved: list[Resolved]) -> list[Any]:
     """What an artifact that these plug-ins had a hand in depends on: names, parameters, source."""
     return [[r.plugin.name, r.params, type(r.plugin).fingerprint()] for r in resolved]
-
-
-def _fresh(resolved: list[Resolved]) -> Any:
-    return tuple(type(r.plugin)(**r.params) for r in resolved)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .data.records import Example
 from .errors import BadInput
-from .plugins import Attack, Defense, Plugin
+from .plugins import Attack, Defense, Judge, Plugin
 from .terms import EvaluationSet, Mix, Pools, StageName, Topology, TrainSettings
 
 if TYPE_CHECKING:
@@ -18,25 +18,20 @@ if TYPE_CHECKING:
     from .training.stage import Batch, Gradient, TrainingStage
 
 
-def overrides(plugin: Plugin, base: type[Plugin], hook: str) -> bool:
-    """Whether the plug-in's class changes that hook of its kind."""
-    return getattr(type(plugin), hook) is not getattr(base, hook)
-
-
 class DefenseTeam(Defense):
     """The defenses of one cell that act in one stage, in the order they were written. Without members it is plain SFT.
 
-    State is kept apart by the defense's name. At most one of them may decide the gradient, the topology, or that the
-    stage is left out.
+    State is kept apart by the defense's name. At most one of them may take the gradient, they must agree on the adapter
+    topology, and none acts in a stage that another leaves out.
     """
 
     members: tuple[Defense, ...] = ()
+    stage: StageName = "align"
 
     def model_post_init(self, context: Any) -> None:
-        for what, deciding in {
-            "gradient": [member for member in self.members if overrides(member, Defense, "gradient")],
-            "adapter topology": [member for member in self.members if member.topology],
-        }.items():
+        taking = [member for member in self.members if member.takes_gradient(self.stage)]
+        demanding = {member.topology: member for member in self.members if member.topology}
+        for what, deciding in {"gradient": taking, "adapter topology": list(demanding.values())}.items():
             if len(deciding) > 1:
                 raise _conflict(what, deciding)
         if len(self.members) > 1 and not self.runs:
@@ -56,9 +51,9 @@ class DefenseTeam(Defense):
         """The adapter topology that a member needs."""
         return next((member.topology for member in self.members if member.topology), None)
 
-    def rows(self, stage: StageName, rows: list[Example], pools: Pools) -> list[Example]:
+    def train_on(self, stage: StageName, rows: list[Example], pools: Pools) -> list[Example]:
         for member in self.members:
-            rows = member.rows(stage, rows, pools)
+            rows = member.train_on(stage, rows, pools)
         return rows
 
     def settings(self, stage: StageName, settings: TrainSettings) -> TrainSettings:
@@ -81,7 +76,7 @@ class DefenseTeam(Defense):
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         for member in self.members:
-            if overrides(member, Defense, "gradient"):
+            if member.takes_gradient(self.stage):
                 return member.gradient(stage, batch)
         return stage.gradient(batch)
 
@@ -92,6 +87,7 @@ class DefenseTeam(Defense):
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
         for member in self.members:
             adapter = member.edit(stage, adapter)
+            stage.lay(adapter)  # the next one edits, and runs, what this one made
         return adapter
 
     def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
@@ -113,14 +109,38 @@ class AttackTeam(Attack):
 
     members: tuple[Attack, ...] = ()
 
+    def model_post_init(self, context: Any) -> None:
+        for one in self.members:
+            for other in self.members:
+                if other is not one and (other.name in one.excludes or "*" in one.excludes):
+                    raise BadInput(
+                        f"{one.name!r} and {other.name!r} cannot be combined: {one.name!r} acts "
+                        f"{'alone' if '*' in one.excludes else 'without it'}."
+                    )
+
+    @property
+    def acting(self) -> Attack | None:
+        """The one that edits weights in place of the user stage, if there is one."""
+        return next((member for member in self.members if not member.trains), None)
+
+    @property
+    def filters(self) -> bool:
+        """Whether rows are moderated before they are trained on."""
+        return any(type(member).filter is not Attack.filter for member in self.members)
+
     def mix(self, mix: Mix) -> Mix:
         for member in self.members:
             mix = member.mix(mix)
         return mix
 
-    def rows(self, rows: list[Example], pools: Pools) -> list[Example]:
+    def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
         for member in self.members:
-            rows = member.rows(rows, pools)
+            rows = member.upload(rows, pools)
+        return rows
+
+    def filter(self, rows: list[Example], judge: Judge) -> list[Example]:
+        for member in self.members:
+            rows = member.filter(rows, judge)
         return rows
 
     def settings(self, settings: TrainSettings) -> TrainSettings:

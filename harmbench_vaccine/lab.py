@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from .progress import SILENT, Progress
 from .store import Store
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .generation.engine import Engine
     from .training.adapters import Stack
@@ -42,7 +44,7 @@ class Lab:
     save_share: float = 0.1
     """A training stage is checkpointed whenever it is this much further."""
     _stack: Stack | None = field(default=None, repr=False)
-    _tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
+    _tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict, repr=False)
     _base: tuple[str, str] = ("", "")
 
     def stack(self, state: ModelState) -> Stack:
@@ -51,16 +53,22 @@ class Lab:
         Raises:
             HbvError: it cannot be loaded.
         """
+        from .training.adapters import Stack
+
         if self._base != (state.base, state.dtype):
-            self._load(state.base, state.dtype)
+            self._forget()
+            self._stack, self._base = Stack(_model(state)), (state.base, state.dtype)
         assert self._stack is not None
         return self._stack
 
     def tokenizer(self, state: ModelState) -> PreTrainedTokenizerBase:
         """The tokenizer that belongs to the base of a model."""
-        self.stack(state)
-        assert self._tokenizer is not None
-        return self._tokenizer
+        from transformers import AutoTokenizer
+
+        if state.base not in self._tokenizers:
+            with _loading(state.base) as location:
+                self._tokenizers[state.base] = AutoTokenizer.from_pretrained(location)
+        return self._tokenizers[state.base]
 
     def engine(self, state: ModelState) -> Engine:
         """What answers prompts with the base of a model."""
@@ -68,22 +76,51 @@ class Lab:
 
         return TransformersEngine(self.stack(state), self.tokenizer(state))
 
-    def _load(self, base: str, dtype: str) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    def beside(self, state: ModelState) -> Stack:
+        """A second model in memory, which is not kept."""
         from .training.adapters import Stack
 
-        self._stack, self._tokenizer, self._base = None, None, ("", "")
-        location = str(locate(base) or base)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(location)
-            model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, dtype), use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise HbvError(f"Model {base!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-        self._stack = Stack(model.to(device))
-        self._base = base, dtype
+        return Stack(_model(state))
+
+    def merged(self, state: ModelState) -> PreTrainedModel:
+        """A model of its own whose weights have the adapters in them; it takes the place of the one in memory."""
+        import torch
+
+        from .training.adapters import Adapter
+
+        self._forget()
+        model = _model(state)
+        with torch.no_grad():
+            for path in state.adapters:
+                adapter = Adapter.load(path)
+                for module in adapter.factors:
+                    weight: Any = model.get_submodule(module).weight
+                    weight.copy_(weight.float() + adapter.delta(module).to(weight.device))
+        return model
+
+    def _forget(self) -> None:
+        self._stack, self._base = None, ("", "")
+
+
+def _model(state: ModelState) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars would break ours
+    with _loading(state.base) as location:
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, state.dtype), use_safetensors=True)
+    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+    placed: PreTrainedModel = model.to(device)
+    return placed
+
+
+@contextmanager
+def _loading(base: str) -> Iterator[str]:
+    try:
+        yield str(locate(base) or base)
+    except (OSError, ValueError) as error:
+        raise HbvError(f"Model {base!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def check_model(location: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .cell import Cell
+from .cell import STAGES, Cell
 from .data.pools import RowPools, draw, questions, row_pools, unique, user_rows
 from .data.prompts import PromptTemplate
 from .data.records import Example
@@ -18,12 +18,14 @@ HARM_DATA = ("beavertails", "beavertails_refusals", "alpaca")
 
 
 def check(cell: Cell) -> None:
-    """Draws what the protocol and the attack need from the data, so that a lack of rows is told before any work.
+    """Draws what the protocol, attack and defense need from the data, so that a lack of rows is told before any work.
 
     Raises:
         BadInput: a file lacks a field, or more rows are asked for than there are.
     """
-    user_data(cell, pools_of(cell))
+    pools = pools_of(cell)
+    cell.team("align").train_on("align", list(pools.alignment), pools)
+    cell.team("finetune").train_on("finetune", user_data(cell, pools), pools)
     harmful_sets(cell)
     benign_set(cell)
     task_set(cell)
@@ -34,7 +36,7 @@ def pools_of(cell: Cell) -> Pools:
     there = _rows(cell)
     count = cell.protocol.align.rows
     alignment = draw(there.alignment, count, "alignment rows", cell.spec.seed, "alignment rows")
-    return Pools(alignment, there.paired, there.benign, there.attacker, cell.spec.seed)
+    return Pools(alignment, there.paired, there.benign, there.attacker)
 
 
 def user_data(cell: Cell, pools: Pools) -> list[Example]:
@@ -80,7 +82,7 @@ def harmful_sets(cell: Cell) -> list[EvaluationSet]:
     limits = cell.protocol.answer.harmful
     asked = _first(_rows(cell).harmful_questions, limits.prompts, "held-out harmful prompts")
     sets = [EvaluationSet("harmful", asked, _answer_template(cell), limits.max_new_tokens)]
-    for stage in ("align", "finetune", "repair"):
+    for stage in STAGES:
         sets = cell.team(stage).evaluations(sets)
     sets = cell.attackers().evaluations(sets)
     names = [asked.name for asked in sets]
@@ -108,7 +110,7 @@ def task_set(cell: Cell) -> EvaluationSet:
 
 def _answer_template(cell: Cell) -> PromptTemplate:
     chosen = cell.template
-    for stage in ("align", "finetune", "repair"):
+    for stage in STAGES:
         chosen = cell.team(stage).template("answer", chosen)
     return chosen
 

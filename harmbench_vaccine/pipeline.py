@@ -3,8 +3,9 @@
     base --align--> aligned --finetune on the user's rows--> tuned --repair--> final
     harmful score and accuracy of `aligned` (before) and of `final` (after); loss and drift of `final`
 
-Every stage is a pure function of what it depends on, stored under the hash of exactly that: `align` runs once for all
-the attacks that follow it, and a run that was killed goes on where it stopped.
+An adapter is trained in every stage and laid on the base model, which stays as it is; only an attack that trains or
+edits every weight makes another base. Every stage is a pure function of what it depends on, stored under the hash of
+exactly that: `align` runs once for all the attacks that follow it, and a run that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cell import Cell, identities
+from .compose import DefenseTeam
 from .data.records import Example
 from .data.sources import fingerprint, locate
 from .lab import Lab, ModelState
@@ -24,23 +27,26 @@ from .material import HARM_DATA, benign_set, harmful_sets, pools_of, task_set, u
 from .seeds import derive
 from .spec import digest
 from .store import Artifact
-from .terms import EvaluationSet, Pools, StageName
+from .terms import EvaluationSet, StageName, Verdict
 
 if TYPE_CHECKING:
-    from .compose import DefenseTeam
+    from .data.collate import Encoded
     from .training.adapters import Adapter
     from .training.stage import TrainingStage
 
-METHOD = 1
+METHOD = 2
 """Counts up when the code of a stage changes what it makes: artifacts of the earlier code are then made again."""
 
-ADAPTER, ANSWERS, VERDICTS, ROWS = "adapter", "answers.jsonl", "verdicts.jsonl", "rows.json"
+ADAPTER, CHECKPOINT = "adapter", "model"
+ANSWERS, VERDICTS, ROWS = "answers.jsonl", "verdicts.jsonl", "rows.json"
 
 
 @dataclass(frozen=True)
 class Made:
     """A model, and the artifacts that led to it."""
 
+    root: str
+    """The base model that everything began with."""
     state: ModelState
     artifacts: dict[str, Artifact]
     """Stage -> artifact, for the stages that ran."""
@@ -48,8 +54,12 @@ class Made:
     @property
     def identity(self) -> Any:
         """What a stage that builds on this model depends on."""
-        base = [METHOD, self.state.base, fingerprint(self.state.base), self.state.dtype]
+        base = [METHOD, self.root, fingerprint(self.root), self.state.dtype]
         return [*base, *(artifact.key for artifact in self.artifacts.values())]
+
+    def then(self, stage: StageName, artifact: Artifact, state: ModelState) -> Made:
+        """The model that a stage made of this one."""
+        return Made(self.root, state, {**self.artifacts, stage: artifact})
 
 
 @dataclass(frozen=True)
@@ -87,59 +97,81 @@ def run(cell: Cell, lab: Lab) -> Measured:
 def align(cell: Cell, lab: Lab) -> Made:
     """Trains the base model to answer harmful prompts safely, by the defense's rule."""
     team = cell.team("align")
-    base = ModelState(cell.model, cell.protocol.dtype)
+    base = Made(cell.model, ModelState(cell.model, cell.protocol.dtype), {})
     if not team.runs:
-        return Made(base, {})
+        return base
 
     def make(folder: Path, checkpoints: Path) -> None:
-        pools = pools_of(cell)
-        _train(cell, lab, "align", team, base, list(pools.alignment), pools, folder, checkpoints)
+        stage = _stage(cell, lab, "align", team, base)
+        _train(cell, lab, stage, team, list(stage.pools.alignment), folder, checkpoints)
 
-    artifact = lab.store.make("align", _inputs(cell, "align", Made(base, {})), make)
-    return Made(base.on_top(artifact.path / ADAPTER), {"align": artifact})
+    artifact = lab.store.make("align", _inputs(cell, "align", base), make)
+    return base.then("align", artifact, base.state.on_top(artifact.path / ADAPTER))
 
 
 def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
     """Trains the aligned model on the user's rows, task and harmful ones mixed.
 
     Double topology: a second adapter on top of the frozen alignment adapter. Single: the alignment adapter goes on.
+    An attack may have every weight trained, or edit the weights in place of training.
     """
-    team = cell.team("finetune")
-    single = cell.topology == "single" and bool(aligned.state.adapters)
+    team, attack = cell.team("finetune"), cell.attackers()
+    settings = cell.settings("finetune", team)
+    single = _single(cell, aligned)
+    whole = settings.full or not cell.trains
 
     def make(folder: Path, checkpoints: Path) -> None:
-        pools = pools_of(cell)
-        below = aligned.state.on_top() if single else aligned.state
-        start = aligned.state.adapters[-1] if single else None
-        _train(cell, lab, "finetune", team, below, user_data(cell, pools), pools, folder, checkpoints, start)
+        stage = _stage(cell, lab, "finetune", team, aligned, single=single, whole=whole)
+        if attack.acting:
+            with stage.apart("ablate"):
+                attack.acting.ablate(stage)
+            stage.stack.base.save_pretrained(folder / CHECKPOINT)
+            _write_rows(folder, [], [])
+        else:
+            uploaded = user_data(cell, stage.pools)
+            kept = attack.filter(uploaded, lambda pairs: _judge(cell, lab, pairs))
+            _train(cell, lab, stage, team, kept, folder, checkpoints, uploaded if attack.filters else None)
+        if whole:
+            lab.tokenizer(aligned.state).save_pretrained(folder / CHECKPOINT)
 
     inputs = _inputs(
         cell, "finetune", aligned, samples=cell.protocol.finetune.samples, topology=cell.topology,
-        attack=identities(cell.attacks),
+        attack=identities(cell.attacks), judge=_judging(cell) if attack.filters else None,
         task=[cell.task.name, type(cell.task).fingerprint(), dict(cell.data(cell.task.dataset))],
     )  # fmt: skip
     artifact = lab.store.make("finetune", inputs, make)
-    below = () if single else aligned.state.adapters
-    return Made(aligned.state.on_top(*below, artifact.path / ADAPTER), {**aligned.artifacts, "finetune": artifact})
+    if whole:
+        state = ModelState(str(artifact.path / CHECKPOINT), aligned.state.dtype)
+    else:
+        state = aligned.state.on_top(*(() if single else aligned.state.adapters), artifact.path / ADAPTER)
+    return aligned.then("finetune", artifact, state)
 
 
 def repair(cell: Cell, lab: Lab, aligned: Made, tuned: Made) -> Made:
-    """Edits the user's adapter by the defenses that act after fine-tuning; none: the tuned model stays."""
+    """Edits what the user stage added to the aligned model, by the defenses that act after it; none: it stays."""
     if not cell.acting("repair"):
         return tuned
+    team = cell.team("repair")
 
     def make(folder: Path, checkpoints: Path) -> None:
-        from .training.adapters import Adapter
+        from .training.adapters import Adapter, concatenate
 
-        stage = _stage(cell, lab, "repair", tuned.state, pools_of(cell))
-        stage.model = lab.stack(tuned.state).use(tuned.state.adapters)
-        edited = _edit(stage, cell.team("repair"), Adapter.load(tuned.state.adapters[-1]))
-        edited.save(folder / ADAPTER)
+        added = Adapter.load(tuned.state.adapters[-1])
+        if _single(cell, aligned):  # the user's adapter is the alignment adapter, trained on
+            added = concatenate([added, Adapter.load(aligned.state.adapters[-1]).scaled(-1.0)])
+        stage = _stage(cell, lab, "repair", team, aligned)
+        stage.lay(added)
+        try:
+            _edit(stage, team, added).save(folder / ADAPTER)
+        finally:
+            stage.stack.drop_trained()
 
     artifact = lab.store.make("repair", _inputs(cell, "repair", tuned, aligned=aligned.identity), make)
-    return Made(
-        tuned.state.on_top(*tuned.state.adapters[:-1], artifact.path / ADAPTER), {**tuned.artifacts, "repair": artifact}
-    )
+    return tuned.then("repair", artifact, aligned.state.on_top(*aligned.state.adapters, artifact.path / ADAPTER))
+
+
+def _single(cell: Cell, aligned: Made) -> bool:
+    return cell.topology == "single" and bool(aligned.state.adapters)
 
 
 def _inputs(cell: Cell, stage: StageName, on: Made, **more: Any) -> dict[str, Any]:
@@ -157,57 +189,141 @@ def _inputs(cell: Cell, stage: StageName, on: Made, **more: Any) -> dict[str, An
     }
 
 
-def _stage(cell: Cell, lab: Lab, name: StageName, on: ModelState, pools: Pools) -> TrainingStage:
+def _stage(
+    cell: Cell, lab: Lab, name: StageName, team: DefenseTeam, on: Made, *, single: bool = False, whole: bool = False
+) -> TrainingStage:
+    """A stage that builds on a model, before anything is trained in it."""
+    from .data.collate import encode_all, pad_id
+    from .training.adapters import Stack
     from .training.stage import TrainingStage
 
-    return TrainingStage(name, lab.stack(on).model, {}, derive(cell.spec.seed, name), pools)
+    settings, tokenizer = cell.settings(name, team), lab.tokenizer(on.state)
+    prompt = team.template("train", cell.template)
+    return TrainingStage(
+        name,
+        Stack(lab.merged(on.state)) if whole else lab.stack(on.state),
+        trainable={},
+        seed=derive(cell.spec.seed, name),
+        settings=settings,
+        pools=pools_of(cell),
+        below=() if single or whole else on.state.adapters,
+        start=on.state.adapters[-1] if single else None,
+        encode=lambda examples: encode_all(tokenizer, prompt, examples, settings.max_length),
+        nested=partial(_nested, cell, lab, on),
+        pad=pad_id(tokenizer),
+    )
 
 
 def _train(
     cell: Cell,
     lab: Lab,
-    name: StageName,
+    stage: TrainingStage,
     team: DefenseTeam,
-    below: ModelState,
     rows: list[Example],
-    pools: Pools,
     folder: Path,
     checkpoints: Path,
-    start: Path | None = None,
+    uploaded: list[Example] | None = None,
 ) -> None:
-    """Trains one adapter on top of `below` and stores it with its log and the ids of its rows."""
-    from .data.collate import encode_all, pad_id
+    """Trains the adapter of a stage, or every weight, and stores it with its log and the ids of its rows."""
+    from .training.adapters import Adapter
     from .training.trainer import train
 
-    settings, tokenizer = cell.settings(name, team), lab.tokenizer(below)
-    rows = team.rows(name, rows, pools)
-    encoded = encode_all(tokenizer, team.template("train", cell.template), rows, settings.max_length)
-    stack, stage = lab.stack(below), _stage(cell, lab, name, below, pools)
+    assert stage.encode is not None
+    stack, settings, given = stage.stack, stage.settings, rows
+    rows = team.train_on(stage.name, rows, stage.pools)
+    encoded = stage.encode(rows)
     try:
-        stage.trainable = stack.train(below.adapters, settings, derive(stage.seed, "adapter"), start)
-        stage.model = stack.model
+        if settings.full:
+            stage.trainable = stack.whole()
+        else:
+            start = Adapter.load(stage.start) if stage.start else None
+            stage.trainable = stack.train(stage.below, settings, derive(stage.seed, "adapter"), start)
         log = train(
             stage, team, encoded, settings, checkpoints,
-            pad=pad_id(tokenizer), save_share=lab.save_share, progress=lab.progress,
-            title=f"{name} {cell.defense}, seed {cell.spec.seed}",
+            pad=stage.pad, save_share=lab.save_share, progress=lab.progress,
+            title=f"{stage.name} {cell.defense}, seed {cell.spec.seed}",
         )  # fmt: skip
-        adapter = _edit(stage, team, stack.trained())
+        if settings.full:
+            stack.base.save_pretrained(folder / CHECKPOINT)
+        else:
+            _edit(stage, team, stack.trained()).save(folder / ADAPTER)
     finally:
         stack.drop_trained()
-    adapter.save(folder / ADAPTER)
     write_json(folder / "log.json", log)
+    _write_rows(folder, rows, encoded, given, uploaded)
+
+
+def _write_rows(
+    folder: Path,
+    rows: Sequence[Example],
+    encoded: Sequence[Encoded],
+    given: Sequence[Example] = (),
+    uploaded: Sequence[Example] | None = None,
+) -> None:
+    """Which rows were trained on, which had no room for a response, and what a moderation filter took out before."""
     used = {row.id for row in encoded}
-    write_json(
-        folder / ROWS,
-        {"used": [row.id for row in encoded], "harmful": sum(row.harmful for row in rows if row.id in used),
-         "without_room": [row.id for row in rows if row.id not in used]},
-    )  # fmt: skip
+    written: dict[str, Any] = {
+        "used": [row.id for row in encoded],
+        "harmful": sum(row.harmful for row in rows if row.id in used),
+        "without_room": [row.id for row in rows if row.id not in used],
+    }
+    if uploaded is not None:
+        for name, harmful in (("harmful", True), ("benign", False)):
+            before, after = (sum(row.harmful == harmful for row in side) for side in (uploaded, given))
+            written.setdefault("filtered", {}).update({name: before - after, f"{name}_uploaded": before})
+    write_json(folder / ROWS, written)
 
 
 def _edit(stage: TrainingStage, team: DefenseTeam, adapter: Adapter) -> Adapter:
     """The finished adapter as the defenses leave it: without dropout, and with the same random numbers every time."""
     with stage.apart("edit"):
         return team.edit(stage, adapter)
+
+
+def _nested(
+    cell: Cell,
+    lab: Lab,
+    on: Made,
+    outer: TrainingStage,
+    purpose: str,
+    examples: Sequence[Example],
+    start: Adapter | None,
+    steps: int | None,
+) -> Adapter:
+    """A training run inside a stage (see `TrainingStage.train_apart`), as an artifact of its own: the runs of all
+    attacks that share the aligned model share it."""
+    from .training.adapters import Adapter
+    from .training.stage import TrainingStage
+    from .training.trainer import train
+
+    assert outer.encode is not None
+    rows = outer.encode(examples)
+    settings = outer.settings
+    if steps is not None:
+        settings = replace(settings, epochs=steps * settings.accumulation / math.ceil(len(rows) / settings.batch))
+
+    def make(folder: Path, checkpoints: Path) -> None:
+        current = outer.stack.trained()
+        stage = TrainingStage(
+            outer.name, outer.stack, {}, derive(outer.seed, purpose), below=outer.below, start=outer.start
+        )
+        own = start or (Adapter.load(outer.start) if outer.start else None)
+        try:
+            stage.trainable = outer.stack.train(outer.below, settings, derive(stage.seed, "adapter"), own)
+            log = train(
+                stage, DefenseTeam(), rows, settings, checkpoints,
+                pad=outer.pad, save_share=lab.save_share, progress=lab.progress, title=f"{outer.name}: {purpose}",
+            )  # fmt: skip
+            outer.stack.trained().save(folder / ADAPTER)
+            write_json(folder / "log.json", log)
+        finally:
+            outer.lay(current)
+
+    inputs = {
+        "model": on.identity, "purpose": purpose, "start": start.digest() if start else None,
+        "rows": digest([[row.ids, row.labels] for row in rows]), "settings": asdict(settings), "seed": outer.seed,
+    }  # fmt: skip
+    return Adapter.load(lab.store.make("nested", inputs, make).path / ADAPTER)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,16 +357,24 @@ def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
 
 def score(cell: Cell, lab: Lab, answers: Artifact) -> Artifact:
     """The judge's verdicts on stored answers."""
-    judge = cell.protocol.score.judge
 
     def make(folder: Path, checkpoints: Path) -> None:
         rows = read_lines(answers.path / ANSWERS)
-        pairs = [(f"{row['instruction']} {row['input']}".strip(), row["answer"]) for row in rows]
-        verdicts = cell.scorer.plugin.judge(str(locate(judge) or judge), pairs, lab.progress)  # type: ignore[attr-defined]
+        verdicts = _judge(cell, lab, [(f"{row['instruction']} {row['input']}".strip(), row["answer"]) for row in rows])
         _write_lines(folder / VERDICTS, [{"id": row["id"], **asdict(v)} for row, v in zip(rows, verdicts, strict=True)])
 
-    inputs = {"answers": answers.key, "scorer": identities([cell.scorer]), "judge": fingerprint(judge)}
-    return lab.store.make("score", inputs, make)
+    return lab.store.make("score", {"answers": answers.key, **_judging(cell)}, make)
+
+
+def _judge(cell: Cell, lab: Lab, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    judge = cell.protocol.score.judge
+    verdicts: list[Verdict] = cell.scorer.plugin.judge(str(locate(judge) or judge), pairs, lab.progress)  # type: ignore[attr-defined]
+    return verdicts
+
+
+def _judging(cell: Cell) -> dict[str, Any]:
+    """What a verdict depends on, besides what is judged."""
+    return {"scorer": identities([cell.scorer]), "judge": fingerprint(cell.protocol.score.judge)}
 
 
 def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
@@ -261,13 +385,14 @@ def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
         from .data.collate import collate, encode_all, pad_id
         from .scoring.drift import measure
 
-        stack, tokenizer = lab.stack(final.state), lab.tokenizer(final.state)
+        old, tokenizer = lab.stack(aligned.state), lab.tokenizer(aligned.state)
+        new = old if final.state.base == aligned.state.base else lab.beside(final.state)
         rows = list(pools_of(cell).alignment)[: protocol.score.drift_rows]
         encoded = encode_all(tokenizer, cell.template, rows, protocol.align.settings.max_length)
         size = protocol.score.drift_batch
         batches = [collate(encoded[start : start + size], pad_id(tokenizer)) for start in range(0, len(encoded), size)]
         loss, moved = measure(
-            lambda: stack.use(aligned.state.adapters), lambda: stack.use(final.state.adapters), batches, lab.progress
+            lambda: old.use(aligned.state.adapters), lambda: new.use(final.state.adapters), batches, lab.progress
         )
         write_json(folder / "drift.json", {"alignment_loss": loss, **asdict(moved)})
 

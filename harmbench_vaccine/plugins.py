@@ -6,18 +6,21 @@ what it does is in the hooks that it overrides.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from random import Random
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from .data.records import Example
 from .errors import BadInput, unknown
 from .progress import SILENT, Progress
+from .seeds import stream
 from .terms import EvaluationSet, Mix, Pools, StageName, Topology, TrainSettings, Verdict
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from .data.prompts import PromptTemplate
     from .training.adapters import Adapter
     from .training.stage import Batch, Gradient, TrainingStage
+
+T = TypeVar("T")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters
@@ -56,6 +61,31 @@ class Plugin(BaseModel):
     kind: ClassVar[str] = "plug-in"
     name: ClassVar[str] = ""
     citation: ClassVar[str] = ""
+    neutral: ClassVar[Mapping[str, Any] | None] = None
+    """The parameters at which it changes nothing; None: it has no such setting."""
+
+    _seed: int = PrivateAttr(0)
+
+    def seeded(self, seed: int) -> Self:
+        """The same object, drawing by the run's seed."""
+        self._seed = seed
+        return self
+
+    def random(self, purpose: str) -> Random:
+        """Random numbers of the run's seed for one purpose: draw with them, or every seed gets the first rows."""
+        return stream(self._seed, self.name, purpose)
+
+    def draw(self, purpose: str, rows: Sequence[T], count: int) -> list[T]:
+        """`count` of the rows without replacement, in random order.
+
+        Raises:
+            BadInput: there are fewer.
+        """
+        if count > len(rows):
+            raise BadInput(
+                f"{self.name!r} asks for {count} {purpose}; allowed: at most {len(rows)}, as many as there are."
+            )
+        return self.random(purpose).sample(list(rows), count)
 
     @classmethod
     def main_parameter(cls) -> str | None:
@@ -71,9 +101,10 @@ class Plugin(BaseModel):
     def range_of(cls, key: str) -> str:
         """The allowed values of parameter `key`, in words."""
         info = cls.model_fields[key]
-        kind = info.annotation
-        if getattr(kind, "__origin__", None) is Literal:
-            return " | ".join(str(value) for value in kind.__args__)  # type: ignore[union-attr]
+        kind: Any = info.annotation
+        none = type(None) in get_args(kind)
+        if none:  # X | None
+            kind = next(part for part in get_args(kind) if part is not type(None))
         words = {int: "a whole number", float: "a number", bool: "true | false", str: "a text"}
         bounds = [
             f"{sign} {limit}"
@@ -82,7 +113,9 @@ class Plugin(BaseModel):
                                 ("<=", getattr(constraint, "le", None)))
             if limit is not None
         ]  # fmt: skip
-        return " ".join([words.get(kind, str(kind)), " and ".join(bounds)]).strip()  # type: ignore[arg-type]
+        literal = " | ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
+        said = literal or " ".join([words.get(kind, str(kind)), " and ".join(bounds)]).strip()
+        return f"{said}, or none" if none else said
 
     @classmethod
     def _extra(cls, key: str) -> dict[str, Any]:
@@ -91,10 +124,25 @@ class Plugin(BaseModel):
 
     @classmethod
     def fingerprint(cls) -> str:
-        """A hash of its source file and of those it inherits from: an edited plug-in makes another artifact."""
+        """A hash of its code and of what it inherits: an edited plug-in makes another artifact, an edited comment or
+        docstring does not."""
         own = [base for base in cls.__mro__ if issubclass(base, Plugin) and base.__module__ != __name__]
         files = dict.fromkeys(inspect.getfile(base) for base in own)
-        return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:16]
+        return hashlib.sha256("".join(map(_code, files)).encode()).hexdigest()[:16]
+
+
+def _code(file: str) -> str:
+    """A source file without comments and docstrings."""
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [line for line in body if not (isinstance(line, ast.Expr) and _text(line.value))]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
+def _text(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
 @dataclass(frozen=True)
@@ -118,6 +166,10 @@ def resolve(
     for key in [*protocol, *written]:
         if key not in cls.model_fields:
             raise unknown("parameter", key, cls.model_fields, of=f"{cls.kind} {cls.name!r}")
+    written = {  # the command line has no other way to write None
+        key: None if value == "none" and type(None) in get_args(cls.model_fields[key].annotation) else value
+        for key, value in written.items()
+    }
     try:
         plugin = cls(**{**protocol, **written})
     except ValidationError as error:
@@ -155,10 +207,22 @@ class Defense(Plugin):
     """False: the alignment stage is left out (`none`)."""
     topology: ClassVar[Topology | None] = None
     """The adapter topology that it needs in the user stage; None: whatever the protocol says."""
+    needs_adapter: ClassVar[bool] = False
+    """It refers to the model below the user's adapter, so it cannot act where every weight is trained."""
+    needs_alignment: ClassVar[bool] = False
+    """It refers to what alignment added to the base model, so it cannot act where the alignment stage is left out."""
+    edits_base: ClassVar[bool] = False
+    """It changes weights of the base model. No hook of a defense does, so far."""
     cost: ClassVar[str] = "1F 1B"
     """Forward and backward passes a step."""
+    once: ClassVar[str] = ""
+    """Passes besides the steps, over the whole stage."""
+    memory: ClassVar[str] = "none"
+    """What it keeps in memory besides what SFT keeps."""
+    data: ClassVar[tuple[str, ...]] = ()
+    """Rows that it needs besides those of its stage."""
 
-    def rows(self, stage: StageName, rows: list[Example], pools: Pools) -> list[Example]:
+    def train_on(self, stage: StageName, rows: list[Example], pools: Pools) -> list[Example]:
         """The rows that a training stage learns from, given what it would learn from without the defense."""
         return rows
 
@@ -179,6 +243,10 @@ class Defense(Plugin):
     def before_step(self, stage: TrainingStage) -> None:
         """Before the first micro-batch of every optimizer step; `stage.step` counts from 1."""
 
+    def takes_gradient(self, stage: StageName) -> bool:
+        """Whether `gradient` is its own in that stage: two defenses that both take it cannot act together."""
+        return type(self).gradient is not Defense.gradient
+
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """The loss and gradient of one micro-batch, which the trainer averages over the micro-batches of a step."""
         return stage.gradient(batch)
@@ -187,8 +255,8 @@ class Defense(Plugin):
         """After every optimizer step."""
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
-        """The finished adapter, changed: after training, and all that the repair stage does. `stage.model` runs,
-        without dropout, with the adapter as it came out of training, on top of whatever lies below it."""
+        """A finished adapter, changed: the one that a stage trained, after its last step; in the repair stage, what
+        the user stage added to the aligned model. `stage.model` runs with it, without dropout."""
         return adapter
 
     def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
@@ -207,22 +275,40 @@ class Attack(Plugin):
     """What the user who uploads data does to the provider's model: the default of every hook is a benign user."""
 
     kind: ClassVar[str] = "attack"
+    trains: ClassVar[bool] = True
+    """False: it edits the weights in place of the user stage."""
+    edits_base: ClassVar[bool] = False
+    """It makes another base model, not an adapter."""
+    excludes: ClassVar[tuple[str, ...]] = ()
+    """Attacks that it cannot act beside; `*` stands for all."""
 
     def mix(self, mix: Mix) -> Mix:
         """How many rows, and how many of them harmful."""
         return mix
 
-    def rows(self, rows: list[Example], pools: Pools) -> list[Example]:
+    def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
         """The rows uploaded, given the draw of task rows and harmful rows."""
+        return rows
+
+    def filter(self, rows: list[Example], judge: Judge) -> list[Example]:
+        """The uploaded rows that the provider lets through; `judge` is the protocol's."""
         return rows
 
     def settings(self, settings: TrainSettings) -> TrainSettings:
         """The user's training settings."""
         return settings
 
+    def ablate(self, stage: TrainingStage) -> None:
+        """Changes the weights of `stage.model`, the aligned model with its adapters merged, in place: all that the
+        user does if the attack does not train."""
+
     def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
         """The harmful evaluation sets of a cell, for an attack that changes how a question is put."""
         return sets
+
+
+Judge = Callable[[Sequence[tuple[str, str]]], list[Verdict]]
+"""(question, answer) pairs -> a moderation classifier's verdicts."""
 
 
 class Task(Plugin):

@@ -194,5 +194,7 @@ def _canonical_component(resolved: Resolved) -> str:
 
 
 def _plain(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()  # as a command line writes it
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return short if not isinstance(value, float) or float(short) == value else repr(value)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from .data.records import Example
-from .seeds import stream
 
 if TYPE_CHECKING:
     from .data.prompts import PromptTemplate
@@ -38,6 +36,8 @@ class TrainSettings:
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     max_length: int = 200
+    full: bool = False
+    """Every weight of the merged model is trained in place of an adapter."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ class Pools:
     benign: Sequence[Example] = ()
     attacker: Sequence[Example] = ()
     """Harmful rows that only the attacker has."""
-    seed: int = 0
 
-    def random(self, purpose: str) -> Random:
-        """Random numbers of the run's seed for one purpose: draw with them, or every seed gets the first rows."""
-        return stream(self.seed, "plug-in", purpose)
+    @property
+    def harmful(self) -> list[Example]:
+        """The defender's harmful rows: the harmful halves of the pairs."""
+        return [harmful for _, harmful in self.paired]
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,13 @@ class Mix:
     """How many rows the user uploads and what share of them is harmful."""
 
     samples: int
-    ratio: float = 0.0
+    ratio: float | None = None
+    """None: no attack has asked for harmful rows, nor for none."""
 
     @property
     def harmful(self) -> int:
         """round(p n), the one rounding: the task rows are the rest, so that the counts sum to n."""
-        return round(self.ratio * self.samples)
+        return round((self.ratio or 0.0) * self.samples)
 
     @property
     def task(self) -> int:

@@ -111,7 +111,7 @@ def test_no_adapter_is_the_base_bit_for_bit(tmp_path: Path) -> None:
     assert not close(logits(stack.use([path])), plain, 1e-2)
     assert torch.equal(logits(stack.use([])), plain)
     with_adapter = logits(stack.use([path]))
-    with stack.without_adapters():
+    with stack.instead([]):
         assert torch.equal(logits(stack.model), plain)
     assert torch.equal(logits(stack.model), with_adapter)
 
@@ -208,7 +208,7 @@ def test_single_topology_goes_on_from_the_aligned_adapter(tmp_path: Path) -> Non
     aligned = adapter(base, settings.lora_targets, rank=4, scale=2.0)
     path = saved(aligned, tmp_path / "aligned")
     stack = Stack(copy.deepcopy(base))
-    stack.train([], settings, seed=0, start=path)
+    stack.train([], settings, seed=0, start=Adapter.load(path))
     start = stack.trained()
     assert start.scale == aligned.scale
     for module, (a, b) in aligned.factors.items():
@@ -216,7 +216,7 @@ def test_single_topology_goes_on_from_the_aligned_adapter(tmp_path: Path) -> Non
         assert torch.equal(start.factors[module][1], b)
     assert close(logits(stack.model.eval()), logits(merged(base, aligned)))
     stack.use([path])  # the copy is trained, not the stored one
-    stack.train([], settings, seed=0, start=path)
+    stack.train([], settings, seed=0, start=Adapter.load(path))
     tiny.stir({name: value for name, value in stack.model.named_parameters() if value.requires_grad})
     assert close(logits(stack.use([path])), logits(merged(base, aligned)))
 
@@ -232,7 +232,7 @@ def test_single_topology_never_starts_from_another_model(changes: dict[str, obje
     aligned = adapter(base, tiny.settings().lora_targets, rank=4, scale=2.0)
     stack = Stack(copy.deepcopy(base))
     try:
-        stack.train([], tiny.settings(**changes), seed=0, start=saved(aligned, tmp_path / "aligned"))
+        stack.train([], tiny.settings(**changes), seed=0, start=aligned)
     except BadInput:
         return
     assert close(logits(stack.model.eval()), logits(merged(base, aligned)))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import permutations
 from typing import Any, ClassVar
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 
 from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.compose import AttackTeam, DefenseTeam, overrides
+from harmbench_vaccine.compose import AttackTeam, DefenseTeam
 from harmbench_vaccine.data.prompts import PromptTemplate
 from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.errors import BadInput
@@ -28,7 +29,7 @@ class First(Defense):
     name: ClassVar[str] = "first"
     _restored: Any = None
 
-    def rows(self, stage: Any, rows: list[Example], pools: Pools) -> list[Example]:
+    def train_on(self, stage: Any, rows: list[Example], pools: Pools) -> list[Example]:
         return [*rows, Example(self.name, "")]
 
     def settings(self, stage: Any, settings: TrainSettings) -> TrainSettings:
@@ -90,6 +91,22 @@ class Single(Defense):
     topology: ClassVar[Any] = "single"
 
 
+class Double(Defense):
+    """Demands the other."""
+
+    name: ClassVar[str] = "double_one"
+    topology: ClassVar[Any] = "double"
+
+
+class Elsewhere(Pusher):
+    """Decides the gradient of the user stage only."""
+
+    name: ClassVar[str] = "elsewhere"
+
+    def takes_gradient(self, stage: Any) -> bool:
+        return bool(stage == "finetune")
+
+
 class Off(Defense):
     """Leaves its stage out."""
 
@@ -99,12 +116,14 @@ class Off(Defense):
 
 def test_hooks_chain_in_the_order_written() -> None:
     team, turned = DefenseTeam(members=(First(), Second())), DefenseTeam(members=(Second(), First()))
-    assert [row.id for row in team.rows("align", [Example("start", "")], Pools())] == ["start", "first", "second"]
-    assert [row.id for row in turned.rows("align", [], Pools())] == ["second", "first"]
+    assert [row.id for row in team.train_on("align", [Example("start", "")], Pools())] == ["start", "first", "second"]
+    assert [row.id for row in turned.train_on("align", [], Pools())] == ["second", "first"]
     assert team.settings("align", SETTINGS).lr == 112  # (1 * 10 + 1) * 10 + 2
     assert turned.settings("align", SETTINGS).lr == 121
     assert team.template("train", TEMPLATE).no_input == "{instruction}firstsecond"
-    assert team.edit(None, "adapter") == "adapter>first>second"  # type: ignore[arg-type]
+    stage = Mock()
+    assert team.edit(stage, "adapter") == "adapter>first>second"  # type: ignore[arg-type]
+    assert stage.mock_calls == [call.lay("adapter>first"), call.lay("adapter>first>second")]  # the model runs with it
     assert [one.name for one in team.evaluations([])] == ["first", "second"]
 
 
@@ -152,9 +171,9 @@ def test_the_demanded_topology_is_the_members() -> None:
     assert DefenseTeam(members=(First(), Single())).demanded_topology == "single"
 
 
-def test_overrides() -> None:
-    assert overrides(Pusher(), Defense, "gradient")
-    assert not overrides(First(), Defense, "gradient")
+def test_who_takes_the_gradient() -> None:
+    assert Pusher().takes_gradient("align")
+    assert not First().takes_gradient("align")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,7 +202,15 @@ def test_alone_it_may_leave_its_stage_out() -> None:
 
 def test_two_topologies_are_refused() -> None:
     with pytest.raises(BadInput, match="topology"):
-        DefenseTeam(members=(Single(), First(), Single()))
+        DefenseTeam(members=(Single(), First(), Double()))
+    assert DefenseTeam(members=(Single(), First(), Single())).demanded_topology == "single"
+
+
+def test_a_gradient_that_is_taken_in_another_stage_does_not_conflict() -> None:
+    with pytest.raises(BadInput, match="gradient"):
+        DefenseTeam(members=(Pusher(), Elsewhere()), stage="finetune")
+    team = DefenseTeam(members=(Pusher(), Elsewhere()), stage="align")
+    assert team.gradient(None, None) == "gradient of pusher"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +242,7 @@ class Swap(Attack):
 
     name: ClassVar[str] = "swap"
 
-    def rows(self, rows: list[Example], pools: Pools) -> list[Example]:
+    def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
         return [*rows, Example("swap", "")]
 
     def settings(self, settings: TrainSettings) -> TrainSettings:
@@ -235,7 +262,7 @@ def test_attacks_compose() -> None:
 
 def test_attack_hooks_chain() -> None:
     team = AttackTeam(members=(Swap(), Swap()))
-    assert [row.id for row in team.rows([], Pools())] == ["swap", "swap"]
+    assert [row.id for row in team.upload([], Pools())] == ["swap", "swap"]
     assert team.settings(SETTINGS).epochs == 4
     sets = team.evaluations([EvaluationSet("harmful", (), TEMPLATE, 1)])
     assert [one.name for one in sets] == ["swapped", "swapped", "harmful"]

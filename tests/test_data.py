@@ -535,5 +535,7 @@ def test_sets_of_questions_need_names_of_their_own(make_cell: Callable[..., Cell
 
 
 def test_plug_ins_draw_by_the_runs_seed(make_cell: Callable[..., Cell]) -> None:
-    drawn = [[pools_of(make_cell(seed=seed)).random("guide").random() for _ in range(2)] for seed in (0, 0, 1)]
+    attackers = [make_cell(seed=seed, attack=parse("ratio")).attackers().members[0] for seed in (0, 0, 1)]
+    drawn = [[attack.random("guide").random() for _ in range(2)] for attack in attackers]
     assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0][0] == drawn[0][1] != attackers[0].random("other").random()  # one purpose, one stream

@@ -236,8 +236,8 @@ def test_two_files_of_one_name_are_two_plugins(tmp_path: Path, defenses: Registr
 
 def test_an_edited_file_has_another_fingerprint(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    seen = set()
-    for text in (PLUGIN, PLUGIN + "\n# changed\n"):
+    seen = []
+    for text in (PLUGIN, PLUGIN + "\n# a comment\n", PLUGIN + "\nCHANGED = 1\n"):
         path.write_text(text)
-        seen.add(Registry(Defense, "harmbench_vaccine.defenses").get(str(path)).fingerprint())
-    assert len(seen) == 2
+        seen.append(Registry(Defense, "harmbench_vaccine.defenses").get(str(path)).fingerprint())
+    assert seen[0] == seen[1] != seen[2]

@@ -278,7 +278,7 @@ def test_the_attacks_ranges(text: str) -> None:
         ("demo: steps=3 , alpha=4", "demo:alpha=4,steps=3"),
         ("demo:lambda=2", "demo:lam=2"),
         ("bare + demo=0.50", "bare+demo=0.5"),
-        ("demo:deep=yes", "demo:deep=True"),
+        ("demo:deep=yes", "demo:deep=true"),
     ],
 )
 def test_canonical_strings(text: str, expected: str) -> None:

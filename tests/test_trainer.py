@@ -162,7 +162,7 @@ class Recording(Defense):
     def note(self, *what):
         with Path(__file__).with_name("calls.txt").open("a") as file:
             print(*what, file=file)
-    def rows(self, stage, rows, pools):
+    def train_on(self, stage, rows, pools):
         self.note("rows", stage, len(rows), len(pools.attacker) > 0, any(row.harmful for row in rows))
         return rows[:-4]
     def settings(self, stage, settings):
@@ -201,9 +201,9 @@ def test_a_defense_of_all_stages_meets_every_hook_in_a_whole_run(tmp_path: Path)
         for name in ("align", "finetune")
     }  # fmt: skip
     assert (tmp_path / "calls.txt").read_text().splitlines() == [
-        "rows align 40 True False", "template train", "before align 9", *steps["align"], "edit align 4 True",
-        "rows finetune 40 True True", "template train", "before finetune 9", *steps["finetune"],
-        "edit finetune 4 True", "edit repair 4 True",
+        "template train", "rows align 40 True False", "before align 9", *steps["align"], "edit align 4 True",
+        "template train", "rows finetune 40 True True", "before finetune 9", *steps["finetune"],
+        "edit finetune 4 True", "template train", "edit repair 4 True",
     ]  # fmt: skip
     store = tmp_path / "home" / "store"
     scales = {

@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from harmbench_vaccine.data.collate import IGNORED, Encoded
-from harmbench_vaccine.plugins import TrainSettings
-from harmbench_vaccine.training.adapters import Stack
+from harmbench_vaccine.data.records import Example
+from harmbench_vaccine.plugins import Pools, TrainSettings
+from harmbench_vaccine.training.adapters import Adapter, Stack
 from harmbench_vaccine.training.stage import TrainingStage
 
 gc.freeze()  # Trainer collects garbage at its end, and half of a tiny run's time would go into searching the libraries
@@ -120,18 +121,46 @@ def stage(
     seed: int = 7,
     stirred: bool = False,
     name: Any = "align",
+    pools: Pools | None = None,
 ) -> tuple[TrainingStage, Stack]:
     """A training stage of a tiny model with a fresh adapter.
 
     `stirred` gives the adapter random weights: a fresh one has B = 0, and with it no gradient on A.
     """
     stack = Stack(base if base is not None else model())
-    made = TrainingStage(name, stack.model, {}, seed)
-    made.trainable = stack.train(below, trained_with or settings(), seed, start)
-    made.model = stack.model
+    made = TrainingStage(
+        name, stack, {}, seed, trained_with or settings(), pools or Pools(), tuple(below), start, encode=encode
+    )
+    made.trainable = stack.train(below, made.settings, seed, Adapter.load(start) if start else None)
     if stirred:
         stir(made.trainable)
     return made, stack
+
+
+def encode(examples: Sequence[Example]) -> list[Encoded]:
+    """Examples as rows of tokens without a tokenizer: a token for every letter, the instruction is the prompt."""
+    made = []
+    for example in examples:
+        prompt, response = (
+            [3 + ord(letter) % 90 for letter in text] for text in (example.instruction, example.response)
+        )
+        made.append(Encoded(prompt + response, [IGNORED] * len(prompt) + response, example.id))
+    return made
+
+
+def example_pools(count: int = 12, *, seed: int = 5) -> Pools:
+    """Pools of random examples: safe rows, pairs with equal prompts, benign and harmful ones."""
+    draw = random.Random(seed)
+
+    def text(longest: int) -> str:
+        return "".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(draw.randint(3, longest)))
+
+    def examples(kind: str, *, harmful: bool = False) -> list[Example]:
+        return [Example(f"{kind}:{number}", text(6), text(8), harmful=harmful) for number in range(count)]
+
+    refusals = examples("refusal")
+    pairs = [(row, Example(f"harmful:{row.id}", row.instruction, text(8), harmful=True)) for row in refusals]
+    return Pools(examples("safe"), pairs, examples("benign"), examples("attacker", harmful=True))
 
 
 def stir(parameters: Mapping[str, Tensor], *, seed: int = 3, size: float = 0.1) -> None:

@@ -158,4 +158,4 @@ def user_rows(mix: Mix, task: Sequence[Example], pools: Pools, attack: Attack, s
     uploaded = draw(task, mix.task, "task rows", seed, "task rows")
     uploaded += draw(pools.attacker, mix.harmful, "harmful rows", seed, "harmful rows")
     stream(seed, "upload").shuffle(uploaded)
-    return attack.rows(uploaded, pools)
+    return attack.upload(uploaded, pools)

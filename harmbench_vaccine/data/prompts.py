@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import unknown
 from .records import Example
@@ -18,7 +18,28 @@ class PromptTemplate:
     def render(self, example: Example) -> str:
         """The prompt of `example`, up to where its response begins."""
         template = self.with_input if example.input else self.no_input
-        return template.format(instruction=example.instruction, input=example.input)
+        return example.preface + template.format(instruction=example.instruction, input=example.input)
+
+    def prefixed(self, text: str) -> PromptTemplate:
+        """The same prompt after `text`, which stands where a chat model has its system message."""
+        text = _escaped(text)
+        return replace(self, no_input=text + self.no_input, with_input=text + self.with_input)
+
+    def without(self, text: str) -> PromptTemplate:
+        """Undoes `prefixed(text)`, whatever was prefixed since."""
+        text = _escaped(text)
+        return replace(
+            self, no_input=self.no_input.replace(text, "", 1), with_input=self.with_input.replace(text, "", 1)
+        )
+
+    def around(self, before: str = "", after: str = "") -> PromptTemplate:
+        """The same prompt with `before` and `after` around every instruction: what a user writes around a question."""
+        slot = f"{_escaped(before)}{{instruction}}{_escaped(after)}"
+        return PromptTemplate(*[text.replace("{instruction}", slot) for text in (self.no_input, self.with_input)])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 _ALPACA = (

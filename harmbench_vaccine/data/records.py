@@ -10,7 +10,8 @@ class Example:
     """An instruction with its response, as plain text: prompt formats are applied later.
 
     `id` names the source row (`harmful:17`), so that a result can say what was drawn; `target` is what a task
-    compares an answer with; `harmful` marks rows that an attacker mixed in (never shown to the trainer).
+    compares an answer with; `harmful` marks rows that an attacker mixed in (never shown to the trainer); `preface`
+    is text that stands before the whole prompt of this row, as a system message would.
     """
 
     id: str
@@ -19,3 +20,4 @@ class Example:
     input: str = ""
     target: str = ""
     harmful: bool = False
+    preface: str = ""

@@ -6,9 +6,10 @@ no merged copy of the base is ever written, and an engine serves every cell by s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ class Adapter:
         """scale * B A (outputs x inputs)."""
         a, b = self.factors[module]
         return self.scale * (b @ a)
+
+    def scaled(self, factor: float) -> Adapter:
+        """The adapter whose change of every weight is `factor` times this one's."""
+        return replace(self, scale=factor * self.scale)
+
+    def digest(self) -> str:
+        """A hash of every number in it."""
+        whole = hashlib.sha256(str(self.scale).encode())
+        for module, factors in sorted(self.factors.items()):
+            whole.update(module.encode())
+            for factor in factors:
+                whole.update(factor.detach().cpu().contiguous().numpy().tobytes())
+        return whole.hexdigest()[:20]
 
     def save(self, folder: Path) -> None:
         """Writes the folder in peft's format, which peft and vLLM read."""
@@ -111,6 +125,7 @@ class Stack:
         self.base = base
         self.model: PreTrainedModel | PeftModel = base.requires_grad_(False)
         self._names: dict[Path, str] = {}
+        self._active: list[str] = []
         self._made = 0
 
     def use(self, adapters: Sequence[Path]) -> nn.Module:
@@ -119,18 +134,17 @@ class Stack:
         return self.model.eval()
 
     def train(
-        self, below: Sequence[Path], settings: TrainSettings, seed: int, start: Path | None = None
+        self, below: Sequence[Path], settings: TrainSettings, seed: int, start: Adapter | None = None
     ) -> dict[str, nn.Parameter]:
-        """Lays a trainable adapter on top of `below`: a fresh one (B = 0), or a copy of the one stored at `start`.
+        """Lays a trainable adapter on top of `below`: a fresh one (B = 0), or a copy of `start`.
 
         Returns the trainable parameters by name; they are float32 whatever the base is.
         """
         names = self._load(below)
         self.drop_trained()
-        stored = Adapter.load(start) if start else None
         rank, alpha, targets = settings.lora_rank, settings.lora_alpha, list(settings.lora_targets)
-        if stored:  # its own shape: under another scale it would be another model
-            rank, alpha, targets = stored.rank, stored.scale * stored.rank, sorted(stored.factors)
+        if start:  # its own shape: under another scale it would be another model
+            rank, alpha, targets = start.rank, start.scale * start.rank, sorted(start.factors)
         linear = {name.rpartition(".")[2] for name, module in self.base.named_modules() if _linear(module)}
         if missing := sorted({target.rpartition(".")[2] for target in targets} - linear):
             raise unknown("LoRA target", missing[0], linear, of=type(self.base).__name__)
@@ -144,8 +158,8 @@ class Stack:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._add(self.TRAINED, config)
-        if stored:
-            self._fill(self.TRAINED, stored)
+        if start:
+            self._fill(self.TRAINED, start)
         self._activate([*names, self.TRAINED])
         trainable = {}
         for name, parameter in self.model.named_parameters():
@@ -172,9 +186,27 @@ class Stack:
         if isinstance(self.model, PeftModel) and self.TRAINED in self.model.peft_config:
             self._delete(self.TRAINED)
 
-    def without_adapters(self) -> AbstractContextManager[object]:
-        """Inside, the bare base model runs."""
-        return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+    def whole(self) -> dict[str, nn.Parameter]:
+        """Every weight of a model without adapters, to be trained."""
+        self.model.requires_grad_(True)
+        return dict(self.model.named_parameters())
+
+    @contextmanager
+    def instead(self, adapters: Sequence[Path]) -> Iterator[None]:
+        """Inside, the model runs with exactly these frozen adapters, in evaluation mode and without a graph; `()` is
+        the bare base. Afterwards everything is as it was."""
+        training, active = self.model.training, self._active
+        free = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._activate(self._load(adapters))
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._activate(active)
+            self.model.train(training)
+            for parameter in free:
+                parameter.requires_grad_(True)
 
     def _load(self, paths: Sequence[Path]) -> list[str]:
         """Frozen adapters keep no dropout: their weights belong to the model that is trained on top of them."""
@@ -226,6 +258,7 @@ class Stack:
             )
 
     def _activate(self, names: Sequence[str]) -> None:
+        self._active = list(names)
         if not isinstance(self.model, PeftModel):
             return
         tuner: Any = self.model.base_model

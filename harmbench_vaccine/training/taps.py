@@ -1,8 +1,8 @@
-"""Hidden-state taps: read, and shift, the output of every attention block of a decoder.
+"""Hidden-state taps: read, and shift, the outputs of the blocks of a decoder.
 
 Blocks are found by structure, not by class: a decoder layer is an element of the module list that is as long as the
-configuration says, and its attention block is the child whose forward takes an attention mask. The tap stands at
-the block's own output, before any norm and before the residual is added.
+configuration says, its attention block is the child whose forward takes an attention mask, and its MLP is the last
+other child with matrices. The tap stands at the block's own output, before any norm and before the residual is added.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BadInput
+
+Place = Literal["attention", "mlp", "layer"]
+"""Whose output is tapped: the attention block's, the MLP's, or the whole decoder layer's."""
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -61,11 +64,56 @@ def _attentions(layer: nn.Module) -> list[nn.Module]:
     return [child for child in layer.children() if takes_mask(child)]
 
 
-class Taps:
-    """Taps on the attention blocks of one model; hooks are in place only inside the context managers."""
+def mlps(model: nn.Module) -> list[nn.Module]:
+    """What ends the feed-forward half of every layer: its MLP, or, where that is no module of its own, its last matrix.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.blocks = attention_blocks(model)
+    Raises:
+        BadInput: a layer has none.
+    """
+    blocks = []
+    for number, layer in enumerate(decoder_layers(model)):
+        attentions = _attentions(layer)
+        found = [
+            child
+            for child in layer.children()
+            if child not in attentions and any(parameter.dim() > 1 for parameter in child.parameters())
+        ]
+        if not found:
+            raise BadInput(f"Layer {number} of {type(model).__name__} has no MLP that hidden-state taps could find.")
+        blocks.append(found[-1])
+    return blocks
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last layer and the LM head.
+
+    Raises:
+        BadInput: there is none.
+    """
+    layers = decoder_layers(model)
+    decoder = next(module for module in model.modules() if any(child is layers for child in module.children()))
+    norms = [child for child in decoder.children() if {p.dim() for p in child.parameters()} == {1}]
+    if not norms:
+        raise BadInput(f"{type(model).__name__} has no norm before its LM head.")
+    return norms[-1]
+
+
+def layer_numbers(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[int | None]:
+    """The decoder layer of each parameter, counted from 0; None outside the layers."""
+    numbers = {
+        id(parameter): number for number, layer in enumerate(decoder_layers(model)) for parameter in layer.parameters()
+    }
+    return [numbers.get(id(parameter)) for parameter in parameters]
+
+
+class Taps:
+    """Taps on the blocks of one model; hooks are in place only inside the context managers."""
+
+    def __init__(self, model: nn.Module, place: Place = "attention") -> None:
+        find: dict[Place, Callable[[nn.Module], Sequence[nn.Module]]] = {
+            "attention": attention_blocks, "mlp": mlps, "layer": lambda model: list(decoder_layers(model)),
+        }  # fmt: skip
+        self.blocks = find[place](model)
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:

@@ -48,6 +48,7 @@ def train(
     clipping) and `learning_rate`. An interrupted stage that is run again ends, on a CPU, bit-equal to an
     uninterrupted one.
     """
+    stage.settings, stage.rows, stage.pad = settings, rows, pad
     batches = batch_order(len(rows), settings, stage.seed)
     stage.steps = math.ceil(len(batches) / settings.accumulation)
     every = max(1, math.ceil(stage.steps * save_share))
@@ -128,9 +129,12 @@ class _StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = DataLoader(
-            self.rows,  # type: ignore[arg-type]  # a list is a map-style data set
+            range(len(self.rows)),  # type: ignore[arg-type]  # a sequence is a map-style data set
             batch_sampler=self.batches,
-            collate_fn=lambda rows: collate(rows, self.pad),
+            collate_fn=lambda numbers: {
+                **collate([self.rows[number] for number in numbers], self.pad),
+                "rows": torch.tensor(numbers),
+            },
         )
         return self.accelerator.prepare(loader)
 
@@ -166,7 +170,7 @@ class _StageTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.stage.trainable.items():
                 parameter.copy_(stored[name])
-        self.defense.restore(load_file(folder / _STATE))
+        self.defense.restore(load_file(folder / _STATE, device=str(self.args.device)))
 
 
 class _Clock(TrainerCallback):
