@@ -1,0 +1,47 @@
+"""Booster: harmful perturbation attenuated in alignment. Huang et al., ICLR 2025, arXiv 2409.01586.
+
+With B_h harmful rows of the defender, the same in both terms, and the norm over all trainable parameters:
+
+    g_h = grad L(w; B_h),   w' = w - alpha * g_h / (||g_h|| + 1e-7)
+    g   = grad L(w; B_a) + lam * (g_h - grad L(w'; B_h))          dw'/dw replaced by the identity
+    w  <- w - lr * g
+
+To first order the correction is lam * alpha * H g_h / ||g_h||: the step flattens the harmful loss along its gradient.
+
+Cost a step: 3 forward, 3 backward. Departures from the authors' code: w is restored from a copy (theirs adds the shift
+back, which leaves rounding behind); gradients of earlier micro-batches survive under accumulation; the two harmful
+passes see the same dropout masks, so that their difference is the perturbation's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from harmbench_vaccine.plugins import Defense, param
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, rehearsal
+
+
+class Booster(Defense):
+    """Lowers how much one harmful step would lower the harmful loss."""
+
+    citation: ClassVar[str] = "arXiv 2409.01586"
+    cost: ClassVar[str] = "3F 3B"
+    memory: ClassVar[str] = "2 gradients and 1 copy of the adapter"
+    data: ClassVar[tuple[str, ...]] = ("harmful rows",)
+    neutral: ClassVar[Mapping[str, Any] | None] = {"lam": 0.0}
+
+    lam: float = param(
+        5.0, "weight of the harmful loss's reduction", source="authors' smooth_align.sh", main=True, ge=0
+    )
+    alpha: float = param(0.1, "length of the simulated harmful step (L2)", source="authors' smooth_align.sh", ge=0)
+
+    def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
+        """The alignment gradient, corrected by what a harmful step would change."""
+        harmful = stage.stream("harmful", stage.pools.harmful)
+        with rehearsal():
+            here = stage.gradient(harmful)
+        step = -self.alpha / (here.norm + 1e-7)
+        with rehearsal(), stage.shifted([None if value is None else step * value for value in here.values]):
+            there = stage.gradient(harmful)
+        return stage.gradient(batch) + self.lam * (here - there)

@@ -1,0 +1,82 @@
+"""RepNoise: harmful representations pushed to noise. Rosati et al., NeurIPS 2024, arXiv 2405.14577, algorithm 1.
+
+With (B_s, B_h) the same prompts answered safely and harmfully, m the response tokens at which the two differ, a_l the
+output of the MLP of layer l on B_h, z_l ~ N(0, 1), h_k the hidden states of B_h (k = 0 the embeddings, n the last):
+
+    N = mean_l MMD^2(m a_l, m z_l)                  every row, flattened, is a sample; Gaussian kernels of 5 widths
+    A = mean_k CE(head(norm(h_k)); B_h at m)
+    w <- w - lr * grad [L(w; B_a) + beta * N - alpha * log(1 + A)]
+
+Cost a step: 2 forward, 2 backward (one joint backward through both), and n + 1 products with the LM head.
+
+The paper's main text swaps the letters: this is the algorithm's and the code's form, to which alpha = 1 (ascent) and
+beta = 0.001 (noise) belong. Departures from the authors' code: L(w; B_a) over the protocol's response labels, so that
+alpha = beta = 0 is SFT; the last hidden state is normed once, and counted once; the first differing token keeps its
+gradient; token 0 is a token; padding is never trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from harmbench_vaccine.data.collate import IGNORED
+from harmbench_vaccine.plugins import Defense, param
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, rehearsal
+from harmbench_vaccine.training.taps import final_norm
+
+
+class RepNoise(Defense):
+    """Removes what the hidden states say about harmful answers."""
+
+    citation: ClassVar[str] = "arXiv 2405.14577"
+    cost: ClassVar[str] = "2F 2B"
+    memory: ClassVar[str] = "n + 1 logits of the harmful tokens, MLP outputs of every layer"
+    data: ClassVar[tuple[str, ...]] = ("paired safe and harmful rows",)
+    neutral: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0, "beta": 0.0}
+
+    alpha: float = param(1.0, "weight of the ascent on the harmful loss", source="paper, algorithm 1", main=True, ge=0)
+    beta: float = param(0.001, "weight of the distance to noise", source="paper, algorithm 1", ge=0)
+
+    def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
+        """The gradient of the three terms."""
+        safe, harmful = stage.paired_stream("pairs", stage.pools.paired)
+        mask = differing(safe, harmful)
+        with rehearsal(), stage.taps_on("mlp").recorded() as outputs:
+            seen = stage.output(harmful, output_hidden_states=True)
+        model: Any = stage.model
+        head, norm = model.get_output_embeddings(), final_norm(model)
+        targets = harmful["input_ids"][:, 1:][mask[:, 1:]]
+        states = [norm(state[:, :-1][mask[:, 1:]]) for state in seen.hidden_states[:-1]]
+        logits = [*(head(state) for state in states), seen.logits[:, :-1][mask[:, 1:]]]
+        ascent = torch.stack([nn.functional.cross_entropy(each.float(), targets) for each in logits]).mean()
+        generator = stage.generator("noise")
+        noise = torch.stack([self._distance(output, mask, generator) for output in outputs]).mean()
+        return stage.gradient_of(stage.loss(batch) + self.beta * noise - self.alpha * torch.log1p(ascent))
+
+    @staticmethod
+    def _distance(output: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+        drawn = torch.randn(output.shape, generator=generator).to(output.device)
+        return mmd2(*((each.float() * mask.unsqueeze(-1)).flatten(1) for each in (output, drawn)))
+
+
+def differing(safe: Batch, harmful: Batch) -> Tensor:
+    """The response tokens of harmful rows that the safe row has not at the same place (rows x length, bool)."""
+    width = harmful["input_ids"].shape[1]
+    other = nn.functional.pad(safe["input_ids"], (0, width), value=-1)[:, :width]
+    there = nn.functional.pad(safe["attention_mask"], (0, width))[:, :width].bool()
+    return (harmful["labels"] != IGNORED) & ((harmful["input_ids"] != other) | ~there)
+
+
+def mmd2(x: Tensor, y: Tensor) -> Tensor:
+    """The squared maximum mean discrepancy of two samples of n rows, a biased V-statistic: the sum of 5 Gaussian
+    kernels around the mean squared distance, which is taken as a constant."""
+    n = len(x)
+    both = torch.cat([x, y])
+    distances = (both.unsqueeze(0) - both.unsqueeze(1)).square().sum(-1)
+    width = distances.detach().sum() / (4 * n * n - 2 * n) / 4
+    kernel = torch.stack([torch.exp(-distances / (width * 2**power)) for power in range(5)]).sum(0)
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - kernel[:n, n:].mean() - kernel[n:, :n].mean()
