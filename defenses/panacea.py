@@ -1,0 +1,60 @@
+"""Panacea: a harmful-loss-raising perturbation, learned around and added at the end. Wang et al., arXiv 2501.18100.
+
+The user's rows train the aligned adapter itself (single topology). With B_h harmful rows of the defender and one norm
+over all trainable parameters:
+
+    g_h = grad L(w; B_h),   eps = rho * g_h / (||g_h|| + 1e-7)
+    w  <- w - lr * [grad L(w; B_u) - lam * (grad L(w + eps; B_h) - g_h)]        eps a constant
+    after the last step: w <- w + eps, the eps of the last batch
+
+Cost a step: 3 forward, 3 backward. Departures from the authors' code, which does not run as published: the harmful loss
+at w + eps is not cut at 5 (there its gradient vanishes, and the step *lowers* the harmful loss); w is restored from a
+copy; the two harmful passes see the same dropout masks; gradients of earlier micro-batches survive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor
+
+from harmbench_vaccine.plugins import Defense, StageName, Topology, param
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, rehearsal
+
+
+class Panacea(Defense):
+    """Trains so that a shift towards harmful loss costs the user little, then makes the shift."""
+
+    citation: ClassVar[str] = "arXiv 2501.18100"
+    stages: ClassVar[tuple[StageName, ...]] = ("finetune",)
+    topology: ClassVar[Topology | None] = "single"
+    cost: ClassVar[str] = "3F 3B"
+    memory: ClassVar[str] = "2 gradients and 2 copies of the adapter"
+    data: ClassVar[tuple[str, ...]] = ("harmful rows",)
+    neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0, "lam": 0.0}
+
+    rho: float = param(1.0, "length of the perturbation (L2)", source="authors' script", main=True, ge=0)
+    lam: float = param(0.001, "weight of the harmful loss's rise", source="authors' script", ge=0)
+
+    _shift: list[Tensor] = PrivateAttr(default_factory=list)
+
+    def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
+        """The user's gradient, less what raises the harmful loss under the perturbation."""
+        harmful = stage.stream("harmful", stage.pools.harmful)
+        with rehearsal():
+            here = stage.gradient(harmful)
+        scale = self.rho / (here.norm + 1e-7)
+        self._shift = [scale * value for value in here.values if value is not None]
+        with rehearsal(), stage.shifted(self._shift):
+            there = stage.gradient(harmful)
+        return stage.gradient(batch) - self.lam * (there - here)
+
+    @torch.no_grad()
+    def after_step(self, stage: TrainingStage) -> None:
+        """The last perturbation stays."""
+        if stage.step == stage.steps:
+            for parameter, shift in zip(stage.trainable.values(), self._shift, strict=True):
+                parameter.add_(shift)
