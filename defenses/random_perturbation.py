@@ -1,0 +1,42 @@
+"""Random perturbation: noise of a given length on the user's update, the control that motivates Panacea (2501.18100).
+
+    w <- w + rho * z / ||z||,   z ~ N(0, I)         w every A and B of the update as one vector
+
+No pass over data. It draws from a stream of its own, by the run's seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from harmbench_vaccine.plugins import Defense, StageName, param
+from harmbench_vaccine.training.adapters import Adapter
+from harmbench_vaccine.training.stage import TrainingStage, global_norm
+
+
+class RandomPerturbation(Defense):
+    """Moves the update in a random direction."""
+
+    citation: ClassVar[str] = "arXiv 2501.18100"
+    stages: ClassVar[tuple[StageName, ...]] = ("repair",)
+    cost: ClassVar[str] = "none"
+    neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0}
+
+    rho: float = param(1.0, "length of the perturbation (L2)", source="Panacea's rho, authors' script", main=True, ge=0)
+
+    def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
+        """The adapter with noise on it."""
+        generator = stage.generator("perturbation")
+        noise = {
+            module: [torch.randn(factor.shape, generator=generator) for factor in factors]
+            for module, factors in adapter.factors.items()
+        }
+        scale = self.rho / global_norm([z for pair in noise.values() for z in pair])
+        moved = {
+            module: (a + scale * noise[module][0], b + scale * noise[module][1])
+            for module, (a, b) in adapter.factors.items()
+        }
+        return Adapter(moved, adapter.scale)
