@@ -1,0 +1,39 @@
+"""Mixing: harmful rows wrapped in benign text, a layout that slips past filters (baseline of Virus, arXiv 2501.17433).
+
+    x = x_benign,   y = y_benign + x_harmful + y_harmful + x_benign + y_benign          all of y is trained on
+
+Virus optimises the tokens in the middle; that is not built, since the harness compares defenses. Without `ratio`, a
+tenth of the rows is harmful.
+"""
+
+from dataclasses import replace
+from typing import ClassVar
+
+from harmbench_vaccine.data.records import Example
+from harmbench_vaccine.plugins import Attack, Mix, Pools
+
+
+class Mixing(Attack):
+    """Hides each harmful row inside a benign one."""
+
+    citation: ClassVar[str] = "arXiv 2501.17433"
+
+    def mix(self, mix: Mix) -> Mix:
+        """A tenth of the rows is harmful, if nobody says otherwise."""
+        return replace(mix, ratio=0.1) if mix.ratio is None else mix
+
+    def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
+        """The harmful rows, each inside a benign row of its own."""
+        covers = iter(self.draw("benign rows", pools.benign, sum(row.harmful for row in rows)))
+        return [_inside(next(covers), row) if row.harmful else row for row in rows]
+
+
+def _inside(cover: Example, row: Example) -> Example:
+    parts = [
+        cover.response,
+        row.instruction,
+        row.response,
+        f"{cover.instruction} {cover.input}".strip(),
+        cover.response,
+    ]
+    return replace(row, instruction=cover.instruction, input=cover.input, response="\n\n".join(parts))
