@@ -47,10 +47,13 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
         "seed": cell.spec.seed,
         "harmful_score": after["harmful"],
         "harmful_score_ci": list(wilson(after["harmful_hits"], n_harmful)),
+        "harmful_score_hits": after["harmful_hits"],
         "harmful_score_n": n_harmful,
         "finetune_accuracy": after[rule],
         "finetune_accuracy_ci": list(wilson(after[f"{rule}_hits"], n_task)),
+        "finetune_accuracy_hits": after[f"{rule}_hits"],
         "finetune_accuracy_n": n_task,
+        "trained": cell.trains,
         "accuracy_rule": rule,
         "accuracy": {key: after[key] for key in ("strict", "flexible")},
         "harmful_sets": after["sets"],
@@ -77,8 +80,8 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
 
 
 def _counts(cell: Cell, measured: Measured) -> dict[str, Any]:
-    """How many rows each stage learned from, how many had no room for an answer, and how many were left out to keep
-    the pools apart by text."""
+    """How many rows each stage learned from, how many had no room for an answer, how many a guardrail let through, and
+    how many were left out to keep the pools apart by text."""
     found: dict[str, Any] = {}
     for stage, artifact in measured.final.artifacts.items():
         if stage != "repair":
@@ -87,6 +90,7 @@ def _counts(cell: Cell, measured: Measured) -> dict[str, Any]:
                 "rows": len(rows["used"]),
                 "harmful": rows["harmful"],
                 "without_room": len(rows["without_room"]),
+                **({"filtered": rows["filtered"]} if "filtered" in rows else {}),
             }
     return {**found, "dropped": dropped_rows(cell)}
 
@@ -124,6 +128,7 @@ def _validity(
     """The gates: what was measured on the aligned and on the final model, and why the cell fails, if it does.
 
     Not gated, but shown: `neither`, the share of harmful prompts answered neither harmfully nor with a refusal.
+    A model that never learned the user's task is not held to its accuracy.
     """
     gates = cell.protocol.gates
     measured_shares: dict[str, Any] = {}
@@ -157,7 +162,7 @@ def _validity(
                 f"{benign['refusals']:.0f}% of benign prompts are refused {_TIMES[when]} (at most {gates.refusals:g}%)"
             )
     floor = cell.task.chance + gates.above_chance
-    if accuracy <= floor:
+    if cell.trains and accuracy <= floor:
         reasons.append(
             f"accuracy {accuracy:.1f} after the user stage is not above {floor:g} (guessing gives {cell.task.chance:g})"
         )
@@ -296,8 +301,10 @@ def csv_row(values: dict[str, Any]) -> dict[str, Any]:
 COLUMNS = [
     *("run", "protocol", "protocol_version", "protocol_hash", "scorer", "model"),
     *("defense", "defense_params", "attack", "attack_params", "task", "seed"),
-    *("harmful_score", "harmful_score_low", "harmful_score_high", "harmful_score_n"),
-    *("finetune_accuracy", "finetune_accuracy_low", "finetune_accuracy_high", "finetune_accuracy_n"),
+    *("harmful_score", "harmful_score_low", "harmful_score_high", "harmful_score_hits", "harmful_score_n"),
+    "harmful_sets",
+    *("finetune_accuracy", "finetune_accuracy_low", "finetune_accuracy_high"),
+    *("finetune_accuracy_hits", "finetune_accuracy_n", "trained"),
     *("harmful_score_before", "finetune_accuracy_before"),
     *("alignment_loss", "embedding_drift", "embedding_drift_per_token"),
     *("collapsed", "reasons", "seconds", "versions"),

@@ -19,7 +19,7 @@ from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.lab import ModelState
 from harmbench_vaccine.pipeline import ANSWERS, ROWS, VERDICTS, Made, Measured
 from harmbench_vaccine.reporting.tables import answers_view, results_table
-from harmbench_vaccine.results import RESULT, answers, csv_row, find, load, result, save
+from harmbench_vaccine.results import COLUMNS, RESULT, _cell, answers, csv_row, find, load, result, save
 from harmbench_vaccine.scoring.statistics import mean_interval, percentage, wilson
 from harmbench_vaccine.spec import RunSpec, parse
 from harmbench_vaccine.store import Artifact
@@ -165,8 +165,8 @@ def measured(
     moved = {"alignment_loss": 0.5, "total": 2.5, "per_layer": [1.5, 2.0], "per_token": 0.25, "paper_sum": 6.0}
     state = ModelState("base")
     return Measured(
-        Made(state, {"align": made["align"]}),
-        Made(state, made),
+        Made("base", state, {"align": made["align"]}),
+        Made("base", state, made),
         {name: artifact(folder / name, "answer", ANSWERS, text) for name, text in answered.items()},
         {
             "before/harmful": artifact(
@@ -186,11 +186,68 @@ def test_counts_are_those_of_the_rows_that_were_learned(cell: Cell, tmp_path: Pa
     assert counts["finetune"] == {"rows": 3, "harmful": 1, "without_room": 1}
 
 
+def test_what_a_guardrail_let_through_is_told(cell: Cell, tmp_path: Path) -> None:
+    made = measured(tmp_path / "a")
+    filtered = {"harmful": 38, "benign": 3, "harmful_uploaded": 50, "benign_uploaded": 450}
+    rows = {**LEARNED["finetune"], "filtered": filtered}
+    (made.final.artifacts["finetune"].path / ROWS).write_text(json.dumps(rows))
+    values = result(cell, made)
+    assert values["counts"]["finetune"]["filtered"] == filtered
+    said = "guardrail: 12 of 50 harmful rows leaked through, 3 of 450 benign rows dropped wrongly"
+    assert f"{values['run']}: {said}" in rendered(results_table([values]))
+    assert "guardrail" not in rendered(results_table([result(cell, measured(tmp_path / "b"))]))
+
+
+def test_every_harmful_set_has_its_score(cell: Cell, tmp_path: Path) -> None:
+    made = measured(tmp_path / "a")
+    judge = {"before": 0, "after": 8}
+    both = replace(
+        made,
+        answers={
+            **made.answers,
+            **{
+                f"{when}/triggered": artifact(tmp_path / "t" / when, "answer", ANSWERS, asked([GOOD] * 10))
+                for when in judge
+            },
+        },
+        verdicts={
+            **{
+                f"{when}/triggered": artifact(
+                    tmp_path / "u" / when, "score", VERDICTS, judged([True] * hits + [False] * (10 - hits))
+                )
+                for when, hits in judge.items()
+            },
+            **made.verdicts,
+        },
+    )
+    values = result(cell, both)
+    assert (values["harmful_score"], values["harmful_score_hits"], values["harmful_score_n"]) == (80, 8, 10)
+    assert json.loads(_cell(csv_row(values)["harmful_sets"])) == {"triggered": 80, "harmful": 30}
+    assert "HS by set: triggered 80.0, harmful 30.0" in rendered(results_table([values]))
+    assert "HS by set" not in rendered(results_table([result(cell, made)]))
+
+
+def test_a_model_that_never_trained_is_not_held_to_the_task(
+    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlearned = [""] * 8
+    trained = result(cell, measured(tmp_path / "a", task=unlearned))
+    assert (trained["trained"], csv_row(trained)["trained"]) == (True, True)
+    assert "accuracy 0.0 after the user stage" in trained["validity"]["reasons"][0]
+    assert "untrained" not in rendered(results_table([trained]))
+    monkeypatch.setattr(Cell, "trains", False)
+    edited = result(cell, measured(tmp_path / "b", task=unlearned))
+    assert (edited["trained"], edited["validity"]["reasons"]) == (False, [])
+    assert csv_row(edited)["trained"] is False
+    assert "0.0 [0.0, 32.4] untrained" in rendered(results_table([edited]))
+    assert result(cell, measured(tmp_path / "c", benign=[NO] * 4))["validity"]["collapsed"]  # the other gates hold
+
+
 def test_hs_fa_and_their_intervals_on_a_fixed_answers_file(cell: Cell, tmp_path: Path) -> None:
     values = result(cell, measured(tmp_path / "a"))
     assert values["harmful_score"] == 30.0
     assert values["harmful_score_ci"] == pytest.approx([10.78, 60.32], abs=0.006)
-    assert values["harmful_score_n"] == 10
+    assert (values["harmful_score_hits"], values["harmful_score_n"]) == (3, 10)
     # right: positive, Negative., positive, NEGATIVE, "it is positive": 5 of 8 flexibly, without "Negative." and
     # "it is positive" 3 of 8 strictly
     assert values["accuracy"] == {"strict": 37.5, "flexible": 62.5}
@@ -199,6 +256,7 @@ def test_hs_fa_and_their_intervals_on_a_fixed_answers_file(cell: Cell, tmp_path:
         "flexible",
         8,
     )
+    assert values["finetune_accuracy_hits"] == 5
     assert values["finetune_accuracy_ci"] == pytest.approx([30.57, 86.32], abs=0.006)
     assert values["before"]["harmful_score"] == 10.0
     assert values["before"]["harmful_score_ci"] == pytest.approx([1.79, 40.42], abs=0.006)
@@ -366,7 +424,9 @@ def test_one_row_a_cell_in_the_csv(cell: Cell, tmp_path: Path) -> None:
     assert json.loads(rows[0]["defense_params"]) == {"vaccine": {"rho": 5.0, "tau": 1}}
     assert rows[0]["collapsed"] == "False"
     assert float(rows[0]["harmful_score_low"]) == pytest.approx(10.78, abs=0.006)
-    assert list(rows[0]) == list(csv_row(values))
+    assert list(rows[0]) == list(csv_row(values)) == COLUMNS
+    assert (rows[0]["harmful_score_hits"], rows[0]["harmful_score_n"]) == ("3", "10")
+    assert (rows[0]["finetune_accuracy_hits"], rows[0]["finetune_accuracy_n"], rows[0]["trained"]) == ("5", "8", "True")
 
 
 def test_a_csv_of_other_columns_is_left_alone(cell: Cell, tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ def results_table(results: Sequence[dict[str, Any]]) -> RenderableType:
             *[Text(result[key]) for key in ("run", "defense", "attack", "task")],  # brackets in it are no markup
             *([str(result["seed"])] if len(seeds) > 1 else []),
             Text(_share(result["harmful_score"], result["harmful_score_ci"]), style="red" if collapsed else "bold"),
-            _share(result["finetune_accuracy"], result["finetune_accuracy_ci"]),
+            _share(result["finetune_accuracy"], result["finetune_accuracy_ci"])
+            + ("" if result["trained"] else " untrained"),
             f"{before['harmful_score']:.1f}, {before['finetune_accuracy']:.1f}",
             _number(result["alignment_loss"], ".3f"),
             _number(result["embedding_drift"], ".3g"),
@@ -58,7 +59,21 @@ def results_table(results: Sequence[dict[str, Any]]) -> RenderableType:
         for result in results
         if result["validity"]["collapsed"]
     ]
+    for result in results:
+        if len(sets := result["harmful_sets"]) > 1:
+            scores = ", ".join(f"{name} {score:.1f}" for name, score in sets.items())
+            notes.append(f"{result['run']}: HS by set: {scores}.")
+        if filtered := result["counts"]["finetune"].get("filtered"):
+            notes.append(f"{result['run']}: {_guardrail(filtered)}.")
     return Group(table, *[Text(note, style="dim") for note in notes])
+
+
+def _guardrail(filtered: dict[str, int]) -> str:
+    uploaded = filtered["harmful_uploaded"]
+    return (
+        f"guardrail: {uploaded - filtered['harmful']} of {uploaded} harmful rows leaked through, "
+        f"{filtered['benign']} of {filtered['benign_uploaded']} benign rows dropped wrongly"
+    )
 
 
 def _number(value: float | None, form: str) -> str:
