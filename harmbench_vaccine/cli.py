@@ -149,13 +149,17 @@ def run(
 
 @commands.command(name="list")
 @click.argument("kind", type=click.Choice(["defenses", "attacks", "tasks", "scorers", "protocols", "models"]))
+@click.option("--verbose", is_flag=True, help="Show what each declares: citation, cost, needs.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
-def list_(kind: str, as_json: bool) -> None:
+def list_(kind: str, verbose: bool, as_json: bool) -> None:
     """The names that a command may use.
 
     \b
-    Example: hbv list defenses
+    Example: hbv list defenses --verbose
     """
+    if verbose:
+        _list_declared(kind, as_json)
+        return
     if kind in ("protocols", "models"):
         from . import protocols
 
@@ -169,6 +173,65 @@ def list_(kind: str, as_json: bool) -> None:
     else:
         for name, origin in listed.items():
             click.echo(name if origin == "built-in" else f"{name}  ({origin})")
+
+
+def _list_declared(kind: str, as_json: bool) -> None:
+    from . import registry
+
+    plugins = getattr(registry, kind.upper(), None)
+    if plugins is None:
+        raise BadInput(f"{kind} declare nothing that --verbose could show; allowed: defenses, attacks, tasks, scorers.")
+    from .reporting.plugins import facts, listing
+
+    declared = [facts(cls) for cls in plugins.healthy().values()]
+    if as_json:
+        click.echo(json.dumps(declared, ensure_ascii=False))
+    else:
+        _print(listing(plugins.base.kind, declared))
+
+
+@commands.command()
+@click.argument("name")
+@click.option("--protocol", default=None, metavar="NAME", help="Show what this protocol puts in place of a default.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object for each kind that has the name.")
+def info(name: str, protocol: str | None, as_json: bool) -> None:
+    """What a defense, attack, task or scorer does, and its parameters: default, range, source.
+
+    NAME is a plug-in's name or its file.
+
+    \b
+    Example: hbv info vaccine --protocol testbed
+    """
+    from . import protocols
+    from .reporting.plugins import details, find, page
+
+    loaded = protocols.load(protocol) if protocol else None
+    found = [details(cls, loaded) for cls in find(name)]
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        for about in found:
+            _print(page(about))
+
+
+@commands.command()
+@click.argument("kind", type=click.Choice(["defense", "attack"]))
+@click.argument("name")
+@click.option("--dir", "folder", default=".", show_default=True, metavar="DIR", help="Where the file goes.")
+def new(kind: str, name: str, folder: str) -> None:
+    """Write NAME.py, a plug-in that already runs, and say how to go on.
+
+    \b
+    Example: hbv new defense my_idea
+    """
+    from shlex import quote
+
+    from .scaffold import write
+
+    path = write(kind, name, folder)
+    file = quote(path)
+    plugins = f"--defense {file} --attack ratio=0.1" if kind == "defense" else f"--attack {file}+ratio=0.1"
+    click.echo(f"{path}\n\nhbv check {file}\nhbv run {plugins}")
 
 
 @commands.command()
@@ -210,6 +273,40 @@ def show(run: str, asked: str, only: str | None, limit: int | None, as_json: boo
                 click.echo(json.dumps(row, ensure_ascii=False))
     else:
         _print(answers_view(result, answers, asked, limit or 10, only))
+
+
+@commands.command()
+@click.argument("tables", nargs=-1, type=click.Path(path_type=Path), metavar="[CSV]...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="Write leaderboard.csv and leaderboard.md there. [default: write nothing]",
+)
+@click.option(
+    "--baseline", default="sft", show_default=True, metavar="SPEC", help="The defense that differences are to."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list, an object for every row of leaderboard.csv.")
+def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, as_json: bool) -> None:
+    """Rank the defenses of result CSVs over their seeds, one table for every protocol, model, task and attack.
+
+    Without CSV it reads $HBV_HOME/results.csv. A defense of which a cell collapsed has no rank.
+
+    \b
+    Example: hbv leaderboard --out tables
+    """
+    from .paths import home
+    from .pipeline import finite
+    from .reporting.leaderboard import rankings, terminal, write
+
+    made = rankings(tables or [home() / "results.csv"], baseline)
+    if out:
+        write(made, out)
+    if as_json:
+        click.echo(json.dumps(finite([row for ranking in made for row in ranking.rows]), allow_nan=False))
+    else:
+        _print(terminal(made))
 
 
 @commands.group(cls=_Commands)

@@ -133,7 +133,7 @@ def test_light_commands_import_nothing_heavy(args: tuple[str, ...], tmp_path: Pa
     )  # fmt: skip
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "click" in imported
-    assert not imported & {"torch", "transformers", "peft", "accelerate", "datasets", "vllm", "ray", "scipy"}
+    assert not imported & {"torch", "transformers", "peft", "accelerate", "datasets", "vllm", "ray", "scipy", "pandas"}
     assert done.stdout
 
 
@@ -157,8 +157,8 @@ def test_lists(kind: str, expected: set[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("run",), ("list",), ("show",), ("doctor",), ("testbed",), ("testbed", "build"), ("testbed", "path"),
-     ("testbed", "report")],
+    [(), ("run",), ("list",), ("show",), ("leaderboard",), ("doctor",), ("testbed",), ("testbed", "build"),
+     ("testbed", "path"), ("testbed", "report")],
 )  # fmt: skip
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_command_has_help_with_an_example(command: tuple[str, ...], flag: str) -> None:
@@ -228,15 +228,15 @@ def test_the_testbed_is_found_after_it_was_built(tmp_path: Path) -> None:
 FILE = "<regular file>"  # stands for the path of one
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # name: the arguments, what stderr must hold
-    "command": (("rn",), ("Unknown command 'rn'", "Did you mean 'run'", "doctor, list, run, show, testbed")),
+    "command": (("rn",), ("Unknown command 'rn'", "Did you mean 'run'", "leaderboard, list, new, run, show, testbed")),
     "subcommand": (("testbed", "bild"), ("'bild'", "'build'", "build, path, report")),
     "option": (("run", "--defence", "sft"), ("--defence", "--defense")),
     "kind": (("list", "defence"), ("'defence'", "'defenses'", "'attacks'")),
     "no kind": (("list",), ("Missing argument",)),
     "no value": (("run", "--defense"), ("--defense",)),
-    "defense": (("run", "--defense", "vacine"), ("Unknown defense 'vacine'", "'vaccine'", "none, random_vaccine, sft")),
+    "defense": (("run", "--defense", "vacine"), ("Unknown defense 'vacine'", "'vaccine'", "antidote, backdoor_align")),
     "second defense": (("run", "--defense", "sft", "--defense", "stf"), ("Unknown defense 'stf'", "'sft'")),
-    "attack": (("run", "--attack", "rato=0.1"), ("Unknown attack 'rato'", "'ratio'", "ratio, samples")),
+    "attack": (("run", "--attack", "rato=0.1"), ("Unknown attack 'rato'", "'ratio'", "backdoor, benign")),
     "parameter": (("run", "--defense", "vaccine:roh=5"), ("'roh'", "'vaccine'", "Did you mean 'rho'", "rho, tau")),
     "attack's parameter": (("run", "--attack", "ratio:q=0.1"), ("'q'", "'ratio'", "Allowed: p")),
     "task": (("run", "--task", "sst"), ("Unknown task 'sst'", "Did you mean 'sst2'", "agnews, gsm8k, sst2")),
@@ -404,6 +404,7 @@ def test_json_holds_every_key(first: Done, world: Path) -> None:
             "run": str, "defense": str, "attack": str, "defense_params": dict, "attack_params": dict, "task": str,
             "model": str, "protocol": str, "seed": int, "harmful_score": float, "finetune_accuracy": float,
             "harmful_score_ci": list, "finetune_accuracy_ci": list, "harmful_score_n": int, "finetune_accuracy_n": int,
+            "harmful_score_hits": int, "finetune_accuracy_hits": int, "harmful_sets": dict, "trained": bool,
             "before": dict, "alignment_loss": float, "embedding_drift": float, "embedding_drift_per_layer": list,
             "embedding_drift_per_token": float, "embedding_drift_paper_sum": float, "validity": dict, "stages": dict,
             "versions": dict, "spec": dict,
@@ -414,7 +415,7 @@ def test_json_holds_every_key(first: Done, world: Path) -> None:
             assert 0 <= low <= result[key] <= high <= 100
             assert 0 <= result["before"][key] <= 100
             assert result[f"{key}_n"] == 8
-            assert result[key] * 8 / 100 == round(result[key] * 8 / 100)  # a share of 8
+            assert result[f"{key}_hits"] == result[key] * 8 / 100
         assert (result["task"], result["model"], result["protocol"], result["seed"]) == ("sst2", protocol, "tiny", 3)
         assert (result["attack"], result["attack_params"]) == ("ratio=0.1", {"ratio": {"p": 0.1}})
         assert result["alignment_loss"] > 0
@@ -445,7 +446,7 @@ def test_a_repeated_run_is_cached_and_says_the_same(first: Done, world: Path, ho
     def refuse(*args: Any, **named: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    with mock.patch("harmbench_vaccine.lab.Lab._load", refuse):
+    with mock.patch("harmbench_vaccine.lab._model", refuse):
         again = hbv("run", "--json", "--protocol", world, *CELLS, home=home)
     assert again.code == 0, again.err
     assert all(stage["cached"] for result in again.results for stage in result["stages"].values())
@@ -580,7 +581,7 @@ def test_out_csv_and_one_row_a_cell(first: Done, world: Path, home: Path, tmp_pa
     for row, result in zip(rows_of(table), done.results, strict=True):
         assert float(row["harmful_score"]) == pytest.approx(result["harmful_score"], rel=1e-5)
         assert float(row["embedding_drift"]) == pytest.approx(result["embedding_drift"], rel=1e-5)
-        assert (row["protocol_hash"], row["seed"]) == (result["protocol_hash"], "3")
+        assert (row["protocol_hash"], row["seed"], row["trained"]) == (result["protocol_hash"], "3", "True")
         assert json.loads(row["defense_params"]) == result["defense_params"]
 
 
@@ -589,6 +590,16 @@ def test_the_csv_of_the_home_has_one_row_a_cell(first: Done, world: Path, home: 
     runs = [row["run"] for row in rows_of(home / "results.csv")]
     assert len(runs) == len(set(runs))
     assert {result["run"] for result in first.results} <= set(runs)
+
+
+def test_what_ran_can_be_ranked(first: Done, home: Path) -> None:
+    done = hbv("leaderboard", "--json", home=home)
+    assert done.code == 0, done.err
+    ranked = {(row["protocol_hash"], row["attack"], row["defense"]): row for row in json.loads(done.out)}
+    for result in first.results:
+        row = ranked[result["protocol_hash"], "ratio=0.1", result["defense"]]
+        assert row["harmful_score"] == pytest.approx(result["harmful_score"], rel=1e-5)
+        assert (row["seeds"], row["trained"], row["collapsed_cells"]) == (1, True, 0)
 
 
 def test_a_csv_of_other_columns_is_refused_before_any_work(world: Path, tmp_path: Path) -> None:
