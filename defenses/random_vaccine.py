@@ -10,7 +10,8 @@ batches are SFT's; padding gets none.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class RandomVaccine(Defense):
     """Aligns under random shifts of the hidden embeddings."""
 
     citation: ClassVar[str] = "arXiv 2402.01109"
+    memory: ClassVar[str] = "the attention outputs of every layer of a batch"
+    neutral: ClassVar[Mapping[str, Any] | None] = {"variance": 0.0}
 
     variance: float = param(
         0.01,

@@ -16,7 +16,8 @@ micro-batches survive under accumulation (theirs are zeroed inside the step).
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,6 +30,8 @@ class Vaccine(Defense):
 
     citation: ClassVar[str] = "arXiv 2402.01109"
     cost: ClassVar[str] = "2F 2B"
+    memory: ClassVar[str] = "the attention outputs of every layer of a batch"
+    neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0}
 
     rho: float = param(
         2.0,
