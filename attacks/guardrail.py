@@ -29,7 +29,7 @@ class Guardrail(Attack):
 
     def filter(self, rows: list[Example], judge: Judge) -> list[Example]:
         """The rows that no category speaks against."""
-        verdicts = judge([(f"{row.instruction} {row.input}".strip(), row.response) for row in rows])
+        verdicts = judge([(f"{row.preface}{row.instruction} {row.input}".strip(), row.response) for row in rows])
         return [
             row
             for row, verdict in zip(rows, verdicts, strict=True)

@@ -86,8 +86,10 @@ class DefenseTeam(Defense):
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
         for member in self.members:
-            adapter = member.edit(stage, adapter)
-            stage.lay(adapter)  # the next one edits, and runs, what this one made
+            edited = member.edit(stage, adapter)
+            if edited is not adapter:
+                stage.lay(edited)  # the next one edits, and runs, what this one made
+            adapter = edited
         return adapter
 
     def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:

@@ -19,3 +19,9 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     monkeypatch.setenv("HBV_HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="session")
+def testbed_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home that the slow tests share, so that the testbed is built once."""
+    return tmp_path_factory.mktemp("testbed") / "home"

@@ -16,7 +16,8 @@ from harmbench_vaccine.testbed import report
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_quick_report_holds(own_home: Path) -> None:
+def test_quick_report_holds(testbed_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HBV_HOME", str(testbed_home))
     done = subprocess.run(
         [sys.executable, "-m", "harmbench_vaccine.cli", "testbed", "report", "--quick", "--json"],
         capture_output=True,

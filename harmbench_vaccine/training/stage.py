@@ -169,6 +169,8 @@ class TrainingStage:
     def paired_stream(self, purpose: str, pairs: Sequence[tuple[Example, Example]]) -> tuple[Batch, Batch]:
         """The same for pairs of rows, which stay together."""
         if purpose not in self._pairs:
+            if not pairs:
+                raise self._no_rows()
             left, right = ({row.id: row for row in self._encode(side)} for side in zip(*pairs, strict=True))
             self._pairs[purpose] = [(left[a.id], right[b.id]) for a, b in pairs if a.id in left and b.id in right]
         drawn = [self._pairs[purpose][number] for number in self._drawn(purpose, len(self._pairs[purpose]))]
@@ -201,10 +203,15 @@ class TrainingStage:
 
     def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
         if self.encode is None or not examples:
-            raise BadInput(f"A defense of the {self.name} stage needs rows that the protocol's data do not have.")
+            raise self._no_rows()
         return self.encode(examples)
 
+    def _no_rows(self) -> BadInput:
+        return BadInput(f"A defense of the {self.name} stage needs rows that the protocol's data do not have.")
+
     def _drawn(self, purpose: str, count: int) -> list[int]:
+        if not count:
+            raise self._no_rows()
         size = min(self.settings.batch, count)
         number = max(self.step - 1, 0) * self.settings.accumulation + self.micro
         epoch, place = divmod(number, count // size)
