@@ -235,6 +235,33 @@ def new(kind: str, name: str, folder: str) -> None:
 
 
 @commands.command()
+@click.argument("plugin", metavar="FILE|NAME")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object for each kind that has the name.")
+@click.pass_context
+def check(context: click.Context, plugin: str, as_json: bool) -> None:
+    """Test whether a defense or an attack keeps the contract; exit code 1 if a check fails.
+
+    The checks run it for a few steps in a tiny world of their own, with nothing downloaded. Parameters may follow the
+    name, as in --defense.
+
+    \b
+    Example: hbv check ./my_idea.py
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal to the bit is what the CPU promises
+    from .contract import check as make
+    from .contract import find
+
+    found = find(plugin)
+    with _terminal() as progress:
+        reports = [make(resolved, progress) for resolved in found]
+    if as_json:
+        click.echo(json.dumps([report.to_json() for report in reports], ensure_ascii=False))
+    else:
+        click.echo("\n\n".join("\n".join(report.lines()) for report in reports))
+    context.exit(0 if all(report.holds for report in reports) else 1)
+
+
+@commands.command()
 @click.argument("run")
 @click.option(
     "--set",
@@ -307,6 +334,51 @@ def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, as_js
         click.echo(json.dumps(finite([row for ranking in made for row in ranking.rows]), allow_nan=False))
     else:
         _print(terminal(made))
+
+
+def _columns(command: Any) -> Any:
+    """The columns that a published figure may be asked for by, as options."""
+    for column in ("metric", "defense", "task", "model", "protocol", "paper"):
+        text = f"Only figures of this {column}. Repeatable."
+        command = click.option(f"--{column}", multiple=True, metavar="NAME", help=text)(command)
+    return command
+
+
+@commands.command()
+@_columns
+@click.option("--check", "checked", is_flag=True, help="Recompute the averages, and list those that do not follow.")
+@click.option(
+    "--limit", type=click.IntRange(1), default=None, help="How many figures to list. [default: 40; with --json all]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of figures; without a filter an object.")
+def published(checked: bool, limit: int | None, as_json: bool, **wanted: tuple[str, ...]) -> None:
+    """What the papers print, one table a protocol and paper. Without a filter or --limit, a summary.
+
+    Names are the papers' own. What --check finds is in them or in how they were copied: its exit code is 0 either way.
+
+    \b
+    Example: hbv published --paper Vaccine --defense SFT --defense Vaccine --metric HS
+    """
+    from .reporting import published as papers
+
+    if checked and limit:
+        raise BadInput("--limit is for lists of figures; --check shows every average that does not follow.")
+    rows = papers.figures()
+    chosen = papers.select(rows, wanted)
+    made: Any
+    if checked:
+        made = papers.check([average for average in papers.averages(rows) if average.figure in chosen])
+        view = papers.check_view(made)
+    elif limit or any(wanted.values()):
+        made = [papers.as_json(row) for row in chosen[:limit]]
+        view = papers.listing(chosen, limit or 40)
+    else:
+        made = papers.summary(rows, len(papers.read("overhead.csv")))
+        view = papers.summary_view(made)
+    if as_json:
+        click.echo(json.dumps(made, ensure_ascii=False))
+    else:
+        _print(view)
 
 
 @commands.group(cls=_Commands)

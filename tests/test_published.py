@@ -1,0 +1,501 @@
+"""The published figures: that the copies are whole, that their averages are recomputed rightly, and how they are asked
+for."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from test_cli import HBV, hbv
+
+from harmbench_vaccine.reporting import published
+from harmbench_vaccine.reporting.published import Average, Figure, averages, check, figures
+
+FOLDER = Path(__file__).parents[1] / "leaderboards" / "published"
+COLUMNS = [
+    *("protocol", "paper", "arxiv", "venue", "table", "model", "task", "sweep", "sweep_value", "harmful_ratio"),
+    *("samples", "defense", "metric", "value", "unit", "evidence", "note"),
+]
+FILTERS = ["paper", "protocol", "model", "task", "defense", "metric"]
+ROWS = figures()
+
+
+def rows_in_file(name: str) -> list[dict[str, str]]:
+    """What stands in the checkout, read without the package."""
+    with (FOLDER / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The copies
+
+
+def test_the_figures_are_whole() -> None:
+    assert rows_in_file("results.csv") == ROWS
+    assert len(ROWS) == 2729
+    assert list(ROWS[0]) == COLUMNS
+    assert Counter(row["protocol"] for row in ROWS) == {
+        "lisa": 469, "asft": 378, "sldr": 316, "vaccine_paper": 288, "nlsr": 196, "antidote": 192,
+        "patcher_adaptive_attacks": 176, "virus": 170, "third_party_transcribed": 160, "repnoise": 123, "booster": 115,
+        "antidote_bilevel_2509.08000": 94, "qi": 52,
+    }  # fmt: skip
+    assert published.read("overhead.csv") == rows_in_file("overhead.csv")
+    assert Counter(row["paper"] for row in rows_in_file("overhead.csv")) == {"Vaccine": 36, "Lisa": 8, "Panacea": 8}
+
+
+def test_no_figure_is_there_twice() -> None:
+    """Key columns: all but value, unit, evidence and note; of overhead.csv all but value, unit and note."""
+    said = ("value", "unit", "evidence", "note")
+    for name in ("results.csv", "overhead.csv"):
+        keys = [tuple(text for column, text in row.items() if column not in said) for row in rows_in_file(name)]
+        assert [key for key, count in Counter(keys).items() if count > 1] == []
+
+
+def test_every_value_is_a_number_within_its_unit() -> None:
+    highest = {"%": 100, "mean classifier probability 0-1": 1, "0-1": 1, "cos": 1, "1-5": 5, "nats": 1, "s": 3600}
+    assert {row["unit"] for row in ROWS} == set(highest)
+    for row in [*ROWS, *rows_in_file("overhead.csv")]:
+        assert re.fullmatch(r"\d+(\.\d+)?", row["value"]), row
+    for row in ROWS:
+        assert (1 if row["unit"] == "1-5" else 0) <= float(row["value"]) <= highest[row["unit"]], row
+
+
+def test_what_papers_are_known_to_print() -> None:
+    """Single cells, so that no column has slipped."""
+    at = {(row["protocol"], row["table"], row["defense"], row["metric"], row["sweep_value"]): row for row in ROWS}
+    for key, value in {
+        ("vaccine_paper", "Table 1", "SFT", "HS", "clean"): "48.60",
+        ("vaccine_paper", "Table 1", "Vaccine", "HS", "0.1"): "48.20",
+        ("vaccine_paper", "Table 7", "Vaccine-random-perturbation", "HS", "1"): "16.60",
+        ("vaccine_paper", "Table 7", "Vaccine-random-perturbation", "FA", "1"): "46.60",
+        ("lisa", "Table 3", "SFT", "HS", "clean"): "34.60",
+        ("booster", "Table 1", "SFT", "HS", "clean"): "1.30",
+    }.items():
+        assert at[key]["value"] == value
+    steps = {
+        (row["defense"], row["quantity"]): row["value"]
+        for row in rows_in_file("overhead.csv")
+        if row["table"] == "Table 5" and row["model"] == "Llama2-7B"
+    }
+    assert steps == {
+        ("SFT", "step_time"): "0.37", ("Vaccine", "step_time"): "0.73",
+        ("SFT", "gpu_memory"): "38.45", ("Vaccine", "gpu_memory"): "38.57",
+    }  # fmt: skip
+
+
+def test_the_readme_counts_what_is_there() -> None:
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    listed = {
+        grade: int(count.replace(",", ""))
+        for grade, count in re.findall(r"^\| `([^`]+)`[^|]* \| ([\d,]+) \|$", text, re.MULTILINE)
+    }
+    assert listed == Counter(row["evidence"] for row in ROWS)
+    assert list(listed) == list(published.EVIDENCE)
+    assert f"`results.csv` has {len(ROWS):,} figures of {len({row['paper'] for row in ROWS})} papers" in text
+    assert f"`overhead.csv` {len(rows_in_file('overhead.csv'))} of time" in text
+    found = check(averages(ROWS))
+    counts = f"Of {found['averages']} averages, {found['follow']} follow within rounding, and "
+    assert f"{counts}{len(found['not_checkable'])} cannot be checked" in " ".join(text.split())
+    described = {name for line in re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE) for name in line.split("`")[1::2]}
+    assert set(COLUMNS) <= described
+
+
+def test_no_path_of_a_machine_is_in_them() -> None:
+    for file in FOLDER.iterdir():
+        if file.is_file():
+            assert not re.search(r"(?<![\w.])/(home|root|tmp|work|mnt|data|Users)\b", file.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averages in papers
+
+WRONG = {
+    ("Vaccine", "Table 1", "VLGuard", "HS"): ("60.20", 52.28, "49.40 50.00 54.00 54.40 53.60"),
+    ("Vaccine", "Table 1", "KL", "FA"): ("59.08", 85.32, "85.80 85.80 85.00 85.40 84.60"),
+    ("AsFT", "Table 2", "BEA", "HS"): ("14.80", 15.0, "4.80 15.80 16.40 21.60 16.40"),
+    ("AsFT", "Table 3", "BEA", "HS"): ("12.68", 12.88, "13.60 16.40 9.20 11.20 14.00"),
+    ("AsFT", "Table 3", "BEA", "FA"): ("81.64", 81.74, "76.50 84.40 83.70 81.00 83.10"),
+    ("AsFT", "Table 4", "AsFT", "HS"): ("6.70", 5.6, "4.00 1.60 14.40 2.40"),
+    ("AsFT", "Table 5", "BEA", "HS"): ("17.05", 17.3, "7.20 16.40 38.80 6.80"),
+    ("AntiDote (bi-level)", "Table 1", "Booster", "FA"): ("65.8", 65.675, "75.0 34.3 85.4 68.0"),
+    ("AntiDote (bi-level)", "Table 1", "Vaccine", "HS"): ("8.4", 8.25, "8.5 7.9 8.5 8.1"),
+}
+"""Recomputed by hand, except the first two not compared with the papers: printed, the mean of the cells, the cells."""
+
+
+def found_wrong(*args: str) -> dict[tuple[str, ...], tuple[str, float, str]]:
+    """What `hbv published --check --json` lists, as in WRONG."""
+    done = hbv("published", "--check", "--json", *args)
+    assert (done.code, done.err) == (0, "")
+    return {
+        tuple(each[key] for key in ("paper", "table", "defense", "metric")): (
+            each["printed"], each["recomputed"], " ".join(cell["printed"] for cell in each["cells"])
+        )
+        for each in json.loads(done.out)["do_not_follow"]
+    }  # fmt: skip
+
+
+def test_two_averages_of_vaccines_first_table_do_not_follow() -> None:
+    """Of its twelve, each of five cells."""
+    assert found_wrong("--paper", "Vaccine") == {key: made for key, made in WRONG.items() if key[0] == "Vaccine"}
+    first = [each for each in averages(ROWS) if (each.figure["paper"], each.figure["table"]) == ("Vaccine", "Table 1")]
+    assert len(first) == 12
+    for average in first:
+        assert [cell["sweep_value"] for cell in average.cells] == ["clean", "0.01", "0.05", "0.1", "0.2"]
+
+
+def test_nine_averages_of_all_papers_do_not_follow() -> None:
+    assert found_wrong() == WRONG
+
+
+def test_the_recomputed_means_are_those_of_the_listed_cells() -> None:
+    """The pinned numbers, by arithmetic of this file."""
+    for printed, recomputed, cells in WRONG.values():
+        values = [float(cell) for cell in cells.split()]
+        assert sum(values) / len(values) == pytest.approx(recomputed, abs=1e-9)
+        assert abs(recomputed - float(printed)) > 0.09
+
+
+def test_a_plain_recomputation_finds_the_same() -> None:
+    """In floats, over all figures of the same paper, table, defense and metric: no rule of the package."""
+
+    def half(text: str) -> float:
+        return 0.5 * 10 ** -len(text.partition(".")[2])
+
+    wrong = set()
+    keys = ("protocol", "paper", "table", "sweep", "defense", "metric")
+    for row in ROWS:
+        if row["sweep_value"] == "average" and row["protocol"] + row["table"] != "antidote_bilevel_2509.08000Table 6":
+            same = [cell for cell in ROWS if all(cell[key] == row[key] for key in keys)]
+            texts = [cell["value"] for cell in same if cell["sweep_value"] != "average"]
+            assert len(same) == len(texts) + 1 >= 4
+            slack = half(row["value"]) + sum(map(half, texts)) / len(texts) + 1e-9
+            if abs(sum(map(float, texts)) / len(texts) - float(row["value"])) > slack:
+                wrong.add((row["paper"], row["table"], row["defense"], row["metric"]))
+    assert wrong == set(WRONG)
+
+
+def test_what_cannot_be_checked() -> None:
+    missing = [average for average in averages(ROWS) if average.missing]
+    assert Counter((average.figure["paper"], average.figure["table"], average.missing) for average in missing) == {
+        ("AntiDote (bi-level)", "Table 6", "a column is omitted, says its note"): 4,
+        ("AntiDote (bi-level)", "Table 6", "none of its cells is recorded"): 4,
+        ("Antibody", "cross-dataset average", "none of its cells is recorded"): 5,
+        ("CTRAP", "Table 1", "none of its cells is recorded"): 6,
+    }
+
+
+def test_every_other_average_has_one_cell_for_each_value_of_the_sweep() -> None:
+    whole = [average for average in averages(ROWS) if not average.missing]
+    assert len(whole) == 280
+    for average in whole:
+        swept = [cell["sweep_value"] for cell in average.cells]
+        assert len(swept) == len(set(swept)) >= 3
+        assert "average" not in swept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averages by hand
+
+
+def figure(sweep_value: str, value: str, **changes: str) -> Figure:
+    """A row of a table that sweeps p."""
+    ratio = "" if sweep_value == "average" else sweep_value
+    row = dict.fromkeys(COLUMNS, "") | {
+        "protocol": "mine", "paper": "Mine", "table": "Table 1", "model": "M", "task": "SST2", "sweep": "p",
+        "sweep_value": sweep_value, "harmful_ratio": ratio, "samples": "100", "defense": "SFT", "metric": "HS",
+        "value": value, "unit": "%", "evidence": "paper text",
+    }  # fmt: skip
+    return row | changes
+
+
+def table_row(cells: str, average: str, **changes: str) -> list[Figure]:
+    """A row of a paper's table: p = 0.1, 0.2, ... and the average."""
+    values = cells.split()
+    return [
+        *[figure(f"0.{place}", value, **changes) for place, value in enumerate(values, 1)],
+        figure("average", average, **changes),
+    ]
+
+
+def only(*rows: Figure) -> Average:
+    (average,) = averages(rows)
+    return average
+
+
+def test_a_right_and_a_wrong_average_of_a_file(tmp_path: Path) -> None:
+    rows = [*table_row("10.00 20.00 60.00", "30.00"), *table_row("10.00 20.00 60.00", "31.00", metric="FA")]
+    path = tmp_path / "results.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    read = published.rows_of(path)
+    assert read == rows
+    made = check(averages(read))
+    assert (made["averages"], made["follow"], made["not_checkable"]) == (2, 1, [])
+    (wrong,) = made["do_not_follow"]
+    assert (wrong["metric"], wrong["printed"], wrong["recomputed"], wrong["holds"]) == ("FA", "31.00", 30.0, False)
+    assert wrong["cells"] == [
+        {"sweep_value": "0.1", "printed": "10.00"},
+        {"sweep_value": "0.2", "printed": "20.00"},
+        {"sweep_value": "0.3", "printed": "60.00"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cells", "average", "holds"),
+    [
+        ("1.00 1.00 1.01", "1.00", True),
+        ("1.00 1.00 1.01", "1.01", True),  # 0.0067 away; half a unit of both is 0.01
+        ("1.00 1.00 1.00", "1.01", True),  # just at the limit
+        ("1.00 1.00 1.00", "1.011", False),  # 0.011 away, 0.0055 allowed
+        ("1.00 1.00 1.00", "1.02", False),
+        ("1.00 1.00 1.00", "0.98", False),
+        ("1.0 1.0 1.0", "1.05", True),  # 0.05 of the cells
+        ("1.0 1.0 1.0", "1.06", False),
+        ("1.00 1.00 1.00", "1.0", True),
+        ("1.00 1.00 1.00", "1.1", False),  # 0.1 away, 0.055 allowed
+        ("1.05 1.05 1.06", "1.1", True),  # 0.0467 away
+        ("1 2 2", "1.67", True),
+        ("1 2 2", "2", True),
+        ("1 2 2", "3", False),
+        ("0.1 0.1 0.1 0.1 0.1 0.1 0.1", "0.1", True),
+    ],
+)
+def test_rounding_explains_half_a_unit_of_the_average_and_of_the_cells(cells: str, average: str, holds: bool) -> None:
+    made = only(*table_row(cells, average))
+    assert made.missing == ""
+    assert made.holds is holds
+
+
+def test_cells_are_of_the_same_protocol_paper_table_defense_metric_and_setting() -> None:
+    row = table_row("10.00 20.00", "15.00")
+    others = [
+        figure("0.9", "99.00", **{column: "other"})
+        for column in ("protocol", "paper", "table", "sweep", "defense", "metric", "model", "task", "samples")
+    ]
+    made = only(*row, *others[:4], *others[6:])
+    assert (made.mean, made.missing) == (Decimal(15), "")
+    # another defense or metric has a cell that this row lacks
+    assert {only(*row, other).missing for other in others[4:6]} == {"not recorded: 0.9"}
+
+
+@pytest.mark.parametrize("swept", ["model", "task", "samples"])
+def test_an_average_over_another_column(swept: str) -> None:
+    """The swept column of the average is empty, or says so."""
+    cells = [figure(name, value, sweep=swept, **{swept: name}) for name, value in {"A": "10.0", "B": "30.0"}.items()]
+    for text in ("", "average of A and B"):
+        average = figure("average", "20.0", sweep=swept, **{swept: text})
+        assert [cell["value"] for cell in only(average, *cells).cells] == ["10.0", "30.0"]
+
+
+def test_an_average_that_only_its_task_names_has_no_cells_elsewhere() -> None:
+    rows = table_row("10.00 20.00", "15.00")
+    rows.append(figure("", "18.00", table="cross-dataset", sweep="", task="average of datasets"))
+    first, second = averages(rows)
+    assert (first.missing, second.missing) == ("", "none of its cells is recorded")
+
+
+def test_what_is_missing_is_said_and_not_checked() -> None:
+    short = table_row("10.00 20.00", "31.00", defense="Vaccine")
+    full = table_row("10.00 20.00 60.00", "30.00")
+    noted = table_row("10.00 20.00", "15.00", table="Table 2", note="p=0.3 column omitted")
+    bare = figure("average", "3.00", table="Table 3")
+    made = check(averages([*short, *full, *noted, bare]))
+    assert (made["averages"], made["follow"], made["do_not_follow"]) == (4, 1, [])
+    assert [(each["table"], each["missing"]) for each in made["not_checkable"]] == [
+        ("Table 1", "not recorded: 0.3"),
+        ("Table 2", "a column is omitted, says its note"),
+        ("Table 3", "none of its cells is recorded"),
+    ]
+    assert not any("recomputed" in each or "holds" in each for each in made["not_checkable"])
+
+
+def test_a_metric_that_is_a_mean_is_no_average_of_cells() -> None:
+    assert averages([figure("0.1", "0.5", metric="mean_harmfulness_score", table="average table")]) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def listed(*args: object) -> list[dict[str, Any]]:
+    done = hbv("published", *args, "--json")
+    assert (done.code, done.err) == (0, "")
+    rows: list[dict[str, Any]] = json.loads(done.out)
+    return rows
+
+
+def of(**wanted: str) -> list[str]:
+    """The notes and values of the figures in the file, to compare with what is listed."""
+    return [row["value"] for row in ROWS if all(row[column] == value for column, value in wanted.items())]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("paper", "AntiDote (bi-level)"), ("protocol", "booster"), ("model", "Gemma2-9B"), ("task", "AGNEWS"),
+     ("defense", "SFT"), ("metric", "leakage_ratio")],
+)  # fmt: skip
+def test_a_filter_lists_all_such_figures_and_no_other(column: str, value: str) -> None:
+    rows = listed(f"--{column}", value)
+    assert {row[column] for row in rows} == {value}
+    assert [row["printed"] for row in rows] == of(**{column: value}) != []
+
+
+def test_filters_narrow_and_repeated_ones_add() -> None:
+    rows = listed("--paper", "Vaccine", "--metric", "HS", "--defense", "SFT", "--defense", "Vaccine")
+    both = [of(paper="Vaccine", metric="HS", defense=name) for name in ("SFT", "Vaccine")]
+    assert len(rows) == sum(map(len, both)) > 20
+    assert {(row["paper"], row["metric"]) for row in rows} == {("Vaccine", "HS")}
+    assert Counter(row["defense"] for row in rows) == {"SFT": len(both[0]), "Vaccine": len(both[1])}
+    assert listed("--paper", "Vaccine", "--model", "Mistral-7B") == []
+    assert "No figure fits all of these." in hbv("published", "--paper", "Vaccine", "--model", "Mistral-7B").out
+
+
+def test_case_matters_only_between_names() -> None:
+    assert listed("--task", "sst2") == listed("--task", "SST2")
+    both = [listed("--defense", name) for name in ("Antidote", "AntiDote")]
+    assert [{row["defense"] for row in rows} for rows in both] == [{"Antidote"}, {"AntiDote"}]
+    done = hbv("published", "--defense", "ANTIDOTE")
+    assert (done.code, done.out) == (2, "")
+    assert "Unknown defense 'ANTIDOTE'. Did you mean 'AntiDote' or 'Antidote'?" in done.sentence
+
+
+@pytest.mark.parametrize("flag", ["", "--json", "--check"])
+@pytest.mark.parametrize(
+    ("column", "wrong", "near"),
+    [("paper", "Vacine", "Vaccine"), ("protocol", "vaccine-paper", "vaccine_paper"), ("model", "Lama2-7B", "Llama2-7B"),
+     ("task", "sst-2", "SST2"), ("defense", "boster", "Booster"), ("metric", "leakage", "leakage_ratio")],
+)  # fmt: skip
+def test_an_unknown_name_is_refused_with_the_nearest(column: str, wrong: str, near: str, flag: str) -> None:
+    done = hbv("published", f"--{column}", wrong, *([flag] if flag else []))
+    assert (done.code, done.out) == (2, "")
+    assert f"Unknown {column} {wrong!r}. Did you mean {near!r}? Allowed: " in done.sentence
+    allowed = done.sentence.partition("Allowed: ")[2]
+    assert all(row[column] in allowed for row in ROWS)
+
+
+def test_json_has_numbers_and_what_is_printed() -> None:
+    (row,) = listed("--paper", "T-Vaccine", "--metric", "HS")
+    (same,) = [row for row in ROWS if (row["paper"], row["metric"]) == ("T-Vaccine", "HS")]
+    assert row == {**same, "value": float(same["value"]), "printed": same["value"]}
+    assert [row["printed"] for row in listed("--limit", 3)] == [row["value"] for row in ROWS[:3]]
+    assert len(listed("--paper", "Lisa")) == 469
+
+
+def test_the_terminal_lists_one_table_a_protocol_and_paper() -> None:
+    done = hbv("published", "--metric", "HS", "--defense", "KL", "--defense", "BSO", "--limit", 500)
+    assert (done.code, done.err) == (0, "")
+    lisa, vaccine = done.out.split("Protocol ")[1:]
+    assert lisa.startswith("lisa: Lisa (2405.18641, NeurIPS 2024)\n")
+    assert vaccine.startswith("vaccine_paper: Vaccine (2402.01109, NeurIPS 2024)\n")
+    for part, paper, defense in ((lisa, "Lisa", "BSO"), (vaccine, "Vaccine", "KL")):
+        shown = [line.split() for line in part.splitlines() if f" {defense} " in line]
+        assert [words[words.index("HS") + 1] for words in shown] == of(paper=paper, defense=defense, metric="HS")
+    assert "p=average" in vaccine
+    assert "never compare across protocols" in vaccine
+    # two papers of what is no protocol are kept apart too
+    done = hbv("published", "--protocol", "third_party_transcribed", "--metric", "HS", "--limit", 500)
+    assert done.out.count("Protocol third_party_transcribed: ") == 6
+
+
+def test_notes_stand_below_with_their_marks() -> None:
+    done = hbv("published", "--paper", "Vaccine", "--defense", "KL", "--metric", "FA")
+    marked = [line for line in done.out.splitlines() if line.rstrip().endswith("[1]")]
+    assert len(marked) == 1
+    assert "p=average" in marked[0]
+    assert "59.08" in marked[0]
+    assert any(line.startswith("[1] AS PRINTED; inconsistent") for line in done.out.splitlines())
+
+
+def test_names_and_notes_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    row = figure("0.1", "1.0", defense="[red]D", paper="[red]P", note="[red]N")
+    average = figure("average", "9.0", defense="[red]D", paper="[red]P", note="[red]N")
+    Console(width=200).print(published.listing([row], 1))
+    Console(width=200).print(published.check_view(check(averages([row, average]))))
+    Console(width=200).print(published.summary_view(published.summary([row], 0)))
+    told = capsys.readouterr().out
+    assert (told.count("[red]D"), told.count("[red]P"), told.count("[red]N")) == (2, 3, 1)
+
+
+def test_at_most_forty_unless_asked() -> None:
+    def shown(*args: object) -> int:
+        return sum(" paper text " in f"{line} " for line in hbv("published", "--paper", "Lisa", *args).out.splitlines())
+
+    assert (shown(), shown("--limit", 7), shown("--limit", 500)) == (40, 7, 469)
+    assert "40 of 469 figures; --limit shows more." in hbv("published", "--paper", "Lisa").out
+    assert "469 of 469 figures. " in hbv("published", "--paper", "Lisa", "--limit", 500).out
+
+
+def test_without_a_filter_a_summary() -> None:
+    done = hbv("published")
+    assert (done.code, done.err) == (0, "")
+    assert len(done.out.splitlines()) < 80
+    assert "2729 figures of 24 papers under 13 protocols; 52 more" in done.out
+    assert "paper text (OCR) 512" in done.out
+    made = json.loads(hbv("published", "--json").out)
+    assert (made["figures"], made["overhead_figures"]) == (2729, 52)
+    assert made["protocols"] == Counter(row["protocol"] for row in ROWS)
+    assert list(made["evidence"].items()) == [(grade, len(of(evidence=grade))) for grade in published.EVIDENCE]
+    assert {(each["protocol"], each["paper"]): each["figures"] for each in made["papers"]} == Counter(
+        (row["protocol"], row["paper"]) for row in ROWS
+    )
+    for each in made["papers"]:
+        assert each["paper"] in done.out
+        assert sum(each["evidence"].values()) == each["figures"]
+
+
+def test_the_check_in_the_terminal() -> None:
+    done = hbv("published", "--check")
+    assert (done.code, done.err) == (0, "")
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]
+    assert sum(" Table " in line for line in lines) == len(WRONG)
+    for told in (
+        "Vaccine Table 1 VLGuard HS 60.20 52.28 +7.92 clean: 49.40, 0.01: 50.00, 0.05: 54.00, 0.1: 54.40, 0.2: 53.60",
+        "Vaccine Table 1 KL FA 59.08 85.32 -26.24 clean: 85.80,",
+        "AntiDote (bi-level) Table 1 Booster FA 65.8 65.675 +0.125 MMLU: 75.0,",
+        "AsFT Table 2 BEA HS 14.80 15.00 -0.20 clean: 4.80,",
+    ):
+        assert sum(line.startswith(told) for line in lines) == 1, told
+    told = " ".join(done.out.split())
+    assert "299 printed averages: 271 follow from their cells within rounding, 9 do not, 19 cannot be checked" in told
+    assert "none of its cells is recorded 15" in told
+
+
+def test_the_check_of_a_paper_without_averages_or_without_errors() -> None:
+    assert "0 printed averages: 0 follow" in hbv("published", "--check", "--paper", "RepNoise").out
+    virus = hbv("published", "--check", "--paper", "Virus").out
+    assert virus.startswith("24 printed averages: 24 follow from their cells within rounding, 0 do not, 0 cannot")
+
+
+def test_the_check_takes_no_limit() -> None:
+    done = hbv("published", "--check", "--limit", 3)
+    assert (done.code, done.out) == (2, "")
+    assert "--limit" in done.sentence
+
+
+def test_help_has_an_example_and_every_filter() -> None:
+    done = hbv("published", "--help")
+    assert "Example: hbv published" in done.out
+    assert all(f"--{column} NAME" in done.out for column in FILTERS)
+
+
+def test_it_imports_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *HBV[1:], "published", "--paper", "Vaccine"],
+        capture_output=True, text=True, check=True, env=dict(os.environ),
+    )  # fmt: skip
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "rich" in imported or "rich.table" in imported
+    assert not imported & {"torch", "transformers", "peft", "pandas", "scipy", "numpy"}
