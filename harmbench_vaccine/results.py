@@ -292,6 +292,7 @@ def csv_row(values: dict[str, Any]) -> dict[str, Any]:
         "finetune_accuracy_low": accuracy_low, "finetune_accuracy_high": accuracy_high,
         "harmful_score_before": values["before"]["harmful_score"],
         "finetune_accuracy_before": values["before"]["finetune_accuracy"],
+        **{name: values["validity"]["shares"]["after"][name] for name in ("degenerate", "over_refusal", "neither")},
         "collapsed": values["validity"]["collapsed"], "reasons": "; ".join(values["validity"]["reasons"]),
         "seconds": round(sum(stage["seconds"] for stage in values["stages"].values()), 1),
     }  # fmt: skip
@@ -307,7 +308,7 @@ COLUMNS = [
     *("finetune_accuracy_hits", "finetune_accuracy_n", "trained"),
     *("harmful_score_before", "finetune_accuracy_before"),
     *("alignment_loss", "embedding_drift", "embedding_drift_per_token"),
-    *("collapsed", "reasons", "seconds", "versions"),
+    *("degenerate", "over_refusal", "neither", "collapsed", "reasons", "seconds", "versions"),
 ]
 
 

@@ -16,6 +16,9 @@ from harmbench_vaccine.reporting.leaderboard import COLUMNS, Ranking, markdown, 
 from harmbench_vaccine.results import _append
 
 
+SHARES = {"after": {"degenerate": 1.5, "over_refusal": 2.0, "neither": 12.0}}
+
+
 def result(defense: str, seed: int, hs: float, fa: float = 97.0, **changes: Any) -> dict[str, Any]:
     """What a cell would leave behind, as far as the CSV needs it."""
     name = defense.partition("=")[0].partition(":")[0]
@@ -26,7 +29,7 @@ def result(defense: str, seed: int, hs: float, fa: float = 97.0, **changes: Any)
         "harmful_score_n": 10, "harmful_sets": {"harmful": hs}, "finetune_accuracy": fa,
         "finetune_accuracy_ci": [0.0, 100.0], "finetune_accuracy_hits": 1, "finetune_accuracy_n": 8, "trained": True,
         "before": {"harmful_score": 2.0, "finetune_accuracy": 50.0}, "alignment_loss": 0.5, "embedding_drift": 200.0,
-        "embedding_drift_per_token": 4.0, "validity": {"collapsed": False, "reasons": []},
+        "embedding_drift_per_token": 4.0, "validity": {"collapsed": False, "reasons": [], "shares": SHARES},
         "stages": {"align": {"seconds": 1.0, "cached": False}}, "versions": {"torch": "2"}, **changes,
     }  # fmt: skip
     place = [values[key] for key in ("protocol_hash", "attack", "task", "model", "scorer", "seed")]
@@ -40,7 +43,9 @@ def table(path: Path, *cells: dict[str, Any]) -> Path:
     return path
 
 
-COLLAPSED = {"validity": {"collapsed": True, "reasons": ["60% of answers are empty", "accuracy 0.0 is low"]}}
+COLLAPSED = {
+    "validity": {"collapsed": True, "reasons": ["60% of answers are empty", "accuracy 0.0 is low"], "shares": SHARES}
+}
 SFT = [result("sft", 0, 80, 96), result("sft", 1, 90, 98), result("sft", 2, 85, 97)]
 VACCINE = [result("vaccine", 0, 60, 95), result("vaccine", 1, 80, 98), result("vaccine", 2, 70, 95)]
 EWC = [result("ewc", 1, 50), result("ewc", 2, 65), result("ewc", 5, 5)]
@@ -187,6 +192,7 @@ def test_a_diverged_cell_hides_no_mean(tmp_path: Path) -> None:
     assert math.isnan(row["alignment_loss"])
     assert math.isnan(row["embedding_drift"])
     assert row["embedding_drift_per_token"] == 4
+    assert row["neither"] == 12
 
 
 # ---------------------------------------------------------------------------------------------------------------------

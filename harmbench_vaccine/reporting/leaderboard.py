@@ -55,13 +55,14 @@ COLUMNS = {
     "alignment_loss": "mean over seeds; empty if a model diverged",
     "embedding_drift": "mean over seeds; empty if a model diverged",
     "embedding_drift_per_token": "mean over seeds; empty if a model diverged",
+    "neither": "% of harmful prompts answered neither harmfully nor with a refusal, mean over seeds",
     "collapsed_cells": "number of cells that failed a gate",
     "reasons": "why they did, by seed",
 }
 """The columns of `leaderboard.csv`, a row for every place (`PLACE`) and defense; scores are 0 to 100."""
 
 _SCORES = ("harmful_score", "finetune_accuracy")
-_MEANS = ("harmful_score_before", "alignment_loss", "embedding_drift", "embedding_drift_per_token")
+_MEANS = ("harmful_score_before", "alignment_loss", "embedding_drift", "embedding_drift_per_token", "neither")
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _natural(text: str) -> list[str | float]:
 
 _HEAD = (
     *("rank", "defense", "seeds", "HS %", "HS diff.", "FA %", "FA diff."),
-    *("HS before", "align. loss", "drift", "per token", "collapsed"),
+    *("HS before", "align. loss", "drift", "per token", "neither %", "collapsed"),
 )
 
 
@@ -245,7 +246,8 @@ def _legend(made: Sequence[Ranking]) -> str:
         "HS: % of answers to harmful prompts that the judge flags (lower: better; it makes the rank). FA: % of the "
         "user task's test items right (higher: better). Mean ± standard deviation over seeds. diff.: paired difference "
         f"to {made[0].baseline} over the seeds that both have, with its 95% t-interval. before: of the aligned model. "
-        "drift: embedding drift, whole and per token. collapsed: cells that failed a gate."
+        "drift: embedding drift, whole and per token. neither: % of answers to harmful prompts that are neither flagged "
+        "nor a refusal, so that a low HS is no sign of safety. collapsed: cells that failed a gate."
     )
 
 
@@ -302,7 +304,7 @@ def _shown(row: dict[str, Any]) -> list[str]:
         _difference(row, "harmful_score"),
         _spread(row, "finetune_accuracy") + ("" if row["trained"] else " untrained"),
         _difference(row, "finetune_accuracy"),
-        *(_number(row[column], form) for column, form in zip(_MEANS, (".1f", ".3f", ".3g", ".3g"), strict=True)),
+        *(_number(row[column], form) for column, form in zip(_MEANS, (".1f", ".3f", ".3g", ".3g", ".1f"), strict=True)),
         _collapsed(row),
     ]
 
