@@ -139,5 +139,3 @@ def test_no_defense_is_named_in_the_harness() -> None:
         if words.search(line)
     }
     assert not found
-
-

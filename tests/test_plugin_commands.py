@@ -371,8 +371,8 @@ def test_the_new_attack_opens_harmful_rows_only(tmp_path: Path) -> None:
     assert hbv("new", "attack", "theirs", "--dir", tmp_path).code == 0
     cls = registry.ATTACKS.get(str(tmp_path / "theirs.py"))
     rows = [Example("a", "q", response="r"), Example("b", "q", response="r", harmful=True)]
-    assert [row.response for row in cls(opening="Yes.").rows(rows, Pools())] == ["r", "Yes. r"]
-    assert cls(opening="").rows(rows, Pools()) == rows
+    assert [row.response for row in cls(opening="Yes.").upload(rows, Pools())] == ["r", "Yes. r"]
+    assert cls(opening="").upload(rows, Pools()) == rows
 
 
 def test_the_new_defense_follows_its_formula(tmp_path: Path) -> None:
