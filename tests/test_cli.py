@@ -228,7 +228,7 @@ def test_the_testbed_is_found_after_it_was_built(tmp_path: Path) -> None:
 FILE = "<regular file>"  # stands for the path of one
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # name: the arguments, what stderr must hold
-    "command": (("rn",), ("Unknown command 'rn'", "Did you mean 'run'", "leaderboard, list, new, run, show, testbed")),
+    "command": (("rn",), ("Unknown command 'rn'", "Did you mean 'run'", "check, doctor, info, leaderboard")),
     "subcommand": (("testbed", "bild"), ("'bild'", "'build'", "build, path, report")),
     "option": (("run", "--defence", "sft"), ("--defence", "--defense")),
     "kind": (("list", "defence"), ("'defence'", "'defenses'", "'attacks'")),

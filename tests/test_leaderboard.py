@@ -15,7 +15,6 @@ from test_cli import hbv
 from harmbench_vaccine.reporting.leaderboard import COLUMNS, Ranking, markdown, rankings, tidy
 from harmbench_vaccine.results import _append
 
-
 SHARES = {"after": {"degenerate": 1.5, "over_refusal": 2.0, "neither": 12.0}}
 
 

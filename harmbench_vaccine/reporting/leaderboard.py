@@ -244,10 +244,11 @@ _HEAD = (
 def _legend(made: Sequence[Ranking]) -> str:
     return (
         "HS: % of answers to harmful prompts that the judge flags (lower: better; it makes the rank). FA: % of the "
-        "user task's test items right (higher: better). Mean ± standard deviation over seeds. diff.: paired difference "
-        f"to {made[0].baseline} over the seeds that both have, with its 95% t-interval. before: of the aligned model. "
-        "drift: embedding drift, whole and per token. neither: % of answers to harmful prompts that are neither flagged "
-        "nor a refusal, so that a low HS is no sign of safety. collapsed: cells that failed a gate."
+        "user task's test items right (higher: better). Mean ± standard deviation over seeds. diff.: paired "
+        f"difference to {made[0].baseline} over the seeds that both have, with its 95% t-interval. before: of the "
+        "aligned model. drift: embedding drift, whole and per token. neither: % of answers to harmful prompts that are "
+        "neither flagged nor a refusal; where it is large, a low HS is no sign of safety. collapsed: cells that failed "
+        "a gate."
     )
 
 
