@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from harmbench_vaccine.data.collate import IGNORED, Encoded
+from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.plugins import Attack, param
+from harmbench_vaccine.plugins import Attack, Pools, param
 from harmbench_vaccine.training.stage import TrainingStage
 from harmbench_vaccine.training.taps import Taps, decoder_layers
 
@@ -51,16 +52,23 @@ class RefusalAblation(Attack):
     positions: int = param(5, "last tokens of the prompt to look at", source="paper, table 5 (Llama 3)", ge=1)
     kl: float = param(0.1, "largest change on harmless prompts", source="paper, appendix C", ge=0)
 
+    def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
+        """Nothing is uploaded, but too few prompts are told here, before any work."""
+        self._drawn(pools)
+        return rows
+
+    def _drawn(self, pools: Pools) -> dict[str, list[Example]]:
+        count = self.prompts + self.held_out
+        return {
+            name: self.draw(f"{name} prompts", rows, count)
+            for name, rows in {"harmful": pools.attacker, "harmless": pools.benign}.items()
+        }
+
     def ablate(self, stage: TrainingStage) -> None:
         """Finds the direction and takes it out of the weights."""
         model: Any = stage.model
-        count = self.prompts + self.held_out
-        pools = {"harmful": stage.pools.attacker, "harmless": stage.pools.benign}
         assert stage.encode is not None
-        asked = {
-            name: [_prompt(row) for row in stage.encode(self.draw(f"{name} prompts", rows, count))]
-            for name, rows in pools.items()
-        }
+        asked = {name: [_prompt(row) for row in stage.encode(rows)] for name, rows in self._drawn(stage.pools).items()}
         held = {name: rows[-self.held_out :] for name, rows in asked.items()}
         means = {name: self._states(model, rows[: -self.held_out]).mean(0) for name, rows in asked.items()}
         differences = means["harmful"] - means["harmless"]  # layers x positions x width

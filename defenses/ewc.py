@@ -50,11 +50,11 @@ class EWC(Defense):
         """The Fisher diagonal, and where the parameters start."""
         self._start = stage.values()
         self._fisher = [torch.zeros_like(value) for value in self._start]
-        size, share = (BATCH, 1.0) if self.fisher == "batch" else (1, 1 / len(stage.pools.alignment))
-        for batch in stage.batches(stage.pools.alignment, size):
+        batches = list(stage.batches(stage.pools.alignment, BATCH if self.fisher == "batch" else 1))
+        for batch in batches:
             for total, value in zip(self._fisher, stage.gradient(batch).values, strict=True):
                 assert value is not None
-                total += share * value.square()
+                total += value.square() if self.fisher == "batch" else value.square() / len(batches)
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """The user's gradient and the pull back to the start."""

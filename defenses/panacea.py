@@ -39,7 +39,7 @@ class Panacea(Defense):
     rho: float = param(1.0, "length of the perturbation (L2)", source="authors' script", main=True, ge=0)
     lam: float = param(0.001, "weight of the harmful loss's rise", source="authors' script", ge=0)
 
-    _shift: list[Tensor] = PrivateAttr(default_factory=list)
+    _shift: list[Tensor | None] = PrivateAttr(default_factory=list)
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """The user's gradient, less what raises the harmful loss under the perturbation."""
@@ -47,7 +47,7 @@ class Panacea(Defense):
         with rehearsal():
             here = stage.gradient(harmful)
         scale = self.rho / (here.norm + 1e-7)
-        self._shift = [scale * value for value in here.values if value is not None]
+        self._shift = [None if value is None else scale * value for value in here.values]
         with rehearsal(), stage.shifted(self._shift):
             there = stage.gradient(harmful)
         return stage.gradient(batch) - self.lam * (there - here)
@@ -57,4 +57,5 @@ class Panacea(Defense):
         """The last perturbation stays."""
         if stage.step == stage.steps:
             for parameter, shift in zip(stage.trainable.values(), self._shift, strict=True):
-                parameter.add_(shift)
+                if shift is not None:
+                    parameter.add_(shift)

@@ -45,6 +45,8 @@ class RepNoise(Defense):
         """The gradient of the three terms."""
         safe, harmful = stage.paired_stream("pairs", stage.pools.paired)
         mask = differing(safe, harmful)
+        if not mask.any():  # nothing that could be ascended or noised
+            return stage.gradient(batch)
         with rehearsal(), stage.taps_on("mlp").recorded() as outputs:
             seen = stage.output(harmful, output_hidden_states=True)
         model: Any = stage.model

@@ -40,7 +40,7 @@ class SafeLoRA(Defense):
         """The adapter with the chosen modules projected."""
         aligned = stage.aligned()
         assert aligned is not None
-        there = [module for module in adapter.factors if module in aligned.factors]
+        there = [m for m, (a, b) in adapter.factors.items() if m in aligned.factors and (b @ a).any()]
         projected, cosines = {}, {}
         for module in there:
             a, b = adapter.factors[module]

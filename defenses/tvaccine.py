@@ -54,8 +54,9 @@ class TVaccine(Defense):
             count = min(self.gamma, len(self._importance))
             drawn = torch.multinomial(self._importance, count, generator=stage.generator("layers"))
             self._chosen = sorted(drawn.tolist())
+        free = {stage.taps.layers[block] for block in self._chosen}
         for parameter, layer in zip(stage.trainable.values(), stage.layers, strict=True):
-            parameter.requires_grad_(layer is None or layer in self._chosen)
+            parameter.requires_grad_(layer is None or layer in free)
 
     @staticmethod
     def importance(stage: TrainingStage) -> Tensor:

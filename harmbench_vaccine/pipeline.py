@@ -225,6 +225,8 @@ def _train(
     uploaded: list[Example] | None = None,
 ) -> None:
     """Trains the adapter of a stage, or every weight, and stores it with its log and the ids of its rows."""
+    import torch
+
     from .training.adapters import Adapter
     from .training.trainer import train
 
@@ -244,7 +246,7 @@ def _train(
             title=f"{stage.name} {cell.defense}, seed {cell.spec.seed}",
         )  # fmt: skip
         if settings.full:
-            stack.base.save_pretrained(folder / CHECKPOINT)
+            stack.base.to(getattr(torch, cell.protocol.dtype)).save_pretrained(folder / CHECKPOINT)
         else:
             _edit(stage, team, stack.trained()).save(folder / ADAPTER)
     finally:

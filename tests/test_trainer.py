@@ -201,6 +201,7 @@ def test_a_defense_of_all_stages_meets_every_hook_in_a_whole_run(tmp_path: Path)
         for name in ("align", "finetune")
     }  # fmt: skip
     assert (tmp_path / "calls.txt").read_text().splitlines() == [
+        "rows align 40 True False", "rows finetune 40 True True",  # the check before any work
         "template train", "rows align 40 True False", "before align 9", *steps["align"], "edit align 4 True",
         "template train", "rows finetune 40 True True", "before finetune 9", *steps["finetune"],
         "edit finetune 4 True", "template train", "edit repair 4 True",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from ..errors import unknown
@@ -35,7 +36,12 @@ class PromptTemplate:
     def around(self, before: str = "", after: str = "") -> PromptTemplate:
         """The same prompt with `before` and `after` around every instruction: what a user writes around a question."""
         slot = f"{_escaped(before)}{{instruction}}{_escaped(after)}"
-        return PromptTemplate(*[text.replace("{instruction}", slot) for text in (self.no_input, self.with_input)])
+        mark = re.compile(r"\{\{|\}\}|\{instruction\}")  # escaped braces are text, whatever stands in them
+
+        def wrapped(text: str) -> str:
+            return mark.sub(lambda found: slot if found[0] == "{instruction}" else found[0], text)
+
+        return PromptTemplate(wrapped(self.no_input), wrapped(self.with_input))
 
 
 def _escaped(text: str) -> str:

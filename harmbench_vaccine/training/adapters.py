@@ -187,8 +187,8 @@ class Stack:
             self._delete(self.TRAINED)
 
     def whole(self) -> dict[str, nn.Parameter]:
-        """Every weight of a model without adapters, to be trained."""
-        self.model.requires_grad_(True)
+        """Every weight of a model without adapters, to be trained, in float32: no small step is rounded off there."""
+        self.model.float().requires_grad_(True)
         return dict(self.model.named_parameters())
 
     @contextmanager
@@ -220,7 +220,8 @@ class Stack:
                     lora_alpha=adapter.scale * adapter.rank,  # type: ignore[arg-type]  # peft takes a float
                     target_modules=sorted(adapter.factors),
                 )
-                self._add(name, config)
+                with torch.random.fork_rng():  # peft draws what is filled in next
+                    self._add(name, config)
                 self._fill(name, adapter)
             self._names[path] = name  # the last entry is the one used last
         for path in list(self._names)[: -max(self.KEPT, len(paths))]:

@@ -129,7 +129,9 @@ class TrainingStage:
 
     def lay(self, adapter: Adapter) -> None:
         """Puts another adapter in place of the trained one."""
+        training = self.model.training
         self.trainable = self.stack.train(self.below, self.settings, self.seed, adapter)
+        self.model.train(training)
 
     # -- other models
 
@@ -152,7 +154,11 @@ class TrainingStage:
         """Plain supervised fine-tuning of its own, stored and resumed as an artifact: of a fresh adapter on the model
         that the stage started from, or of `start`. Without `steps`, as long as the stage's settings say."""
         assert self.nested is not None
-        return self.nested(self, purpose, rows, start, steps)
+        training = self.model.training
+        try:
+            return self.nested(self, purpose, rows, start, steps)
+        finally:
+            self.model.train(training)
 
     # -- data
 

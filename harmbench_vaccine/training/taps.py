@@ -114,6 +114,11 @@ class Taps:
             "attention": attention_blocks, "mlp": mlps, "layer": lambda model: list(decoder_layers(model)),
         }  # fmt: skip
         self.blocks = find[place](model)
+        layers = decoder_layers(model)
+        self._first = layers[0]
+        places = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
+        self.layers = [places[id(block)] for block in self.blocks]
+        """The decoder layer of each block, counted from 0: a layer without attention has no block."""
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
@@ -150,17 +155,24 @@ class Taps:
         """Runs `change(l, output)` on the output of block l (batch x length x width); what it returns takes the
         output's place, None leaves it."""
 
+        shape: list[int] = []  # rows and length of the batch
+
+        def enter(module: nn.Module, args: Any, named: Any) -> None:
+            shape[:] = (args[0] if args else named["hidden_states"]).shape[:2]
+
         def hook(number: int) -> Any:
             def run(module: nn.Module, args: Any, output: Any) -> Any:
                 first = output[0] if isinstance(output, tuple) else output
-                changed = change(number, first)
+                changed = change(number, first.reshape(*shape, -1))  # OPT's MLP is given all tokens in one row
                 if changed is None:
                     return None
+                changed = changed.reshape(first.shape)
                 return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
             return run
 
         handles = [block.register_forward_hook(hook(number)) for number, block in enumerate(self.blocks)]
+        handles.append(self._first.register_forward_pre_hook(enter, with_kwargs=True))
         try:
             yield
         finally:
