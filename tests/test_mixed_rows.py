@@ -1,0 +1,370 @@
+"""VLGuard and BackdoorAlign: which rows join the user's, and VLGuard's joint gradient in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+import pytest
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor
+from torch.func import functional_call
+
+import tiny
+from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.compose import DefenseTeam
+from harmbench_vaccine.data.collate import IGNORED, collate, encode
+from harmbench_vaccine.data.prompts import TEMPLATES
+from harmbench_vaccine.data.records import Example
+from harmbench_vaccine.defenses.sft import SFT
+from harmbench_vaccine.errors import BadInput
+from harmbench_vaccine.plugins import Pools, TrainSettings
+from harmbench_vaccine.registry import DEFENSES
+from harmbench_vaccine.runner import run_all
+from harmbench_vaccine.spec import RunSpec, parse
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
+from harmbench_vaccine.training.trainer import batch_order, train
+
+VLGuard: Any = DEFENSES.get("vlguard")
+BackdoorAlign: Any = DEFENSES.get("backdoor_align")
+BASE = tiny.model().requires_grad_(False)
+SCALE = 2.0  # alpha / rank of tiny.settings
+Values = dict[str, Tensor]
+MIXES = pytest.mark.parametrize("mix", ["add", "replace", "joint"])
+SEEDS = pytest.mark.parametrize("seed", [0, 1, 2])
+
+
+def cross_entropy(values: Values, batch: Batch) -> Tensor:
+    """Mean of -log p(next token) over response tokens, of the model whose adapter has these values."""
+    weights = {}
+    for name, a in values.items():
+        if ".lora_A." in name:
+            weight = f"{name.removeprefix('base_model.model.').partition('.lora_A')[0]}.weight"
+            weights[weight] = BASE.get_parameter(weight) + SCALE * values[name.replace("lora_A", "lora_B")] @ a
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    log_p = functional_call(BASE, weights, (), inputs).logits[:, :-1].log_softmax(-1)
+    labels = batch["labels"][:, 1:]
+    return -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != IGNORED].mean()
+
+
+def leaves(stage: TrainingStage) -> Values:
+    """A copy of the adapter's parameters, with a graph of their own."""
+    return {name: value.detach().clone().requires_grad_() for name, value in stage.trainable.items()}
+
+
+def close(one: Sequence[Any], other: Sequence[Tensor], tolerance: float = 1e-5) -> bool:
+    """Equal to `tolerance` of the largest entry."""
+    largest = max(value.abs().max() for value in other)
+    return all((a - b).abs().max() <= tolerance * largest for a, b in zip(one, other, strict=True))
+
+
+def same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def ids(rows: Sequence[Example]) -> list[str]:
+    return [row.id for row in rows]
+
+
+POOLS = tiny.example_pools(40)
+USER = [*POOLS.benign[:30], *POOLS.attacker[:10]]  # n_t = 30, n_h = 10
+
+
+def trained(
+    defense: Any, folder: Path, settings: TrainSettings, user: Sequence[Example] = USER[20:40]
+) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """A user stage on what the defense makes of the user's rows, as the pipeline runs it: in a team."""
+    team = DefenseTeam(members=(defense,), stage="finetune")
+    stage, _ = tiny.stage(trained_with=settings, stirred=True, name="finetune", pools=POOLS)
+    rows = tiny.encode(team.train_on("finetune", list(user), POOLS))
+    log = train(stage, team, rows, settings, folder, pad=tiny.PAD)
+    return stage.values(), log
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The protocol file of a tiny world."""
+    return tiny.make_world(tmp_path_factory.mktemp("world"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VLGuard: rows
+
+
+@SEEDS
+@pytest.mark.parametrize("m", [1, 7, 30])
+def test_added_rows_stand_beside_all_of_the_users(m: int, seed: int) -> None:
+    """n_h + n_t + m rows: every row of the user's once, and m different alignment rows as they are."""
+    rows = VLGuard(rows=m).seeded(seed).train_on("finetune", list(USER), POOLS)
+    guides = [row for row in rows if row in POOLS.alignment]
+    assert len(rows) == 10 + 30 + m
+    assert Counter(ids(rows)) == Counter(ids(USER)) + Counter(ids(guides))
+    assert len(set(guides)) == m
+    assert [sum(row.harmful for row in rows), sum(row in POOLS.benign for row in rows)] == [10, 30]
+
+
+@SEEDS
+@pytest.mark.parametrize("m", [1, 7, 30])
+def test_replaced_rows_are_benign_ones(m: int, seed: int) -> None:
+    """n rows in all: n_h + (n_t - m) + m."""
+    rows = VLGuard(rows=m, mix="replace").seeded(seed).train_on("finetune", list(USER), POOLS)
+    assert len(rows) == 40
+    assert sorted(ids([row for row in rows if row.harmful])) == sorted(ids(USER[30:]))
+    assert sum(row in POOLS.benign for row in rows) == 30 - m
+    assert sum(row in POOLS.alignment for row in rows) == m
+    assert len(set(rows)) == 40
+
+
+def test_joint_leaves_the_users_rows_alone() -> None:
+    assert VLGuard(rows=7, mix="joint").train_on("finetune", list(USER), POOLS) == USER
+
+
+@pytest.mark.parametrize("mix", ["add", "replace"])
+def test_the_seed_decides_which_rows_and_where_they_stand(mix: Any) -> None:
+    def drawn(seed: int) -> list[str]:
+        return ids(VLGuard(rows=7, mix=mix).seeded(seed).train_on("finetune", list(USER), POOLS))
+
+    assert drawn(0) == drawn(0)
+    guides = [{name for name in drawn(seed) if name.startswith("safe")} for seed in (0, 1)]
+    assert guides[0] != guides[1]
+    left = [[name for name in drawn(seed) if name.startswith("benign")] for seed in (0, 1)]
+    assert left[0] != left[1]
+    assert (set(left[0]) != set(left[1])) == (mix == "replace")  # which ones give way is drawn too
+    assert guides[0] != set(ids(POOLS.alignment[:7]))  # not the first ones, whatever the seed
+    places = [number for number, name in enumerate(drawn(0)) if name.startswith("safe")]
+    assert places != list(range(places[0], places[0] + 7))
+
+
+@MIXES
+def test_more_rows_than_there_are_is_refused(mix: Any) -> None:
+    few = tiny.example_pools(5)
+    VLGuard(rows=5, mix=mix).train_on("finetune", list(USER), few)
+    with pytest.raises(BadInput, match="'vlguard' asks for 6 alignment rows; allowed: at most 5") as refusal:
+        VLGuard(rows=6, mix=mix).train_on("finetune", list(USER), few)
+    assert refusal.value.exit_code == 2
+
+
+def test_more_rows_than_can_be_replaced_is_refused() -> None:
+    VLGuard(rows=30, mix="replace").train_on("finetune", list(USER), POOLS)
+    with pytest.raises(BadInput, match="replace 31 benign rows; allowed: at most 30") as refusal:
+        VLGuard(rows=31, mix="replace").train_on("finetune", list(USER), POOLS)
+    assert refusal.value.exit_code == 2
+
+
+@pytest.mark.parametrize("defense", ["vlguard=41", "vlguard:rows=31,mix=replace", "backdoor_align=25"])
+def test_a_lack_of_rows_is_told_before_any_work(defense: str, world: Path, tmp_path: Path) -> None:
+    """The tiny world has 40 alignment rows, 30 benign ones of the user, 24 pairs."""
+    with pytest.raises(BadInput, match=r"allowed: at most (40|30|24)") as refusal:
+        run_all([RunSpec(protocol=str(world), defense=parse(defense), attack=parse("ratio=0.25"))])
+    assert refusal.value.exit_code == 2
+    assert not list((tmp_path / "home" / "store").glob("align/*"))
+
+
+@MIXES
+def test_no_rows_are_sft_bit_for_bit_with_dropout_on(mix: Any, tmp_path: Path) -> None:
+    settings = tiny.settings(lora_dropout=0.1, epochs=1)
+    sft, sft_log = trained(SFT(), tmp_path / "sft", settings)
+    free, free_log = trained(VLGuard(rows=0, mix=mix), tmp_path / "free", settings)
+    assert same(free, sft)
+    assert free_log == sft_log
+    mixed, _ = trained(VLGuard(rows=8, mix=mix), tmp_path / "mixed", settings)
+    assert not same(mixed, sft)
+
+
+def test_mixing_is_sft_on_the_mixed_rows(tmp_path: Path) -> None:
+    settings, defense = tiny.settings(lora_dropout=0.1, epochs=1), VLGuard(rows=8)
+    mixed, log = trained(defense, tmp_path / "mixed", settings)
+    rows = defense.train_on("finetune", list(USER[20:40]), POOLS)
+    plain, plain_log = trained(SFT(), tmp_path / "plain", settings, rows)
+    assert same(mixed, plain)
+    assert log == plain_log
+    assert len(log) == 7  # 28 rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VLGuard: the joint loss
+
+
+class Watched(VLGuard):  # type: ignore[misc]
+    """Notes the safety batches that it draws and the user's row numbers that it is given."""
+
+    _guides: list[Batch] = PrivateAttr(default_factory=list)
+    _users: list[list[int]] = PrivateAttr(default_factory=list)
+
+    def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
+        self._users.append(batch["rows"].tolist())
+        plain = type(stage).stream
+
+        def stream(purpose: str, examples: Any) -> Batch:
+            self._guides.append(plain(stage, purpose, examples))
+            return self._guides[-1]
+
+        stage.stream = stream
+        return super().gradient(stage, batch)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_three_joint_steps_equal_plain_pytorch(accumulation: int, tmp_path: Path) -> None:
+    """The gradient of L(w; B_u) + lam L(w; B_a), both means over their own tokens."""
+    settings = tiny.settings(
+        epochs=1, batch=4, accumulation=accumulation, schedule="constant", warmup=0.0, weight_decay=0.1, lr=2e-3
+    )
+    user = USER[: 12 * accumulation]
+    defense = Watched(rows=9, mix="joint", lam=0.7)
+    found, log = trained(defense, tmp_path / "joint", settings, user)
+
+    twin, _ = tiny.stage(stirred=True, name="finetune")
+    values, rows, guides = leaves(twin), tiny.encode(user), iter(defense._guides)
+    parameters = list(values.values())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    order = batch_order(len(rows), settings, twin.seed)
+    for step in range(3):
+        losses = [
+            cross_entropy(values, collate([rows[n] for n in numbers], tiny.PAD))
+            + 0.7 * cross_entropy(values, next(guides))
+            for numbers in order[step * accumulation : (step + 1) * accumulation]
+        ]
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        assert log[step]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+    assert len(log) == 3
+    assert defense._users == order
+    assert next(guides, None) is None
+    assert close(found, parameters)
+    assert not close(trained(SFT(), tmp_path / "sft", settings, user)[0], parameters, 1e-3)
+
+
+def test_joint_batches_are_of_the_rows_that_were_drawn(tmp_path: Path) -> None:
+    """As large as the user's, of `rows` alignment rows, each once an epoch of them, the epochs shuffled apart."""
+    defense = Watched(rows=8, mix="joint").seeded(3)
+    trained(defense, tmp_path, tiny.settings(batch=4, epochs=2))
+    known = {tuple(row.ids): row.id for row in tiny.encode(POOLS.alignment)}
+    assert len(known) == 40
+    drawn = [
+        [
+            known[tuple(line[: sum(mask)])]
+            for line, mask in zip(b["input_ids"].tolist(), b["attention_mask"].tolist(), strict=True)
+        ]
+        for b in defense._guides
+    ]
+    assert [len(each) for each in drawn] == [4] * 10
+    added = [
+        row.id for row in VLGuard(rows=8).seeded(3).train_on("finetune", [], POOLS)
+    ]  # the same rows as when they are mixed in
+    for start in range(0, 10, 2):
+        assert sorted(drawn[start] + drawn[start + 1]) == sorted(added)
+    assert len({tuple(drawn[start] + drawn[start + 1]) for start in range(0, 10, 2)}) == 5
+
+
+def test_only_the_joint_loss_takes_the_gradient() -> None:
+    for mix in ("add", "replace"):
+        Cell.settle(RunSpec(defense=parse(f"vlguard:mix={mix}+kl")))
+    with pytest.raises(BadInput, match="gradient"):
+        Cell.settle(RunSpec(defense=parse("vlguard:mix=joint+kl")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BackdoorAlign
+
+
+@SEEDS
+@pytest.mark.parametrize("length", [1, 15, 150])
+def test_the_secret_is_that_many_random_words_and_a_blank_line(length: int, seed: int) -> None:
+    secret = BackdoorAlign(length=length).seeded(seed).secret
+    assert secret.endswith("\n\n")
+    words = secret.removesuffix("\n\n").split(" ")
+    assert len(words) == length
+    assert all(len(word) == 2 and set(word) <= set(ascii_lowercase) for word in words)
+    assert length < 15 or len(set(words)) > length / 2
+    assert BackdoorAlign(length=length).seeded(seed).secret == secret
+
+
+def test_the_secret_depends_on_the_seed_and_on_nothing_else() -> None:
+    assert len({BackdoorAlign(length=15).seeded(seed).secret for seed in range(20)}) == 20
+    defense = BackdoorAlign(rows=3, length=15).seeded(1)
+    before = defense.secret
+    defense.train_on("finetune", list(USER), POOLS)
+    assert defense.secret == before == BackdoorAlign(rows=9, length=15).seeded(1).secret
+
+
+@SEEDS
+def test_only_the_safety_rows_hold_the_secret(seed: int) -> None:
+    defense, template = BackdoorAlign(rows=11, length=15).seeded(seed), TEMPLATES["brief"]
+    rows = defense.train_on("finetune", list(USER), POOLS)
+    added = [row for row in rows if row not in USER]
+    refusals = {refusal.id: refusal for refusal, _ in POOLS.paired}
+    assert len(rows) == 40 + 11
+    assert len({row.id for row in added}) == 11
+    assert sorted(ids([row for row in rows if row in USER])) == sorted(ids(USER))
+    trained_with = defense.template("train", template)
+    for row in rows:
+        prompt = trained_with.render(row)
+        if row in USER:
+            assert prompt == template.render(row)
+            assert defense.secret.strip() not in prompt
+        else:
+            assert prompt == defense.secret + template.render(refusals[row.id])
+            assert row.response == refusals[row.id].response
+    places = [number for number, row in enumerate(rows) if row not in USER]
+    assert places != list(range(places[0], places[0] + 11))  # among the user's, not behind them
+
+
+def test_rows_and_places_depend_on_the_seed() -> None:
+    def drawn(seed: int) -> list[str]:
+        return ids(BackdoorAlign().seeded(seed).train_on("finetune", list(USER), POOLS))
+
+    assert drawn(0) == drawn(0)
+    safe = [{name for name in drawn(seed) if name.startswith("refusal")} for seed in (0, 1)]
+    assert safe[0] != safe[1]
+    assert [n for n in drawn(0) if n.startswith("benign")] != [n for n in drawn(1) if n.startswith("benign")]
+
+
+def test_the_secret_is_read_and_not_learned() -> None:
+    """Its tokens stand in the prompt, where no label is."""
+    defense = BackdoorAlign(rows=1, length=3).seeded(0)
+    (row,) = defense.train_on("finetune", [], POOLS)
+    words = tiny.tokenizer(["plain text", row.instruction, row.response])
+    encoded = encode(words, TEMPLATES["brief"], row, 500)
+    assert encoded is not None
+    read = [token for token, label in zip(encoded.ids, encoded.labels, strict=True) if label == IGNORED]
+    assert words.decode(read, skip_special_tokens=True) == defense.secret + TEMPLATES["brief"].render(
+        Example("", row.instruction)
+    )
+    learned = [label for label in encoded.labels if label != IGNORED]
+    assert words.decode(learned, skip_special_tokens=True) == row.response
+
+
+def test_more_refusals_than_there_are_is_refused() -> None:
+    few = tiny.example_pools(5)
+    assert len(BackdoorAlign(rows=5).train_on("finetune", list(USER), few)) == 45
+    with pytest.raises(BadInput, match="'backdoor_align' asks for 6 refusals; allowed: at most 5") as refusal:
+        BackdoorAlign(rows=6).train_on("finetune", list(USER), few)
+    assert refusal.value.exit_code == 2
+    with pytest.raises(BadInput):
+        BackdoorAlign(rows=1).train_on("finetune", list(USER), Pools())
+
+
+def test_without_secret_it_is_refusals_mixed_in_and_without_both_nothing() -> None:
+    plain = BackdoorAlign(length=0).train_on("finetune", list(USER), POOLS)
+    assert len(plain) == 51
+    assert all(row.preface == "" for row in plain)
+    nothing = BackdoorAlign(rows=0, length=0)
+    assert nothing.train_on("finetune", USER, POOLS) is USER
+    assert nothing.secret == ""
+    for use in ("train", "answer"):
+        assert nothing.template(use, TEMPLATES["brief"]) == TEMPLATES["brief"]
+
+
+def test_no_rows_are_sft_bit_for_bit_with_dropout_on_whatever_the_secret(tmp_path: Path) -> None:
+    settings = tiny.settings(lora_dropout=0.1, epochs=1)
+    sft, sft_log = trained(SFT(), tmp_path / "sft", settings)
+    free, free_log = trained(BackdoorAlign(rows=0), tmp_path / "free", settings)
+    assert same(free, sft)
+    assert free_log == sft_log
+    assert not same(trained(BackdoorAlign(rows=8), tmp_path / "mixed", settings)[0], sft)
