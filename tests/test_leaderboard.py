@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from test_cli import hbv
 
+from harmbench_vaccine.registry import DEFENSES
 from harmbench_vaccine.reporting.leaderboard import COLUMNS, Ranking, markdown, rankings, tidy
-from harmbench_vaccine.results import _append
+from harmbench_vaccine.results import _append, check_columns
 
 SHARES = {"after": {"degenerate": 1.5, "over_refusal": 2.0, "neither": 12.0}}
 
@@ -413,3 +414,22 @@ def test_an_empty_file_beside_a_full_one_changes_nothing(tmp_path: Path) -> None
     (tmp_path / "empty.csv").touch()
     full = table(tmp_path / "full.csv", *SFT, *VACCINE)
     assert tidy(rankings([tmp_path / "empty.csv", full])).equals(tidy(rankings([full])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The committed table
+
+
+def test_the_committed_table_is_whole_and_ranks_as_committed() -> None:
+    """All defenses, three ratios, two seeds, one protocol; the Markdown beside it is what the command makes of it."""
+    folder = Path(__file__).parents[1] / "leaderboards"
+    rows = check_columns(folder / "testbed.csv")
+    names = {row["defense"] for row in rows}
+    assert len(names) == 21
+    assert names <= set(DEFENSES.found())
+    cells = {(row["defense"], row["attack"], row["seed"]) for row in rows}
+    ratios = ("ratio=0", "ratio=0.1", "ratio=0.2")
+    assert cells == {(name, ratio, seed) for name in names for ratio in ratios for seed in "01"}
+    assert len(rows) == len(cells)
+    assert len({row["protocol_hash"] for row in rows}) == 1
+    assert markdown(rankings([folder / "testbed.csv"])) == (folder / "testbed.md").read_text(encoding="utf-8")
