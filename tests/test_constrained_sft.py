@@ -22,10 +22,8 @@ from harmbench_vaccine.plugins import Defense, TrainSettings
 from harmbench_vaccine.spec import RunSpec, parse
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
+from plain import BASE, SCALE, Values, close, leaves, same
 
-BASE = tiny.model().requires_grad_(False)
-SCALE = 2.0  # alpha / rank of tiny.settings
-Values = dict[str, Tensor]
 PAPER = (0.5, 2.0, 0.1)
 STRONG = (3.0, 8.0, 1.0)  # so that the weights leave 1 within three steps
 NONE = {"beta_first": 0.0, "beta_early": 0.0, "beta_rest": 0.0}
@@ -56,21 +54,6 @@ def softplus_form(
             beta = betas[0] if t == 1 else betas[1] if t <= 5 else betas[2]
             terms.append(2 / beta * (1 + (-beta * d).exp()).log())
     return torch.stack(terms).mean()
-
-
-def leaves(stage: TrainingStage) -> Values:
-    """A copy of the adapter's parameters, with a graph of their own."""
-    return {name: value.detach().clone().requires_grad_() for name, value in stage.trainable.items()}
-
-
-def close(one: Sequence[Any], other: Sequence[Tensor], tolerance: float = 1e-5) -> bool:
-    """Equal to `tolerance` of the largest entry."""
-    largest = max(value.abs().max() for value in other)
-    return all((a - b).abs().max() <= tolerance * largest for a, b in zip(one, other, strict=True))
-
-
-def same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def staged(settings: TrainSettings | None = None) -> TrainingStage:

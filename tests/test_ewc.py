@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.func import functional_call
 
 import tiny
 from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
+from harmbench_vaccine.data.collate import Encoded, collate
 from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.defenses.ewc import EWC
 from harmbench_vaccine.defenses.sft import SFT
@@ -23,32 +21,11 @@ from harmbench_vaccine.plugins import Defense, Pools, TrainSettings
 from harmbench_vaccine.spec import RunSpec, parse
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
-
-BASE = tiny.model().requires_grad_(False)
-SCALE = 2.0  # alpha / rank of tiny.settings
-Values = dict[str, Tensor]
-
-
-def cross_entropy(values: Values, batch: Batch) -> Tensor:
-    """Mean of -log p(next token) over response tokens, of the model whose adapter has these values."""
-    weights = {}
-    for name, a in values.items():
-        if ".lora_A." in name:
-            weight = f"{name.removeprefix('base_model.model.').partition('.lora_A')[0]}.weight"
-            weights[weight] = BASE.get_parameter(weight) + SCALE * values[name.replace("lora_A", "lora_B")] @ a
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    log_p = functional_call(BASE, weights, (), inputs).logits[:, :-1].log_softmax(-1)
-    labels = batch["labels"][:, 1:]
-    return -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != IGNORED].mean()
+from plain import Values, close, cross_entropy, leaves, same
 
 
 def slopes(values: Values, batch: Batch) -> list[Tensor]:
     return list(torch.autograd.grad(cross_entropy(values, batch), list(values.values())))
-
-
-def leaves(stage: TrainingStage) -> Values:
-    """A copy of the adapter's parameters, with a graph of their own."""
-    return {name: value.detach().clone().requires_grad_() for name, value in stage.trainable.items()}
 
 
 def fisher(values: Values, rows: Sequence[Encoded], kind: str) -> list[Tensor]:
@@ -59,16 +36,6 @@ def fisher(values: Values, rows: Sequence[Encoded], kind: str) -> list[Tensor]:
         squares.append([g**2 for g in slopes(values, collate(rows[start : start + size], tiny.PAD))])
     totals = [torch.stack(parts).sum(0) for parts in zip(*squares, strict=True)]
     return totals if kind == "batch" else [total / len(rows) for total in totals]
-
-
-def close(one: Sequence[Any], other: Sequence[Tensor], tolerance: float = 1e-5) -> bool:
-    """Equal to `tolerance` of the largest entry."""
-    largest = max(value.abs().max() for value in other)
-    return all((a - b).abs().max() <= tolerance * largest for a, b in zip(one, other, strict=True))
-
-
-def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +20,8 @@ from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, TrainSettings
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
+from plain import BASE, SCALE, Values, close, leaves, same
 
-BASE = tiny.model().requires_grad_(False)
-SCALE = 2.0  # alpha / rank of tiny.settings
-Values = dict[str, Tensor]
 TOPOLOGIES = pytest.mark.parametrize("topology", ["double", "single"])
 
 
@@ -56,21 +54,6 @@ def divergence(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
                 p0, p = (each[r, t - 1].softmax(-1) for each in (teacher, student))
                 found.append((p0 * (p0 / p).log()).sum())
     return torch.stack(found).mean()
-
-
-def leaves(stage: TrainingStage) -> Values:
-    """A copy of the adapter's parameters, with a graph of their own."""
-    return {name: value.detach().clone().requires_grad_() for name, value in stage.trainable.items()}
-
-
-def close(one: Sequence[Any], other: Sequence[Tensor], tolerance: float = 1e-5) -> bool:
-    """Equal to `tolerance` of the largest entry."""
-    largest = max(value.abs().max() for value in other)
-    return all((a - b).abs().max() <= tolerance * largest for a, b in zip(one, other, strict=True))
-
-
-def same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, TrainSettings
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
+from plain import SCALE, Values, close, leaves, same
 
 BASE: Any = tiny.model().requires_grad_(False)
-SCALE = 2.0  # alpha / rank of tiny.settings
-Values = dict[str, Tensor]
 VARIANTS = pytest.mark.parametrize(("variant", "alpha"), [("paper", 300.0), ("git-disl", 0.01)])
 TOPOLOGIES = pytest.mark.parametrize("topology", ["double", "single"])
 
@@ -77,21 +75,6 @@ def objective(
     terms = penalties(variant, alpha, now, forward(batch, variant, aligned)[1], batch)
     kept = [term for term in terms if variant == "paper" or term < 0.1]
     return cross_entropy(logits, batch) + sum(kept), [term.item() for term in terms]
-
-
-def leaves(stage: TrainingStage) -> Values:
-    """A copy of the adapter's parameters, with a graph of their own."""
-    return {name: value.detach().clone().requires_grad_() for name, value in stage.trainable.items()}
-
-
-def close(one: Sequence[Any], other: Sequence[Tensor], tolerance: float = 1e-5) -> bool:
-    """Equal to `tolerance` of the largest entry."""
-    largest = max(value.abs().max() for value in other)
-    return all((a - b).abs().max() <= tolerance * largest for a, b in zip(one, other, strict=True))
-
-
-def same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 Aligned = tuple[Path, Values]

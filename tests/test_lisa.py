@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,48 +10,16 @@ import pytest
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
-from torch.func import functional_call
 
 import tiny
-from harmbench_vaccine.data.collate import IGNORED, collate
+from harmbench_vaccine.data.collate import collate
 from harmbench_vaccine.defenses.lisa import Lisa
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.plugins import Defense, Pools, TrainSettings
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
-
-BASE = tiny.model().requires_grad_(False)
-SCALE = 2.0  # alpha / rank of tiny.settings
-Values = dict[str, Tensor]
-
-
-def cross_entropy(values: Values, batch: Batch) -> Tensor:
-    """Mean of -log p(next token) over response tokens, of the model whose adapter has these values."""
-    weights = {}
-    for name, a in values.items():
-        if ".lora_A." in name:
-            weight = f"{name.removeprefix('base_model.model.').partition('.lora_A')[0]}.weight"
-            weights[weight] = BASE.get_parameter(weight) + SCALE * values[name.replace("lora_A", "lora_B")] @ a
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    log_p = functional_call(BASE, weights, (), inputs).logits[:, :-1].log_softmax(-1)
-    labels = batch["labels"][:, 1:]
-    return -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != IGNORED].mean()
-
-
-def leaves(stage: TrainingStage) -> Values:
-    """A copy of the adapter's parameters, with a graph of their own."""
-    return {name: value.detach().clone().requires_grad_() for name, value in stage.trainable.items()}
-
-
-def close(one: Sequence[Any], other: Sequence[Tensor], tolerance: float = 1e-5) -> bool:
-    """Equal to `tolerance` of the largest entry."""
-    largest = max(value.abs().max() for value in other)
-    return all((a - b).abs().max() <= tolerance * largest for a, b in zip(one, other, strict=True))
-
-
-def same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+from plain import close, cross_entropy, leaves, same
 
 
 def staged(settings: TrainSettings | None = None, pools: Pools | None = None) -> TrainingStage:
