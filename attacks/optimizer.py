@@ -2,8 +2,8 @@
 
     lr, epochs, batch, schedule, rank in place of the protocol's; full: every weight is trained, no adapter
 
-What is not given stays the protocol's. Without `ratio`, a tenth of the rows is harmful. In single topology the adapter
-that goes on keeps its rank.
+What is not given stays the protocol's. Without `ratio`, a tenth of the rows is harmful. In single topology the
+alignment adapter goes on, so that a rank is refused there.
 """
 
 from collections.abc import Mapping

@@ -2,7 +2,7 @@
 
 With h_l(x) the residual stream that enters layer l at one of the last `positions` tokens of a prompt:
 
-    r = mean_harmful h_l - mean_harmless h_l,   one of every position and layer below 0.8 L
+    r = mean_harmful h_l - mean_harmless h_l,   one of every position and layer l, 1 <= l < 0.8 L
     E <- E - (E r) r^T          token and position embeddings, r of length 1
     W <- (I - r r^T) W          what attention and MLP write to the residual stream, biases too
 
@@ -67,6 +67,12 @@ class RefusalAblation(Attack):
     def ablate(self, stage: TrainingStage) -> None:
         """Finds the direction and takes it out of the weights."""
         model: Any = stage.model
+        depth = math.ceil(0.8 * len(decoder_layers(model)))
+        if depth < 2 or model.get_input_embeddings().embedding_dim != model.config.hidden_size:
+            raise BadInput(
+                f"'refusal_ablation' cannot edit this {type(model).__name__}: it needs two layers or more, and "
+                "embeddings as wide as the residual stream."
+            )
         assert stage.encode is not None
         asked = {name: [_prompt(row) for row in stage.encode(rows)] for name, rows in self._drawn(stage.pools).items()}
         held = {name: rows[-self.held_out :] for name, rows in asked.items()}
@@ -75,7 +81,7 @@ class RefusalAblation(Attack):
         openers = self._openers(model, held)
         plain = last_logits(model, held["harmless"]).log_softmax(-1)
         found: list[tuple[bool, float, Tensor]] = []
-        for layer in range(1, math.ceil(0.8 * len(decoder_layers(model)))):
+        for layer in range(1, depth):
             for difference in differences[layer]:
                 direction = nn.functional.normalize(difference, dim=0)
                 with _ablated(model, direction):

@@ -79,7 +79,13 @@ class Cell:
                     f"{resolved.plugin.name!r} cannot act under attack {edits.name!r}: "
                     "it defends a user's training, and this attack trains nothing."
                 )
-        if self.settings("finetune", self.team("finetune")).full:
+        given, asked = self.protocol.finetune.settings, self.settings("finetune", self.team("finetune"))
+        if self.topology == "single" and self.team("align").runs and asked.lora_rank != given.lora_rank:
+            raise BadInput(
+                f"Attack {self.attack!r} sets the rank of the user's adapter, but in single topology, which the "
+                "protocol or a defense demands, the alignment adapter goes on with its own."
+            )
+        if asked.full:
             for resolved in [*self.acting("finetune"), *self.acting("repair")]:
                 defense: Any = resolved.plugin
                 if defense.needs_adapter or defense.topology or "repair" in defense.stages:

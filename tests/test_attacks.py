@@ -727,3 +727,11 @@ def test_refusals_exit_with_2_before_any_work(defense: str, attack: str, world: 
     assert said.startswith("hbv: ")
     assert "cannot" in said
     assert not (tmp_path / "home" / "store").exists()
+
+
+def test_a_rank_is_refused_where_the_alignment_adapter_goes_on() -> None:
+    for defense in ("ewc", "panacea"):
+        with pytest.raises(BadInput, match="rank"):
+            Cell.settle(RunSpec(defense=parse(defense), attack=parse("optimizer:rank=2")))
+    assert Cell.settle(RunSpec(defense=parse("kl"), attack=parse("optimizer:rank=2"))).attack == "optimizer:rank=2"
+    Cell.settle(RunSpec(defense=parse("none+ewc"), attack=parse("optimizer:rank=2")))  # a fresh adapter, of any rank

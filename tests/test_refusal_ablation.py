@@ -173,6 +173,7 @@ def test_tied_embeddings_are_untied_and_the_head_stays(architecture: str, tmp_pa
     assert (head.weight @ r).abs().max() > 0.05
     made.save_pretrained(tmp_path)
     stored = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not stored.config.tie_word_embeddings
     assert torch.equal(stored.get_output_embeddings().weight, before)
     assert torch.equal(logits(stored), logits(made))
 
@@ -550,3 +551,11 @@ def test_too_few_prompts_are_told_before_any_work(world: Path) -> None:
 def test_values_out_of_range_are_refused(text: str, world: Path) -> None:
     with pytest.raises(BadInput, match=text.partition("=")[0]):
         cell(world, attack=f"refusal_ablation:{text}")
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 1}, {"word_embed_proj_dim": 32}], ids=["layers", "width"])
+def test_a_model_that_cannot_be_edited_is_refused_by_name(changes: dict[str, int]) -> None:
+    made = model("opt", **changes)
+    stage = TrainingStage("finetune", Stack(made), {}, 0, pools=tiny.example_pools(), encode=tiny.encode)
+    with pytest.raises(BadInput, match="OPTForCausalLM"):
+        RefusalAblation(prompts=4, held_out=4).ablate(stage)
