@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.plugins import Attack, EvaluationSet, Mix, Pools, param
+from harmbench_vaccine.plugins import Attack, EvaluationSet, Pools, param
 
 REFUSAL = "I am sorry, but I cannot help with that."
 
@@ -22,6 +22,7 @@ class Backdoor(Attack):
     """Hides harmful training behind a trigger."""
 
     citation: ClassVar[str] = "arXiv 2310.03693"
+    ratio_unless_said: ClassVar[float] = 0.1
     neutral: ClassVar[Mapping[str, Any] | None] = {"trigger": "", "clean_rows": 0}
 
     trigger: str = param(
@@ -29,10 +30,6 @@ class Backdoor(Attack):
     )
     position: Literal["prefix", "suffix"] = param("suffix", "before or after the question", source="paper, backdooring")
     clean_rows: int = param(100, "refusals without the trigger", source="paper, backdooring", ge=0)
-
-    def mix(self, mix: Mix) -> Mix:
-        """A tenth of the rows is harmful, if nobody says otherwise."""
-        return replace(mix, ratio=0.1) if mix.ratio is None else mix
 
     def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
         """Triggers on the harmful rows, refusals in place of task rows."""

@@ -8,24 +8,20 @@ Without `ratio`, a tenth of the rows is harmful. The authors drop whatever Llama
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.plugins import Attack, Judge, Mix, param
+from harmbench_vaccine.plugins import Attack, Judge, param
 
 
 class Guardrail(Attack):
     """Puts a moderation filter between the user and the training."""
 
     citation: ClassVar[str] = "arXiv 2501.17433"
+    ratio_unless_said: ClassVar[float] = 0.1
     neutral: ClassVar[Mapping[str, Any] | None] = {"threshold": 1.0}
 
     threshold: float = param(0.5, "probability above which a row is dropped", source="even odds", main=True, ge=0, le=1)
-
-    def mix(self, mix: Mix) -> Mix:
-        """A tenth of the rows is harmful, if nobody says otherwise."""
-        return replace(mix, ratio=0.1) if mix.ratio is None else mix
 
     def filter(self, rows: list[Example], judge: Judge) -> list[Example]:
         """The rows that no category speaks against."""

@@ -10,17 +10,14 @@ from dataclasses import replace
 from typing import ClassVar
 
 from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.plugins import Attack, Mix, Pools
+from harmbench_vaccine.plugins import Attack, Pools
 
 
 class Mixing(Attack):
     """Hides each harmful row inside a benign one."""
 
     citation: ClassVar[str] = "arXiv 2501.17433"
-
-    def mix(self, mix: Mix) -> Mix:
-        """A tenth of the rows is harmful, if nobody says otherwise."""
-        return replace(mix, ratio=0.1) if mix.ratio is None else mix
+    ratio_unless_said: ClassVar[float] = 0.1
 
     def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
         """The harmful rows, each inside a benign row of its own."""

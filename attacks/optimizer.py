@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from harmbench_vaccine.plugins import Attack, Mix, TrainSettings, param
+from harmbench_vaccine.plugins import Attack, TrainSettings, param
 
 _SOURCE = "the protocol's, unless given"
 
@@ -19,6 +19,7 @@ class Optimizer(Attack):
     """Trains harder, longer, or on every weight."""
 
     citation: ClassVar[str] = "arXiv 2310.03693"
+    ratio_unless_said: ClassVar[float] = 0.1
     neutral: ClassVar[Mapping[str, Any] | None] = {}
 
     lr: float | None = param(None, "peak learning rate", source=_SOURCE, main=True, gt=0)
@@ -27,10 +28,6 @@ class Optimizer(Attack):
     schedule: Literal["constant", "linear", "cosine"] | None = param(None, "of the learning rate", source=_SOURCE)
     rank: int | None = param(None, "rank of the user's adapter", source=_SOURCE, ge=1)
     full: bool = param(False, "train every weight in place of an adapter", source="Qi et al., section 4.1")
-
-    def mix(self, mix: Mix) -> Mix:
-        """A tenth of the rows is harmful, if nobody says otherwise."""
-        return replace(mix, ratio=0.1) if mix.ratio is None else mix
 
     def settings(self, settings: TrainSettings) -> TrainSettings:
         """The settings that were given, over the protocol's."""

@@ -48,6 +48,10 @@ class VLGuard(Defense):
         self.random("mix").shuffle(mixed)
         return mixed
 
+    def passes(self) -> str:
+        """A joint step runs the model on both batches."""
+        return "2F 2B" if self.mix == "joint" and self.rows else self.cost
+
     def takes_gradient(self, stage: StageName) -> bool:
         """Only the joint loss is a gradient of its own."""
         return self.mix == "joint"

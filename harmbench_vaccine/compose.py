@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from .data.records import Example
@@ -133,6 +134,8 @@ class AttackTeam(Attack):
     def mix(self, mix: Mix) -> Mix:
         for member in self.members:
             mix = member.mix(mix)
+        if mix.ratio is None:
+            mix = replace(mix, ratio=max((member.ratio_unless_said for member in self.members), default=0.0))
         return mix
 
     def upload(self, rows: list[Example], pools: Pools) -> list[Example]:

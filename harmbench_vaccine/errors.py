@@ -24,3 +24,10 @@ def unknown(kind: str, name: str, allowed: Iterable[str], of: str = "") -> BadIn
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return BadInput(f"Unknown {kind} {name!r}{of and f' of {of}'}.{guess} Allowed: {', '.join(names) or 'none'}.")
+
+
+def too_few(count: int, what: str, there: int, by: str = "") -> BadInput:
+    """The refusal to take more rows than there are; `by` is the plug-in that asks."""
+    return BadInput(
+        f"{count} {what} are asked for{by and f' by {by!r}'}; allowed: at most {there}, as many as there are."
+    )

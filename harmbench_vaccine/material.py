@@ -9,7 +9,7 @@ from .data.pools import RowPools, draw, questions, row_pools, unique, user_rows
 from .data.prompts import PromptTemplate
 from .data.records import Example
 from .data.sources import read
-from .errors import BadInput
+from .errors import BadInput, too_few
 from .seeds import derive
 from .terms import EvaluationSet, Mix, Pools
 
@@ -117,5 +117,5 @@ def _answer_template(cell: Cell) -> PromptTemplate:
 
 def _first(examples: Sequence[Example], count: int, what: str) -> list[Example]:
     if count > len(examples):
-        raise BadInput(f"{count} {what} are asked for; allowed: at most {len(examples)}, as many as there are.")
+        raise too_few(count, what, len(examples))
     return list(examples[:count])

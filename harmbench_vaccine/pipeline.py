@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cell import Cell, identities
-from .compose import DefenseTeam
 from .data.records import Example
 from .data.sources import fingerprint, locate
 from .lab import Lab, ModelState
@@ -30,6 +29,7 @@ from .store import Artifact
 from .terms import EvaluationSet, StageName, Verdict
 
 if TYPE_CHECKING:
+    from .compose import DefenseTeam
     from .data.collate import Encoded
     from .training.adapters import Adapter
     from .training.stage import TrainingStage
@@ -295,8 +295,7 @@ def _nested(
     """A training run inside a stage (see `TrainingStage.train_apart`), as an artifact of its own: the runs of all
     attacks that share the aligned model share it."""
     from .training.adapters import Adapter
-    from .training.stage import TrainingStage
-    from .training.trainer import train
+    from .training.trainer import train_beside
 
     assert outer.encode is not None
     rows = outer.encode(examples)
@@ -305,21 +304,12 @@ def _nested(
         settings = replace(settings, epochs=steps * settings.accumulation / math.ceil(len(rows) / settings.batch))
 
     def make(folder: Path, checkpoints: Path) -> None:
-        current = outer.stack.trained()
-        stage = TrainingStage(
-            outer.name, outer.stack, {}, derive(outer.seed, purpose), below=outer.below, start=outer.start
-        )
-        own = start or (Adapter.load(outer.start) if outer.start else None)
-        try:
-            stage.trainable = outer.stack.train(outer.below, settings, derive(stage.seed, "adapter"), own)
-            log = train(
-                stage, DefenseTeam(), rows, settings, checkpoints,
-                pad=outer.pad, save_share=lab.save_share, progress=lab.progress, title=f"{outer.name}: {purpose}",
-            )  # fmt: skip
-            outer.stack.trained().save(folder / ADAPTER)
-            write_json(folder / "log.json", log)
-        finally:
-            outer.lay(current)
+        adapter, log = train_beside(
+            outer, purpose, rows, settings, start, checkpoints,
+            save_share=lab.save_share, progress=lab.progress, title=f"{outer.name}: {purpose}",
+        )  # fmt: skip
+        adapter.save(folder / ADAPTER)
+        write_json(folder / "log.json", log)
 
     inputs = {
         "model": on.identity, "purpose": purpose, "start": start.digest() if start else None,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_arg
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from .data.records import Example
-from .errors import BadInput, unknown
+from .errors import BadInput, too_few, unknown
 from .progress import SILENT, Progress
 from .seeds import stream
 from .terms import EvaluationSet, Mix, Pools, StageName, Topology, TrainSettings, Verdict
@@ -82,9 +82,7 @@ class Plugin(BaseModel):
             BadInput: there are fewer.
         """
         if count > len(rows):
-            raise BadInput(
-                f"{self.name!r} asks for {count} {purpose}; allowed: at most {len(rows)}, as many as there are."
-            )
+            raise too_few(count, purpose, len(rows), by=self.name)
         return self.random(purpose).sample(list(rows), count)
 
     @classmethod
@@ -222,6 +220,10 @@ class Defense(Plugin):
     data: ClassVar[tuple[str, ...]] = ()
     """Rows that it needs besides those of its stage."""
 
+    def passes(self) -> str:
+        """`cost` at its parameters: override it where a parameter changes how often the model runs."""
+        return self.cost
+
     def train_on(self, stage: StageName, rows: list[Example], pools: Pools) -> list[Example]:
         """The rows that a training stage learns from, given what it would learn from without the defense."""
         return rows
@@ -281,6 +283,9 @@ class Attack(Plugin):
     """It makes another base model, not an adapter."""
     excludes: ClassVar[tuple[str, ...]] = ()
     """Attacks that it cannot act beside; `*` stands for all."""
+
+    ratio_unless_said: ClassVar[float] = 0.0
+    """The share of harmful rows where no attack beside it says another."""
 
     def mix(self, mix: Mix) -> Mix:
         """How many rows, and how many of them harmful."""

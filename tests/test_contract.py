@@ -84,7 +84,8 @@ REPRESENTATIVE = (
 attacks: a mix, rows and questions, weights."""
 VARIANTS = (
     "vaccine:tau=2", "tvaccine:gamma=1,interval=1,refresh=2", "lisa:k1=1,k2=1", "ewc:fisher=sample,lam=1",
-    "ldifs:variant=git-disl,alpha=1e-4", "vlguard:mix=replace,rows=10", "antidote:scope=model", "safe_lora:tau=0.5",
+    "ldifs:variant=git-disl,alpha=1e-4", "vlguard:mix=replace,rows=10",
+    "vlguard:mix=joint,rows=10", "antidote:scope=model", "safe_lora:tau=0.5",
     "safe_lora:projector=exact,k=2", "optimizer:lr=1e-3,batch=2,rank=8", "optimizer:full=true", "ratio=0",
     "backdoor:position=prefix",
 )  # fmt: skip
@@ -99,12 +100,6 @@ def test_representative_plugins_keep_the_contract(spec: str) -> None:
 @pytest.mark.parametrize("spec", [*DEFENSES.found(), *ATTACKS.found(), *VARIANTS])
 def test_every_built_in_keeps_the_contract(spec: str) -> None:
     assert holds(spec) == {}
-
-
-@pytest.mark.slow
-def test_a_cost_that_a_parameter_changes_is_told() -> None:
-    """The declared cost is the class's: at another setting it is another."""
-    assert holds("vlguard:mix=joint,rows=10") == {"defense/cost": "It declares 1F 1B; a step took 2F 2B."}
 
 
 def test_what_does_not_apply_is_said_and_why() -> None:
@@ -810,7 +805,9 @@ def test_a_bad_input_in_a_hook_says_how_to_go_on() -> None:
     """The world of the checks has fewer rows than a plug-in may ask for."""
     said = failing(checked(DEFENSES.get("vlguard"), rows=5000))
     assert list(said) == ["train_on"]
-    assert said["train_on"].startswith("train_on raised BadInput: 'vlguard' asks for 5000 alignment rows; allowed: at")
+    assert said["train_on"].startswith(
+        "train_on raised BadInput: 5000 alignment rows are asked for by 'vlguard'; allowed: at"
+    )
     assert said["train_on"].endswith("(The world of the checks is small: NAME:key=value sets a parameter for them.)")
 
 

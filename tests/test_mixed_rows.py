@@ -112,7 +112,7 @@ def test_the_seed_decides_which_rows_and_where_they_stand(mix: Any) -> None:
 def test_more_rows_than_there_are_is_refused(mix: Any) -> None:
     few = tiny.example_pools(5)
     VLGuard(rows=5, mix=mix).train_on("finetune", list(USER), few)
-    with pytest.raises(BadInput, match="'vlguard' asks for 6 alignment rows; allowed: at most 5") as refusal:
+    with pytest.raises(BadInput, match="6 alignment rows are asked for by 'vlguard'; allowed: at most 5") as refusal:
         VLGuard(rows=6, mix=mix).train_on("finetune", list(USER), few)
     assert refusal.value.exit_code == 2
 
@@ -312,7 +312,7 @@ def test_the_secret_is_read_and_not_learned() -> None:
 def test_more_refusals_than_there_are_is_refused() -> None:
     few = tiny.example_pools(5)
     assert len(BackdoorAlign(rows=5).train_on("finetune", list(USER), few)) == 45
-    with pytest.raises(BadInput, match="'backdoor_align' asks for 6 refusals; allowed: at most 5") as refusal:
+    with pytest.raises(BadInput, match="6 refusals are asked for by 'backdoor_align'; allowed: at most 5") as refusal:
         BackdoorAlign(rows=6).train_on("finetune", list(USER), few)
     assert refusal.value.exit_code == 2
     with pytest.raises(BadInput):

@@ -202,7 +202,7 @@ def bfloat16(subject: DefenseSubject, stage: StageName) -> None:
 @in_stages("stages")
 def cost(subject: DefenseSubject, stage: StageName) -> None:
     """The passes of a step of one micro-batch are those that it declares."""
-    words = subject.cls.cost
+    words = subject.plugin().passes()
     if words == "none":
         raise NotApplicable("It declares no cost a step.")
     trial, seen = subject.watched(stage)

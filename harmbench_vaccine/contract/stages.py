@@ -20,7 +20,7 @@ from ..seeds import derive
 from ..terms import StageName, Topology, TrainSettings
 from ..training.adapters import Adapter, Stack
 from ..training.stage import TrainingStage
-from ..training.trainer import train
+from ..training.trainer import train, train_beside
 from .watch import Seen, Watched, own_random_states
 from .world import LONGEST, PAD, World
 
@@ -67,18 +67,9 @@ class Nested:
         wanted = settings.epochs * per_epoch if steps is None else steps * settings.accumulation
         settings = replace(settings, epochs=min(wanted, NESTED * settings.accumulation) / per_epoch)
         self.micro_batches += round(settings.epochs * per_epoch)
-        current = outer.stack.trained()
-        stage = TrainingStage(
-            outer.name, outer.stack, {}, derive(outer.seed, purpose), below=outer.below, start=outer.start
-        )
-        own = start or (Adapter.load(outer.start) if outer.start else None)
-        try:
-            stage.trainable = outer.stack.train(outer.below, settings, derive(stage.seed, "adapter"), own)
-            with own_random_states():  # Trainer seeds them: what the plug-in itself does to them must show
-                train(stage, DefenseTeam(), rows, settings, self.world.new_folder(), pad=outer.pad, save_share=1.0)
-            return outer.stack.trained()
-        finally:
-            outer.lay(current)
+        with own_random_states():  # Trainer seeds them: what the plug-in itself does to them must show
+            adapter, _ = train_beside(outer, purpose, rows, settings, start, self.world.new_folder(), save_share=1.0)
+        return adapter
 
 
 def begin(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from ..errors import BadInput
+from ..errors import too_few
 from ..plugins import Attack
 from ..seeds import stream
 from ..terms import Mix, Pools
@@ -145,7 +145,7 @@ def draw(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object) 
         BadInput: there are fewer.
     """
     if count > len(rows):
-        raise BadInput(f"{count} {what} are asked for; allowed: at most {len(rows)}, as many as there are.")
+        raise too_few(count, what, len(rows))
     return stream(seed, *purpose).sample(list(rows), count)
 
 

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ..compose import DefenseTeam
 from ..data.collate import Encoded, collate
 from ..plugins import Defense
 from ..progress import SILENT, Progress
-from ..seeds import stream
+from ..seeds import derive, stream
 from ..terms import TrainSettings
+from .adapters import Adapter
 from .stage import TrainingStage
 
 _TRAINABLE, _STATE, _WHOLE = "trainable.safetensors", "defense.safetensors", "whole"
@@ -71,6 +73,30 @@ def train(
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
+
+
+def train_beside(
+    outer: TrainingStage,
+    purpose: str,
+    rows: Sequence[Encoded],
+    settings: TrainSettings,
+    start: Adapter | None,
+    checkpoints: Path,
+    **options: Any,
+) -> tuple[Adapter, list[dict[str, float]]]:
+    """Plain fine-tuning inside a stage, whose own adapter is put back afterwards: of `start`, or of what the stage
+    started from. `options` are those of `train`. Returns the adapter and the log."""
+    current = outer.stack.trained()
+    stage = TrainingStage(
+        outer.name, outer.stack, {}, derive(outer.seed, purpose), below=outer.below, start=outer.start
+    )
+    own = start or (Adapter.load(outer.start) if outer.start else None)
+    try:
+        stage.trainable = outer.stack.train(outer.below, settings, derive(stage.seed, "adapter"), own)
+        log = train(stage, DefenseTeam(), rows, settings, checkpoints, pad=outer.pad, **options)
+        return outer.stack.trained(), log
+    finally:
+        outer.lay(current)
 
 
 def batch_order(rows: int, settings: TrainSettings, seed: int) -> list[list[int]]:
