@@ -5,7 +5,7 @@ Settling touches no model and makes no artifact, so bad input is told before any
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from .data.prompts import PromptTemplate, template
 from .data.sources import fingerprint
 from .errors import BadInput
 from .plugins import Resolved, Task
-from .protocols import Protocol
+from .protocols import FinetuneProtocol, Protocol
 from .registry import ATTACKS, DEFENSES, SCORERS, TASKS
 from .spec import RunSpec, canonical, digest, parse, settle
 from .terms import StageName, Topology, TrainSettings
@@ -32,7 +32,8 @@ class Cell:
     protocol: Protocol
     defenses: list[Resolved]
     attacks: list[Resolved]
-    scorer: Resolved
+    scorers: list[Resolved]
+    """The first one's verdicts make the harmful score; the others' stand beside it."""
     task: Task
     model: str
 
@@ -43,20 +44,20 @@ class Cell:
         Raises:
             BadInput: an unknown name, a value out of range, or plug-ins that cannot act together.
         """
-        protocol = protocols.load(spec.protocol)
+        protocol = protocols.load(spec.protocol).replaced(spec.values)
         for name in spec.data:
             protocol.location(name)
         protocol = protocol.model_copy(update={"data": {**protocol.data, **spec.data}})
         task_class = TASKS.get(spec.task)
-        scorers = settle(parse(spec.scorer or protocol.score.scorer), SCORERS, {}, protocol.name)
-        score = protocol.score.model_copy(update={"scorer": canonical(scorers)})
+        scorers = judges(spec.scorers, protocol)
+        score = protocol.score.model_copy(update={"scorer": canonical(scorers[:1])})
         protocol = protocol.model_copy(update={"score": score})  # another threshold is another protocol
         cell = cls(
             spec,
             protocol,
             settle(spec.defense, DEFENSES, protocol.defenses, protocol.name),
             settle(spec.attack, ATTACKS, protocol.attacks, protocol.name),
-            scorers[0],
+            scorers,
             task_class(),
             spec.model or protocol.model,
         )
@@ -79,7 +80,7 @@ class Cell:
                     f"{resolved.plugin.name!r} cannot act under attack {edits.name!r}: "
                     "it defends a user's training, and this attack trains nothing."
                 )
-        given, asked = self.protocol.finetune.settings, self.settings("finetune", self.team("finetune"))
+        given, asked = self.finetune.settings, self.settings("finetune", self.team("finetune"))
         if self.topology == "single" and self.team("align").runs and asked.lora_rank != given.lora_rank:
             raise BadInput(
                 f"Attack {self.attack!r} sets the rank of the user's adapter, but in single topology, which the "
@@ -107,6 +108,16 @@ class Cell:
     def template(self) -> PromptTemplate:
         """The protocol's prompt."""
         return template(self.protocol.prompt)
+
+    @cached_property
+    def finetune(self) -> FinetuneProtocol:
+        """The protocol's user stage, for this task."""
+        return self.protocol.finetune.of(self.task.name)
+
+    @property
+    def scorer(self) -> Resolved:
+        """The judge of the headline."""
+        return self.scorers[0]
 
     @property
     def id(self) -> str:
@@ -149,7 +160,7 @@ class Cell:
         trained in the repair stage is trained as the protocol's user trains, whatever the attack."""
         if stage == "align":
             return team.settings(stage, self.protocol.align.settings)
-        settings = self.protocol.finetune.settings
+        settings = self.finetune.settings
         return team.settings(stage, self.attackers().settings(settings) if stage == "finetune" else settings)
 
     def _fresh(self, resolved: list[Resolved]) -> Any:
@@ -158,6 +169,19 @@ class Cell:
     def data(self, *names: str) -> Mapping[str, Any]:
         """What an artifact that reads these data sets depends on."""
         return {name: fingerprint(self.protocol.location(name)) for name in names}
+
+
+def judges(written: Sequence[str], protocol: Protocol) -> list[Resolved]:
+    """The scorers that were written, or the protocol's, whose model lies where the protocol says.
+
+    Raises:
+        BadInput: an unknown name or parameter, a value out of range, or one judge twice.
+    """
+    own = parse(protocol.score.scorer)
+    components = [component for text in written for component in parse(text)] or list(own)
+    given = {**protocol.scorers}
+    given[own[0].name] = {"model": protocol.score.judge, **given.get(own[0].name, {})}
+    return settle(tuple(components), SCORERS, given, protocol.name)
 
 
 def identities(resolved: list[Resolved]) -> list[Any]:

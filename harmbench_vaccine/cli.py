@@ -84,7 +84,26 @@ def commands() -> None:
 @click.option(
     "--data", "data", multiple=True, metavar="NAME=PATH", help="A data set in place of the protocol's. Repeatable."
 )
-@click.option("--scorer", default=None, metavar="SPEC", help="A judge in place of the protocol's.")
+@click.option(
+    "--scorer",
+    "scorers",
+    multiple=True,
+    metavar="SPEC",
+    help="A judge in place of the protocol's. Repeatable: the first makes the HS, the others stand beside it.",
+)
+@click.option(
+    "--set",
+    "values",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Another value in the protocol: rows=paper, align.settings.lr=1e-4. Repeatable.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["transformers", "vllm"]),
+    default=None,
+    help="What generates answers. [default: vllm where it is installed beside a GPU]",
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -113,8 +132,8 @@ def commands() -> None:
 )
 def run(
     defenses: tuple[str, ...], attacks: tuple[str, ...], tasks: tuple[str, ...], seeds: tuple[int, ...], protocol: str,
-    model: str | None, data: tuple[str, ...], scorer: str | None, out: Path | None, table: Path | None, as_json: bool,
-    save_every: float,
+    model: str | None, data: tuple[str, ...], scorers: tuple[str, ...], values: tuple[str, ...], backend: Any,
+    out: Path | None, table: Path | None, as_json: bool, save_every: float,
 ) -> None:  # fmt: skip
     """Run every combination of defense, attack, task and seed, and print one row for each.
 
@@ -131,7 +150,8 @@ def run(
     specs = [
         RunSpec(
             protocol=protocol, defense=parse(defense), attack=parse(attack), task=task, seed=seed,
-            model=model, scorer=scorer, data=dict(_assignment(item) for item in data),
+            model=model, scorers=scorers, backend=backend, data=_assignments("--data", "NAME=PATH", data),
+            values=_assignments("--set", "PATH=VALUE", values),
         )
         for task, seed, attack, defense in product(tasks, seeds, attacks, defenses)
     ]  # fmt: skip
@@ -456,11 +476,14 @@ def doctor(as_json: bool) -> None:
             click.echo(f"{'ok  ' if finding['ok'] else '--  '}{finding['what']:<16} {finding['detail']}")
 
 
-def _assignment(item: str) -> tuple[str, str]:
-    name, equals, value = item.partition("=")
-    if not equals or not name or not value:
-        raise BadInput(f"--data {item!r} cannot be read: write NAME=PATH.")
-    return name, value
+def _assignments(option: str, form: str, items: tuple[str, ...]) -> dict[str, str]:
+    written = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name or not value:
+            raise BadInput(f"{option} {item!r} cannot be read: write {form}.")
+        written[name] = value
+    return written
 
 
 def _print_json(result: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ def pools_of(cell: Cell) -> Pools:
 def user_data(cell: Cell, pools: Pools) -> list[Example]:
     """What the user uploads: the mix that the attack asks for, and what it makes of the rows."""
     attack = cell.attackers()
-    mix = attack.mix(Mix(cell.protocol.finetune.samples))
+    mix = attack.mix(Mix(cell.finetune.samples))
     return user_rows(mix, task_rows(cell), pools, attack, derive(cell.spec.seed, "user"))
 
 
@@ -102,7 +102,9 @@ def task_set(cell: Cell) -> EvaluationSet:
     """The first test items of the user's task."""
     limits = cell.protocol.answer
     asked = _first(
-        unique(_task_examples(cell, cell.task.test_split)), limits.task_items, f"test items of {cell.task.name}"
+        unique(_task_examples(cell, cell.task.test_split)),
+        limits.items.get(cell.task.name, limits.task_items),
+        f"test items of {cell.task.name}",
     )
     tokens = limits.task_tokens.get(cell.task.name, cell.task.max_new_tokens)
     return EvaluationSet("task", asked, _answer_template(cell), tokens)

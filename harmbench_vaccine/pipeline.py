@@ -135,7 +135,7 @@ def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
             lab.tokenizer(aligned.state).save_pretrained(folder / CHECKPOINT)
 
     inputs = _inputs(
-        cell, "finetune", aligned, samples=cell.protocol.finetune.samples, topology=cell.topology,
+        cell, "finetune", aligned, samples=cell.finetune.samples, topology=cell.topology,
         attack=identities(cell.attacks), judge=_judging(cell) if attack.filters else None,
         task=[cell.task.name, type(cell.task).fingerprint(), dict(cell.data(cell.task.dataset))],
     )  # fmt: skip
@@ -359,14 +359,14 @@ def score(cell: Cell, lab: Lab, answers: Artifact) -> Artifact:
 
 
 def _judge(cell: Cell, lab: Lab, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-    judge = cell.protocol.score.judge
+    judge = cell.scorer.params["model"]
     verdicts: list[Verdict] = cell.scorer.plugin.judge(str(locate(judge) or judge), pairs, lab.progress)  # type: ignore[attr-defined]
     return verdicts
 
 
 def _judging(cell: Cell) -> dict[str, Any]:
     """What a verdict depends on, besides what is judged."""
-    return {"scorer": identities([cell.scorer]), "judge": fingerprint(cell.protocol.score.judge)}
+    return {"scorer": identities([cell.scorer]), "judge": fingerprint(cell.scorer.params["model"])}
 
 
 def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:

@@ -45,7 +45,7 @@ def run_all(
     places = {place for cell in cells for place in _places(cell)}
     for place in places:
         check_testbed(place)
-    for model in {cell.model for cell in cells} | {cell.protocol.score.judge for cell in cells}:
+    for model in {cell.model for cell in cells} | {cell.scorer.params["model"] for cell in cells}:
         if not model.startswith(TESTBED):
             check_model(model)
     if any(place.startswith(TESTBED) for place in places):
@@ -67,4 +67,4 @@ def run_all(
 
 
 def _places(cell: Cell) -> list[str]:
-    return [cell.model, cell.protocol.score.judge, *cell.protocol.data.values()]
+    return [cell.model, cell.scorer.params["model"], *cell.protocol.data.values()]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -95,9 +95,14 @@ class RunSpec(BaseModel):
     seed: int = Field(default=0, ge=0)
     model: str | None = None
     """A hub id or folder; None: the protocol's."""
-    scorer: str | None = None
+    scorers: tuple[str, ...] = ()
+    """Judges in place of the protocol's; the first one's harmful score is the headline."""
     data: dict[str, str] = Field(default_factory=dict)
     """Data set name -> folder, file or hub id, in place of the protocol's."""
+    values: dict[str, str] = Field(default_factory=dict)
+    """Dotted path of a value of the protocol -> what stands in its place."""
+    backend: Literal["transformers", "vllm"] | None = None
+    """What generates answers; None: vLLM where it and a GPU are there."""
 
     def __hash__(self) -> int:
         return hash(self.to_json())

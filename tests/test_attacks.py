@@ -489,7 +489,7 @@ def test_another_judge_makes_another_user_stage(world: Path, tmp_path: Path) -> 
     keys: dict[str, list[str]] = {"guardrail": [], "ratio=0.1": []}
     for threshold in ("0.5", "0.7"):
         for attack in keys:
-            spec = RunSpec(protocol=str(world), attack=parse(attack), scorer=f"beaver_dam={threshold}")
+            spec = RunSpec(protocol=str(world), attack=parse(attack), scorers=(f"beaver_dam={threshold}",))
             one = Cell.settle(spec)
             aligned = align(one, lab)
             with Judged("lamp"):

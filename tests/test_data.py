@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,7 +246,7 @@ def test_what_is_asked_is_trained_on_by_nobody(make_cell: Callable[..., Cell], p
             "benign": cell.protocol.answer.benign.model_copy(update={"prompts": 41}),
         }
     )
-    cell = Cell(**{**vars(cell), "protocol": cell.protocol.model_copy(update={"answer": whole})})
+    cell = replace(cell, protocol=cell.protocol.model_copy(update={"answer": whole}))
     prompts = prompts_of(cell)
     assert asked in prompts["asked benign"]
     assert asked not in prompts["benign"] | prompts["attacker"] | prompts["defender"]

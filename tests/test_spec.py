@@ -114,7 +114,7 @@ SPECS = [
             Component(name="./mine.py", params={"a": 1, "b": 0.1, "c": True, "d": "yes", "e": "1e-3", "f": 1e-9}),
         ),
         model="meta-llama/Llama-2-7b-hf",
-        scorer="beaver_dam=0.7",
+        scorers=("beaver_dam=0.7",),
         data={"sst2": "/data/ü 1", "alpaca": "null"},
     ),
 ]

@@ -6,9 +6,12 @@ never stand in one table.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -22,11 +25,27 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _later(default: Any) -> Any:
+    """A value that files written before it was added do not have: at its default it is not part of the hash, so that
+    the rows of those files keep theirs."""
+    return Field(default, exclude_if=lambda value: value == default)
+
+
 class AlignProtocol(_Strict):
     """The alignment stage: how many safe rows, trained how."""
 
     rows: int = Field(ge=1)
+    source: Literal["safe", "refusals"] = _later("safe")
+    """BeaverTails' own safe responses, or refusals of its harmful prompts."""
     settings: TrainSettings
+
+
+class TaskTraining(_Strict):
+    """What the user stage of one task does in another way."""
+
+    samples: int | None = Field(default=None, ge=1)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Fields of `TrainSettings`."""
 
 
 class FinetuneProtocol(_Strict):
@@ -34,6 +53,21 @@ class FinetuneProtocol(_Strict):
 
     samples: int = Field(ge=1)
     settings: TrainSettings
+    tasks: dict[str, TaskTraining] = _later({})
+
+    def of(self, task: str) -> FinetuneProtocol:
+        """The user stage of one task.
+
+        Raises:
+            BadInput: the file changes a setting that there is not, or gives it a value that is not allowed.
+        """
+        own = self.tasks.get(task, TaskTraining())
+        try:
+            return FinetuneProtocol.model_validate(
+                {"samples": own.samples or self.samples, "settings": {**asdict(self.settings), **own.settings}}
+            )
+        except ValidationError as error:
+            raise BadInput(f"The protocol's settings for task {task!r}: {first_problem(error)}") from error
 
 
 class Questions(_Strict):
@@ -50,6 +84,8 @@ class AnswerProtocol(_Strict):
     benign: Questions
     task_items: int = Field(ge=1)
     task_tokens: dict[str, int]
+    items: dict[str, int] = _later({})
+    """Task -> its number of test items, where it is another than `task_items`."""
 
 
 class ScoreProtocol(_Strict):
@@ -57,6 +93,7 @@ class ScoreProtocol(_Strict):
 
     scorer: str
     judge: str
+    """Where the model of `scorer` lies."""
     accuracy: Literal["strict", "flexible"]
     drift_rows: int = Field(ge=1)
     drift_batch: int = Field(ge=1)
@@ -91,8 +128,15 @@ class Protocol(_Strict):
     name: str
     version: int
     model: str
+    models: tuple[str, ...] = _later(())
+    """Other models of the same tables."""
     dtype: Literal["float32", "bfloat16"]
     """Of the base model; adapters are float32 always."""
+    quantization: Literal["none", "8bit", "4bit"] = _later("none")
+    """Of the base model's matrices, by bitsandbytes."""
+    rows: Literal["unique", "paper"] = _later("unique")
+    """unique: drawn by the seed, no question in two pools. paper: in the order of the files, overlaps kept and
+    counted."""
     prompt: str
     topology: Topology
     data: dict[str, str]
@@ -104,11 +148,34 @@ class Protocol(_Strict):
     gates: Gates
     defenses: dict[str, dict[str, Any]] = Field(default_factory=dict)
     attacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    scorers: dict[str, dict[str, Any]] = _later({})
+    sources: dict[str, str] = Field(default_factory=dict, exclude=True)
+    """Dotted path of a value, or of a group of them -> where it is from."""
 
     @cached_property
     def hash(self) -> str:
         """The identity that a table checks: 12 hexadecimal digits over every value of the file."""
         return digest(self.model_dump(mode="json"), 12)
+
+    def replaced(self, values: Mapping[str, str]) -> Protocol:
+        """The protocol with other values at dotted paths, such as `align.settings.lr`; each is read as YAML.
+
+        Raises:
+            BadInput: there is no such path, or the value is not allowed there.
+        """
+        changed = {**self.model_dump(mode="python"), "sources": self.sources}
+        for path, text in values.items():
+            if not any(path == known or (known.endswith(".") and path.startswith(known)) for known in _paths(Protocol)):
+                raise unknown("value", path, [known.rstrip(".") for known in _paths(Protocol)], of="a protocol")
+            *way, last = path.split(".")
+            place = changed
+            for step in way:
+                place = place.setdefault(step, {})
+            place[last] = _read(path, text)
+        try:
+            return Protocol.model_validate(changed)
+        except ValidationError as error:
+            raise BadInput(f"The protocol cannot be changed so: {first_problem(error)}") from error
 
     def location(self, dataset: str) -> str:
         """Where a data set is read from.
@@ -121,6 +188,35 @@ class Protocol(_Strict):
         return self.data[dataset]
 
 
+def _paths(kind: Any, above: str = "") -> list[str]:
+    """The dotted paths of everything that a protocol file may say; one that ends in a dot takes any name after it."""
+    fields = get_type_hints(kind)
+    found = []
+    for name in kind.model_fields if issubclass(kind, BaseModel) else fields:
+        inner = fields[name]
+        if isinstance(inner, type) and (issubclass(inner, BaseModel) or is_dataclass(inner)):
+            found += _paths(inner, f"{above}{name}.")
+        elif name not in ("name", "sources"):
+            found.append(f"{above}{name}{'.' if get_origin(inner) is dict else ''}")
+    return found
+
+
+def _read(path: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise BadInput(f"The value of {path!r} cannot be read: {str(error).splitlines()[0]}.") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as a command line writes it; YAML 1.1 wants a point in it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def names() -> list[str]:
     """The protocols that come with the package."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.yaml"))
@@ -128,7 +224,7 @@ def names() -> list[str]:
 
 def models() -> list[str]:
     """The models that those protocols start from."""
-    return sorted({load(name).model for name in names()})
+    return sorted({model for name in names() for model in (load(name).model, *load(name).models)})
 
 
 def load(name: str) -> Protocol:
@@ -146,7 +242,7 @@ def load(name: str) -> Protocol:
     else:
         raise unknown("protocol", name, names())
     try:
-        return TypeAdapter(Protocol).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return TypeAdapter(Protocol).validate_python(yaml.load(path.read_text(encoding="utf-8"), _Loader))
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"Protocol {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
