@@ -28,6 +28,7 @@ class Booster(Defense):
     citation: ClassVar[str] = "arXiv 2409.01586"
     cost: ClassVar[str] = "3F 3B"
     memory: ClassVar[str] = "2 gradients and 1 copy of the adapter"
+    ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("harmful rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"lam": 0.0}
 

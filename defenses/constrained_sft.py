@@ -36,6 +36,7 @@ class ConstrainedSFT(Defense):
     stages: ClassVar[tuple[StageName, ...]] = ("finetune",)
     once: ClassVar[str] = "1F of every user row"
     memory: ClassVar[str] = "one number for every token of the user's rows"
+    ranks: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any] | None] = {
         "beta_first": 0.0, "beta_early": 0.0, "beta_rest": 0.0, "adam_beta1": 0.9,
     }  # fmt: skip
@@ -67,9 +68,10 @@ class ConstrainedSFT(Defense):
         moved = self._before[batch["rows"], : losses.shape[1]].to(losses.device) - losses.detach()  # D
         beta = self._strengths(answering)
         weights = 2 * torch.sigmoid(-beta * moved)
-        gradient = stage.gradient_of((weights * losses)[answering].mean())
+        count = stage.total(answering.sum())
+        gradient = stage.gradient_of((weights * losses)[answering].sum() / count)
         terms = torch.where(beta > 0, 2 / beta.clamp(min=1e-12) * torch.nn.functional.softplus(-beta * moved), losses)
-        return replace(gradient, loss=terms[answering].mean().detach())
+        return replace(gradient, loss=stage.total(terms[answering].sum()) / count)
 
     def _strengths(self, answering: Tensor) -> Tensor:
         place = answering.cumsum(1)  # 1 at a row's first response token

@@ -37,6 +37,7 @@ class EWC(Defense):
     topology: ClassVar[Topology | None] = "single"
     once: ClassVar[str] = "1F 1B for every 5 alignment rows (fisher=batch) or every row (fisher=sample)"
     memory: ClassVar[str] = "2 copies of the adapter"
+    ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("alignment rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"lam": 0.0}
 

@@ -31,6 +31,7 @@ class KL(Defense):
     needs_adapter: ClassVar[bool] = True
     cost: ClassVar[str] = "2F 1B"
     memory: ClassVar[str] = "the teacher's logits of a batch"
+    ranks: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any] | None] = {"lam": 0.0}
 
     lam: float = param(0.1, "weight of the divergence", source="authors' script KL_finetune/sst2.sh", main=True, ge=0)
@@ -42,5 +43,6 @@ class KL(Defense):
             teacher = stage.output(batch).logits[:, :-1][answering].float().log_softmax(-1)
         output = stage.output(batch)
         student = output.logits[:, :-1][answering].float().log_softmax(-1)
-        divergence = nn.functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        divergence = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
+        divergence = divergence / stage.total(answering.sum())
         return stage.gradient_of(output.loss + self.lam * divergence)

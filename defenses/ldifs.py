@@ -18,14 +18,14 @@ It drops a layer's penalty exactly when its drift is large, which is kept, being
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from harmbench_vaccine.plugins import Defense, StageName, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, real_tokens
 
 GATE = 0.1
 """A layer's penalty from which git-disl's code drops it."""
@@ -39,6 +39,7 @@ class LDIFS(Defense):
     needs_adapter: ClassVar[bool] = True
     cost: ClassVar[str] = "2F 1B"
     memory: ClassVar[str] = "the features of every layer of a batch, twice"
+    ranks: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0}
 
     alpha: float = param(10.0, "weight of the feature distance", source="authors' args.py", main=True, ge=0)
@@ -51,14 +52,16 @@ class LDIFS(Defense):
             stage.output(batch)
         with taps.recorded() as now:
             loss = stage.loss(batch)
-        real = batch["attention_mask"].bool()
+        real = real_tokens(batch)
         pairs = [(new[real].float(), old[real].float()) for new, old in zip(now, before, strict=True)]
-        return stage.gradient_of(loss + self.alpha * self.distance(pairs))
+        return stage.gradient_of(loss + self.alpha * self.distance(pairs, stage.total))
 
-    def distance(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """The distance for alpha = 1 of (features, features before) of every layer, each (tokens x width)."""
+    def distance(self, pairs: list[tuple[Tensor, Tensor]], total: Callable[[Tensor], Tensor] = Tensor.detach) -> Tensor:
+        """The distance for alpha = 1 of (features, features before) of every layer, each (tokens x width); `total` adds
+        up over ranks."""
         if self.variant == "paper":
             units = [[nn.functional.normalize(each, dim=-1) for each in pair] for pair in pairs]
-            return torch.stack([(new - old).square().mean() for new, old in units]).mean()
+            count = total(torch.tensor(pairs[0][0].numel(), device=pairs[0][0].device))
+            return torch.stack([(new - old).square().sum() / count for new, old in units]).mean()
         terms = torch.stack([(new - old).square().sum() / 2 for new, old in pairs])
-        return terms[self.alpha * terms.detach() < GATE].sum()
+        return terms[self.alpha * total(terms) < GATE].sum()

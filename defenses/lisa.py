@@ -28,6 +28,7 @@ class Lisa(Defense):
     citation: ClassVar[str] = "arXiv 2405.18641"
     stages: ClassVar[tuple[StageName, ...]] = ("finetune",)
     memory: ClassVar[str] = "1 copy of the adapter"
+    ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("alignment rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"k1": 0, "rho": 0.0}
 

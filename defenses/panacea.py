@@ -33,6 +33,7 @@ class Panacea(Defense):
     topology: ClassVar[Topology | None] = "single"
     cost: ClassVar[str] = "3F 3B"
     memory: ClassVar[str] = "2 gradients and 2 copies of the adapter"
+    ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("harmful rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0, "lam": 0.0}
 

@@ -25,6 +25,7 @@ class RandomVaccine(Defense):
 
     citation: ClassVar[str] = "arXiv 2402.01109"
     memory: ClassVar[str] = "the attention outputs of every layer of a batch"
+    ranks: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any] | None] = {"variance": 0.0}
 
     variance: float = param(
@@ -37,7 +38,7 @@ class RandomVaccine(Defense):
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """The gradient at randomly shifted embeddings."""
-        generator = stage.generator("noise")
+        generator = stage.generator("noise", of_rows=True)
         mask = batch["attention_mask"].unsqueeze(-1)
         noise: dict[int, Tensor] = {}  # gradient checkpointing runs a block twice: it must meet the same noise
 

@@ -22,7 +22,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from harmbench_vaccine.plugins import Defense, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, global_norm, rehearsal
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, rehearsal
 
 
 class TVaccine(Defense):
@@ -32,6 +32,7 @@ class TVaccine(Defense):
     cost: ClassVar[str] = "2F 2B"
     once: ClassVar[str] = "1F 1B every `refresh` steps"
     memory: ClassVar[str] = "less than SFT: frozen layers keep no optimizer step"
+    ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("harmful rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0, "gamma": 1000}
 
@@ -65,7 +66,7 @@ class TVaccine(Defense):
         mask = harmful["attention_mask"].unsqueeze(-1)
         with stage.taps.probed() as probes:
             gradients = torch.autograd.grad(stage.loss(harmful), probes)
-        norms = torch.stack([torch.linalg.vector_norm(gradient * mask) for gradient in gradients]).cpu()
+        norms = torch.stack([stage.norm([gradient * mask]) for gradient in gradients]).cpu()
         return norms / norms.sum()
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
@@ -74,7 +75,7 @@ class TVaccine(Defense):
         with rehearsal(), stage.taps.probed() as probes:  # the next pass draws the same dropout masks
             loss = stage.loss(batch)
             gradients = [g * mask for g in torch.autograd.grad(loss, [probes[layer] for layer in self._chosen])]
-        scale = self.rho / (global_norm(gradients) + 1e-7)
+        scale = self.rho / (stage.norm(gradients) + 1e-7)
         shifts = {layer: scale * gradient for layer, gradient in zip(self._chosen, gradients, strict=True)}
 
         def shift(layer: int, output: Tensor) -> Tensor | None:

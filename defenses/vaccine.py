@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from harmbench_vaccine.plugins import Defense, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, global_norm
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 
 
 class Vaccine(Defense):
@@ -31,6 +31,7 @@ class Vaccine(Defense):
     citation: ClassVar[str] = "arXiv 2402.01109"
     cost: ClassVar[str] = "2F 2B"
     memory: ClassVar[str] = "the attention outputs of every layer of a batch"
+    ranks: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0}
 
     rho: float = param(
@@ -49,6 +50,6 @@ class Vaccine(Defense):
         mask = batch["attention_mask"].unsqueeze(-1)
         with torch.random.fork_rng(), stage.taps.probed() as probes:  # the next pass draws the same dropout masks
             gradients = [gradient * mask for gradient in torch.autograd.grad(stage.loss(batch), probes)]
-        scale = self.rho / (global_norm(gradients) + 1e-7)
+        scale = self.rho / (stage.norm(gradients) + 1e-7)
         with stage.taps.shifted([scale * gradient for gradient in gradients]):
             return stage.gradient(batch)

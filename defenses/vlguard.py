@@ -26,6 +26,7 @@ class VLGuard(Defense):
 
     citation: ClassVar[str] = "arXiv 2402.02207"
     stages: ClassVar[tuple[StageName, ...]] = ("finetune",)
+    ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("alignment rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"rows": 0}
 

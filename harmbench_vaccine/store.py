@@ -14,11 +14,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import ranks
 from .errors import HbvError
 from .progress import SILENT, Progress
 from .spec import digest
@@ -50,22 +51,32 @@ class Store:
         self.root = root
         self.progress = progress
 
-    def make(self, stage: str, inputs: Mapping[str, Any], maker: Callable[[Path, Path], None]) -> Artifact:
+    def make(
+        self, stage: str, inputs: Mapping[str, Any], maker: Callable[[Path, Path], None], *, together: bool = False
+    ) -> Artifact:
         """The artifact that depends on `inputs`, made by `maker(folder, checkpoints)` if it is not there yet.
 
         `inputs` is plain JSON. What `maker` leaves in `checkpoints` is there again when the same stage is tried again
         after an interruption, and is deleted when the artifact is whole.
+
+        Several ranks come here at the same place: rank 0 makes the artifact, alone or `together` with the others, and
+        they read it.
 
         Raises:
             HbvError: the disk is full.
         """
         key = digest({"stage": stage, "inputs": inputs})
         final = self.root / stage / key
+        if ranks.rank():
+            return self._beside(Artifact(stage, key, final, 0.0, cached=True), maker if together else None)
         if artifact := self._finished(stage, key, final):
+            ranks.say(True)
             return artifact
         with self._locked(stage, key):
             if artifact := self._finished(stage, key, final):  # another process made it while this one waited
+                ranks.say(True)
                 return artifact
+            ranks.say(False)
             aside, checkpoints = self.root / ".aside" / f"{stage}-{key}", self.root / ".work" / f"{stage}-{key}"
             shutil.rmtree(aside, ignore_errors=True)
             start = time.monotonic()
@@ -73,7 +84,8 @@ class Store:
                 with disk_failures(f"the {stage} stage"):
                     aside.mkdir(parents=True)
                     checkpoints.mkdir(parents=True, exist_ok=True)
-                    maker(aside, checkpoints)
+                    with nullcontext() if together else ranks.alone():
+                        maker(aside, checkpoints)
                     seconds = time.monotonic() - start
                     meta = {
                         "stage": stage,
@@ -90,7 +102,25 @@ class Store:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
             shutil.rmtree(checkpoints, ignore_errors=True)
+            ranks.meet()
             return Artifact(stage, key, final, seconds, cached=False)
+
+    def _beside(self, asked: Artifact, maker: Callable[[Path, Path], None] | None) -> Artifact:
+        """What the ranks after 0 do: make the same where all make it together, and read what rank 0 published."""
+        name = f"{asked.stage}-{asked.key}"
+        if not ranks.hear():
+            if maker:
+                scratch = self.root / ".aside" / f"{name}-rank{ranks.rank()}"
+                try:
+                    scratch.mkdir(parents=True, exist_ok=True)
+                    maker(scratch, self.root / ".work" / name)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+            ranks.meet()
+        artifact = self._finished(asked.stage, asked.key, asked.path)
+        if artifact is None:
+            raise HbvError(f"Rank {ranks.rank()} finds no {asked.path}: all ranks need one folder for their artifacts.")
+        return artifact
 
     def _finished(self, stage: str, key: str, path: Path) -> Artifact | None:
         try:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import tiny
 from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.training.adapters import Adapter, Stack, concatenate
+from harmbench_vaccine.training.adapters import CONVENTIONAL, Adapter, Stack, concatenate
 from harmbench_vaccine.training.trainer import train
 
 ATTENTION, MLP = ("q_proj", "v_proj"), ("o_proj", "gate_proj", "down_proj")
@@ -329,7 +329,20 @@ def test_targets_that_the_model_lacks_are_refused() -> None:
         Stack(tiny.model()).train([], tiny.settings(lora_targets=("nowhere",)), seed=0)
 
 
-def test_targets_that_match_in_part_are_refused_too() -> None:
-    # OPT calls its output projection out_proj: peft would adapt q, k and v only, and say nothing.
-    with pytest.raises(BadInput, match=r"'o_proj' of OPTForCausalLM.*out_proj"):
-        Stack(tiny.model("opt")).train([], tiny.settings(lora_targets=("q_proj", "o_proj")), seed=0)
+def test_conventional_targets_that_the_model_lacks_are_left_out_and_said_once() -> None:
+    # OPT calls its output projection out_proj and its MLP's matrices fc1 and fc2.
+    said: list[str] = []
+    stack = Stack(tiny.model("opt"), said.append)
+    seven = tiny.settings(lora_targets=CONVENTIONAL)
+    trainable = stack.train([], seven, seed=0)
+    stack.train([], seven, seed=0)
+    assert {name.split(".")[-4] for name in trainable} == {"q_proj", "k_proj", "v_proj"}
+    assert said == [
+        "OPTForCausalLM has no down_proj, gate_proj, o_proj, up_proj: LoRA adapts k_proj, q_proj, v_proj only"
+    ]
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "out_projj"), ("o_proj", "up_proj")])
+def test_other_targets_and_a_list_without_one_that_is_there_are_refused(targets: tuple[str, ...]) -> None:
+    with pytest.raises(BadInput, match=r"of OPTForCausalLM.*out_proj"):
+        Stack(tiny.model("opt")).train([], tiny.settings(lora_targets=targets), seed=0)

@@ -284,9 +284,9 @@ def test_the_reference_has_no_dropout_when_the_model_has(variant: Any, alpha: fl
     defense, seen = LDIFS(alpha=alpha, variant=variant), []
 
     class Looking(LDIFS):
-        def distance(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        def distance(self, pairs: list[tuple[Tensor, Tensor]], *more: Any) -> Tensor:
             seen.extend(pairs)
-            return super().distance(pairs)
+            return super().distance(pairs, *more)
 
     Looking(**dict(defense)).gradient(stage, batch)
     real = batch["attention_mask"].bool()

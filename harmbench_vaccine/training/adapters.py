@@ -7,9 +7,10 @@ no merged copy of the base is ever written, and an engine serves every cell by s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from ..terms import TrainSettings
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+CONVENTIONAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The targets that the papers name for every model: where an architecture has only some of them, those are adapted, as
+the authors' scripts do (OPT: q_proj, k_proj, v_proj)."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,9 @@ class Stack:
     KEPT = 4
     """Frozen adapters that stay in memory; the one that was used longest ago goes first."""
 
-    def __init__(self, base: PreTrainedModel) -> None:
+    def __init__(self, base: PreTrainedModel, note: Callable[[str], None] = lambda text: None) -> None:
         self.base = base
+        self._note = cache(note)  # what is said, is said once
         self.model: PreTrainedModel | PeftModel = base.requires_grad_(False)
         self._names: dict[Path, str] = {}
         self._active: list[str] = []
@@ -139,6 +144,9 @@ class Stack:
         """Lays a trainable adapter on top of `below`: a fresh one (B = 0), or a copy of `start`.
 
         Returns the trainable parameters by name; they are float32 whatever the base is.
+
+        Raises:
+            BadInput: the base has no module of a target's name, or none of the conventional ones that are asked for.
         """
         names = self._load(below)
         self.drop_trained()
@@ -146,8 +154,15 @@ class Stack:
         if start:  # its own shape: under another scale it would be another model
             rank, alpha, targets = start.rank, start.scale * start.rank, sorted(start.factors)
         linear = {name.rpartition(".")[2] for name, module in self.base.named_modules() if _linear(module)}
-        if missing := sorted({target.rpartition(".")[2] for target in targets} - linear):
-            raise unknown("LoRA target", missing[0], linear, of=type(self.base).__name__)
+        missing = sorted({target.rpartition(".")[2] for target in targets} - linear)
+        left = [target for target in targets if target not in missing]
+        if refused := [name for name in missing if name not in CONVENTIONAL or not left]:
+            raise unknown("LoRA target", refused[0], linear, of=type(self.base).__name__)
+        if missing:
+            self._note(
+                f"{type(self.base).__name__} has no {', '.join(missing)}: LoRA adapts {', '.join(sorted(left))} only"
+            )
+            targets = left
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes a float

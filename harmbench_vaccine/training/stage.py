@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ranks
 from ..data.collate import IGNORED, Encoded, collate
 from ..data.records import Example
 from ..errors import BadInput
@@ -54,7 +55,12 @@ class Gradient:
 
 @dataclass
 class TrainingStage:
-    """What a hook is given. `step` counts optimizer steps from 1; it is 0 before the first."""
+    """What a hook is given. `step` counts optimizer steps from 1; it is 0 before the first.
+
+    Under several ranks a hook sees its rank's rows of a micro-batch. A loss is then the rank's share of the batch's:
+    the sum over ranks is the whole one, and so every `Gradient` is the whole batch's. What a defense adds up over rows
+    by itself goes through `total` or `norm`. Passes over `batches` run on every rank alike.
+    """
 
     name: StageName
     stack: Stack
@@ -89,10 +95,16 @@ class TrainingStage:
     def output(self, batch: Batch, **options: Any) -> Any:
         """The model's output on a batch: `loss`, `logits` (rows x length x vocabulary), and what `options` ask for."""
         ids, mask, labels = (batch[key] for key in ("input_ids", "attention_mask", "labels"))
-        return self.model(input_ids=ids, attention_mask=mask, labels=labels, **options)
+        options = {"use_cache": False, **options}
+        if ranks.size() == 1:
+            return self.model(input_ids=ids, attention_mask=mask, labels=labels, **options)
+        output = self.model(input_ids=ids, attention_mask=mask, **options)
+        losses, answering = token_losses(output.logits, labels)
+        output.loss = losses[answering].sum() / self.total(answering.sum())
+        return output
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the response tokens of a batch: L(w; B)."""
+        """Mean cross-entropy over the response tokens of a batch, L(w; B): over ranks its sum is the mean."""
         loss: Tensor = self.output(batch).loss
         return loss
 
@@ -103,8 +115,19 @@ class TrainingStage:
     def gradient_of(self, loss: Tensor) -> Gradient:
         """The gradient of a loss of any making; a parameter that it does not reach gets zeros, a frozen one None."""
         free = [parameter for parameter in self.trainable.values() if parameter.requires_grad]
-        values = iter(torch.autograd.grad(loss, free, materialize_grads=True, allow_unused=True))
-        return Gradient(loss.detach(), [next(values) if p.requires_grad else None for p in self.trainable.values()])
+        own = torch.autograd.grad(loss, free, materialize_grads=True, allow_unused=True)
+        whole, *summed = ranks.totals([loss, *own])
+        values = iter(summed)
+        return Gradient(whole, [next(values) if p.requires_grad else None for p in self.trainable.values()])
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a rank's own value over all ranks, without a graph."""
+        return ranks.total(value)
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The L2 norm of all tensors taken as one vector, over the rows of all ranks: a float32 scalar."""
+        own = global_norm(tensors)
+        return own if ranks.size() == 1 else ranks.total(own.square()).sqrt()
 
     # -- parameters
 
@@ -170,7 +193,7 @@ class TrainingStage:
             BadInput: there are no rows.
         """
         rows = self._encoded(purpose, examples)
-        return self._collated([rows[number] for number in self._drawn(purpose, len(rows))])
+        return self._collated(own_rows([rows[number] for number in self._drawn(purpose, len(rows))]))
 
     def paired_stream(self, purpose: str, pairs: Sequence[tuple[Example, Example]]) -> tuple[Batch, Batch]:
         """The same for pairs of rows, which stay together."""
@@ -181,7 +204,7 @@ class TrainingStage:
             self._pairs[purpose] = [(left[a.id], right[b.id]) for a, b in pairs if a.id in left and b.id in right]
         drawn = [self._pairs[purpose][number] for number in self._drawn(purpose, len(self._pairs[purpose]))]
         first, second = zip(*drawn, strict=True)
-        return self._collated(first), self._collated(second)
+        return self._collated(own_rows(first)), self._collated(own_rows(second))
 
     def batches(self, examples: Sequence[Example], size: int) -> Iterator[Batch]:
         """Every row once, in order."""
@@ -278,18 +301,30 @@ class TrainingStage:
             finally:
                 self.model.train(training)
 
-    def generator(self, purpose: str) -> torch.Generator:
+    def generator(self, purpose: str, *, of_rows: bool = False) -> torch.Generator:
         """A random stream of its own, on the CPU: drawing from it never reorders batches or dropout masks.
 
         The same purpose at the same micro-batch gives the same numbers, so an interrupted stage draws what it would
-        have drawn.
+        have drawn. All ranks draw alike, or, where the numbers are laid `of_rows` that each has for itself, each its
+        own.
         """
-        return torch.Generator().manual_seed(derive(self.seed, self.name, purpose, self.step, self.micro))
+        own = [ranks.rank()] if of_rows and ranks.rank() else []
+        return torch.Generator().manual_seed(derive(self.seed, self.name, purpose, self.step, self.micro, *own))
 
 
 @cache
 def _shuffled(count: int, seed: int) -> list[int]:
     return random_stream(seed).sample(range(count), count)
+
+
+def own_rows(rows: Sequence[Encoded]) -> Sequence[Encoded]:
+    """This rank's rows of a micro-batch; a rank that gets none runs, with the others, on one that counts nowhere."""
+    return ranks.mine(rows) or [replace(rows[0], labels=[IGNORED] * len(rows[0].labels))]
+
+
+def real_tokens(batch: Batch) -> Tensor:
+    """The tokens of a batch that are no padding (rows x length, bool), in rows that count."""
+    return batch["attention_mask"].bool() & (batch["labels"] != IGNORED).any(1, keepdim=True)
 
 
 def rehearsal() -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .. import ranks
 from ..compose import DefenseTeam
 from ..data.collate import Encoded, collate
 from ..plugins import Defense
@@ -27,7 +28,7 @@ from ..progress import SILENT, Progress
 from ..seeds import derive, stream
 from ..terms import TrainSettings
 from .adapters import Adapter
-from .stage import TrainingStage
+from .stage import TrainingStage, own_rows
 
 _TRAINABLE, _STATE, _WHOLE = "trainable.safetensors", "defense.safetensors", "whole"
 
@@ -56,8 +57,7 @@ def train(
     every = max(1, math.ceil(stage.steps * save_share))
     if not batches:
         return []
-    _remove_broken(checkpoints)
-    resume = _last_whole(checkpoints)
+    resume = ranks.shared(lambda: _last_whole(checkpoints))
     if resume is None:
         with stage.apart("before"):
             defense.before(stage)
@@ -65,9 +65,11 @@ def train(
         trainer = _StageTrainer(stage, defense, rows, batches, settings, checkpoints, every, pad)
         trainer.add_callback(_Clock(stage, defense, advance))
         try:
-            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            trainer.train(resume_from_checkpoint=resume)
         finally:
-            _remove_broken(checkpoints)
+            if ranks.rank() == 0:
+                _remove_broken(checkpoints)
+    ranks.check_equal(stage.trainable, f"what the {stage.name} stage trained")
     return [
         {key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate")}
         for entry in trainer.state.log_history
@@ -140,7 +142,7 @@ class _StageTrainer(Trainer):
                 adam_beta1=settings.adam_beta1,
                 adam_beta2=settings.adam_beta2,
                 optim="adamw_torch",
-                seed=stage.seed,
+                seed=derive(stage.seed, "rank", ranks.rank()) if ranks.rank() else stage.seed,  # of dropout alone
                 logging_steps=1,
                 logging_nan_inf_filter=False,
                 save_steps=every,
@@ -158,8 +160,8 @@ class _StageTrainer(Trainer):
             range(len(self.rows)),  # type: ignore[arg-type]  # a sequence is a map-style data set
             batch_sampler=self.batches,
             collate_fn=lambda numbers: {
-                **collate([self.rows[number] for number in numbers], self.pad),
-                "rows": torch.tensor(numbers),
+                **collate(own_rows([self.rows[number] for number in numbers]), self.pad),
+                "rows": torch.tensor(ranks.mine(numbers) or numbers[:1]),
             },
         )
         return self.accelerator.prepare(loader)
@@ -181,6 +183,18 @@ class _StageTrainer(Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate knows one pass a step; `cost` tells the passes of a defense
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if ranks.rank() == 0:
+            super()._save_checkpoint(model, trial)
+        else:  # all but the dropout of its rows is rank 0's
+            self._save_rng_state(str(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(_own(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(_own(checkpoint) if checkpoint else None)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -219,6 +233,9 @@ class _Clock(TrainerCallback):
             control.should_save = False  # the stage's artifact is about to be written
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ranks.meet()
+        if ranks.rank():
+            return
         new = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (new / _WHOLE).touch()
         for old in Path(args.output_dir).glob("checkpoint-*"):
@@ -226,10 +243,21 @@ class _Clock(TrainerCallback):
                 shutil.rmtree(old)
 
 
-def _last_whole(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
+def _own(checkpoint: str) -> str:
+    """Where a rank keeps what is its own in a checkpoint."""
+    if not ranks.rank():
+        return checkpoint
+    folder = Path(checkpoint) / f"rank{ranks.rank()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+def _last_whole(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end, after those that were not are gone."""
+    _remove_broken(checkpoints)
     whole = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_WHOLE}")]
-    return max(whole, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
+    newest = max(whole, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
+    return str(newest) if newest else None
 
 
 def _remove_broken(checkpoints: Path) -> None:
@@ -239,4 +267,5 @@ def _remove_broken(checkpoints: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-logging.getLogger("accelerate").setLevel(logging.ERROR)
+for _library in ("accelerate", "transformers.training_args"):  # the latter wonders about ranks that it is not told of
+    logging.getLogger(_library).setLevel(logging.ERROR)

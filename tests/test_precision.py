@@ -1,0 +1,255 @@
+"""Precision and memory: bfloat16 and quantized bases under float32 adapters, and gradient checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+import tiny
+from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.errors import BadInput, HbvError
+from harmbench_vaccine.lab import Lab, ModelState
+from harmbench_vaccine.pipeline import Made, align
+from harmbench_vaccine.plugins import Defense
+from harmbench_vaccine.registry import DEFENSES
+from harmbench_vaccine.runner import run_all
+from harmbench_vaccine.spec import RunSpec, parse
+from harmbench_vaccine.store import Store
+from harmbench_vaccine.training.adapters import Stack
+from harmbench_vaccine.training.stage import TrainingStage
+from harmbench_vaccine.training.taps import Taps, decoder_layers
+from harmbench_vaccine.training.trainer import train
+from harmbench_vaccine.weights import check_quantization
+
+SHAPES = ("llama", "opt", "qwen2", "gemma2")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bfloat16
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_a_bfloat16_base_trains_as_a_float32_one(architecture: str, tmp_path: Path) -> None:
+    """Losses within two per cent, falling alike, with float32 adapters; bfloat16 has 8 bits of mantissa."""
+    logs = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        base = tiny.model(architecture).to(dtype)
+        stage, stack = tiny.stage(base, trained_with=tiny.settings(epochs=6, lr=2e-2))
+        assert {parameter.dtype for parameter in stage.trainable.values()} == {torch.float32}
+        logs[dtype] = train(stage, Defense(), tiny.rows(12), stage.settings, tmp_path / str(dtype), pad=tiny.PAD)
+        assert {factor.dtype for pair in stack.trained().factors.values() for factor in pair} == {torch.float32}
+    exact, rounded = ([step["loss"] for step in log] for log in logs.values())
+    assert rounded == pytest.approx(exact, rel=0.02)
+    assert rounded != exact
+    assert rounded[-1] < 0.9 * rounded[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantization
+
+
+def test_quantization_without_its_package_is_refused_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_quantization("none")
+    with pytest.raises(BadInput, match=r"'4bit' needs bitsandbytes.*pip install 'harmbench-vaccine\[quantization\]'"):
+        check_quantization("4bit")
+
+
+def test_quantization_makes_other_artifacts_and_none_leaves_addresses_alone(tmp_path: Path) -> None:
+    def identity(**changes: Any) -> Any:
+        return Made(str(tmp_path), ModelState(str(tmp_path), **changes), {}).identity
+
+    plain = identity()
+    assert identity(quantization="none") == plain == [*plain[:3], "float32"]
+    assert identity(quantization="4bit") == [*plain, "4bit"]
+    assert ModelState("m", quantization="8bit").on_top(Path("a")).quantization == "8bit"
+
+
+@pytest.mark.parametrize("attack", ["refusal_ablation", "optimizer:full=true"])
+def test_what_changes_the_bases_weights_is_refused_under_quantization(attack: str) -> None:
+    Cell.settle(RunSpec(values={"quantization": "4bit"}))
+    with pytest.raises(BadInput, match=r"changes the base model's weights.*'4bit'"):
+        Cell.settle(RunSpec(attack=parse(attack), values={"quantization": "4bit"}))
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantized_base_is_close_to_the_exact_one_and_trains(quantization: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    world = tiny.make_world(tmp_path / "world")
+    folder = str(world.parent / "model")
+    words = AutoConfig.from_pretrained(folder).vocab_size
+    tiny.model(vocab_size=words, intermediate_size=128).save_pretrained(folder)  # blocks of 64, as NF4 has them
+    lab, batch = Lab(Store(tmp_path / "store")), tiny.batch()
+    with torch.no_grad():
+        exact = lab.stack(ModelState(folder)).use([])(**batch).loss
+        rounded = lab.stack(ModelState(folder, quantization=quantization)).use([])(**batch).loss
+    assert rounded == pytest.approx(float(exact), rel=0.02)
+    assert not torch.equal(rounded, exact)
+    cell = Cell.settle(RunSpec(protocol=str(world), values={"quantization": quantization}))
+    made = align(cell, lab)
+    losses = [step["loss"] for step in made.artifacts["align"].json("log.json")]
+    assert losses[-1] < 0.8 * losses[0]
+    with pytest.raises(HbvError, match="cannot be merged into a base that is quantized"):
+        lab.merged(made.state)
+
+
+@pytest.mark.parametrize(("quantization", "close"), [("8bit", 0.1), ("4bit", 1e-5)])
+def test_gradients_through_a_quantized_base_are_those_of_its_values(
+    quantization: str, close: float, tmp_path: Path
+) -> None:
+    """Also after it has answered. In 8 bits the inputs are rounded too, so that only the direction is told."""
+    bits = pytest.importorskip("bitsandbytes")
+    tiny.model(intermediate_size=128).save_pretrained(tmp_path / "model")
+    quantized = Lab(Store(tmp_path / "store")).stack(ModelState(str(tmp_path / "model"), quantization=quantization))
+    exact = tiny.model(intermediate_size=128)
+    with torch.no_grad():
+        quantized.base(**tiny.batch(seed=1))  # it answers, without a graph
+        if quantization == "4bit":
+            for name, module in quantized.base.named_modules():
+                if isinstance(module, bits.nn.Linear4bit):
+                    values = bits.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+                    exact.get_submodule(name).weight.copy_(values)
+    found = []
+    for stack in (Stack(exact), quantized):
+        parameters = stack.train([], tiny.settings(lora_dropout=0.0), 0)
+        tiny.stir(parameters)
+        stack.model.train()
+        loss = stack.model(**tiny.batch()).loss
+        found.append(torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(parameters.values()))]))
+    assert torch.linalg.vector_norm(found[0] - found[1]) <= close * torch.linalg.vector_norm(found[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradient checkpointing
+
+
+def stage_of(architecture: str, *, checkpointed: bool, dropout: float = 0.0, name: str = "align") -> TrainingStage:
+    base: PreTrainedModel = tiny.model(architecture)
+    if checkpointed:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = tiny.settings(lora_dropout=dropout)
+    made, _ = tiny.stage(base, trained_with=settings, name=name, stirred=True, pools=tiny.example_pools())
+    made.model.train()
+    made.step, made.steps = 1, 20
+    return made
+
+
+@contextmanager
+def runs(stage: TrainingStage) -> Iterator[list[int]]:
+    """Counts how often the first layer's attention runs."""
+    seen: list[int] = []
+    with Taps(stage.model).changed(lambda number, output: seen.append(number)):
+        yield seen
+
+
+def equal(one: Any, other: Any) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_the_layers_run_again_in_the_backward_pass(architecture: str) -> None:
+    for checkpointed, times in ((False, 1), (True, 2)):
+        stage = stage_of(architecture, checkpointed=checkpointed)
+        with runs(stage) as seen:
+            gradient = stage.gradient(tiny.batch())
+        assert len(seen) == times * len(decoder_layers(stage.model))
+        assert all(float(value.abs().max()) > 0 for value in gradient.values)  # also of the first layer
+
+
+@pytest.mark.parametrize("place", ["attention", "mlp", "layer"])
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_taps_give_equal_gradients_under_checkpointing(architecture: str, place: Any) -> None:
+    """Of the probes; of the parameters at shifted outputs; of a loss on recorded outputs."""
+    found = []
+    for checkpointed in (False, True):
+        stage, batch = stage_of(architecture, checkpointed=checkpointed), tiny.batch()
+        parameters, taps = list(stage.trainable.values()), stage.taps_on(place)
+        with taps.probed() as probes:
+            of_probes = torch.autograd.grad(stage.loss(batch), probes)
+        with taps.shifted([10 * gradient for gradient in of_probes]):
+            at_shifts = stage.gradient(batch).values
+        with taps.recorded() as outputs:
+            stage.output(batch)
+        squares = torch.stack([output.square().mean() for output in outputs]).sum()
+        of_outputs = torch.autograd.grad(squares, parameters, allow_unused=True, materialize_grads=True)
+        assert len(of_probes) == len(outputs) == len(decoder_layers(stage.model))
+        assert any(float(value.abs().max()) > 0 for value in of_outputs)
+        found.append([*of_probes, *at_shifts, *of_outputs])
+    equal(*found)
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "vaccine": ("vaccine", {}, "align"),
+    "tvaccine": ("tvaccine", {"gamma": 1}, "align"),
+    "random_vaccine": ("random_vaccine", {}, "align"),
+    "repnoise": ("repnoise", {}, "align"),
+    "booster": ("booster", {}, "align"),
+    "ldifs": ("ldifs", {}, "finetune"),
+    "git-disl": ("ldifs", {"variant": "git-disl"}, "finetune"),
+    "kl": ("kl", {}, "finetune"),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_a_defenses_step_is_the_same_under_checkpointing(architecture: str, family: str, dropout: float) -> None:
+    """Loss and gradient; with dropout, both draw the same masks."""
+    plugin, params, name = FAMILIES[family]
+    found: list[list[Tensor]] = []
+    for checkpointed in (False, True):
+        stage = stage_of(architecture, checkpointed=checkpointed, dropout=dropout, name=name)
+        defense = DEFENSES.get(plugin)(**params)
+        torch.manual_seed(4)
+        defense.before_step(stage)
+        gradient = defense.gradient(stage, tiny.batch())
+        found.append([gradient.loss, *(value for value in gradient.values if value is not None)])
+    equal(*found)
+
+
+@pytest.mark.slow
+def test_checkpointing_is_no_part_of_an_address(tmp_path: Path) -> None:
+    cell = Cell.settle(RunSpec(protocol=str(tiny.make_world(tmp_path / "world")), defense=parse("vaccine")))
+    first = align(cell, Lab(Store(tmp_path / "store"))).artifacts["align"]
+    again = align(cell, Lab(Store(tmp_path / "store"), gradient_checkpointing=True)).artifacts["align"]
+    apart = align(cell, Lab(Store(tmp_path / "other"), gradient_checkpointing=True)).artifacts["align"]
+    assert again.cached
+    assert again.path == first.path
+    assert not apart.cached
+    assert apart.key == first.key
+    losses = [[step["loss"] for step in made.json("log.json")] for made in (first, apart)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_checkpointing_of_a_whole_model(tmp_path: Path) -> None:
+    """The user trains every weight; what is answered with is what training without it gives."""
+    world = tiny.make_world(tmp_path / "world")
+    spec = RunSpec(protocol=str(world), attack=parse("optimizer:full=true"))
+    plain = run_all([spec], out=tmp_path / "one")[0]
+    (tmp_path / "home" / "store").rename(tmp_path / "kept")
+    checkpointed = run_all([spec], out=tmp_path / "two", gradient_checkpointing=True)[0]
+    assert checkpointed["alignment_loss"] == pytest.approx(plain["alignment_loss"], rel=1e-4)
+    assert checkpointed["embedding_drift"] == pytest.approx(plain["embedding_drift"], rel=1e-3)
+
+
+def test_a_stack_says_what_it_leaves_out(tmp_path: Path) -> None:
+    """`Stack` is told by the lab whom to tell."""
+    tiny.model("opt").save_pretrained(tmp_path / "opt")
+    said: list[str] = []
+
+    class Notes:
+        note = staticmethod(said.append)
+
+    lab = Lab(Store(tmp_path / "store"), progress=Notes())  # type: ignore[arg-type]
+    stack: Stack = lab.stack(ModelState(str(tmp_path / "opt")))
+    stack.train([], tiny.settings(lora_targets=("q_proj", "gate_proj")), 0)
+    assert said == ["OPTForCausalLM has no gate_proj: LoRA adapts q_proj only"]

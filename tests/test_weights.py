@@ -1,0 +1,206 @@
+"""Loading models: what is said of a folder whose weights are broken, and of a hub that does not give one.
+
+The hub is a small server on this machine that answers as the real one does; the libraries talk to it by HF_ENDPOINT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import tiny
+from harmbench_vaccine import weights
+from harmbench_vaccine.errors import BadInput, HbvError
+from harmbench_vaccine.lab import check_model
+from harmbench_vaccine.weights import load
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.model().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def loaded(folder: Path) -> Any:
+    return load(AutoModelForCausalLM, str(folder))
+
+
+def test_a_whole_folder_is_loaded_as_it_was_saved(folder: Path) -> None:
+    expected = tiny.model().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded(folder).state_dict().items())
+
+
+def test_cut_weights_are_told_of(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(HbvError, match=r"Model '.*': its weights are broken .*copy them again"):
+        loaded(folder)
+
+
+def test_missing_weights_are_not_made_up(folder: Path) -> None:
+    """transformers would draw them and warn."""
+    stored = load_file(folder / "model.safetensors")
+    gone = sorted(name for name in stored if "layers.1." in name)
+    save_file({name: value for name, value in stored.items() if name not in gone}, folder / "model.safetensors")
+    with pytest.raises(HbvError, match=rf"lacks weights of a LlamaForCausalLM: {gone[0]} and {len(gone) - 1} more"):
+        loaded(folder)
+
+
+def test_weights_of_another_shape_are_told_of(folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    stored["lm_head.weight"] = stored["lm_head.weight"][:, :7].clone()
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(HbvError, match=r"Model .* cannot be loaded"):
+        loaded(folder)
+
+
+def test_pickled_weights_are_refused_with_a_way_out(folder: Path) -> None:
+    torch.save(tiny.model().state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match=r"no safetensors, and pickled weights \(\.bin\) are not read.*refs/pr"):
+        loaded(folder)
+
+
+def test_pickled_weights_that_a_protocol_names_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "PICKLED", {str(folder)})
+    want = tiny.model()
+    torch.save(want.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for name, parameter in loaded(folder).named_parameters():
+        assert torch.equal(parameter, want.get_parameter(name))
+
+
+class Payload:
+    """A pickle that runs a command when an ordinary unpickler reads it."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_a_pickle_that_would_run_something_runs_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "PICKLED", {str(folder)})
+    torch.save({**tiny.model().state_dict(), "more": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(HbvError, match="cannot be loaded"):
+        loaded(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_configuration_that_is_none_is_told_of(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+    with pytest.raises(HbvError, match=r"Model .* cannot be loaded"):
+        loaded(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A hub
+
+
+COMMIT = "0" * 39 + "1"
+CONFIG = json.dumps({"model_type": "llama", "hidden_size": 32, "vocab_size": 16})
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """org/gated, org/bin (a configuration and pickled weights); nothing else."""
+
+    def do_GET(self) -> None:
+        refused = {
+            "org/gated": (403, "GatedRepo", "Access to model org/gated is restricted."),
+            "org/nothing": (401, "RepoNotFound", "Repository not found"),
+        }
+        for name, (status, code, text) in refused.items():
+            if name in self.path:
+                return self._answer(status, b"{}", {"X-Error-Code": code, "X-Error-Message": text})
+        if "refs" in self.path or "nowhere" in self.path:
+            return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
+        if "/api/" in self.path:
+            return self._answer(200, json.dumps({"id": "org/bin", "sha": COMMIT}).encode(), {})
+        if self.path.endswith("/config.json"):
+            return self._answer(200, CONFIG.encode(), {"ETag": '"config"', "X-Repo-Commit": COMMIT})
+        return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+
+    do_HEAD = do_GET
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+TRY = """
+import sys
+from transformers import AutoModelForCausalLM
+from harmbench_vaccine.errors import HbvError
+from harmbench_vaccine.lab import check_model
+from harmbench_vaccine.weights import load
+for location in sys.argv[1:]:
+    for reading in (lambda: load(AutoModelForCausalLM, location), lambda: check_model(location)):
+        try:
+            reading()
+            print("nothing")
+        except HbvError as error:
+            print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_hub_refuses_is_told_in_a_sentence(hub: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HBV_HOME": str(tmp_path / "hbv")}
+    names = ["org/gated", "org/nothing", "org/bin", "org/bin@nowhere"]
+    command = [sys.executable, "-c", TRY, *names]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    lines = ran.stdout.splitlines()
+    gated, gated_check, nothing, nothing_check, pickled, fine, revision, revision_check = lines
+    assert gated.startswith("BadInput Model 'org/gated' is gated: ask for access")
+    assert "HF_TOKEN" in gated_check
+    assert nothing.startswith("BadInput Model 'org/nothing' is not on the hub")
+    assert nothing_check.startswith("BadInput Unknown model 'org/nothing': is not on the hub")
+    assert "has no safetensors" in pickled
+    assert "refs/pr/N" in pickled
+    assert fine == "nothing"  # its configuration is there; that its weights are not safetensors shows when it is loaded
+    assert revision == "BadInput Model 'org/bin@nowhere': the hub has no such revision of it."
+    assert "no such revision" in revision_check
+
+
+def test_offline_and_not_in_the_cache() -> None:
+    with pytest.raises(HbvError, match=r"'org/model' is not on this machine, and the hub cannot be reached"):
+        load(AutoModelForCausalLM, "org/model")
+    with pytest.raises(BadInput, match=r"Did you mean 'meta-llama/Llama-2-7b-hf'.*Allowed"):
+        check_model("meta-lama/Llama-2-7b-hf")
