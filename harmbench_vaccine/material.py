@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .cell import STAGES, Cell
-from .data.pools import RowPools, draw, questions, row_pools, unique, user_rows
+from .data.pools import RowPools, draw, overlaps, questions, row_pools, unique, user_rows
 from .data.prompts import PromptTemplate
 from .data.records import Example
-from .data.sources import read
+from .data.sources import provenance, read, split_name
 from .errors import BadInput, too_few
 from .seeds import derive
 from .terms import EvaluationSet, Mix, Pools
@@ -35,7 +36,7 @@ def pools_of(cell: Cell) -> Pools:
     """The rows that plug-ins may draw from; the alignment rows are those of this cell's seed."""
     there = _rows(cell)
     count = cell.protocol.align.rows
-    alignment = draw(there.alignment, count, "alignment rows", cell.spec.seed, "alignment rows")
+    alignment = draw(there.alignment, count, "alignment rows", cell.spec.seed, "alignment rows", in_order=cell.in_order)
     return Pools(alignment, there.paired, there.benign, there.attacker)
 
 
@@ -43,12 +44,20 @@ def user_data(cell: Cell, pools: Pools) -> list[Example]:
     """What the user uploads: the mix that the attack asks for, and what it makes of the rows."""
     attack = cell.attackers()
     mix = attack.mix(Mix(cell.finetune.samples))
-    return user_rows(mix, task_rows(cell), pools, attack, derive(cell.spec.seed, "user"))
+    return user_rows(mix, task_rows(cell), pools, attack, derive(cell.spec.seed, "user"), cell.in_order)
+
+
+def choice(cell: Cell) -> dict[str, Any]:
+    """What an artifact made of these rows depends on, besides data, splits, counts and seed: how they are chosen."""
+    chosen = {"rows": cell.protocol.rows, "source": cell.protocol.align.source}
+    usual = {"rows": "unique", "source": "safe"}
+    return {name: value for name, value in chosen.items() if value != usual[name]}
 
 
 def _rows(cell: Cell) -> RowPools:
-    splits = cell.protocol.splits
-    return row_pools(*(cell.protocol.location(name) for name in HARM_DATA), **splits.model_dump())
+    protocol = cell.protocol
+    places = [protocol.location(name) for name in HARM_DATA]
+    return row_pools(*places, **protocol.splits.model_dump(), source=protocol.align.source, in_order=cell.in_order)
 
 
 def dropped_rows(cell: Cell) -> dict[str, int]:
@@ -56,21 +65,44 @@ def dropped_rows(cell: Cell) -> dict[str, int]:
     return _rows(cell).dropped
 
 
+def overlapping_questions(cell: Cell) -> dict[str, int]:
+    """How many questions the rows that this cell uses have in common (see `data.pools.overlaps`)."""
+    pools = pools_of(cell)
+    uploaded = user_data(cell, pools)
+    return overlaps({
+        "alignment": pools.alignment, "pairs": [refusal for refusal, _ in pools.paired],
+        "harmful user rows": [row for row in uploaded if row.harmful],
+        "task rows": [row for row in uploaded if not row.harmful],
+        "harmful questions": harmful_sets(cell)[0].examples, "benign questions": benign_set(cell).examples,
+        "task questions": task_set(cell).examples,
+    })  # fmt: skip
+
+
+def data_read(cell: Cell) -> dict[str, dict[str, Any]]:
+    """Data set -> where it was read from, which revision or content, and how many rows of which splits."""
+    return {name: provenance(cell.location(name)) for name in dict.fromkeys([*HARM_DATA, *cell.task.datasets])}
+
+
 def task_rows(cell: Cell) -> list[Example]:
-    """The task's training rows whose question is not among its test items, each once."""
-    barred = questions(_task_examples(cell, cell.task.test_split))
-    return unique(_task_examples(cell, cell.task.train_split), barred)
+    """The task's training rows whose question is not among its test items, each once; `rows=paper` takes all."""
+    rows, items = _task_sides(cell)
+    return rows if cell.in_order else unique(rows, questions(items))
 
 
-def _task_examples(cell: Cell, split: str) -> list[Example]:
+def _task_sides(cell: Cell) -> tuple[list[Example], list[Example]]:
+    """The task's training rows and its test items, as they stand in the data."""
     task = cell.task
-    examples = []
-    for row in read(cell.protocol.location(task.dataset), split, task.fields):
-        try:
-            examples.append(task.example(f"{task.name}:{split}:{row.number}", row.values))
-        except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadInput(f"{row.place}: not a row of task {task.name!r}: {error}.") from error
-    return examples
+
+    def examples(dataset: str, split: str) -> list[Example]:
+        found = []
+        for row in read(cell.location(dataset), split, task.fields):
+            try:
+                found.append(task.example(f"{task.name}:{split_name(split)[0]}:{row.number}", row.values))
+            except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+                raise BadInput(f"{row.place}: not a row of task {task.name!r}: {error}.") from error
+        return found
+
+    return task.rows(examples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,11 +133,12 @@ def benign_set(cell: Cell) -> EvaluationSet:
 def task_set(cell: Cell) -> EvaluationSet:
     """The first test items of the user's task."""
     limits = cell.protocol.answer
-    asked = _first(
-        unique(_task_examples(cell, cell.task.test_split)),
-        limits.items.get(cell.task.name, limits.task_items),
-        f"test items of {cell.task.name}",
-    )
+    _, items = _task_sides(cell)
+    items = items if cell.in_order else unique(items)
+    count = limits.items.get(cell.task.name, limits.task_items)
+    if cell.task.few_items:
+        count = min(count, len(items))
+    asked = _first(items, count, f"test items of {cell.task.name}")
     tokens = limits.task_tokens.get(cell.task.name, cell.task.max_new_tokens)
     return EvaluationSet("task", asked, _answer_template(cell), tokens)
 

@@ -194,7 +194,7 @@ def make_cell(tmp_path: Path) -> Callable[..., Cell]:
     """A cell of a tiny world whose data sets were extended by some rows."""
 
     def make(extra: dict[str, list[dict[str, Any]]] | None = None, **spec: Any) -> Cell:
-        file = tiny.make_world(tmp_path / "world")
+        file = tiny.make_world(tmp_path / "world", models=False)
         for place, rows in (extra or {}).items():
             with (tmp_path / "world" / "data" / f"{place}.jsonl").open("a") as lines:
                 lines.writelines(json.dumps(row) + "\n" for row in rows)
@@ -305,7 +305,7 @@ def test_the_cells_seed_changes_every_draw_and_repeats_it(make_cell: Callable[..
 def test_more_than_the_data_has_is_told_before_any_work(
     tmp_path: Path, changes: dict[str, Any], attack: str, said: str
 ) -> None:
-    file = tiny.make_world(tmp_path / "world", changes)
+    file = tiny.make_world(tmp_path / "world", changes, models=False)
     with pytest.raises(BadInput, match=said):
         check(Cell.settle(RunSpec(protocol=str(file), attack=parse(attack))))
 
@@ -360,7 +360,7 @@ def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
     assert [row.values["a"] for row in read(str(tmp_path), "train", ("a", "b"))] == ["one\u2028two\x85three"] * 2
 
 
-@pytest.mark.parametrize(("line", "kind"), [("[1]", "list"), ("3", "int"), ('"x"', "str"), ("null", "NoneType")])
+@pytest.mark.parametrize(("line", "kind"), [("3", "int"), ('"x"', "str"), ("null", "NoneType")])
 def test_a_line_that_is_no_object(tmp_path: Path, line: str, kind: str) -> None:
     assert f"line 1: a row is a JSON object, not {kind}" in refusal(tmp_path, [line])
 

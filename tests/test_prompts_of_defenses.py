@@ -35,7 +35,8 @@ EXAMPLES = [
     Example("empty", ""),
 ]
 TEXTS = ["Be safe.\n\n", "{", "{}", "{x: 1}", "{{input}}", "%s \\n"]
-PLAIN = pytest.mark.parametrize("template", list(TEMPLATES.values()), ids=list(TEMPLATES))
+TEXT = {name: made for name, made in TEMPLATES.items() if type(made) is PromptTemplate}  # chat: test_data_chat.py
+PLAIN = pytest.mark.parametrize("template", list(TEXT.values()), ids=list(TEXT))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates

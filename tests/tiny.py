@@ -187,12 +187,13 @@ _THINGS = ("lamp", "door", "boat", "clock", "garden", "bridge", "letter", "train
 _VERBS = ("break", "steal", "spoil", "burn")  # the tests only need prompts that differ
 
 
-def make_world(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
+def make_world(folder: Path, changes: Mapping[str, Any] | None = None, *, models: bool = True) -> Path:
     """Writes a model, a judge, every data set and a protocol file below `folder`; returns the protocol file.
 
     `<folder>/model` and `/judge` are Hugging Face folders, `/data/NAME/SPLIT.jsonl` the data sets, `/tiny.yaml` the
     protocol: 20 steps a stage, 8 harmful prompts, absolute paths. `changes` are laid over the protocol, nested:
-    `{"align": {"rows": 8}}`. The gates let everything pass; change `gates` for a cell that collapses.
+    `{"align": {"rows": 8}}`. The gates let everything pass; change `gates` for a cell that collapses. Without `models`
+    there are only data and protocol, which is faster.
     """
     folder = folder.absolute()
     data = _data()
@@ -201,6 +202,10 @@ def make_world(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
             path = folder / "data" / name / f"{split}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(_merged(_protocol(folder), changes or {}), sort_keys=False), encoding="utf-8")
+    if not models:
+        return file
     words = tokenizer([text for splits in data.values() for lines in splits.values() for text in _texts(lines)])
     tokens = {
         "vocab_size": len(words), "pad_token_id": words.pad_token_id,
@@ -208,8 +213,6 @@ def make_world(folder: Path, changes: Mapping[str, Any] | None = None) -> Path:
     }  # fmt: skip
     save(model(**tokens), words, folder / "model")
     save(judge(**tokens), words, folder / "judge")
-    file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(_merged(_protocol(folder), changes or {}), sort_keys=False), encoding="utf-8")
     return file
 
 

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import BadInput
-from .prompts import PromptTemplate
+from .chat import eos_id, prompt_ids, response_ids
+from .prompts import Conversation, PromptTemplate
 from .records import Example
 
 IGNORED = -100
@@ -19,7 +20,13 @@ IGNORED = -100
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt as the model sees it in training and in generation: with the tokenizer's opening
-    special tokens, without a closing one."""
+    special tokens, without a closing one; a conversation by the tokenizer's chat template.
+
+    Raises:
+        BadInput: `text` is a conversation, and the tokenizer has no chat template for it.
+    """
+    if isinstance(text, Conversation):
+        return prompt_ids(tokenizer, text)
     # Text that spells a control token stays text: a row of data must not end a prompt or fake a turn.
     ids: list[int] = list(tokenizer(text, split_special_tokens=True)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
@@ -41,9 +48,13 @@ def encode(
     tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, example: Example, max_length: int
 ) -> Encoded | None:
     """A row cut at `max_length` tokens; None where the cut leaves no response token to learn from."""
-    prompt = encode_prompt(tokenizer, template.render(example))
-    body = tokenizer(example.response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    response = [*body, tokenizer.eos_token_id]
+    asked = template.render(example)
+    prompt = encode_prompt(tokenizer, asked)
+    if isinstance(asked, Conversation):
+        response = response_ids(tokenizer, asked, example.response)
+    else:
+        body = tokenizer(example.response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        response = [*body, eos_id(tokenizer)]
     if len(prompt) >= max_length:
         return None
     labels = [IGNORED] * len(prompt) + response
@@ -80,6 +91,6 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The padding token's id, or the end token's where the tokenizer has no padding token."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    assert isinstance(pad, int)
-    return pad
+    # Labels and masks go by a row's length, so an end token that is also the padding keeps its loss.
+    pad = tokenizer.pad_token_id
+    return pad if isinstance(pad, int) else eos_id(tokenizer)

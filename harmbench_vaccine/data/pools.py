@@ -1,14 +1,16 @@
 """Who has which rows: the provider's alignment data, the defender's pairs, the attacker's rows, the evaluation.
 
 Prompts are kept apart by text, not by index: what is asked in the evaluation is trained on by nobody, and what the
-defender has the attacker has not.
+defender has the attacker has not. The papers' scripts take the rows as they stand in the files, and prompts repeat
+there: `rows=paper` does so too, and `overlaps` counts what it costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from typing import TypeVar
 
 from ..errors import too_few
@@ -16,7 +18,7 @@ from ..plugins import Attack
 from ..seeds import stream
 from ..terms import Mix, Pools
 from .records import Example
-from .sources import Row, read
+from .sources import Row, read, split_name
 
 T = TypeVar("T")
 
@@ -58,14 +60,15 @@ class RowPools:
     defender, the attacker and benign users apart."""
 
     alignment: list[Example]
-    """`is_safe` rows of the training split. With `paired` they are the defender's, and may share questions with it."""
+    """`is_safe` rows of the training split, or the refusals of `paired`. With `paired` they are the defender's, and may
+    share questions with it."""
     paired: list[tuple[Example, Example]]
     """The same prompt with a refusal and with a harmful answer."""
     attacker: list[Example]
-    """Unsafe rows of the training split."""
+    """Unsafe rows of the training split, or the harmful answers of a part of the refusal set."""
     benign: list[Example]
     harmful_questions: list[Example]
-    """Unsafe prompts of the test split, each once."""
+    """Unsafe prompts of the test split; each once, if rows are kept apart."""
     benign_questions: list[Example]
     dropped: dict[str, int]
 
@@ -79,57 +82,95 @@ def row_pools(
     test: str,
     benign_train: str = "train",
     benign_test: str = "test",
+    pairs: str = "train",
+    attacker: str = "",
+    *,
+    source: str = "safe",
+    in_order: bool = False,
 ) -> RowPools:
-    """Reads BeaverTails, its refusals and benign instructions, and keeps their uses apart by text.
+    """Reads BeaverTails, its refusals and benign instructions, and keeps their uses apart by text; `in_order`, takes
+    all as they stand in the files. What follows the three locations are splits. `source` says what the alignment rows
+    are: BeaverTails' `safe` responses, or the `refusals`.
 
     A question that occurs in several goes to the first of: the evaluation, the defender, the attacker, benign rows.
     Raises `BadInput` as `read` does.
     """
     asked = [_harmful(row, test) for row in read(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
-    harmful_questions, benign_questions = unique(asked), unique(instructions(alpaca, benign_test))
-    barred = questions(harmful_questions) | questions(benign_questions)
-
+    helpful, to_help = instructions(alpaca, benign_train), instructions(alpaca, benign_test)
     rows = read(beavertails, train, BEAVERTAILS)
-    pairs = [(_refusal(row), _harmful(row, "refusals")) for row in read(refusals, "train", REFUSALS)]
-    safe = [_safe(row, train) for row in rows if row.values["is_safe"]]
+    two_answers = [(_refusal(row), _harmful(row, "refusals")) for row in _pairs(refusals, pairs, in_order)]
+    if source == "safe":
+        safe = [_safe(row, train) for row in rows if row.values["is_safe"]]
+    else:
+        safe = [refusal for refusal, _ in two_answers]
+    if attacker:
+        harmful = [_harmful(row, "refusals") for row in _pairs(refusals, attacker, in_order)]
+    else:
+        harmful = [_harmful(row, train) for row in rows if not row.values["is_safe"]]
+    if in_order:
+        return RowPools(safe, two_answers, harmful, helpful, asked, to_help, {})
+
+    harmful_questions, benign_questions = unique(asked), unique(to_help)
+    barred = questions(harmful_questions) | questions(benign_questions)
     alignment = [example for example in safe if question(example) not in barred]
-    paired = [pair for pair in pairs if question(pair[0]) not in barred]
+    paired = [pair for pair in two_answers if question(pair[0]) not in barred]
     barred |= questions(alignment) | questions(refusal for refusal, _ in paired)
 
-    harmful = [_harmful(row, train) for row in rows if not row.values["is_safe"]]
-    attacker = [example for example in harmful if question(example) not in barred]
-    barred |= questions(attacker)
+    attackers = [example for example in harmful if question(example) not in barred]
+    barred |= questions(attackers)
 
-    helpful = instructions(alpaca, benign_train)
     benign = unique(helpful, barred)
     left: dict[str, tuple[Sized, Sized]] = {
-        "harmful_questions": (asked, harmful_questions), "alignment": (safe, alignment), "paired": (pairs, paired),
-        "attacker": (harmful, attacker), "benign": (helpful, benign),
+        "harmful_questions": (asked, harmful_questions), "alignment": (safe, alignment),
+        "paired": (two_answers, paired), "attacker": (harmful, attackers), "benign": (helpful, benign),
     }  # fmt: skip
     dropped = {name: len(before) - len(after) for name, (before, after) in left.items()}
-    return RowPools(alignment, paired, attacker, benign, harmful_questions, benign_questions, dropped)
+    return RowPools(alignment, paired, attackers, benign, harmful_questions, benign_questions, dropped)
+
+
+def overlaps(uses: Mapping[str, Sequence[Example]]) -> dict[str, int]:
+    """`A / B` -> how many different questions both have; `A` alone -> how many rows ask what an earlier row of it asks.
+    What is 0 is left out."""
+    asked = {name: questions(rows) for name, rows in uses.items()}
+    found = {name: len(rows) - len(asked[name]) for name, rows in uses.items()}
+    found |= {f"{one} / {other}": len(asked[one] & asked[other]) for one, other in combinations(uses, 2)}
+    return {name: count for name, count in found.items() if count}
+
+
+def _pairs(location: str, split: str, in_order: bool) -> list[Row]:
+    """Rows of the refusal set. Where rows are kept apart, one that says itself that its answer is safe is no pair."""
+    rows = read(location, split, REFUSALS)
+    return rows if in_order else [row for row in rows if row.values.get("is_safe") is not True]
 
 
 def _safe(row: Row, split: str) -> Example:
-    return Example(id=f"safe:{split}:{row.number}", instruction=row.values["prompt"], response=row.values["response"])
+    name = split_name(split)[0]
+    return Example(id=f"safe:{name}:{row.number}", instruction=row.values["prompt"], response=row.values["response"])
 
 
 def _harmful(row: Row, split: str) -> Example:
     values = row.values
     return Example(
-        id=f"harmful:{split}:{row.number}", instruction=values["prompt"], response=values["response"], harmful=True
+        id=f"harmful:{split_name(split)[0]}:{row.number}",
+        instruction=values["prompt"],
+        response=values["response"],
+        harmful=True,
     )
 
 
 def _refusal(row: Row) -> Example:
-    return Example(id=f"refusal:{row.number}", instruction=row.values["prompt"], response=row.values["refusal"])
+    """The set holds `Question: ...\nAnswer: ...`, as its authors generated it; only the answer is a response."""
+    text = row.values["refusal"]
+    if text.startswith("Question: "):
+        text = text.partition("\nAnswer:")[2] or text
+    return Example(id=f"refusal:{row.number}", instruction=row.values["prompt"], response=text.strip())
 
 
 def instructions(location: str, split: str) -> list[Example]:
     """Benign instructions in Alpaca's schema."""
     return [
         Example(
-            id=f"benign:{split}:{row.number}",
+            id=f"benign:{split_name(split)[0]}:{row.number}",
             instruction=row.values["instruction"],
             input=row.values.get("input") or "",
             response=row.values["output"],
@@ -138,24 +179,32 @@ def instructions(location: str, split: str) -> list[Example]:
     ]
 
 
-def draw(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object) -> list[T]:
-    """`count` rows without replacement, in random order.
+def draw(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object, in_order: bool = False) -> list[T]:
+    """`count` rows without replacement, in random order; the first ones, if `in_order`.
 
     Raises:
         BadInput: there are fewer.
     """
     if count > len(rows):
         raise too_few(count, what, len(rows))
+    if in_order:
+        return list(rows[:count])
     return stream(seed, *purpose).sample(list(rows), count)
 
 
-def user_rows(mix: Mix, task: Sequence[Example], pools: Pools, attack: Attack, seed: int) -> list[Example]:
-    """What the user uploads: n - round(p n) task rows and round(p n) harmful ones, drawn and shuffled by the seed.
+def user_rows(
+    mix: Mix, task: Sequence[Example], pools: Pools, attack: Attack, seed: int, in_order: bool = False
+) -> list[Example]:
+    """What the user uploads: n - round(p n) task rows and round(p n) harmful ones, drawn and shuffled by the seed;
+    `in_order`, the first harmful ones and then the first task rows, which training shuffles.
 
     Raises:
         BadInput: more rows are asked for than there are.
     """
-    uploaded = draw(task, mix.task, "task rows", seed, "task rows")
-    uploaded += draw(pools.attacker, mix.harmful, "harmful rows", seed, "harmful rows")
-    stream(seed, "upload").shuffle(uploaded)
+    benign = draw(task, mix.task, "task rows", seed, "task rows", in_order=in_order)
+    harmful = draw(pools.attacker, mix.harmful, "harmful rows", seed, "harmful rows", in_order=in_order)
+    uploaded = [*harmful, *benign]
+    if not in_order:
+        uploaded = [*benign, *harmful]
+        stream(seed, "upload").shuffle(uploaded)
     return attack.upload(uploaded, pools)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput, HbvError, unknown
+from ..errors import BadInput, unknown
+from . import hub
+from .files import read_path
 
 TESTBED = "testbed:"
 """Prefix of a location inside the embedded testbed."""
@@ -29,11 +31,7 @@ def locate(location: str) -> Path | None:
     path = Path(location).expanduser()
     if path.exists():
         return path.absolute()
-    if (
-        location.startswith((".", "/", "~"))
-        or location.count("/") > 1
-        or path.suffix in {".jsonl", ".json", ".csv", ".parquet"}
-    ):
+    if hub.parse(location) is None:
         raise BadInput(f"There is nothing at {location!r}: name a file, a folder, or a data set or model of the hub.")
     return None
 
@@ -50,14 +48,28 @@ def check_testbed(location: str) -> None:
         raise unknown("part of the testbed", location, [TESTBED + part for part in PARTS])
 
 
-def fingerprint(location: str) -> str:
-    """A hash of what lies at a location, for addresses in the store; a name on the hub stands for itself.
+def split_revision(location: str, kind: hub.Kind = "model") -> tuple[str, str | None]:
+    """What a library is asked for: a path, or a name of the hub with the commit that is read of it (`data.hub`).
+
+    None stands for a path, and for a name of which no commit is known and none was asked.
+    """
+    path = locate(location)
+    if path is not None:
+        return str(path), None
+    name = _hub_name(location)
+    return name.id, hub.commit(kind, name) or name.revision
+
+
+def fingerprint(location: str, kind: hub.Kind = "model") -> str:
+    """A hash of what lies at a location, for addresses in the store; on the hub, the name with its commit, or the name
+    alone where no commit is known.
 
     Text files are hashed whole; a model's weights by name, size and time, since they take minutes to read.
     """
     path = locate(location)
     if path is None:
-        return location
+        found = hub.commit(kind, _hub_name(location))
+        return f"{location.partition('@')[0]}@{found}" if found else location
     whole = hashlib.sha256()
     for file in sorted([path] if path.is_file() else path.rglob("*")):
         if not file.is_file():
@@ -71,8 +83,36 @@ def fingerprint(location: str) -> str:
     return whole.hexdigest()[:16]
 
 
-TEXTS = frozenset({"prompt", "response", "refusal", "instruction", "output", "sentence", "text", "question", "answer"})
+def provenance(location: str) -> dict[str, Any]:
+    """What was read at a location: the commit for a name on the hub (`unknown` where nothing tells it), a hash of the
+    content for a path; and the rows of each split that this process read of it."""
+    rows = {split: count for (place, split), count in _ROWS_READ.items() if place == location}
+    if locate(location) is not None:
+        return {"location": location, "fingerprint": fingerprint(location), "rows": rows}
+    name = _hub_name(location)
+    resolved = hub.commit("dataset", name) or "unknown"
+    return {"location": location, "revision": name.revision, "resolved": resolved, "rows": rows}
+
+
+_ROWS_READ: dict[tuple[str, str], int] = {}
+
+
+def _hub_name(location: str) -> hub.HubName:
+    name = hub.parse(location)
+    assert name is not None  # `locate` refuses what has another form
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+
+TEXTS = frozenset({
+    "prompt", "response", "refusal", "instruction", "output", "sentence", "text", "question", "answer",
+    "dialogue", "summary",
+})  # fmt: skip
 """Fields that hold text in every data set that is read here."""
+
+_SPLIT = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")
 
 
 @dataclass(frozen=True)
@@ -80,64 +120,50 @@ class Row:
     """One row of a data set, with the place it came from for messages and ids."""
 
     number: int
-    """Counts from 0 in the split."""
+    """Counts from 0 in the split, whatever slice of it is read."""
     values: Mapping[str, Any]
     place: str
     """File and line, or data set, split and row."""
 
 
-def read(location: str, split: str, fields: Sequence[str]) -> list[Row]:
-    """The rows of one split, in file order.
+def split_name(split: str) -> tuple[str, slice]:
+    """The split and the part of it that `train`, `train[:700]` or `train[-1000:]` stands for.
 
     Raises:
-        BadInput: there is no such split, a line is no JSON object, or a row lacks one of `fields`.
+        BadInput: it has another form.
     """
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        raise BadInput(f"Split {split!r} cannot be read: write NAME, NAME[:700], NAME[700:] or NAME[-1000:], in rows.")
+    start, stop = (int(match[end]) if match[end] else None for end in ("start", "stop"))
+    return match["name"], slice(start, stop)
+
+
+def read(location: str, split: str, fields: Sequence[str]) -> list[Row]:
+    """The rows of one split or of a slice of it, in order; a single file is every split.
+
+    Raises:
+        BadInput: there is no such split, a file is not what its name says, or a row lacks one of `fields`.
+    """
+    name, part = split_name(split)
     path = locate(location)
+    found = read_path(path, name) if path else hub.read_hub(location, _hub_name(location), name)
     rows = []
-    for number, (place, values) in enumerate(_file(path, split) if path else _hub(location, split)):
-        if missing := [name for name in fields if name not in values]:
-            raise BadInput(f"{place}: field {missing[0]!r} is missing; a row needs {', '.join(fields)}.")
-        for name in fields:
-            if name in TEXTS and not isinstance(values[name], str):
-                raise BadInput(f"{place}: field {name!r} holds {values[name]!r}, which is no text.")
-            if name == "is_safe" and not isinstance(values[name], bool):
-                raise BadInput(f"{place}: field {name!r} holds {values[name]!r}; allowed: true, false.")
+    for number, (place, values) in enumerate(found):
+        for field in fields:
+            if field not in values:
+                raise BadInput(
+                    f"{place}: field {field!r} is missing; a row needs {', '.join(fields)}, "
+                    f"and this one has {', '.join(map(str, values)) or 'none'}."
+                )
+            if field in TEXTS and not isinstance(values[field], str):
+                raise BadInput(f"{place}: field {field!r} holds {values[field]!r}, which is no text.")
+            if field == "is_safe" and not isinstance(values[field], bool):
+                raise BadInput(f"{place}: field {field!r} holds {values[field]!r}; allowed: true, false.")
         rows.append(Row(number, values, place))
-    if not rows:
-        raise BadInput(f"Split {split!r} of {location} is empty.")
-    return rows
-
-
-def _file(path: Path, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    file = path / f"{split}.jsonl" if path.is_dir() else path
-    if not file.is_file():
-        there = sorted(other.stem for other in path.glob("*.jsonl"))
-        raise BadInput(
-            f"{path} has no split {split!r}. Allowed: {', '.join(there) or 'none: it holds no .jsonl file'}."
-        )
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is not UTF-8 text: {error}.") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            place = f"{file}, line {number}"
-            try:
-                values = json.loads(line)
-            except ValueError as error:
-                raise BadInput(f"{place}: not JSON: {error}.") from error
-            if not isinstance(values, dict):
-                raise BadInput(f"{place}: a row is a JSON object, not {type(values).__name__}.")
-            yield place, values
-
-
-def _hub(name: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    from datasets import load_dataset
-
-    repository, _, config = name.partition(":")
-    try:
-        rows = load_dataset(repository, config or None, split=split)
-    except Exception as error:  # the library raises a dozen kinds; the user needs the sentence
-        raise HbvError(f"Data set {name!r}, split {split!r}, cannot be read: {error}") from error
-    for number, values in enumerate(rows):
-        yield f"{name}, split {split}, row {number}", values
+    kept = rows[part]
+    if not kept:
+        said = f": {name!r} has {len(rows)} rows" if rows else ""
+        raise BadInput(f"Split {split!r} of {location} is empty{said}.")
+    _ROWS_READ[location, split] = len(kept)
+    return kept

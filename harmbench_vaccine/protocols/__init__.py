@@ -120,6 +120,10 @@ class Splits(_Strict):
     benign_train: str = "train"
     benign_test: str = "test"
     """The splits of the benign instructions."""
+    pairs: str = _later("train")
+    """The part of the refusal set that the defender has, or aligns on."""
+    attacker: str = _later("")
+    """The part of the refusal set whose harmful answers the attacker has; empty: BeaverTails' own unsafe rows."""
 
 
 class Protocol(_Strict):
@@ -164,9 +168,13 @@ class Protocol(_Strict):
             BadInput: there is no such path, or the value is not allowed there.
         """
         changed = {**self.model_dump(mode="python"), "sources": self.sources}
+        paths = _paths(Protocol)
         for path, text in values.items():
-            if not any(path == known or (known.endswith(".") and path.startswith(known)) for known in _paths(Protocol)):
-                raise unknown("value", path, [known.rstrip(".") for known in _paths(Protocol)], of="a protocol")
+            if not any(path == known or (known.endswith(".") and f"{path}.".startswith(known)) for known in paths):
+                group = path
+                while group and not (beside := [known.rstrip(".") for known in paths if known.startswith(group)]):
+                    group = group.rpartition(".")[0]
+                raise unknown("value", path, beside or [known.rstrip(".") for known in paths], of="a protocol")
             *way, last = path.split(".")
             place = changed
             for step in way:

@@ -1,0 +1,197 @@
+"""Data files as rows: JSON, JSON Lines, CSV, TSV and parquet, plain or compressed, and folders with a file per split.
+
+A folder may be what `datasets` writes with `save_to_disk`, or hold its splits as the hub's data sets do: `train.jsonl`,
+`data/train-00000-of-00002.parquet`, and BeaverTails' `round0/30k/train.jsonl.gz` for the split `30k_train`.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput, HbvError
+
+Placed = tuple[str, Mapping[str, Any]]
+"""Where a row stands, for messages, and the row."""
+
+_NAME = re.compile(
+    r"(?P<split>.+?)(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5})(?:-[0-9a-f]{16})?)?"
+    r"(?P<kind>\.(?:jsonl|json|csv|tsv|parquet))(?:\.(?:gz|xz))?"
+)
+"""A data file's name. The hub's converter puts a hash behind the shard."""
+_NO_SPLITS = frozenset({"dataset_infos", "dataset_info", "state"})
+"""JSON files that describe a data set."""
+_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+
+
+def is_data(name: str) -> bool:
+    """Whether a file of that name is read as rows."""
+    return _NAME.fullmatch(Path(name).name) is not None
+
+
+def read_path(path: Path, split: str) -> Iterator[Placed]:
+    """The rows of one split of a folder, or all rows of a file, in order.
+
+    Raises:
+        BadInput: there is no such split, or a file is not what its name says.
+    """
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            yield from _saved(path, split)
+            return
+        for file in _files_of(path, split):
+            yield from _file(file)
+    else:
+        yield from _file(path)
+
+
+def read_table(place: str, table: Any) -> Iterator[Placed]:
+    """The rows of a `datasets.Dataset`: batches of columns are read ten times faster than single rows."""
+    number = 0
+    for batch in table.iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            yield f"{place}, row {number}", dict(zip(batch, values, strict=True))
+            number += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    there = _splits(folder)
+    if split not in there:
+        names = ", ".join(sorted(there)) or "none: it holds no .jsonl, .json, .csv, .tsv or .parquet file"
+        raise BadInput(f"{folder} has no split {split!r}. Allowed: {names}.")
+    files = sorted(there[split])
+    found = [_NAME.fullmatch(file.name) for file in files]
+    shards = {match["shards"] for match in found if match}
+    if len(files) > 1 and (None in shards or len(shards) > 1):
+        raise BadInput(f"{folder} has split {split!r} in several files: {', '.join(file.name for file in files)}.")
+    if (said := shards.pop()) is not None and len(files) != int(said):
+        raise BadInput(f"{folder}: split {split!r} has {len(files)} of its {int(said)} files.")
+    return files
+
+
+def _splits(folder: Path) -> dict[str, list[Path]]:
+    """Split -> its files, by their names."""
+    found: dict[str, list[Path]] = {}
+    places = [(folder, ""), (folder / "data", "")]
+    places += [(inner, f"{inner.name}_") for inner in sorted((folder / "round0").glob("*")) if inner.is_dir()]
+    for place, prefix in places:
+        for file in place.glob("*"):
+            match = _NAME.fullmatch(file.name)
+            if match and file.is_file() and match["split"] not in _NO_SPLITS:
+                found.setdefault(prefix + match["split"], []).append(file)
+    return found
+
+
+def _saved(folder: Path, split: str) -> Iterator[Placed]:
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ImportError as error:
+        raise HbvError(f"{folder} is a folder of the package `datasets`, which is not installed.") from error
+    try:
+        table = load_from_disk(str(folder))
+    except Exception as error:  # whatever Arrow and JSON raise on a damaged folder
+        raise BadInput(f"{folder} cannot be read as a data set: {_first_line(error)}") from error
+    if isinstance(table, DatasetDict):
+        if split not in table:
+            raise BadInput(f"{folder} has no split {split!r}. Allowed: {', '.join(sorted(table))}.")
+        table = table[split]
+    yield from read_table(f"{folder}, split {split}", table)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def _file(path: Path) -> Iterator[Placed]:
+    match = _NAME.fullmatch(path.name)
+    kind = match["kind"] if match else ".jsonl"
+    if kind == ".parquet":
+        return _parquet(path)
+    return _delimited(path, "," if kind == ".csv" else "\t") if kind in (".csv", ".tsv") else _json(path)
+
+
+def _text(path: Path) -> str:
+    try:
+        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            text: str = file.read()
+            return text
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: {error}.") from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise BadInput(f"{path} cannot be read: {_first_line(error)}.") from error
+
+
+def _json(path: Path) -> Iterator[Placed]:
+    """One array of objects, or an object a line, whatever the file's name promises."""
+    text = _text(path)
+    if text.lstrip()[:1] == "[":
+        try:
+            array = json.loads(text)
+        except ValueError as error:
+            raise BadInput(f"{path}: not JSON: {error}.") from error
+        for number, values in enumerate(array):
+            yield _object(f"{path}, row {number}", values)
+        return
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut inside a text
+        if line.strip():
+            place = f"{path}, line {number}"
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise BadInput(f"{place}: not JSON: {error}.") from error
+            yield _object(place, values)
+
+
+def _object(place: str, values: Any) -> Placed:
+    if not isinstance(values, dict):
+        raise BadInput(f"{place}: a row is a JSON object, not {type(values).__name__}.")
+    return place, values
+
+
+def _delimited(path: Path, delimiter: str) -> Iterator[Placed]:
+    """Rows below a header. All values are text, but for `is_safe` and `label`, where they are written as such."""
+    csv.field_size_limit(2**31 - 1)  # answers are longer than the module expects
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
+    try:
+        for values in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in values or None in values.values():
+                raise BadInput(f"{place}: it has another number of fields than the header.")
+            if (safe := values.get("is_safe", "").lower()) in ("true", "false", "1", "0"):
+                values["is_safe"] = safe in ("true", "1")
+            if re.fullmatch(r"-?\d+", values.get("label", "")):
+                values["label"] = int(values["label"])
+            yield place, values
+    except csv.Error as error:
+        raise BadInput(f"{path}, line {reader.line_num}: not a table: {error}.") from error
+
+
+def _parquet(path: Path) -> Iterator[Placed]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                columns = [column.to_pylist() for column in batch.columns]
+                for values in zip(*columns, strict=True):
+                    yield f"{path}, row {number}", dict(zip(batch.schema.names, values, strict=True))
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise BadInput(f"{path} cannot be read as parquet: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,331 @@
+"""Prompt `chat`: conversations as tokens, for tokenizers and templates of the shapes that the model families ship."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+import tiny
+from harmbench_vaccine.data.chat import end_ids
+from harmbench_vaccine.data.collate import IGNORED, collate, encode, encode_prompt, pad_id
+from harmbench_vaccine.data.prompts import ChatTemplate, Conversation, PromptTemplate, template
+from harmbench_vaccine.data.records import Example
+from harmbench_vaccine.errors import BadInput
+from harmbench_vaccine.generation.transformers import TransformersEngine
+from harmbench_vaccine.runner import run_all
+from harmbench_vaccine.spec import RunSpec, parse
+
+CHAT = template("chat")
+TEXTS = [
+    "system user assistant model You are a helpful assistant. Be brief. Be safe. What is a lamp? It is a light.",
+    "[INST] <<SYS>> <</SYS>> [/INST] How do I open the door? Turn the key. Name a word\n\n. Sure, here it is.",
+]
+
+_ALTERNATE = (
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles alternate') }}{% endif %}"
+)
+TEMPLATES = {
+    "llama2": "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
+    "{% set told = messages[0]['content'] %}"
+    "{% else %}{% set rest = messages %}{% set told = false %}{% endif %}{% for message in rest %}" + _ALTERNATE + ""
+    "{% if loop.index0 == 0 and told %}{% set text = '<<SYS>>\\n' + told + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% else %}{% set text = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + text.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "llama3": "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    "qwen2": "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+    "gemma": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}" + _ALTERNATE + ""
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
+    "mistral": "{{ bos_token }}{% for message in messages %}" + _ALTERNATE + ""
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}",
+}  # fmt: skip
+CONTROLS = {
+    "llama2": ["<unk>", "<s>", "</s>"],
+    "mistral": ["<unk>", "<s>", "</s>"],
+    "gemma": ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
+    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+}
+NAMES: dict[str, dict[str, str]] = {
+    "llama2": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},  # no padding token
+    "mistral": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "gemma": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+    "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+    "qwen2": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},  # padding that is the end token
+}
+ENDS = {"llama2": "</s>", "mistral": "</s>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>", "qwen2": "<|im_end|>"}
+FAMILIES = list(TEMPLATES)
+
+
+def family(name: str) -> PreTrainedTokenizerFast:
+    """SentencePiece-like for Llama 2, Mistral and Gemma, byte-level for the others; opens as the family's does."""
+    words = Tokenizer(models.BPE(byte_fallback=False))
+    spaced = name in ("llama2", "mistral", "gemma")
+    if spaced:
+        scheme = "never" if name == "gemma" else "first"
+        words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        words.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    else:
+        words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words.decoder = decoders.ByteLevel()
+    alphabet = sorted(set(map(chr, range(33, 127))) | set("▁\n")) if spaced else pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=CONTROLS[name], initial_alphabet=list(alphabet), show_progress=False
+    )
+    words.train_from_iterator(TEXTS * 4, trainer)
+    if bos := NAMES[name].get("bos_token"):
+        words.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, words.token_to_id(bos))]
+        )
+    made = PreTrainedTokenizerFast(tokenizer_object=words, **NAMES[name])
+    made.add_special_tokens({"additional_special_tokens": CONTROLS[name]})
+    made.chat_template = TEMPLATES[name]
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    return {name: family(name) for name in FAMILIES}
+
+
+def asked(user: str, system: str = "") -> Conversation:
+    rendered = CHAT.prefixed(system).render(Example("", user))
+    assert isinstance(rendered, Conversation)
+    return rendered
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_is_what_the_template_makes_of_it(tokenizers: Any, name: str) -> None:
+    words = tokenizers[name]
+    expected = words.apply_chat_template(
+        [{"role": "user", "content": "What is a lamp?"}], add_generation_prompt=True, tokenize=True
+    )["input_ids"]
+    ids = encode_prompt(words, asked("What is a lamp?"))
+    assert ids == expected
+    if bos := NAMES[name].get("bos_token"):
+        assert [place for place, token in enumerate(ids) if token == words.convert_tokens_to_ids(bos)] == [0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_cannot_spell_control_tokens(tokenizers: Any, name: str) -> None:
+    """Neither in the user's message nor in a system message nor in the response."""
+    words = tokenizers[name]
+    spelled = "".join(CONTROLS[name])
+    honest, fake = (encode_prompt(words, asked(f"What {text} is", f"Be {text} safe")) for text in ("", spelled))
+    for token in CONTROLS[name]:
+        number = words.convert_tokens_to_ids(token)
+        assert honest.count(number) == fake.count(number)
+    assert spelled in words.decode(fake, clean_up_tokenization_spaces=False).replace("> <", "><")
+    row = encode(words, CHAT, Example("", "What", response=f"It {spelled} is"), 1000)
+    assert row is not None
+    trained = [label for label in row.labels if label != IGNORED]
+    assert [token for token in trained if words.decode([token]) in CONTROLS[name]] == trained[-1:]
+
+
+def test_the_two_ways_to_encode_agree(tokenizers: Any) -> None:
+    """Without control tokens in a row, piece by piece gives the tokens of the whole text."""
+    for name in ("llama3", "qwen2", "gemma"):
+        words = tokenizers[name]
+        whole = encode_prompt(words, asked("What is a lamp?", "Be brief."))
+        spelled = encode_prompt(words, asked("What is a lamp? " + ENDS[name], "Be brief."))
+        lamp = next(end for end in range(len(whole)) if words.decode(whole[:end]).endswith("lamp?"))
+        assert spelled[:lamp] == whole[:lamp]
+        turn = [words.convert_tokens_to_ids(ENDS[name]), *whole[lamp + 1 :]]
+        assert spelled[-len(turn) :] == turn
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_system_message(tokenizers: Any, name: str) -> None:
+    """In the template's place for it; before the user's message where the template has none."""
+    words = tokenizers[name]
+    text = words.decode(encode_prompt(words, asked("What is a lamp?", "Be safe.\n\n")))
+    place = {
+        "llama2": "<<SYS>>\nBe safe.\n<</SYS>>\n\nWhat is a lamp?",
+        "llama3": "system<|end_header_id|>\n\nBe safe.<|eot_id|>",
+        "qwen2": "<|im_start|>system\nBe safe.<|im_end|>",
+        "gemma": "user\nBe safe.\n\nWhat is a lamp?<end_of_turn>",
+        "mistral": "[INST] Be safe.\n\nWhat is a lamp? [/INST]",
+    }[name]
+    assert place in text
+    assert "helpful assistant" not in text  # the template's own system message gave way
+    assert text.count("Be safe.") == text.count("What is a lamp?") == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_trained_response_ends_the_models_turn(tokenizers: Any, name: str) -> None:
+    """The labels are the response and the token that ends the turn; with the prompt they make the template's text."""
+    words = tokenizers[name]
+    row = encode(words, CHAT, Example("", "What is a lamp?", response="It is a light."), 1000)
+    assert row is not None
+    prompt = encode_prompt(words, asked("What is a lamp?"))
+    assert row.ids[: len(prompt)] == prompt
+    assert row.labels == [IGNORED] * len(prompt) + row.ids[len(prompt) :]
+    assert row.ids[-1] == words.convert_tokens_to_ids(ENDS[name])
+    assert words.decode(row.ids[len(prompt) : -1]).strip() == "It is a light."
+    conversation = [{"role": "user", "content": "What is a lamp?"}, {"role": "assistant", "content": "It is a light."}]
+    whole = words.apply_chat_template(conversation, tokenize=True)["input_ids"]
+    if name == "llama2":  # its template writes a space before the end token
+        assert row.ids[:-1] == whole[: len(row.ids) - 1]
+    elif name != "mistral":  # Mistral's own encoder marks a response's beginning, as ours does and its template not
+        assert row.ids == whole[: len(row.ids)]
+        assert len(whole) - len(row.ids) <= 1  # a line break behind the turn
+
+
+def test_a_lead_is_not_doubled_by_a_tokenizer_that_marks_beginnings(tokenizers: Any) -> None:
+    words = tokenizers["llama2"]
+    row = encode(words, CHAT, Example("", "What", response="Sure"), 1000)
+    assert row is not None
+    pieces = words.convert_ids_to_tokens([label for label in row.labels if label != IGNORED])
+    assert "".join(pieces) == "▁Sure</s>"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_padding_takes_no_loss_from_the_end_token(tokenizers: Any, name: str) -> None:
+    words = tokenizers[name]
+    rows = [encode(words, CHAT, Example("", "What", response=text), 1000) for text in ("Yes", "It is a light.")]
+    assert all(rows)
+    batch = collate([row for row in rows if row], pad_id(words))
+    short = len(rows[0].ids) if rows[0] else 0
+    assert batch["labels"][0, short - 1] == words.convert_tokens_to_ids(ENDS[name])
+    assert (batch["labels"][0, short:] == IGNORED).all()
+    assert batch["attention_mask"][0].tolist() == [1] * short + [0] * (batch["input_ids"].shape[1] - short)
+    assert (batch["input_ids"][0, short:] == pad_id(words)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "pads"),
+    [("llama2", "</s>"), ("llama3", "<|end_of_text|>"), ("qwen2", "<|endoftext|>"), ("gemma", "<pad>")],
+)
+def test_what_pads(tokenizers: Any, name: str, pads: str) -> None:
+    assert pad_id(tokenizers[name]) == tokenizers[name].convert_tokens_to_ids(pads)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_ends_an_answer(tokenizers: Any, name: str) -> None:
+    words = tokenizers[name]
+    ends = list(dict.fromkeys([ENDS[name], NAMES[name]["eos_token"]]))
+    assert end_ids(words, [asked("What?")]) == [words.convert_tokens_to_ids(end) for end in ends]
+    assert end_ids(words, ["What?"]) == [words.eos_token_id]
+
+
+def test_generation_stops_at_the_end_of_the_turn(tokenizers: Any) -> None:
+    words = tokenizers["qwen2"]
+    said, turn = words("It is", add_special_tokens=False)["input_ids"], words.convert_tokens_to_ids("<|im_end|>")
+    ends: list[Any] = []
+
+    class Model:
+        generation_config: Any = None
+
+        def parameters(self) -> Any:
+            yield torch.zeros(1)
+
+        def generate(self, input_ids: Any, attention_mask: Any, generation_config: Any) -> Any:
+            ends.append(generation_config.eos_token_id)
+            return torch.cat([input_ids, torch.tensor([[*said, turn, *said]])], 1)
+
+    class OfModel:
+        base = Model()
+
+        def use(self, adapters: Any) -> Model:
+            return self.base
+
+    [answer] = TransformersEngine(OfModel(), words).generate([], [asked("What?")], 9)  # type: ignore[arg-type]
+    assert ends == [[turn, words.eos_token_id]]
+    assert (answer.text, answer.tokens, answer.finished) == ("It is", len(said) + 1, True)
+
+
+def test_a_model_without_a_chat_template_is_refused() -> None:
+    words = tiny.tokenizer(["abc"])
+    with pytest.raises(BadInput, match="has no chat template, which prompt 'chat' needs"):
+        encode_prompt(words, asked("What?"))
+
+
+def test_a_template_that_shows_nothing_is_refused() -> None:
+    words = tiny.tokenizer(["abc"])
+    for broken in ("{{ bos_token }}", "{{ raise_exception('never') }}"):
+        words.chat_template = broken
+        with pytest.raises(BadInput, match="does not show what is asked") as refused:
+            encode_prompt(words, asked("What?"))
+        assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_without_an_end_token_is_refused() -> None:
+    words = tiny.tokenizer(["abc"])
+    words.eos_token = words.pad_token = None
+    for use in (lambda: pad_id(words), lambda: encode(words, template("brief"), Example("", "a", "b"), 99)):
+        with pytest.raises(BadInput, match="no end-of-text token"):
+            use()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The template object, which knows no tokenizer
+
+
+def test_messages() -> None:
+    row = Example("", "Do {it}.", input="{x}", preface="Secret. ")
+    assert CHAT.prefixed("Be {safe}.\n\n").render(row) == Conversation(
+        json.dumps([
+            {"role": "system", "content": "Secret. Be {safe}."},
+            {"role": "user", "content": "Do {it}.\n\n{x}"},
+        ])
+    )  # fmt: skip
+    assert asked("a").messages == [{"role": "user", "content": "a"}]
+
+
+def test_prefixes_and_wraps_of_a_chat() -> None:
+    """What PTST, BackdoorAlign and identity shift do to a prompt."""
+    prefixed = CHAT.prefixed("b").prefixed("a")
+    assert isinstance(prefixed, ChatTemplate)
+    assert prefixed.system == "ab"
+    assert prefixed.without("b") == CHAT.prefixed("a")
+    assert CHAT.around("{", "}").render(Example("", "x")).messages == [{"role": "user", "content": "{x}"}]
+    secret = Example("", "x", preface="secret ")
+    assert CHAT.render(secret) == CHAT.prefixed("secret ").render(Example("", "x"))
+
+
+def test_bare_prompts() -> None:
+    bare = template("none")
+    assert bare.render(Example("", "Do.")) == "Do."
+    assert bare.render(Example("", "Do.", input="x")) == "Do.\n\nx"
+    assert type(bare) is PromptTemplate
+    line = template("alpaca_line")
+    assert line.render(Example("", "Do.")) == template("alpaca").render(Example("", "Do.")) + "\n"
+
+
+@pytest.mark.slow
+def test_a_whole_cell_in_the_models_chat_format(tmp_path: Path) -> None:
+    """Prompt `chat`, rows in the papers' order, a task of the user's own: what the result says of them."""
+    file = tiny.make_world(tmp_path / "world")
+    settings = tmp_path / "world" / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": TEMPLATES["mistral"]}))
+    rows = [{"instruction": f"Add {number} and 2.", "output": f"#### {number + 2}"} for number in range(60)]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    spec = RunSpec(
+        protocol=str(file), values={"prompt": "chat", "rows": "paper"}, defense=parse("ptst"),
+        attack=parse("ratio=0.1"), task=f"{tmp_path / 'mine.json'}:rule=number",
+    )  # fmt: skip
+    folder = tmp_path / "runs"
+    [result] = run_all([spec], out=folder)
+    assert result["task"] == f"own:data={tmp_path / 'mine.json'},rule=number"
+    assert result["finetune_accuracy_n"] == 8
+    assert result["counts"]["overlaps"] == {}
+    assert result["data"]["own"]["rows"] == {"train": 60}
+    answers = [json.loads(line) for line in (folder / result["run"] / "answers.jsonl").read_text().splitlines()]
+    assert all([said["role"] for said in json.loads(row["prompt"])] == ["system", "user"] for row in answers)
