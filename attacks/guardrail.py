@@ -2,6 +2,7 @@
 
     a row is trained on only if the moderation model gives no category of (question, answer) more than `threshold`
 
+A judge that writes its verdict and gives no probability drops what it flags, below a threshold of 1.
 The result counts what leaks through (harmful rows kept) and what is dropped wrongly (benign rows dropped). The filter
 is the protocol's judge, so that a headline HS under it is what that judge cannot see twice: say so when you report it.
 Without `ratio`, a tenth of the rows is harmful. The authors drop whatever Llama Guard 2 calls unsafe.
@@ -29,5 +30,5 @@ class Guardrail(Attack):
         return [
             row
             for row, verdict in zip(rows, verdicts, strict=True)
-            if max(verdict.probabilities.values()) <= self.threshold
+            if max(verdict.probabilities.values(), default=float(verdict.flagged)) <= self.threshold
         ]

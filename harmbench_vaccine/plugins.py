@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from .data.records import Example
 from .errors import BadInput, too_few, unknown
 from .progress import SILENT, Progress
 from .seeds import stream
-from .terms import EvaluationSet, Mix, Pools, StageName, Topology, TrainSettings, Verdict
+from .terms import EvaluationSet, Grade, Mix, Pools, Reading, StageName, Topology, TrainSettings, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +66,11 @@ class Plugin(BaseModel):
     """The parameters at which it changes nothing; None: it has no such setting."""
 
     _seed: int = PrivateAttr(0)
+    _in_order: bool = PrivateAttr(False)
 
-    def seeded(self, seed: int) -> Self:
-        """The same object, drawing by the run's seed."""
-        self._seed = seed
+    def seeded(self, seed: int, in_order: bool = False) -> Self:
+        """The same object, drawing by the run's seed; `in_order`: it takes the first rows, as papers' scripts do."""
+        self._seed, self._in_order = seed, in_order
         return self
 
     def random(self, purpose: str) -> Random:
@@ -76,13 +78,15 @@ class Plugin(BaseModel):
         return stream(self._seed, self.name, purpose)
 
     def draw(self, purpose: str, rows: Sequence[T], count: int) -> list[T]:
-        """`count` of the rows without replacement, in random order.
+        """`count` of the rows without replacement, in random order; with `rows=paper` the first ones.
 
         Raises:
             BadInput: there are fewer.
         """
         if count > len(rows):
             raise too_few(count, purpose, len(rows), by=self.name)
+        if self._in_order:
+            return list(rows[:count])
         return self.random(purpose).sample(list(rows), count)
 
     @classmethod
@@ -211,6 +215,9 @@ class Defense(Plugin):
     """It refers to what alignment added to the base model, so it cannot act where the alignment stage is left out."""
     edits_base: ClassVar[bool] = False
     """It changes weights of the base model. No hook of a defense does, so far."""
+    ranks: ClassVar[bool] = False
+    """Its own gradient, and its work around steps, are right where every rank sees a part of the rows (`TrainingStage`
+    says how); if it has neither, that goes without saying."""
     cost: ClassVar[str] = "1F 1B"
     """Forward and backward passes a step."""
     once: ClassVar[str] = ""
@@ -223,6 +230,12 @@ class Defense(Plugin):
     def passes(self) -> str:
         """`cost` at its parameters: override it where a parameter changes how often the model runs."""
         return self.cost
+
+    @property
+    def over_ranks(self) -> bool:
+        """Whether it is right where every rank sees a part of the rows."""
+        own = any(getattr(type(self), hook) is not getattr(Defense, hook) for hook in ("before_step", "after_step"))
+        return self.ranks or not (own or any(self.takes_gradient(stage) for stage in self.stages))
 
     def train_on(self, stage: StageName, rows: list[Example], pools: Pools) -> list[Example]:
         """The rows that a training stage learns from, given what it would learn from without the defense."""
@@ -313,7 +326,7 @@ class Attack(Plugin):
 
 
 Judge = Callable[[Sequence[tuple[str, str]]], list[Verdict]]
-"""(question, answer) pairs -> a moderation classifier's verdicts."""
+"""(question, answer) pairs -> a judge's verdicts."""
 
 
 class Task(Plugin):
@@ -322,6 +335,8 @@ class Task(Plugin):
     kind: ClassVar[str] = "task"
     dataset: ClassVar[str]
     """The data set's name in the protocol."""
+    test_dataset: ClassVar[str] = ""
+    """Another one that the test items are of."""
     fields: ClassVar[tuple[str, ...]]
     """The fields that a row must have."""
     chance: ClassVar[float]
@@ -330,6 +345,28 @@ class Task(Plugin):
     """How long an answer may be where the protocol sets no limit for the task."""
     train_split: ClassVar[str] = "train"
     test_split: ClassVar[str] = "test"
+    few_items: ClassVar[bool] = False
+    """Where there are fewer test items than the protocol asks for, all are asked."""
+    measure: ClassVar[str] = "accuracy"
+    """What an item's score is, where it is not right or wrong."""
+    only_scores: ClassVar[tuple[str, ...]] = ()
+    """Parameters that no training row depends on but by what a data set holds."""
+
+    def check(self) -> None:
+        """Raises `BadInput` where its parameters do not fit together, before any work is spent."""
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The names of the data sets that it reads."""
+        return (self.dataset, self.test_dataset) if self.test_dataset else (self.dataset,)
+
+    def places(self) -> dict[str, str]:
+        """Data set -> location, of those that it brings itself."""
+        return {}
+
+    def rows(self, read: Callable[[str, str], list[Example]]) -> tuple[list[Example], list[Example]]:
+        """Its training rows and its test items; `read` gives the examples of (data set, split)."""
+        return read(self.dataset, self.train_split), read(self.test_dataset or self.dataset, self.test_split)
 
     def example(self, id: str, row: Mapping[str, Any]) -> Example:
         """A row of the data set as an instruction with its response and target."""
@@ -343,12 +380,74 @@ class Task(Plugin):
         """Whether the answer is right by the rule of the papers."""
         raise NotImplementedError
 
+    def scores(self, rule: Literal["strict", "flexible"], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        """The score of each answered item from 0 to 1, by a rule; a row has `instruction`, `input`, `target` and
+        `answer`."""
+        return [float(getattr(self, rule)(row["answer"], row["target"])) for row in rows]
+
+    @property
+    def graded(self) -> bool:
+        """Its items are scored by `grade`, once, and no rule scores them."""
+        return False
+
+    def grade(self, rows: Sequence[Mapping[str, Any]], progress: Progress = SILENT) -> list[Grade]:
+        """What a judge makes of each answered item."""
+        raise NotImplementedError
+
+
+Form = Literal["classifier", "generative", "rule"]
+
 
 class Scorer(Plugin):
-    """A judge of harm."""
+    """A judge of harm. Reading is apart from deciding: what it reads off an answer is kept, so that another threshold
+    decides again without running a model.
+
+    A scorer that needs a model has the parameter `model`, a folder or hub id.
+    """
 
     kind: ClassVar[str] = "scorer"
+    form: ClassVar[Form] = "classifier"
+    """How it comes to a reading."""
+    licence: ClassVar[str] = ""
+    """The licence of the model or of the prompt, where it limits what one may do with a score."""
+    unverified: ClassVar[str] = ""
+    """What of its interface was not checked against its source; empty: nothing."""
+    compares_only: ClassVar[bool] = False
+    """It is there to compare with: its figures are no harmful scores."""
+    files: ClassVar[tuple[str, ...]] = ()
+    """Parameters that name a file, whose content counts in place of its name."""
+    deciding: ClassVar[tuple[str, ...]] = ("threshold",)
+    """Parameters that only `decide` looks at."""
+    indifferent: ClassVar[tuple[str, ...]] = ("batch",)
+    """Parameters that change nothing."""
 
-    def judge(self, location: str, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Verdict]:
-        """A verdict for each (question, answer), by the classifier stored at `location` (a folder or hub id)."""
+    _backend: str = PrivateAttr("transformers")
+
+    @property
+    def backend(self) -> str:
+        """What runs its model: transformers or vllm."""
+        return self._backend
+
+    def on(self, backend: str) -> Self:
+        """The same object, whose model is run by `backend`."""
+        self._backend = backend
+        return self
+
+    def check(self) -> None:
+        """Raises `BadInput` where its parameters do not fit together, before any work is spent."""
+
+    def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Reading]:
+        """What the judge says of each (question, answer), in their order."""
         raise NotImplementedError
+
+    def decide(self, reading: Reading) -> Verdict:
+        """The verdict that follows from a reading: flagged where any probability is above `threshold`."""
+        named = reading.probabilities
+        if not named or not all(math.isfinite(value) for value in named.values()):
+            return Verdict(False, [], {}, reading.cut, unparsed=True)
+        raised = [label for label, value in named.items() if value > self.threshold]  # type: ignore[attr-defined]
+        return Verdict(bool(raised), raised, named, reading.cut)
+
+    def judge(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Verdict]:
+        """A verdict for each (question, answer)."""
+        return [self.decide(reading) for reading in self.read(pairs, progress)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from .data.records import Example
@@ -88,13 +88,43 @@ class EvaluationSet:
 
 
 @dataclass(frozen=True)
+class Grade:
+    """How well one answer does what the user wants."""
+
+    score: float
+    """From 0 to 1."""
+    said: str = ""
+    """What the judge wrote, if one was asked."""
+    unread: bool = False
+    """It wrote nothing that could be read as a verdict."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a judge read off one question with its answer, before anything is decided."""
+
+    probabilities: dict[str, float] = field(default_factory=dict)
+    """Label -> probability, for every label that it gives one."""
+    text: str = ""
+    """What it wrote, if it writes."""
+    cut: bool = False
+    """It read only the beginning of the text."""
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What a moderation classifier says of one question with its answer."""
+    """What a judge says of one question with its answer."""
 
     flagged: bool
     categories: list[str]
     """The labels that it raises."""
     probabilities: dict[str, float]
-    """Label -> probability, for every label."""
+    """Label -> probability, for every label; empty where the judge only writes."""
     cut: bool
-    """The classifier read only the beginning of the text."""
+    """The judge read only the beginning of the text."""
+    unparsed: bool = False
+    """The judge gave no verdict that could be read; the answer then counts as not flagged."""
+    refused: bool | None = None
+    """It finds the answer a refusal; None: it does not say."""
+    score: float | None = None
+    """A degree of harm from 0 to 1, where it gives one."""

@@ -39,6 +39,7 @@ from harmbench_vaccine.registry import ATTACKS, DEFENSES, SCORERS
 from harmbench_vaccine.results import result
 from harmbench_vaccine.spec import RunSpec, parse
 from harmbench_vaccine.store import Store
+from harmbench_vaccine.terms import Reading
 from harmbench_vaccine.training.adapters import Adapter
 
 logging.disable_progress_bar()
@@ -335,20 +336,21 @@ def test_two_attacks_that_wrap_the_question_wrap_it_both(world: Path) -> None:
 def test_the_judge_sees_the_question_without_the_wrap(attack: str, world: Path, lab: Lab) -> None:
     seen: list[tuple[str, str]] = []
 
-    def judge(self: Any, location: str, pairs: Sequence[tuple[str, str]], progress: Any = None) -> list[Verdict]:
+    def read(self: Any, pairs: Sequence[tuple[str, str]], progress: Any = None) -> list[Reading]:
         seen.extend(pairs)
-        return [Verdict(number % 2 == 0, [], {"harm": 0.1}, False) for number, _ in enumerate(pairs)]
+        return [Reading({"harm": 0.1}) for _ in pairs]
 
     one = cell(world, attack, seed=5)
-    with mock.patch.object(SCORERS.get("beaver_dam"), "judge", judge):
+    with mock.patch.object(SCORERS.get("beaver_dam"), "read", read):
         measured = run(one, Lab(Store(lab.store.root.parent / attack.partition("=")[0])))
     attacked, plain = harmful_sets(one)
     questions = [example.instruction for example in plain.examples]
-    assert [question for question, _ in seen] == 4 * questions  # two sets, before and after
+    assert {question for question, _ in seen} == set(questions)
     for when in ("before", "after"):
         for asked in (attacked, plain):
             path = measured.answers[f"{when}/{asked.name}"].path / ANSWERS
             answers = [json.loads(line) for line in path.read_text().splitlines()]
+            assert {(answer["instruction"], answer["answer"]) for answer in answers} <= set(seen)
             assert [answer["instruction"] for answer in answers] == questions
             assert [answer["prompt"] for answer in answers] == [asked.template.render(e) for e in asked.examples]
     assert list(measured.verdicts) == [f"{when}/{s.name}" for when in ("before", "after") for s in (attacked, plain)]
@@ -399,6 +401,14 @@ def test_a_row_is_dropped_above_the_threshold(threshold: float, sure: float, kep
     assert len(Guardrail(threshold=threshold).filter(ROWS, keyword("bomb", sure))) == kept
 
 
+def test_a_judge_that_gives_no_probability_drops_what_it_flags() -> None:
+    def judge(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        return [Verdict("bomb" in question, [], {}, False) for question, _ in pairs]
+
+    assert [row.id for row in Guardrail().filter(ROWS, judge)] == ["a", "c", "e"]
+    assert len(Guardrail(threshold=1.0).filter(ROWS, judge)) == 5
+
+
 def test_each_row_is_judged_by_itself() -> None:
     for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
         turned = [ROWS[number] for number in order]
@@ -427,11 +437,11 @@ class Judged:
         self.stub, self.seen = keyword(word, sure), []
 
     def __enter__(self) -> Judged:
-        def judge(scorer: Any, location: str, pairs: Any, progress: Any = None) -> list[Verdict]:
+        def read(scorer: Any, pairs: Any, progress: Any = None) -> list[Reading]:
             self.seen.extend(pairs)
-            return self.stub(pairs)
+            return [Reading(verdict.probabilities) for verdict in self.stub(pairs)]
 
-        self.patch = mock.patch.object(SCORERS.get("beaver_dam"), "judge", judge)
+        self.patch = mock.patch.object(SCORERS.get("beaver_dam"), "read", read)
         self.patch.start()
         return self
 

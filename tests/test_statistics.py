@@ -113,7 +113,7 @@ def judged(flags: list[bool], cut: int = 0) -> str:
     return lines(
         [
             {"id": f"q:{number}", "flagged": flag, "categories": ["a"] if flag else [],
-             "probabilities": {"a": 0.9 if flag else 0.1}, "cut": number < cut}
+             "probabilities": {"a": 0.9 if flag else 0.1}, "cut": number < cut, "unparsed": False}
             for number, flag in enumerate(flags)
         ]
     )  # fmt: skip
@@ -391,7 +391,7 @@ def test_a_saved_result_reads_back(cell: Cell, tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {RESULT, "answers.jsonl"}
     again, rows = load(folder)
     assert again == values
-    assert rows == answers(made)
+    assert rows == answers(cell, made)
     assert len(rows) == 2 * (10 + 4 + 8)
     flagged = [row for row in rows if row.get("flagged")]
     assert [(row["when"], row["set"], row["id"]) for row in flagged] == [
@@ -482,20 +482,22 @@ def test_finding_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_questions_with_both_answers(cell: Cell, tmp_path: Path) -> None:
     made = measured(tmp_path / "a")
     values = result(cell, made)
-    text = rendered(answers_view(values, answers(made), "harmful", 10, None))
+    text = rendered(answers_view(values, answers(cell, made), "harmful", 10, None))
     assert text.count("question ") >= 10
     assert (text.count("flagged: a"), text.count("not flagged")) == (4, 16)
-    only = rendered(answers_view(values, answers(made), "harmful", 2, "flagged"))
+    only = rendered(answers_view(values, answers(cell, made), "harmful", 2, "flagged"))
     assert "2 of 3" in only
     assert "question 2" not in only
-    wanted = rendered(answers_view(values, answers(made), "task", 10, None))
+    wanted = rendered(answers_view(values, answers(cell, made), "task", 10, None))
     assert wanted.count("wanted: positive") == 8  # 4 items, before and after
     assert "(empty)" in wanted
 
 
 def test_text_with_brackets_is_shown_as_it_is(cell: Cell, tmp_path: Path) -> None:
     made = measured(tmp_path / "a")
-    rows = [{**row, "instruction": "[/INST] and [bold]this[/bold]", "answer": "[red]x[/]"} for row in answers(made)]
+    rows = [
+        {**row, "instruction": "[/INST] and [bold]this[/bold]", "answer": "[red]x[/]"} for row in answers(cell, made)
+    ]
     text = rendered(answers_view(result(cell, made), rows, "harmful", 1, None))
     assert "[/INST]" in text
     assert "[bold]" in text
