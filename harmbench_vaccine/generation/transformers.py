@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..data.chat import end_ids
 from ..data.collate import encode_prompt, pad_id
 from ..progress import SILENT, Progress
 from ..training.adapters import Stack
@@ -16,6 +17,8 @@ from .engine import Answer
 
 class TransformersEngine:
     """Batches prompts of similar length, padded on the left."""
+
+    answered_by = "transformers"
 
     def __init__(self, stack: Stack, tokenizer: PreTrainedTokenizerBase, batch: int = 64) -> None:
         self.stack, self.tokenizer, self.batch = stack, tokenizer, batch
@@ -28,9 +31,9 @@ class TransformersEngine:
         """Greedy answers, in the order of `prompts`; equal prompts are answered once."""
         model = self.stack.use(adapters)
         device = next(model.parameters()).device
-        pad, end = pad_id(self.tokenizer), self.tokenizer.eos_token_id
+        pad, ends = pad_id(self.tokenizer), end_ids(self.tokenizer, prompts)
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=end, use_cache=True
+            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends, use_cache=True
         )
         encoded = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in prompts}
         order = sorted(encoded, key=lambda prompt: len(encoded[prompt]))
@@ -46,11 +49,16 @@ class TransformersEngine:
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
                 )
                 for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
-                    answers[prompt] = self._answer(row, end)
+                    answers[prompt] = read(self.tokenizer, row, ends)
                 advance(len(batch))
         return [answers[prompt] for prompt in prompts]
 
-    def _answer(self, row: list[int], end: int) -> Answer:
-        finished = end in row
-        kept = row[: row.index(end)] if finished else row
-        return Answer(str(self.tokenizer.decode(kept, skip_special_tokens=True)), len(kept) + finished, finished)
+    def close(self) -> None:
+        """Nothing runs: the model belongs to whoever lent it."""
+
+
+def read(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Sequence[int]) -> Answer:
+    """The answer that generated tokens spell, up to the first that ends it."""
+    end = next((place for place, token in enumerate(ids) if token in ends), None)
+    kept = list(ids if end is None else ids[:end])
+    return Answer(str(tokenizer.decode(kept, skip_special_tokens=True)), len(kept) + (end is not None), end is not None)

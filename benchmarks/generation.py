@@ -1,0 +1,92 @@
+"""How many answers a second vLLM gives and how many transformers: both, and the ratio, from one run.
+
+    python benchmarks/generation.py
+
+The model has the testbed's shape and random weights, with two adapters on it; the start of vLLM's engine is told apart.
+On a CPU the ratio says little of a GPU's.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from harmbench_vaccine.lab import Lab, ModelState
+from harmbench_vaccine.store import Store
+from harmbench_vaccine.terms import TrainSettings
+from harmbench_vaccine.training.adapters import Stack
+
+PROMPTS, TOKENS = 256, 32
+
+
+def main() -> None:
+    """Prints the start of the engine, the answers a second and the ratio."""
+    logging.disable_progress_bar()
+    if find_spec("vllm") is None:
+        print("vLLM is not installed, so there is nothing to compare: make vllm installs it for a CPU.")
+        return
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        state = _model(Path(folder))
+        words = [f"w{number}" for number in range(3, 1000)]
+        prompts = [" ".join(draw.choices(words, k=draw.randint(8, 24))) for _ in range(PROMPTS)]
+        rates: dict[str, float] = {}
+        with closing(Lab(Store(Path(folder) / "store"))) as lab:
+            for backend in ("transformers", "vllm"):
+                engine = lab.engine(state, backend)
+                with _clock() as start:
+                    engine.generate(state.adapters, prompts[:1], 1)
+                with _clock() as whole:
+                    engine.generate(state.adapters, prompts, TOKENS)
+                rates[engine.answered_by] = PROMPTS / whole[0]
+                print(f"{engine.answered_by}: {PROMPTS / whole[0]:.1f} answers/s after {start[0]:.1f} s to start")
+    print(f"ratio {rates['vllm'] / rates['transformers']:.2f} ({PROMPTS} prompts, at most {TOKENS} tokens)")
+
+
+@contextmanager
+def _clock() -> Iterator[list[float]]:
+    seconds: list[float] = []
+    start = time.perf_counter()
+    yield seconds
+    seconds.append(time.perf_counter() - start)
+
+
+def _model(folder: Path) -> ModelState:
+    torch.manual_seed(0)
+    model = Tokenizer(models.WordLevel({f"w{number}": number for number in range(1000)}, unk_token="w0"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=model, eos_token="w1", pad_token="w2", unk_token="w0").save_pretrained(
+        folder / "model"
+    )
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=512, eos_token_id=1, pad_token_id=2, bos_token_id=None,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config)
+    base.save_pretrained(folder / "model")
+    stack = Stack(base)
+    adapters = []
+    for name in ("aligned", "tuned"):
+        for parameter in stack.train((), TrainSettings(lr=1e-3, epochs=1, batch=1), seed=0).values():
+            torch.nn.init.normal_(parameter, std=0.02)
+        stack.trained().save(folder / name)
+        adapters.append(folder / name)
+    return ModelState(str(folder / "model"), "float32", tuple(adapters))
+
+
+if __name__ == "__main__":
+    main()
