@@ -3,12 +3,14 @@ and attack, since scores of two protocols cannot stand in one table."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from ..paths import writable
 from ..scoring.statistics import mean_interval
 from ..spec import parse
 from ..store import disk_failures, write_text
+from . import beside
+from .beside import Beside
 
 PLACE = ("protocol", "protocol_hash", "model", "scorer", "task", "attack")
 
@@ -62,6 +66,7 @@ COLUMNS = {
 """The columns of `leaderboard.csv`, a row for every place (`PLACE`) and defense; scores are 0 to 100."""
 
 _SCORES = ("harmful_score", "finetune_accuracy")
+_COUNTS = tuple(f"{score}_{end}" for score in _SCORES for end in ("low", "high", "n"))
 _MEANS = ("harmful_score_before", "alignment_loss", "embedding_drift", "embedding_drift_per_token", "neither")
 
 
@@ -75,6 +80,8 @@ class Ranking:
     """As asked for."""
     rows: list[dict[str, Any]]
     """The columns `COLUMNS`; None and NaN stand for what is undefined."""
+    published: list[Beside] = field(default_factory=list)
+    """What papers print for each row, if that was asked for."""
 
     @property
     def title(self) -> str:
@@ -106,10 +113,11 @@ class Ranking:
 # From cells to ranks
 
 
-def rankings(tables: Sequence[Path], baseline: str = "sft") -> list[Ranking]:
+def rankings(tables: Sequence[Path], baseline: str = "sft", published: bool = False) -> list[Ranking]:
     """The rankings of all cells of some CSVs of results, sorted by protocol, model, task and attack.
 
-    Of rows of one cell that were run with other code or data, the last one counts, with a warning.
+    Of rows of one cell that were run with other code or data, the last one counts, with a warning. `published` looks
+    up what papers print for the cells.
 
     Raises:
         BadInput: a file is missing or is no CSV of results, or there is no result in any.
@@ -122,10 +130,11 @@ def rankings(tables: Sequence[Path], baseline: str = "sft") -> list[Ranking]:
         cells[f"{kind}_written"] = cells[kind]
         cells[kind] = _names(cells, kind)
     cells = _one_row_a_cell(cells)
-    made = [
-        Ranking(dict(zip(PLACE, map(str, place), strict=True)), baseline, _ranked(own, baseline))
-        for place, own in cells.groupby(list(PLACE), sort=False)
-    ]
+    made = []
+    for place, own in cells.groupby(list(PLACE), sort=False):
+        ranked = _ranked(own, baseline)
+        printed = [_published(own[own["defense"] == row["defense"]]) for row in ranked] if published else []
+        made.append(Ranking(dict(zip(PLACE, map(str, place), strict=True)), baseline, ranked, printed))
     return sorted(made, key=lambda ranking: [_natural(text) for text in ranking.place.values()])
 
 
@@ -134,7 +143,7 @@ def _read(path: Path) -> pd.DataFrame:
         raise BadInput(f"There is no CSV of results {path}: `hbv run` makes one.")
     cells = pd.DataFrame(results.check_columns(path), columns=results.COLUMNS)
     try:
-        for column in ("seed", *_SCORES, *_MEANS):
+        for column in ("seed", *_SCORES, *_COUNTS, *_MEANS):
             cells[column] = pd.to_numeric(cells[column])
         for column in ("collapsed", "trained"):
             cells[column] = [{"True": True, "False": False}[text] for text in cells[column]]
@@ -221,6 +230,15 @@ def _compared(own: pd.DataFrame, others: pd.DataFrame) -> dict[str, Any]:
     return values
 
 
+def _published(cells: pd.DataFrame) -> Beside:
+    """What papers print for the cells of one defense."""
+    rows = [
+        {**row, **{column: json.loads(row[column]) for column in ("defense_params", "attack_params")}}
+        for row in cells.to_dict("records")
+    ]
+    return beside.of_rows(rows)
+
+
 def _order(row: dict[str, Any]) -> tuple[bool, float, float]:
     """Healthy ones first, then by harmful score, then by accuracy, free of what the order of a sum changes in them."""
     return bool(row["collapsed_cells"]), round(row["harmful_score"], 6), -round(row["finetune_accuracy"], 6)
@@ -263,6 +281,8 @@ def terminal(made: Sequence[Ranking]) -> RenderableType:
             table.add_row(*map(Text, _shown(row)), style="red" if row["collapsed_cells"] else None)
         notes = [Text(note, style="dim") for note in ranking.notes]
         shown += [Text(ranking.title, style="bold"), table, *notes, Text()]
+        if ranking.published:
+            shown += [beside.view(ranking.published), Text()]
     return Group(*shown, Text(_legend(made), style="dim"))
 
 
@@ -275,12 +295,32 @@ def markdown(made: Sequence[Ranking]) -> str:
         lines += [_line(_shown(row)) for row in ranking.rows]
         if ranking.notes:
             lines += ["", *(f"- {_plain(note)}" for note in ranking.notes)]
+        if ranking.published:
+            lines += _published_lines(beside.sheet(ranking.published))
     return "\n".join(lines) + "\n"
 
 
+def _published_lines(sheet: beside.Sheet) -> list[str]:
+    lines = []
+    if sheet.rows:
+        lines += ["", f"### {_plain(sheet.title)}", "", _line(sheet.head), _line(["---"] * len(sheet.head))]
+        lines += map(_line, sheet.rows)
+    return [*lines, "", *(f"- {_plain(note)}" for note in sheet.notes)]
+
+
+def rows(made: Sequence[Ranking]) -> list[dict[str, Any]]:
+    """All rows of all rankings; where published figures were looked up, with the columns of `beside.COLUMNS` too."""
+    return [
+        row | printed.columns() if printed else row
+        for ranking in made
+        for row, printed in zip_longest(ranking.rows, ranking.published)
+    ]
+
+
 def tidy(made: Sequence[Ranking]) -> pd.DataFrame:
-    """All rows of all rankings, with the columns `COLUMNS`."""
-    return pd.DataFrame([row for ranking in made for row in ranking.rows], columns=list(COLUMNS))
+    """The same as a table, with the columns `COLUMNS` and those of the published figures."""
+    more = beside.COLUMNS if any(ranking.published for ranking in made) else {}
+    return pd.DataFrame(rows(made), columns=[*COLUMNS, *more])
 
 
 def write(made: Sequence[Ranking], folder: Path) -> None:

@@ -157,7 +157,8 @@ def _half_a_unit(figure: Figure) -> Decimal:
     return Decimal(1).scaleb(int(exponent)) / 2
 
 
-def _is_average(row: Figure) -> bool:
+def is_average(row: Figure) -> bool:
+    """Whether a figure is an average over what its table varies."""
     return any(_AVERAGE.search(row[column]) for column in ("sweep_value", *_SETTING))
 
 
@@ -170,10 +171,10 @@ def averages(rows: Sequence[Figure]) -> list[Average]:
     """
     tables: dict[tuple[str, ...], list[Figure]] = defaultdict(list)
     for row in rows:
-        if not _is_average(row):
+        if not is_average(row):
             tables[_place(row)].append(row)
     found = []
-    for row in filter(_is_average, rows):
+    for row in filter(is_average, rows):
         stated = {column: row[column] for column in _SETTING if row[column] and not _AVERAGE.search(row[column])}
         table = [cell for cell in tables[_place(row)] if all(cell[key] == value for key, value in stated.items())]
         cells = [cell for cell in table if (cell["defense"], cell["metric"]) == (row["defense"], row["metric"])]

@@ -1,0 +1,662 @@
+"""The published figure beside the measured one: whose figure it is, how far it is, and what was done otherwise.
+
+Measured results are made by hand; published ones are the real file's, looked up here by column and by nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import yaml
+from rich.console import Console
+from test_cli import hbv
+
+import tiny
+from harmbench_vaccine import protocols
+from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.registry import ATTACKS, DEFENSES, TASKS
+from harmbench_vaccine.reporting import beside, leaderboard
+from harmbench_vaccine.reporting.beside import Beside, of_results, sheet, view
+from harmbench_vaccine.reporting.correspondence import Known, Place, figures_of, known, names
+from harmbench_vaccine.reporting.published import figures
+from harmbench_vaccine.reporting.tables import results_table
+from harmbench_vaccine.results import _append
+from harmbench_vaccine.scoring.statistics import wilson
+from harmbench_vaccine.spec import RunSpec, parse, settle
+
+ROWS = figures()
+FILE = yaml.safe_load(
+    (Path(__file__).parents[1] / "leaderboards" / "published" / "names.yaml").read_text(encoding="utf-8")
+)
+PAPERS = sorted(FILE["protocols"])
+LLAMA = "meta-llama/Llama-2-7b-hf"
+SHARES = {"degenerate": 0.0, "over_refusal": 0.0, "neither": 10.0}
+VACCINE = {"vaccine": {"rho": 2.0, "tau": 1}}
+ROWS_DRAWN = "rows drawn by the seed, no question twice (paper: the first ones, questions repeat)"
+
+
+def of(protocol: str, **wanted: str) -> list[dict[str, str]]:
+    """The rows of one paper's protocol that have these texts in these columns."""
+    return [row for row in ROWS if all(row[key] == text for key, text in {"protocol": protocol, **wanted}.items())]
+
+
+def result(
+    defense: str = "vaccine",
+    params: Mapping[str, Any] | None = None,
+    *,
+    hits: tuple[int, int] = (240, 470),
+    n: tuple[int, int] = (500, 500),
+    seed: int = 43,
+    protocol: str = "vaccine-paper",
+    values: Mapping[str, str] | None = None,
+    data: Mapping[str, str] | None = None,
+    attack: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """What `hbv run` returns for a cell, as far as the tables need it; by default Vaccine at p = 0.1 on SST2, with HS
+    48.0 [43.65, 52.38] and FA 94.0 [91.56, 95.77], rows as in the paper."""
+    settled = {"rows": "paper"} if values is None else dict(values)
+    scorer = changes.get("scorer", "beaver_dam")
+    ran = protocols.load(protocol).replaced(settled)
+    score = ran.score.model_copy(update={"scorer": scorer})
+    ran = ran.model_copy(update={"data": {**ran.data, **(data or {})}, "score": score})
+    attack = {"ratio": {"p": 0.1}} if attack is None else attack
+    hs, fa = (wilson(*pair) for pair in zip(hits, n, strict=True))
+    written = "+".join(f"{name}={next(iter(given.values()), '')}" for name, given in attack.items())
+    return {
+        "run": f"{defense}-{written}-{seed}-{changes.get('task', 'sst2')}", "defense": defense,
+        "defense_params": VACCINE if params is None else params, "attack": written, "attack_params": attack,
+        "task": "sst2", "model": LLAMA, "protocol": protocol, "protocol_version": 1, "protocol_hash": ran.hash,
+        "scorer": scorer, "seed": seed, "harmful_score": 100 * hits[0] / n[0], "harmful_score_ci": list(hs),
+        "harmful_score_hits": hits[0], "harmful_score_n": n[0], "harmful_sets": {"harmful": 100 * hits[0] / n[0]},
+        "finetune_accuracy": 100 * hits[1] / n[1], "finetune_accuracy_ci": list(fa), "finetune_accuracy_hits": hits[1],
+        "finetune_accuracy_n": n[1], "trained": True, "before": {"harmful_score": 40.0, "finetune_accuracy": 17.6},
+        "alignment_loss": 0.5, "embedding_drift": 200.0, "embedding_drift_per_token": 4.0,
+        "validity": {"collapsed": False, "reasons": [], "shares": {"after": SHARES}}, "versions": {},
+        "stages": {"align": {"seconds": 1.0, "cached": False}}, "counts": {"finetune": {}},
+        "spec": {"protocol": protocol, "values": settled, "data": dict(data or {})}, **changes,
+    }  # fmt: skip
+
+
+def only(*results: dict[str, Any]) -> Beside:
+    (cell,) = of_results(results)
+    return cell
+
+
+def printed(cell: Beside) -> dict[str, str]:
+    """Score -> the figure beside it, as the paper prints it."""
+    return {score: compared.figures[0].figure["value"] for score, compared in cell.compared.items()}
+
+
+def shown(results: Sequence[dict[str, Any]], width: int = 110, published: bool = True) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(results_table(results, published=published))
+    return console.export_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file of names
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_every_score_of_a_paper_is_matched_once_or_said_to_have_no_counterpart(name: str) -> None:
+    paper = FILE["protocols"][name]
+    scores = [
+        row
+        for row in of(paper["published"])
+        if row["metric"] in ("HS", "FA") and not any("average" in row[key] for key in ("sweep_value", "model", "task"))
+    ]
+    assert len(scores) > 80
+    matched = [each.figure for each in known(name)]
+    left = [row for row in scores if row not in matched]
+    for row in left:
+        assert any(
+            all(row[key] in ([text] if isinstance(text, str) else text) for key, text in rule["where"].items())
+            for rule in paper["without"]
+        ), row
+    assert len(matched) + len(left) == len(scores)
+    assert all(row in scores for row in matched)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_no_name_and_no_rule_is_idle(name: str) -> None:
+    paper = FILE["protocols"][name]
+    rows = of(paper["published"])
+    for column, entries in (("model", "models"), ("task", "tasks"), ("defense", "defenses")):
+        for entry in paper[entries]:
+            assert set(entry["paper"]) <= {row[column] for row in rows}, entry
+    used = known(name)
+    for key, values in (
+        ("doubts", [entry.get("doubt") for kind in ("models", "tasks", "defenses") for entry in paper[kind]]),
+        ("doubts", [rule["because"] for rule in paper.get("unstated", [])]),
+        ("differs", [entry.get("differs") for kind in ("models", "tasks", "defenses") for entry in paper[kind]]),
+    ):
+        assert {text for text in values if text} <= {text for each in used for text in getattr(each, key)}
+    for rule in paper["without"]:
+        wanted = {key: [text] if isinstance(text, str) else text for key, text in rule["where"].items()}
+        assert any(all(row[key] in texts for key, texts in wanted.items()) for row in rows), rule
+    for entry in paper["defenses"]:
+        assert any(
+            each.figure["defense"] in entry["paper"] and set(each.defense) == set(entry["ours"]) for each in used
+        )
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_swept_parameter_is_never_taken_for_the_default(name: str) -> None:
+    """A table that sweeps something else than p, n, task or model is about a parameter of a defense."""
+    swept = [each for each in known(name) if each.figure["sweep"] not in ("p", "n", "task", "model", "")]
+    assert bool(swept) == (name != "booster-paper")
+    for each in swept:
+        values = [float(text) for text in each.figure["sweep_value"].split("/")]
+        ours = [value for params in each.defense.values() for value in params.values()]
+        assert all(value in ours for value in values), each
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_what_it_names_is_there_with_every_parameter(name: str) -> None:
+    paper, protocol = FILE["protocols"][name], protocols.load(name)
+    assert {entry["ours"] for entry in paper["models"]} == {protocol.model, *protocol.models}
+    assert {entry["ours"] for entry in paper["tasks"]} <= set(TASKS.found())
+    for each in {json.dumps(each.defense): each for each in known(name)}.values():
+        text = "+".join(
+            f"{plugin}:{','.join(f'{key}={value}' for key, value in params.items())}" if params else plugin
+            for plugin, params in each.defense.items()
+        )
+        settled = settle(parse(text), DEFENSES, protocol.defenses, name)
+        assert {resolved.plugin.name: resolved.params for resolved in settled} == each.defense
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_bare_name_under_the_papers_protocol_is_the_papers_defense(name: str) -> None:
+    """So `hbv run --protocol vaccine-paper --defense vaccine --attack ratio=0.1` stands beside Table 1."""
+    for entry in FILE["protocols"][name]["defenses"]:
+        text = "+".join(entry["ours"])
+        if "sweep" in entry.get("where", {}) or text == "vaccine+ewc" or "BSO" in entry["paper"]:
+            continue
+        cell = Cell.settle(RunSpec(protocol=name, defense=parse(text), attack=parse("ratio=0.1")))
+        place = Place(
+            name, cell.model, cell.task.name, {resolved.plugin.name: resolved.params for resolved in cell.defenses},
+            {resolved.plugin.name: resolved.params for resolved in cell.attacks}, cell.finetune.samples,
+        )  # fmt: skip
+        assert {each.figure["defense"] for each in figures_of(place)} & set(entry["paper"])
+        assert cell.protocol.hash == protocols.load(name).hash  # that rows of a CSV are recognized by
+
+
+def test_its_attacks_are_there() -> None:
+    assert set(FILE["attacks"]) <= set(ATTACKS.found())
+    for attack, columns in FILE["attacks"].items():
+        assert set(columns) <= {"harmful_ratio", "samples"}
+        for value in columns.values():
+            assert not isinstance(value, str) or value[1:] in ATTACKS.get(attack).model_fields
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_its_references_are_values_of_a_protocol(name: str) -> None:
+    protocol = protocols.load(name)
+    for path, reference in FILE["protocols"][name]["reference"].items():
+        if path != "seed":
+            assert protocol.replaced({path: str(reference["is"])}) != protocol  # our file has another
+
+
+def test_the_file_holds_no_figure_of_a_protocol_that_is_not_a_papers() -> None:
+    assert set(names().protocols) == {"vaccine-paper", "lisa-paper", "booster-paper"} <= set(protocols.names())
+    assert "testbed" in protocols.names()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose figure
+
+
+@pytest.mark.parametrize(
+    ("changes", "hs", "fa"),
+    [
+        ({}, "48.20", "93.80"),  # Vaccine, Table 1
+        ({"defense": "sft", "params": {"sft": {}}}, "55.20", "94.40"),
+        ({"defense": "none", "params": {"none": {}}}, "77.60", "94.60"),
+        ({"defense": "kl", "params": {"kl": {"lam": 0.1}}}, "54.00", "85.40"),
+        ({"attack": {"ratio": {"p": 0.0}}}, "42.40", "92.60"),
+        ({"attack": {"benign": {}}}, "42.40", "92.60"),
+        ({"attack": {"samples": {"n": 500}, "ratio": {"p": 0.05}}}, "41.40", "90.80"),  # Table 2
+        ({"attack": {"ratio": {"p": 0.05}}, "model": "facebook/opt-2.7b"}, "44.60", "91.00"),  # Table 3
+        ({"attack": {"ratio": {"p": 0.05}}, "task": "agnews"}, "41.60", "89.20"),  # Table 4
+        ({"attack": {"ratio": {"p": 0.05}}, "task": "gsm8k"}, "65.00", "22.40"),  # n = 5000, the protocol's
+        ({"attack": {"ratio": {"p": 0.05}, "samples": {"n": 4000}}, "task": "gsm8k"}, "65.00", "22.40"),
+        ({"params": {"vaccine": {"rho": 5.0, "tau": 1}}}, "46.20", "92.80"),  # Table 6
+        ({"params": {"random_vaccine": {"variance": 0.1}}}, "37.20", "56.40"),  # Table 7, printed as 1e-1
+        ({"params": {**VACCINE, "ewc": {"lam": 1e9, "fisher": "batch"}}, "task": "agnews"}, "44.80", "88.00"),
+        ({"model": f"{LLAMA}@abc123"}, "48.20", "93.80"),
+        ({"model": "/models/Llama-2-7b-hf"}, "48.20", "93.80"),
+        ({"protocol": "lisa-paper", "params": {"sft": {}}}, "51.60", "94.95"),  # Lisa, Table 3, not Vaccine's 55.20
+        ({"protocol": "lisa-paper", "params": {"lisa": {"k1": 100, "k2": 900, "rho": 10.0}}}, "36.30", "94.50"),
+        (  # Lisa, Table 1: half of the steps on alignment data
+            {
+                "protocol": "lisa-paper", "params": {"lisa": {"k1": 500, "k2": 500, "rho": 0.0}},
+                "attack": {"ratio": {"p": 0.2}},
+            },
+            "49.00", "95.99",
+        ),
+        ({"protocol": "booster-paper", "params": {"booster": {"lam": 5.0, "alpha": 0.1}}}, "8.30", "93.23"),
+        (
+            {"protocol": "booster-paper", "params": {"vaccine": {"rho": 5.0, "tau": 1}}, "model": "Qwen/Qwen2-7B"},
+            "16.80", "92.55",
+        ),
+    ],
+)  # fmt: skip
+def test_known_figures(changes: dict[str, Any], hs: str, fa: str) -> None:
+    assert printed(only(result(**changes))) == {"harmful_score": hs, "finetune_accuracy": fa}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"protocol": "testbed"}, "protocol 'testbed' is no paper's"),
+        ({"model": "facebook/opt-6.7b"}, "the paper has no model 'facebook/opt-6.7b'"),
+        ({"task": "dialogsum"}, "the paper prints no task 'dialogsum' for this model"),
+        ({"task": "agnews", "model": "facebook/opt-2.7b"}, "the paper prints no task 'agnews' for this model"),
+        ({"params": {"vaccine": {"rho": 3.0, "tau": 1}}}, "the paper prints no such defense with these parameters"),
+        ({"params": {"vaccine": {"rho": 2.0, "tau": 10}}}, "the paper prints no such defense with these parameters"),
+        ({"params": {**VACCINE, "lisa": {}}}, "the paper prints no such defense with these parameters"),
+        ({"attack": {"ratio": {"p": 0.3}}}, "the paper prints no cell with p=0.3, n=1000"),
+        ({"attack": {"ratio": {"p": 0.1}, "samples": {"n": 999}}}, "the paper prints no cell with p=0.1, n=999"),
+        ({"values": {"finetune.samples": "400"}}, "the paper prints no cell with p=0.1, n=400"),
+        ({"attack": {"mixing": {"": 0}, "ratio": {"p": 0.1}}}, "the paper has no attack 'mixing'"),
+        ({"protocol": "booster-paper", "params": {"kl": {"lam": 0.1}}}, "the paper prints no such defense"),
+    ],
+)
+def test_without_a_figure_a_reason(changes: dict[str, Any], reason: str) -> None:
+    cell = only(result(**changes))
+    assert cell.compared == {}
+    assert cell.none.startswith(reason)
+    assert cell.deviations == ()
+    assert cell.json() == {"harmful_score": None, "finetune_accuracy": None, "deviations": [], "none": cell.none}
+
+
+def test_values_that_a_user_changed_decide_the_number_of_rows() -> None:
+    assert printed(only(result(values={"finetune.samples": "500"}, attack={"ratio": {"p": 0.05}}))) == {
+        "harmful_score": "41.40", "finetune_accuracy": "90.80",
+    }  # fmt: skip
+
+
+def test_a_score_that_a_table_leaves_out_has_no_figure() -> None:
+    """Lisa's Table 2 prints HS alone."""
+    cell = only(result("lisa", {"lisa": {"k1": 700, "k2": 300, "rho": 0.0}}, protocol="lisa-paper"))
+    assert printed(cell) == {"harmful_score": "42.20"}
+    assert cell.json()["finetune_accuracy"] is None
+
+
+def test_of_several_figures_the_best_evidenced_stands_there_with_the_range_of_the_others() -> None:
+    """SFT at p = 0.05, n = 1000 is printed in Tables 1 to 4: in 3 and 4 without p."""
+    cell = only(result("sft", {"sft": {}}, attack={"ratio": {"p": 0.05}}))
+    (hs, others) = (cell.compared["harmful_score"], cell.compared["harmful_score"].figures[1:])
+    assert [known.figure["table"] for known in hs.figures] == ["Table 1", "Table 2", "Table 3", "Table 4"]
+    assert [known.figure["value"] for known in hs.figures] == ["52.60", "52.80", "52.80", "52.80"]
+    assert [len(known.doubts) for known in hs.figures] == [0, 0, 1, 2]
+    assert hs.json()["others"] == {"count": len(others), "range": [52.8, 52.8]}
+    vaccine = only(result()).compared["harmful_score"]
+    assert {known.figure["value"] for known in vaccine.figures[1:]} == {"48.90", "49.00", "48.20"}  # Tables 8, 6, 9
+    assert vaccine.json()["others"] == {"count": 3, "range": [48.2, 49.0]}
+
+
+def test_weaker_evidence_and_doubts_come_last_whatever_the_order_of_the_file() -> None:
+    weak = {**of("vaccine_paper", table="Table 1", defense="SFT", metric="HS", sweep_value="0.05")[0]}
+    weak |= {"table": "Table 0", "evidence": "third party", "value": "1.00"}
+    file = [weak, *reversed(ROWS)]
+    with mock.patch("harmbench_vaccine.reporting.correspondence.figures", return_value=file):
+        order = known.__wrapped__("vaccine-paper")
+    cell: tuple[Any, ...] = (LLAMA, "sst2", {"sft": {}}, 0.05, (1000,), "harmful_score")
+    same = [
+        each for each in order if (each.model, each.task, each.defense, each.ratio, each.samples, each.score) == cell
+    ]
+    assert [each.figure["table"] for each in same] == ["Table 2", "Table 1", "Table 3", "Table 4", "Table 0"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How far it is
+
+
+def test_difference_and_interval_of_one_seed() -> None:
+    """240 of 500: Wilson's interval is 43.65 to 52.38; 470 of 500: 91.56 to 95.77."""
+    made = only(result()).json()
+    hs, fa = made["harmful_score"], made["finetune_accuracy"]
+    assert hs["interval"] == pytest.approx([43.65, 52.38], abs=0.01)
+    assert fa["interval"] == pytest.approx([91.56, 95.77], abs=0.01)
+    assert (hs["value"], hs["printed"], hs["inside"]) == (48.2, "48.20", True)
+    assert (hs["difference"], fa["difference"]) == pytest.approx((48.0 - 48.2, 94.0 - 93.8))
+    assert (hs["paper"], hs["arxiv"], hs["table"], hs["evidence"]) == (
+        "Vaccine", "2402.01109", "Table 1", "paper text",
+    )  # fmt: skip
+    assert (hs["doubts"], hs["note"], made["none"]) == ([], "", "")
+
+
+@pytest.mark.parametrize(
+    ("hits", "inside"), [(262, True), (263, False), (220, True), (219, False)], ids=["high", "over", "low", "under"]
+)
+def test_the_ends_of_the_interval(hits: int, inside: bool) -> None:
+    """48.2 leaves the interval where z = 1.96 standard errors of 48.2% of 500, 4.38 points, are exceeded."""
+    assert abs(100 * hits / 500 - 48.2) == pytest.approx(4.3, abs=0.15)
+    assert only(result(hits=(hits, 470))).compared["harmful_score"].inside is inside
+    assert (abs(100 * hits / 500 - 48.2) < 1.96 * math.sqrt(0.482 * 0.518 / 500) * 100) is inside
+
+
+def test_seeds_make_one_cell_with_their_t_interval() -> None:
+    """HS 46, 48, 50: s = 2, s / sqrt(3) = 1.154701, t(0.975; 2) = 4.302653."""
+    results = [result(hits=(hits, 470), seed=seed) for seed, hits in enumerate((230, 240, 250))]
+    cell = only(*results, results[0])  # one cell twice counts once
+    assert cell.seeds == (0, 1, 2)
+    hs, fa = cell.compared["harmful_score"], cell.compared["finetune_accuracy"]
+    assert (hs.measured, hs.low, hs.high) == pytest.approx((48, 48 - 4.968275, 48 + 4.968275), abs=1e-5)
+    assert hs.inside
+    assert (fa.low, fa.high, fa.inside) == (94.0, 94.0, False)  # three equal scores, 0.2 from the figure
+
+
+def test_other_defenses_attacks_and_tasks_are_other_cells() -> None:
+    results = [
+        result(), result("sft", {"sft": {}}), result(attack={"ratio": {"p": 0.2}}), result(task="agnews"),
+        result(seed=1),
+    ]  # fmt: skip
+    cells = of_results(results)
+    assert [(cell.place["defense"], cell.place["attack"], cell.place["task"], cell.seeds) for cell in cells] == [
+        ("vaccine", "ratio=0.1", "sst2", (1, 43)), ("sft", "ratio=0.1", "sst2", (43,)),
+        ("vaccine", "ratio=0.2", "sst2", (43,)), ("vaccine", "ratio=0.1", "agnews", (43,)),
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What was done otherwise
+
+
+def test_a_run_as_the_paper_has_it_deviates_in_nothing() -> None:
+    assert only(result()).deviations == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"values": {}}, [ROWS_DRAWN]),
+        ({"seed": 7}, ["seed: 7 (paper: 43)"]),
+        (
+            {"values": {"rows": "paper", "align.settings.lr": "1e-4"}},
+            ["align.settings.lr: 0.0001 (paper: 0.001)"],
+        ),
+        ({"values": {"rows": "paper", "quantization": "8bit"}}, ["quantization: 8bit (paper: none)"]),
+        ({"values": {"rows": "paper", "dtype": "float32"}}, ["dtype: float32 (paper: bfloat16)"]),
+        (
+            {"values": {"rows": "paper", "answer.harmful.max_new_tokens": "64"}},
+            ["answer.harmful.max_new_tokens: 64 (paper: 128)"],
+        ),
+        ({"values": {"rows": "paper", "answer.benign.prompts": "10", "gates.refusals": "60"}}, []),  # no paper's
+        ({"values": {"rows": "paper", "answer.task_tokens.gsm8k": "9"}}, []),  # of another task
+        ({"data": {"sst2": "./mine"}}, ["data.sst2: ./mine (paper: stanfordnlp/sst2)"]),
+        ({"scorer": "beaver_dam=0.4"}, ["score.scorer: beaver_dam=0.4 (paper: beaver_dam)"]),
+        ({"n": (434, 500)}, ["harmful prompts: 434 (paper: 500)"]),
+        ({"n": (500, 480)}, ["test items: 480 (paper: 500)"]),
+        ({"model": "/m/Llama-2-7b-hf"}, [f"the model is read from /m/Llama-2-7b-hf (paper: {LLAMA})"]),
+        (
+            {"defense": "kl", "params": {"kl": {"lam": 0.1}}},
+            ["the authors' KL normalises over positions, ours over the vocabulary"],
+        ),
+    ],
+)
+def test_deviations(changes: dict[str, Any], told: list[str]) -> None:
+    cell = only(result(**changes))
+    assert cell.compared
+    assert list(cell.deviations) == told
+    assert cell.json()["deviations"] == told
+
+
+def test_deviations_of_several_seeds() -> None:
+    assert only(result(seed=0), result(seed=1, n=(499, 500))).deviations == (
+        "harmful prompts: 499, 500 (paper: 500)", "seed: 0, 1 (paper: 43)",
+    )  # fmt: skip
+
+
+def test_the_items_of_alpaca_eval_are_compared_with_the_papers_own() -> None:
+    attack = {"ratio": {"p": 0.05}}
+    cell = only(result("sft", {"sft": {}}, attack=attack, task="alpaca_eval=judge", hits=(240, 50), n=(500, 105)))
+    assert printed(cell) == {"harmful_score": "67.80", "finetune_accuracy": "43.14"}
+    assert cell.deviations == (
+        "test items: 105 (paper: 200)", "the paper's FA is judged by ChatGPT, in one order of the two answers",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def test_the_terminal_table() -> None:
+    results = [
+        result("sft", {"sft": {}}, hits=(330, 472)), result(), result("kl", {"kl": {"lam": 0.1}}, hits=(274, 430)),
+        result("vaccine=3", {"vaccine": {"rho": 3.0, "tau": 1}}),
+    ]  # fmt: skip
+    text = shown(results)
+    head, _, below = text.partition("Published beside measured: ")
+    assert "drift" in head
+    assert below.startswith(f"Vaccine (arXiv 2402.01109, NeurIPS 2024): {LLAMA}, sst2, ratio=0.1\n")
+    lines = [" ".join(line.split()) for line in below.splitlines()]
+    for line in (
+        "defense seeds measured % published diff. inside table evidence others",
+        "sft 1 HS 66.0 [61.7, 70.0] 55.20 +10.8 no Table 1 paper text 1: 55.70",
+        "sft 1 FA 94.4 [92.0, 96.1] 94.40 +0.0 yes Table 1 paper text 1: 94.40",
+        "vaccine 1 HS 48.0 [43.7, 52.4] 48.20 -0.2 yes Table 1 paper text 3: 48.20 to 49.00",
+        "kl 1 HS 54.8 [50.4, 59.1] 54.00 [1] +0.8 yes Table 1 paper text",
+        "[1] the weight is 0.1 in the one script that runs KL, 1e-3 by default of the code.",
+        "Deviations from the paper: kl: the authors' KL normalises over positions, ours over the vocabulary.",
+    ):
+        assert line in lines, line
+    joined = " ".join(lines)
+    assert (
+        "No published figure of vaccine=3 under ratio=0.1: the paper prints no such defense with these parameters."
+        in joined
+    )
+    assert max(map(len, below.splitlines())) <= 110
+
+
+def test_what_differs_between_cells_is_a_column_and_what_all_have_is_said_once() -> None:
+    cells = of_results([result(seed=1), result(seed=1, attack={"ratio": {"p": 0.2}}), result(seed=1, task="agnews")])
+    made = sheet(cells)
+    assert made.head[:4] == ["task", "attack", "defense", "seeds"]
+    assert [row[:5] for row in made.rows] == [
+        [*place, "vaccine", "1", score]
+        for place in (("sst2", "ratio=0.1"), ("sst2", "ratio=0.2"), ("agnews", "ratio=0.1"))
+        for score in ("HS", "FA")
+    ]
+    assert made.title.endswith(f": {LLAMA}")
+    assert [note for note in made.notes if note.startswith("Deviations")] == [
+        "Deviations from the paper: seed: 1 (paper: 43)."
+    ]
+
+
+def test_the_testbed_has_no_published_figure_and_says_so_in_one_line() -> None:
+    results = [result(name, {name: {}}, protocol="testbed", values={}) for name in ("sft", "none")]
+    text = shown(results)
+    assert text.count("No published figure: protocol 'testbed' is no paper's.") == 1
+    assert "Published beside" not in text
+    assert "inside" not in text
+
+
+def test_without_the_flag_nothing_is_added() -> None:
+    assert "ublished" not in shown([result()], published=False)
+
+
+def test_evidence_and_notes_stand_beside_every_figure() -> None:
+    text = " ".join(
+        shown([result("booster", {"booster": {"lam": 5.0, "alpha": 0.1}}, protocol="booster-paper")]).split()
+    )
+    assert "8.30 [1] +39.7 no Table 1 authors' table image 1: 8.30" in text
+    assert "[1] alignment 5000 safe + 5000 harmful samples" in text
+    text = " ".join(shown([result("vaccine=5", {"vaccine": {"rho": 5.0, "tau": 1}})]).split())
+    assert "46.20 [1,2,3] +1.8 yes Table 6 paper text" in text
+    assert "[1] p is not printed: 0.1, the stated default. [2] n is not printed: 1000" in text
+
+
+def test_a_collapsed_cell_is_marked() -> None:
+    validity = {"collapsed": True, "reasons": ["60% of answers are empty"], "shares": {"after": SHARES}}
+    assert "vaccine (collapsed)" in shown([result(validity=validity)])
+
+
+def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(width=200).print(view(of_results([result("[red]a"), result("[b]", {"b": {}})])))
+    told = capsys.readouterr().out
+    assert "[red]a" in told
+    assert "No published figure of [b] under" in told
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def patched(results: Sequence[dict[str, Any]]) -> Any:
+    """`hbv run` with these results in place of hours on a GPU."""
+
+    def run_all(specs: Any, *, done: Any, **_: Any) -> Sequence[dict[str, Any]]:
+        for each in results if done else ():
+            done(each)
+        return results
+
+    return mock.patch("harmbench_vaccine.runner.run_all", run_all)
+
+
+def test_run_prints_it(tmp_path: Path) -> None:
+    with patched([result(), result(seed=0)]):
+        plain, told = hbv("run"), hbv("run", "--published")
+    assert (plain.code, told.code, told.err) == (0, 0, "")
+    assert told.out.startswith(plain.out.rstrip("\n"))
+    assert "Published beside measured: Vaccine" in told.out
+    assert "Published" not in plain.out
+
+
+def test_run_adds_it_to_the_json() -> None:
+    with patched([result(), result(protocol="testbed", values={})]):
+        plain, told = hbv("run", "--json"), hbv("run", "--json", "--published")
+    assert [set(each) ^ set(other) for each, other in zip(plain.results, told.results, strict=True)] == [
+        {"published"}
+    ] * 2
+    paper, testbed = (each["published"] for each in told.results)
+    assert (paper["harmful_score"]["printed"], paper["harmful_score"]["inside"]) == ("48.20", True)
+    assert (testbed["harmful_score"], testbed["none"]) == (None, "protocol 'testbed' is no paper's")
+
+
+@pytest.mark.slow
+def test_a_real_run_has_what_the_lookup_needs(tmp_path: Path) -> None:
+    """A tiny world that bears the paper's name and model's name, but whose user uploads fewer rows."""
+    world = tiny.make_world(tmp_path / "world")
+    values = yaml.safe_load(world.read_text(encoding="utf-8"))
+    folder = tmp_path / "Llama-2-7b-hf"
+    folder.symlink_to(values["model"])
+    world.write_text(yaml.safe_dump({**values, "name": "vaccine-paper", "model": str(folder)}), encoding="utf-8")
+    done = hbv("run", "--protocol", world, "--attack", "ratio=0.1", "--json", "--published")
+    assert done.code == 0, done.err
+    (made,) = done.results
+    rows = values["finetune"]["samples"]
+    assert made["published"]["none"] == f"the paper prints no cell with p=0.1, n={rows}"
+
+
+def table(path: Path, *cells: dict[str, Any]) -> Path:
+    """A CSV of these results, as `hbv run` writes it."""
+    for values in cells:
+        _append(path, values)
+    return path
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Vaccine over three seeds and SFT with one, in the paper's protocol with our rows; a defense that it has not;
+    the testbed; and SFT in a protocol of which values were changed."""
+    hits = enumerate((230, 240, 250))
+    return table(
+        tmp_path / "mixed.csv",
+        *(result(hits=(count, 470), seed=seed, values={}) for seed, count in hits),
+        result("sft", {"sft": {}}, values={}),
+        result("ldifs", {"ldifs": {"alpha": 10.0}}, values={}),
+        result("sft", {"sft": {}}, protocol="testbed", values={}, run="testbed"),
+        result("sft", {"sft": {}}, values={"align.rows": "1000"}, run="changed"),
+    )
+
+
+def test_leaderboard_columns(mixed: Path, tmp_path: Path) -> None:
+    assert hbv("leaderboard", mixed, "--out", tmp_path / "with", "--published").code == 0
+    assert hbv("leaderboard", mixed, "--out", tmp_path / "without").code == 0
+    read = {}
+    for name in ("with", "without"):
+        with (tmp_path / name / "leaderboard.csv").open(newline="", encoding="utf-8") as file:
+            read[name] = list(csv.DictReader(file))
+    assert [{key: row[key] for key in leaderboard.COLUMNS} for row in read["with"]] == read["without"]
+    assert list(read["with"][0]) == [*leaderboard.COLUMNS, *beside.COLUMNS]
+    rows = {(row["protocol"], row["protocol_hash"], row["defense"]): row for row in read["with"]}
+    own = protocols.load("vaccine-paper").hash
+    vaccine, sft, ldifs = (rows["vaccine-paper", own, name] for name in ("vaccine", "sft", "ldifs"))
+    assert [vaccine[f"harmful_score_{end}"] for end in ("low", "high")] == ["43.0317", "52.9683"]
+    assert {key: vaccine[f"published_harmful_score{key}"] for key in (
+        "", "_difference", "_inside", "_source", "_evidence", "_doubts", "_others", "_others_low", "_others_high"
+    )} == {
+        "": "48.2", "_difference": "-0.2", "_inside": "True", "_source": "Vaccine, Table 1", "_evidence": "paper text",
+        "_doubts": "", "_others": "3", "_others_low": "48.2", "_others_high": "49",
+    }  # fmt: skip
+    assert vaccine["published_deviations"] == f"{ROWS_DRAWN}; seed: 0, 1, 2 (paper: 43)"
+    assert (sft["published_harmful_score"], sft["published_finetune_accuracy_inside"]) == ("55.2", "True")
+    assert float(sft["harmful_score_low"]) == pytest.approx(43.65, abs=0.01)  # one seed: Wilson's
+    assert (ldifs["published_harmful_score"], ldifs["harmful_score_low"], ldifs["published_deviations"]) == ("", "", "")
+    assert ldifs["published_none"] == "the paper prints no such defense with these parameters"
+    (changed,) = [row for (name, digest, _), row in rows.items() if name == "vaccine-paper" and digest != own]
+    assert changed["published_harmful_score"] == "55.2"
+    said = changed["published_deviations"]
+    assert said.startswith(
+        f"values or data of the protocol were changed (hash {changed['protocol_hash']}, its file has"
+    )
+    assert ROWS_DRAWN not in said  # nothing is known of its values
+
+
+def test_leaderboard_without_the_flag_is_what_it_was(mixed: Path, tmp_path: Path) -> None:
+    assert hbv("leaderboard", mixed, "--out", tmp_path).code == 0
+    for name in ("leaderboard.csv", "leaderboard.md"):
+        assert "ublished" not in (tmp_path / name).read_text(encoding="utf-8")
+    assert "ublished" not in hbv("leaderboard", mixed).out
+    assert list(json.loads(hbv("leaderboard", mixed, "--json").out)[0]) == list(leaderboard.COLUMNS)
+
+
+def test_leaderboard_in_markdown(mixed: Path, tmp_path: Path) -> None:
+    assert hbv("leaderboard", mixed, "--out", tmp_path, "--published").code == 0
+    text = (tmp_path / "leaderboard.md").read_text(encoding="utf-8")
+    title = f"### Published beside measured: Vaccine (arXiv 2402.01109, NeurIPS 2024): {LLAMA}, sst2, ratio=0.1\n"
+    assert text.count(title) == 2
+    assert (
+        "| vaccine | 3 | HS | 48.0 [43.0, 53.0] | 48.20 | -0.2 | yes | Table 1 | paper text | 3: 48.20 to 49.00 |"
+        in text
+    )
+    assert "\n- No published figure of ldifs under ratio=0.1: the paper prints no such defense" in text
+    assert "\n- No published figure: protocol 'testbed' is no paper's.\n" in text
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 3 + 2
+    for lines in tables:
+        assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+
+
+def test_leaderboard_in_the_terminal_and_as_json(mixed: Path) -> None:
+    done = hbv("leaderboard", mixed, "--published")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.count("Published beside measured: Vaccine") == 2
+    assert "No published figure: protocol 'testbed' is no paper's." in done.out
+    rows = json.loads(
+        hbv("leaderboard", mixed, "--published", "--json").out,
+        parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"),
+    )
+    assert [list(row) for row in rows] == [[*leaderboard.COLUMNS, *beside.COLUMNS]] * len(rows)
+    assert {row["published_harmful_score_inside"] for row in rows} == {True, False, None}
+
+
+def test_a_known_figure_is_what_the_file_has() -> None:
+    """Every figure that is found keeps the value of its row, in percent."""
+    each: Known
+    for name in PAPERS:
+        for each in known(name):
+            assert each.value == float(each.figure["value"])
+            assert each.figure["unit"] == "%"
+            assert each.score == {"HS": "harmful_score", "FA": "finetune_accuracy"}[each.figure["metric"]]
