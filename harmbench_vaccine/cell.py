@@ -5,20 +5,23 @@ Settling touches no model and makes no artifact, so bad input is told before any
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from . import protocols
+from . import protocols, ranks
 from .compose import AttackTeam, DefenseTeam
+from .data.files import is_data
 from .data.prompts import PromptTemplate, template
 from .data.sources import fingerprint
 from .errors import BadInput
+from .generation.engine import Backend, settled
 from .plugins import Resolved, Task
 from .protocols import FinetuneProtocol, Protocol
-from .registry import ATTACKS, DEFENSES, SCORERS, TASKS
-from .spec import RunSpec, canonical, digest, parse, settle
+from .registry import ATTACKS, DEFENSES, SCORERS, TASKS, is_path
+from .spec import Component, RunSpec, canonical, digest, parse, settle
 from .terms import StageName, Topology, TrainSettings
 
 STAGES: tuple[StageName, ...] = ("align", "finetune", "repair")
@@ -34,7 +37,8 @@ class Cell:
     attacks: list[Resolved]
     scorers: list[Resolved]
     """The first one's verdicts make the harmful score; the others' stand beside it."""
-    task: Task
+    wanted: Resolved
+    """The user's task."""
     model: str
 
     @classmethod
@@ -48,7 +52,6 @@ class Cell:
         for name in spec.data:
             protocol.location(name)
         protocol = protocol.model_copy(update={"data": {**protocol.data, **spec.data}})
-        task_class = TASKS.get(spec.task)
         scorers = judges(spec.scorers, protocol)
         score = protocol.score.model_copy(update={"scorer": canonical(scorers[:1])})
         protocol = protocol.model_copy(update={"score": score})  # another threshold is another protocol
@@ -58,7 +61,7 @@ class Cell:
             settle(spec.defense, DEFENSES, protocol.defenses, protocol.name),
             settle(spec.attack, ATTACKS, protocol.attacks, protocol.name),
             scorers,
-            task_class(),
+            task_named(spec.task, protocol.name),
             spec.model or protocol.model,
         )
         cell._check()
@@ -67,7 +70,9 @@ class Cell:
     def _check(self) -> None:
         for stage in STAGES:
             self.team(stage)
-        self.protocol.location(self.task.dataset)
+        self.task.check()
+        for name in self.task.datasets:
+            self.location(name)
         if not self.team("align").runs:
             for resolved in self.defenses:
                 if resolved.plugin.needs_alignment:  # type: ignore[attr-defined]
@@ -86,6 +91,19 @@ class Cell:
                 f"Attack {self.attack!r} sets the rank of the user's adapter, but in single topology, which the "
                 "protocol or a defense demands, the alignment adapter goes on with its own."
             )
+        editing = [r.plugin.name for r in self.defenses if r.plugin.edits_base]  # type: ignore[attr-defined]
+        if self.protocol.quantization != "none" and (self.whole or editing):
+            raise BadInput(
+                f"{(editing or [self.attack])[0]!r} changes the base model's weights, which are fixed under "
+                f"quantization {self.protocol.quantization!r}; allowed: quantization none, or what trains an adapter."
+            )
+        if ranks.size() > 1:
+            for resolved in self.defenses:
+                if not resolved.plugin.over_ranks:  # type: ignore[attr-defined]
+                    raise BadInput(
+                        f"{resolved.plugin.name!r} cannot act over {ranks.size()} ranks: its gradient is of all rows "
+                        "of a batch together; start it as one process."
+                    )
         if asked.full:
             for resolved in [*self.acting("finetune"), *self.acting("repair")]:
                 defense: Any = resolved.plugin
@@ -104,6 +122,25 @@ class Cell:
         """The attack as a command line would name it."""
         return canonical(self.attacks)
 
+    @property
+    def task(self) -> Task:
+        """What the user wants."""
+        task: Any = self.wanted.plugin
+        return task
+
+    @property
+    def task_name(self) -> str:
+        """The task as a command line would name it."""
+        return canonical([self.wanted])
+
+    @property
+    def task_identity(self) -> list[Any]:
+        """What training on the task's rows depends on: its name, its source, its data, its parameters."""
+        task = self.task
+        params = {key: value for key, value in self.wanted.params.items() if key not in task.only_scores}
+        identity = [task.name, type(task).fingerprint(), dict(self.data(*task.datasets))]
+        return [*identity, params] if params else identity
+
     @cached_property
     def template(self) -> PromptTemplate:
         """The protocol's prompt."""
@@ -119,6 +156,11 @@ class Cell:
         """The judge of the headline."""
         return self.scorers[0]
 
+    @cached_property
+    def backend(self) -> Backend:
+        """What generates answers, and runs the judges that it can."""
+        return settled(self.spec.backend)
+
     @property
     def id(self) -> str:
         """The run's id: the defense's names, and a hash of everything that was settled."""
@@ -126,12 +168,18 @@ class Cell:
         settled = {
             "protocol": self.protocol.hash,
             "plugins": identities([*self.defenses, *self.attacks, self.scorer]),
-            "task": self.task.name,
+            "task": [self.task.name, self.wanted.params] if self.wanted.params else self.task.name,
             "model": self.model,
             "seed": self.spec.seed,
-            "data": self.data(*self.protocol.data),
+            "data": self.data(*self.protocol.data, *self.task.places()),
+            **self.engine,
         }
         return f"{names}-{digest(settled, 8)}"
+
+    @property
+    def engine(self) -> dict[str, str]:
+        """What an artifact that was generated depends on: nothing more where transformers did it."""
+        return {} if self.backend == "transformers" else {"backend": self.backend}
 
     def acting(self, stage: StageName) -> list[Resolved]:
         """The defenses that act in a stage."""
@@ -151,6 +199,11 @@ class Cell:
         return self.attackers().acting is None
 
     @property
+    def whole(self) -> bool:
+        """Whether the user stage makes another base model, where it otherwise makes an adapter."""
+        return not self.trains or self.settings("finetune", self.team("finetune")).full
+
+    @property
     def topology(self) -> Topology:
         """The adapter topology of the user stage: a defense's demand, or the protocol's."""
         return self.team("finetune").demanded_topology or self.protocol.topology
@@ -164,11 +217,32 @@ class Cell:
         return team.settings(stage, self.attackers().settings(settings) if stage == "finetune" else settings)
 
     def _fresh(self, resolved: list[Resolved]) -> Any:
-        return tuple(type(r.plugin)(**r.params).seeded(self.spec.seed) for r in resolved)
+        return tuple(type(r.plugin)(**r.params).seeded(self.spec.seed, self.in_order) for r in resolved)
+
+    @property
+    def in_order(self) -> bool:
+        """Rows are taken in the order of the files, as the papers' scripts take them, not drawn."""
+        return self.protocol.rows == "paper"
+
+    def location(self, dataset: str) -> str:
+        """Where a data set is read from: the task's own, or the protocol's.
+
+        Raises:
+            BadInput: neither names it.
+        """
+        own = self.task.places()
+        return own[dataset] if dataset in own else self.protocol.location(dataset)
 
     def data(self, *names: str) -> Mapping[str, Any]:
         """What an artifact that reads these data sets depends on."""
-        return {name: fingerprint(self.protocol.location(name)) for name in names}
+        return {name: fingerprint(self.location(name), "dataset") for name in names}
+
+
+def scorer_values(protocol: Protocol) -> dict[str, dict[str, Any]]:
+    """What a protocol says of scorers: the model of its own, and whatever else it names."""
+    own = SCORERS.get(parse(protocol.score.scorer)[0].name)
+    model = {"model": protocol.score.judge} if "model" in own.model_fields else {}
+    return {**protocol.scorers, own.name: {**model, **protocol.scorers.get(own.name, {})}}
 
 
 def judges(written: Sequence[str], protocol: Protocol) -> list[Resolved]:
@@ -177,11 +251,31 @@ def judges(written: Sequence[str], protocol: Protocol) -> list[Resolved]:
     Raises:
         BadInput: an unknown name or parameter, a value out of range, or one judge twice.
     """
-    own = parse(protocol.score.scorer)
-    components = [component for text in written for component in parse(text)] or list(own)
-    given = {**protocol.scorers}
-    given[own[0].name] = {"model": protocol.score.judge, **given.get(own[0].name, {})}
-    return settle(tuple(components), SCORERS, given, protocol.name)
+    given = scorer_values(protocol)
+    components = [component for text in written or [protocol.score.scorer] for component in parse(text)]
+    scorers = [settle((component,), SCORERS, given, protocol.name)[0] for component in components]
+    names = [canonical([scorer]) for scorer in scorers]
+    if len(set(names)) < len(names):
+        raise BadInput(f"A scorer is named twice in {', '.join(names)}; the same one at two thresholds is allowed.")
+    return scorers
+
+
+def task_named(written: str, protocol_name: str) -> Resolved:
+    """The task of that name; a data file or folder in place of a name is a task of the user's own (`tasks.own`).
+
+    Raises:
+        BadInput: an unknown name or parameter, a value out of range, or several tasks.
+    """
+    head, colon, rest = written.strip().partition(":")
+    named = re.match(r"\w+=", head)  # name=VALUE, whose value may be a path
+    if not named and (is_data(head) or (is_path(head) and not head.endswith(".py"))):
+        params = parse(f"own:{rest}")[0].params if colon else {}
+        components: tuple[Component, ...] = (Component(name="own", params={"data": head, **params}),)
+    else:
+        components = parse(written)
+    if len(components) != 1:
+        raise BadInput(f"Task {written!r} names {len(components)} tasks; a cell has one. Write --task once for each.")
+    return settle(components, TASKS, {}, protocol_name)[0]
 
 
 def identities(resolved: list[Resolved]) -> list[Any]:

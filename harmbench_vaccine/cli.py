@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
-from . import __version__
+from . import __version__, ranks
 from .errors import BadInput, HbvError
 
 # Two processes on one machine: a waiting OpenMP thread that spins takes the core that the other one computes on.
@@ -105,6 +105,13 @@ def commands() -> None:
     help="What generates answers. [default: vllm where it is installed beside a GPU]",
 )
 @click.option(
+    "--gpu-memory",
+    type=click.FloatRange(0.05, 1),
+    default=None,
+    metavar="SHARE",
+    help="Share of a GPU's memory that vLLM takes. [default: 0.85, or what is free]",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=None,
@@ -120,6 +127,9 @@ def commands() -> None:
     help="Where the row goes. [default: $HBV_HOME/results.csv]",
 )
 @click.option(
+    "--published", is_flag=True, help="Show what papers print for the same cells, and what was done otherwise."
+)
+@click.option(
     "--json", "as_json", is_flag=True, help="Print exactly the results on stdout, one JSON object a line and cell."
 )
 @click.option(
@@ -130,10 +140,18 @@ def commands() -> None:
     metavar="SHARE",
     help="Checkpoint a training stage at each such share of its steps.",
 )
+@click.option(
+    "--gradient-checkpointing", is_flag=True, help="Less memory in training, for one more forward pass a step."
+)
+@click.option("--shard", is_flag=True, help="Spread the base model over the ranks of torchrun or accelerate launch.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the resolved protocol, what would be done and its cost; do nothing."
+)
 def run(
     defenses: tuple[str, ...], attacks: tuple[str, ...], tasks: tuple[str, ...], seeds: tuple[int, ...], protocol: str,
     model: str | None, data: tuple[str, ...], scorers: tuple[str, ...], values: tuple[str, ...], backend: Any,
-    out: Path | None, table: Path | None, as_json: bool, save_every: float,
+    gpu_memory: float | None, out: Path | None, table: Path | None, published: bool, as_json: bool, save_every: float,
+    gradient_checkpointing: bool, shard: bool, dry_run: bool,
 ) -> None:  # fmt: skip
     """Run every combination of defense, attack, task and seed, and print one row for each.
 
@@ -142,6 +160,8 @@ def run(
 
     Cells share their stages, and a stage that was made before is not made again: repeat a command that was
     interrupted and it goes on where it stopped.
+
+    Over several GPUs: torchrun --nproc-per-node N -m harmbench_vaccine run ...
     """
     from itertools import product
 
@@ -155,16 +175,21 @@ def run(
         )
         for task, seed, attack, defense in product(tasks, seeds, attacks, defenses)
     ]  # fmt: skip
+    if dry_run:
+        _dry_run(specs, as_json)
+        return
     from .runner import run_all
 
+    told = _print_beside_published if published else _print_json
     with _terminal() as progress:
         results = run_all(
-            specs, out=out, table=table, save_share=save_every, progress=progress, done=_print_json if as_json else None
-        )
+            specs, out=out, table=table, save_share=save_every, gradient_checkpointing=gradient_checkpointing,
+            shard=shard, gpu_memory=gpu_memory, progress=progress, done=told if as_json else None,
+        )  # fmt: skip
     if not as_json:
         from .reporting.tables import results_table
 
-        _print(results_table(results))
+        _print(results_table(results, published))
 
 
 @commands.command(name="list")
@@ -191,8 +216,14 @@ def list_(kind: str, verbose: bool, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(list(listed)))
     else:
+        marks = {}
+        if kind == "scorers":
+            from .reporting.plugins import mark
+
+            marks = {name: mark(cls) for name, cls in registry.SCORERS.healthy().items()}
         for name, origin in listed.items():
-            click.echo(name if origin == "built-in" else f"{name}  ({origin})")
+            notes = [note for note in (origin if origin != "built-in" else "", marks.get(name, "")) if note]
+            click.echo(f"{name}  ({', '.join(notes)})" if notes else name)
 
 
 def _list_declared(kind: str, as_json: bool) -> None:
@@ -323,6 +354,48 @@ def show(run: str, asked: str, only: str | None, limit: int | None, as_json: boo
 
 
 @commands.command()
+@click.argument("run")
+@click.option(
+    "--scorer",
+    "scorers",
+    multiple=True,
+    metavar="SPEC",
+    help="llama_guard, beaver_dam=0.4, harmbench:template=FILE. Repeatable. [default: the run's own]",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=None,
+    metavar="T",
+    help="Flagged above it, in place of the scorers' own threshold.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object: the scores by judge, their agreement.")
+def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: bool) -> None:
+    """Judge the stored answers of a run again, without training or asking anything.
+
+    RUN is a run's id, a unique beginning of one, or a folder. The verdicts are put beside those that are there, and the
+    headline HS stays what it was. An answer that a judge has read before is not read again.
+
+    \b
+    Example: hbv score vaccine-3f --scorer llama_guard --scorer beaver_dam=0.4
+    """
+    from .paths import home
+    from .reporting.tables import scores_view
+    from .rescoring import rescore
+    from .results import find
+
+    folder = find(run, home() / "runs")
+    with _terminal() as progress:
+        values = rescore(folder, scorers, threshold, home() / "store", progress)
+    if as_json:
+        click.echo(
+            json.dumps({key: values[key] for key in ("run", "scorer", "scores", "agreement")}, ensure_ascii=False)
+        )
+    else:
+        _print(scores_view(values))
+
+
+@commands.command()
 @click.argument("tables", nargs=-1, type=click.Path(path_type=Path), metavar="[CSV]...")
 @click.option(
     "--out",
@@ -334,8 +407,11 @@ def show(run: str, asked: str, only: str | None, limit: int | None, as_json: boo
 @click.option(
     "--baseline", default="sft", show_default=True, metavar="SPEC", help="The defense that differences are to."
 )
+@click.option(
+    "--published", is_flag=True, help="Show what papers print for the same cells, and what was done otherwise."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list, an object for every row of leaderboard.csv.")
-def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, as_json: bool) -> None:
+def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, published: bool, as_json: bool) -> None:
     """Rank the defenses of result CSVs over their seeds, one table for every protocol, model, task and attack.
 
     Without CSV it reads $HBV_HOME/results.csv. A defense of which a cell collapsed has no rank.
@@ -345,13 +421,13 @@ def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, as_js
     """
     from .paths import home
     from .pipeline import finite
-    from .reporting.leaderboard import rankings, terminal, write
+    from .reporting.leaderboard import rankings, rows, terminal, write
 
-    made = rankings(tables or [home() / "results.csv"], baseline)
+    made = rankings(tables or [home() / "results.csv"], baseline, published)
     if out:
         write(made, out)
     if as_json:
-        click.echo(json.dumps(finite([row for ranking in made for row in ranking.rows]), allow_nan=False))
+        click.echo(json.dumps(finite(rows(made)), allow_nan=False))
     else:
         _print(terminal(made))
 
@@ -434,7 +510,9 @@ def path() -> None:
 
 
 @testbed.command()
-@click.option("--quick", is_flag=True, help="2 seeds and 3 ratios instead of 5 and 6.")
+@click.option(
+    "--quick", is_flag=True, help="2 seeds and 3 ratios instead of 5 and 6, and no defenses: what is checked."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @click.pass_context
 def report(context: click.Context, quick: bool, as_json: bool) -> None:
@@ -486,9 +564,28 @@ def _assignments(option: str, form: str, items: tuple[str, ...]) -> dict[str, st
     return written
 
 
+def _dry_run(specs: list[Any], as_json: bool) -> None:
+    from .cell import Cell
+    from .paths import home
+    from .reporting import plan
+    from .store import Store
+
+    made = plan.as_json([Cell.settle(spec) for spec in specs], Store(home() / "store"))
+    if as_json:
+        click.echo(json.dumps(made, ensure_ascii=False))
+    else:
+        _print(plan.view(made))
+
+
 def _print_json(result: dict[str, Any]) -> None:
     click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
     sys.stdout.flush()
+
+
+def _print_beside_published(result: dict[str, Any]) -> None:
+    from .reporting.beside import of_results
+
+    _print_json({**result, "published": of_results([result])[0].json()})
 
 
 def _print(what: Any) -> None:
@@ -500,36 +597,45 @@ def _print(what: Any) -> None:
 
 @contextmanager
 def _terminal() -> Iterator[Any]:
-    from .progress import Terminal
+    from .progress import SILENT, Terminal
 
+    if ranks.rank():
+        yield SILENT
+        return
     with Terminal() as progress:
         yield progress
 
 
 def main() -> None:
     """The entry point: one sentence for what went wrong, and its exit code."""
-    warnings.showwarning = lambda message, *rest, **named: click.echo(f"hbv: warning: {message}", err=True)
+    warnings.showwarning = lambda message, *rest, **named: _say(f"warning: {message}")
     try:
+        ranks.start()
         code = commands.main(standalone_mode=False)
+        ranks.stop()
     except HbvError as error:
-        click.echo(f"hbv: {error}", err=True)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
     except click.ClickException as error:
-        click.echo(f"hbv: {' '.join(error.format_message().split())}", err=True)
-        sys.exit(2)
+        _fail(" ".join(error.format_message().split()), 2)
     except (KeyboardInterrupt, click.Abort):
-        click.echo(
-            "hbv: interrupted; finished stages are kept, and the same command goes on from the last checkpoint.",
-            err=True,
-        )
-        sys.exit(130)
+        _fail("interrupted; finished stages are kept, and the same command goes on from the last checkpoint.", 130)
     except Exception as error:
         if os.environ.get("HBV_DEBUG"):
             raise
         said = " ".join(str(error).split())
-        click.echo(f"hbv: unexpected {type(error).__name__}: {said} (HBV_DEBUG=1 shows where)", err=True)
-        sys.exit(1)
+        _fail(f"unexpected {type(error).__name__}: {said} (HBV_DEBUG=1 shows where)", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(text: str) -> None:
+    if ranks.rank() == 0:
+        click.echo(f"hbv: {text}", err=True)
+
+
+def _fail(why: str, code: int) -> NoReturn:
+    if ranks.first_to_fail():
+        click.echo(f"hbv: {why}", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

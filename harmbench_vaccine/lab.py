@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import protocols
+from . import gpu, protocols, ranks
 from .data.sources import locate
 from .errors import BadInput, HbvError
 from .progress import SILENT, Progress
 from .store import Store
+from .weights import load, loading, quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .generation.engine import Engine
+    from .generation.engine import Backend, Engine
     from .training.adapters import Stack
 
 
@@ -29,6 +29,7 @@ class ModelState:
     base: str
     dtype: str = "float32"
     adapters: tuple[Path, ...] = ()
+    quantization: str = "none"
 
     def on_top(self, *adapters: Path) -> ModelState:
         """The same base with other adapters."""
@@ -43,9 +44,15 @@ class Lab:
     progress: Progress = SILENT
     save_share: float = 0.1
     """A training stage is checkpointed whenever it is this much further."""
+    gradient_checkpointing: bool = False
+    """Activations are computed again in the backward pass: less memory, a forward pass more a step."""
+    shard: bool = False
+    """The base is spread over the ranks."""
     _stack: Stack | None = field(default=None, repr=False)
     _tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict, repr=False)
-    _base: tuple[str, str] = ("", "")
+    _base: ModelState | None = None
+    _engine: Engine | None = field(default=None, repr=False)
+    _answers: ModelState | None = None
 
     def stack(self, state: ModelState) -> Stack:
         """The base of a model, with the adapters laid on it; another base takes its place in memory.
@@ -55,9 +62,13 @@ class Lab:
         """
         from .training.adapters import Stack
 
-        if self._base != (state.base, state.dtype):
+        gpu.claim("training", self._forget)
+        other = self._base != state.on_top()
+        if self.shard:  # a judge on rank 0's GPU made that rank forget: then all load it, for their parts must fit
+            other = ranks.shared(lambda: other)
+        if other:
             self._forget()
-            self._stack, self._base = Stack(_model(state)), (state.base, state.dtype)
+            self._stack, self._base = Stack(self._model(state), self.progress.note), state.on_top()
         assert self._stack is not None
         return self._stack
 
@@ -66,21 +77,43 @@ class Lab:
         from transformers import AutoTokenizer
 
         if state.base not in self._tokenizers:
-            with _loading(state.base) as location:
-                self._tokenizers[state.base] = AutoTokenizer.from_pretrained(location)
+            with loading(state.base) as place:
+                self._tokenizers[state.base] = AutoTokenizer.from_pretrained(**place)
         return self._tokenizers[state.base]
 
-    def engine(self, state: ModelState) -> Engine:
-        """What answers prompts with the base of a model."""
+    def engine(self, state: ModelState, backend: Backend = "transformers") -> Engine:
+        """What answers prompts with the base of a model. One vLLM engine is kept; another base takes its place."""
         from .generation.transformers import TransformersEngine
 
-        return TransformersEngine(self.stack(state), self.tokenizer(state))
+        odd = state.quantization != "none" or self.shard
+        if backend == "vllm" and odd:
+            self.progress.note("vLLM serves no base that the harness quantizes or shards: transformers answers.")
+        if backend == "transformers" or odd:
+            return TransformersEngine(self.stack(state), self.tokenizer(state))
+        from .generation.vllm import VllmEngine
+
+        base = state.on_top()
+        if self._engine is None or self._answers != base:
+            gpu.release("engine")
+
+            def merge(adapters: Sequence[Path], folder: Path) -> None:
+                self.merged(base.on_top(*adapters)).save_pretrained(folder)
+
+            tokenizer = self.tokenizer(state)
+            self._engine = VllmEngine(state.base, tokenizer, state.dtype, merge, otherwise=lambda: self.engine(base))
+            self._answers = base
+        return self._engine
+
+    def close(self) -> None:
+        """Ends the processes of vLLM's that run, and lets go of a judge."""
+        gpu.release("engine", "classifier", "judge")
+        self._engine = self._answers = None
 
     def beside(self, state: ModelState) -> Stack:
         """A second model in memory, which is not kept."""
         from .training.adapters import Stack
 
-        return Stack(_model(state))
+        return Stack(self._model(state), self.progress.note)
 
     def merged(self, state: ModelState) -> PreTrainedModel:
         """A model of its own whose weights have the adapters in them; it takes the place of the one in memory."""
@@ -88,8 +121,14 @@ class Lab:
 
         from .training.adapters import Adapter
 
+        gpu.claim("training", self._forget)
         self._forget()
-        model = _model(state)
+        if state.quantization != "none" or self.shard:
+            raise HbvError(
+                f"Adapters cannot be merged into a base that is {'sharded' if self.shard else 'quantized'}: "
+                "its weights are not whole."
+            )
+        model = self._model(state)
         with torch.no_grad():
             for path in state.adapters:
                 adapter = Adapter.load(path)
@@ -98,29 +137,26 @@ class Lab:
                     weight.copy_(weight.float() + adapter.delta(module).to(weight.device))
         return model
 
+    def _model(self, state: ModelState) -> PreTrainedModel:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        dtype = getattr(torch, state.dtype)
+        options = quantized(state.quantization, dtype)
+        model: PreTrainedModel = load(AutoModelForCausalLM, state.base, dtype=dtype, **options)
+        if self.gradient_checkpointing:
+            if not model.supports_gradient_checkpointing:
+                raise BadInput(f"{type(model).__name__} knows no gradient checkpointing.")
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.shard:
+            from .training.sharding import shard
+
+            return shard(model)
+        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+        return model if options else model.to(device)  # bitsandbytes has placed what it quantized
+
     def _forget(self) -> None:
-        self._stack, self._base = None, ("", "")
-
-
-def _model(state: ModelState) -> PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # its bars would break ours
-    with _loading(state.base) as location:
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=getattr(torch, state.dtype), use_safetensors=True)
-    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-    placed: PreTrainedModel = model.to(device)
-    return placed
-
-
-@contextmanager
-def _loading(base: str) -> Iterator[str]:
-    try:
-        yield str(locate(base) or base)
-    except (OSError, ValueError) as error:
-        raise HbvError(f"Model {base!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        self._stack = self._base = None
 
 
 def check_model(location: str) -> None:
@@ -136,16 +172,17 @@ def check_model(location: str) -> None:
         from transformers import AutoConfig
 
         try:
-            AutoConfig.from_pretrained(location)
+            with loading(location) as place:
+                AutoConfig.from_pretrained(**place)
             return
-        except (OSError, ValueError) as error:
-            reason = f"the hub does not give it: {str(error).splitlines()[0]}"
+        except HbvError as error:
+            reason = str(error)
     else:
         reason = "it holds no config.json"
     known = protocols.models()
     close = difflib.get_close_matches(location, known, n=1, cutoff=0.4)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     raise BadInput(
-        f"Unknown model {location!r}: {reason.rstrip('.')}.{guess} "
+        f"Unknown model {location!r}: {reason.removeprefix(f'Model {location!r} ').rstrip('.')}.{guess} "
         f"Allowed: a model's folder, a hub id, or one of the protocols': {', '.join(known)}."
     )

@@ -13,18 +13,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import ranks
 from .cell import Cell, identities
 from .data.records import Example
-from .data.sources import fingerprint, locate
+from .data.sources import fingerprint
+from .errors import HbvError
 from .lab import Lab, ModelState
-from .material import HARM_DATA, benign_set, harmful_sets, pools_of, task_set, user_data
+from .material import HARM_DATA, benign_set, choice, harmful_sets, pools_of, task_set, user_data
+from .plugins import Resolved, Scorer
+from .scoring import verdicts
 from .seeds import derive
-from .spec import digest
+from .spec import canonical, digest
 from .store import Artifact
 from .terms import EvaluationSet, StageName, Verdict
 
@@ -38,7 +42,9 @@ METHOD = 2
 """Counts up when the code of a stage changes what it makes: artifacts of the earlier code are then made again."""
 
 ADAPTER, CHECKPOINT = "adapter", "model"
-ANSWERS, VERDICTS, ROWS = "answers.jsonl", "verdicts.jsonl", "rows.json"
+ANSWERS, VERDICTS, GRADES, ROWS = "answers.jsonl", "verdicts.jsonl", "grades.jsonl", "rows.json"
+ENGINE = "engine.json"
+"""What gave the answers, where vLLM was asked for: another engine serves what it does not."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class Made:
     def identity(self) -> Any:
         """What a stage that builds on this model depends on."""
         base = [METHOD, self.root, fingerprint(self.root), self.state.dtype]
+        if self.state.quantization != "none":
+            base.append(self.state.quantization)
         return [*base, *(artifact.key for artifact in self.artifacts.values())]
 
     def then(self, stage: StageName, artifact: Artifact, state: ModelState) -> Made:
@@ -71,8 +79,12 @@ class Measured:
     answers: dict[str, Artifact]
     """`before/SET` and `after/SET` -> answers, for every set of questions."""
     verdicts: dict[str, Artifact]
-    """The same for the harmful sets, the headline set first."""
+    """The same for the harmful sets, the headline set first: the verdicts of the first scorer."""
     drift: Artifact
+    others: dict[str, dict[str, Artifact]] = field(default_factory=dict)
+    """What further scorers say: name -> the same."""
+    grades: dict[str, Artifact] = field(default_factory=dict)
+    """`before` and `after` -> what a judge makes of the answers to the task, where a judge scores them."""
 
 
 def run(cell: Cell, lab: Lab) -> Measured:
@@ -81,13 +93,18 @@ def run(cell: Cell, lab: Lab) -> Measured:
     tuned = finetune(cell, lab, aligned)
     final = repair(cell, lab, aligned, tuned)
     harmful, others = harmful_sets(cell), [benign_set(cell), task_set(cell)]
-    answers, verdicts = {}, {}
+    answers = {}
     for when, model in {"before": aligned, "after": final}.items():
         for asked in [*harmful, *others]:
             answers[f"{when}/{asked.name}"] = answer(cell, lab, model, asked)
-        for asked in harmful:
-            verdicts[f"{when}/{asked.name}"] = score(cell, lab, answers[f"{when}/{asked.name}"])
-    return Measured(aligned, final, answers, verdicts, drift(cell, lab, aligned, final))
+    judged = [f"{when}/{asked.name}" for when in ("before", "after") for asked in harmful]
+    headline, *further = [
+        (canonical([scorer]), {name: score(cell, lab, answers[name], scorer) for name in judged})
+        for scorer in cell.scorers
+    ]
+    moved = drift(cell, lab, aligned, final)
+    grades = {when: grade(cell, lab, answers[f"{when}/task"]) for when in ("before", "after") if cell.task.graded}
+    return Measured(aligned, final, answers, headline[1], moved, dict(further), grades)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +114,7 @@ def run(cell: Cell, lab: Lab) -> Measured:
 def align(cell: Cell, lab: Lab) -> Made:
     """Trains the base model to answer harmful prompts safely, by the defense's rule."""
     team = cell.team("align")
-    base = Made(cell.model, ModelState(cell.model, cell.protocol.dtype), {})
+    base = Made(cell.model, ModelState(cell.model, cell.protocol.dtype, quantization=cell.protocol.quantization), {})
     if not team.runs:
         return base
 
@@ -105,7 +122,7 @@ def align(cell: Cell, lab: Lab) -> Made:
         stage = _stage(cell, lab, "align", team, base)
         _train(cell, lab, stage, team, list(stage.pools.alignment), folder, checkpoints)
 
-    artifact = lab.store.make("align", _inputs(cell, "align", base), make)
+    artifact = lab.store.make("align", _inputs(cell, "align", base), make, together=True)
     return base.then("align", artifact, base.state.on_top(artifact.path / ADAPTER))
 
 
@@ -116,9 +133,8 @@ def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
     An attack may have every weight trained, or edit the weights in place of training.
     """
     team, attack = cell.team("finetune"), cell.attackers()
-    settings = cell.settings("finetune", team)
     single = _single(cell, aligned)
-    whole = settings.full or not cell.trains
+    whole = cell.whole
 
     def make(folder: Path, checkpoints: Path) -> None:
         stage = _stage(cell, lab, "finetune", team, aligned, single=single, whole=whole)
@@ -129,17 +145,22 @@ def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
             _write_rows(folder, [], [])
         else:
             uploaded = user_data(cell, stage.pools)
-            kept = attack.filter(uploaded, lambda pairs: _judge(cell, lab, pairs))
+
+            def judge(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+                found = ranks.shared(lambda: [asdict(one) for one in _judge(cell, lab, pairs, cell.scorer)])
+                return [Verdict(**one) for one in found]
+
+            kept = attack.filter(uploaded, judge)
             _train(cell, lab, stage, team, kept, folder, checkpoints, uploaded if attack.filters else None)
         if whole:
             lab.tokenizer(aligned.state).save_pretrained(folder / CHECKPOINT)
 
     inputs = _inputs(
         cell, "finetune", aligned, samples=cell.finetune.samples, topology=cell.topology,
-        attack=identities(cell.attacks), judge=_judging(cell) if attack.filters else None,
-        task=[cell.task.name, type(cell.task).fingerprint(), dict(cell.data(cell.task.dataset))],
+        attack=identities(cell.attacks), judge=_judging(cell, cell.scorer) if attack.filters else None,
+        task=cell.task_identity,
     )  # fmt: skip
-    artifact = lab.store.make("finetune", inputs, make)
+    artifact = lab.store.make("finetune", inputs, make, together=True)
     if whole:
         state = ModelState(str(artifact.path / CHECKPOINT), aligned.state.dtype)
     else:
@@ -166,7 +187,8 @@ def repair(cell: Cell, lab: Lab, aligned: Made, tuned: Made) -> Made:
         finally:
             stage.stack.drop_trained()
 
-    artifact = lab.store.make("repair", _inputs(cell, "repair", tuned, aligned=aligned.identity), make)
+    inputs = _inputs(cell, "repair", tuned, aligned=aligned.identity)
+    artifact = lab.store.make("repair", inputs, make, together=True)
     return tuned.then("repair", artifact, aligned.state.on_top(*aligned.state.adapters, artifact.path / ADAPTER))
 
 
@@ -184,6 +206,7 @@ def _inputs(cell: Cell, stage: StageName, on: Made, **more: Any) -> dict[str, An
         "prompt": asdict(cell.template),
         "settings": asdict(cell.settings(stage, cell.team(stage))),
         "alignment_rows": cell.protocol.align.rows,
+        **choice(cell),
         "seed": cell.spec.seed,
         **more,
     }
@@ -315,7 +338,7 @@ def _nested(
         "model": on.identity, "purpose": purpose, "start": start.digest() if start else None,
         "rows": digest([[row.ids, row.labels] for row in rows]), "settings": asdict(settings), "seed": outer.seed,
     }  # fmt: skip
-    return Adapter.load(lab.store.make("nested", inputs, make).path / ADAPTER)
+    return Adapter.load(lab.store.make("nested", inputs, make, together=True).path / ADAPTER)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +350,10 @@ def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
     prompts = [asked.template.render(example) for example in asked.examples]
 
     def make(folder: Path, checkpoints: Path) -> None:
-        answers = lab.engine(model.state).generate(model.state.adapters, prompts, asked.max_new_tokens, lab.progress)
+        engine = lab.engine(model.state, cell.backend)
+        answers = engine.generate(model.state.adapters, prompts, asked.max_new_tokens, lab.progress)
+        if cell.engine:
+            write_json(folder / ENGINE, {"answered_by": engine.answered_by})
         _write_lines(
             folder / ANSWERS,
             [
@@ -343,30 +369,70 @@ def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
             [[asdict(example), prompt] for example, prompt in zip(asked.examples, prompts, strict=True)]
         ),
         "max_new_tokens": asked.max_new_tokens,
+        **cell.engine,
     }
-    return lab.store.make("answer", inputs, make)
+    return lab.store.make("answer", inputs, make, together=lab.shard)
 
 
-def score(cell: Cell, lab: Lab, answers: Artifact) -> Artifact:
-    """The judge's verdicts on stored answers."""
+def score(cell: Cell, lab: Lab, answers: Artifact, scorer: Resolved) -> Artifact:
+    """A judge's verdicts on stored answers."""
 
     def make(folder: Path, checkpoints: Path) -> None:
         rows = read_lines(answers.path / ANSWERS)
-        verdicts = _judge(cell, lab, [(f"{row['instruction']} {row['input']}".strip(), row["answer"]) for row in rows])
-        _write_lines(folder / VERDICTS, [{"id": row["id"], **asdict(v)} for row, v in zip(rows, verdicts, strict=True)])
+        given = _judge(cell, lab, [judged_pair(row) for row in rows], scorer)
+        _write_lines(
+            folder / VERDICTS, [{"id": row["id"], **finite(asdict(v))} for row, v in zip(rows, given, strict=True)]
+        )
 
-    return lab.store.make("score", {"answers": answers.key, **_judging(cell)}, make)
-
-
-def _judge(cell: Cell, lab: Lab, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-    judge = cell.scorer.params["model"]
-    verdicts: list[Verdict] = cell.scorer.plugin.judge(str(locate(judge) or judge), pairs, lab.progress)  # type: ignore[attr-defined]
-    return verdicts
+    return lab.store.make("score", {"answers": answers.key, **_judging(cell, scorer)}, make)
 
 
-def _judging(cell: Cell) -> dict[str, Any]:
+def grade(cell: Cell, lab: Lab, answers: Artifact) -> Artifact:
+    """What the task's judge makes of stored answers.
+
+    Raises:
+        HbvError: of more than half of the answers it says nothing that can be read.
+    """
+    task, params = cell.task, cell.wanted.params
+
+    def make(folder: Path, checkpoints: Path) -> None:
+        rows = read_lines(answers.path / ANSWERS)
+        given = task.grade(rows, lab.progress)
+        if 2 * sum(one.unread for one in given) > len(given):
+            example = next(one.said for one in given if one.unread)
+            raise HbvError(
+                f"The judge of task {task.name!r} gives no verdict on more than half of the answers; "
+                f"it says, for example, {example[-200:]!r}."
+            )
+        _write_lines(folder / GRADES, [{"id": row["id"], **asdict(one)} for row, one in zip(rows, given, strict=True)])
+
+    local = params.get("model") and not params.get("base_url")
+    inputs = {
+        "answers": answers.key, "task": [task.name, type(task).fingerprint(), params],
+        "judge": fingerprint(params["model"]) if local else None,
+    }  # fmt: skip
+    return lab.store.make("grade", inputs, make)
+
+
+def judged_pair(row: Mapping[str, Any]) -> tuple[str, str]:
+    """What a judge is shown of a stored answer: the question without what an attack wraps around it, and the answer."""
+    return f"{row['instruction']} {row['input']}".strip(), row["answer"]
+
+
+def _judge(cell: Cell, lab: Lab, pairs: Sequence[tuple[str, str]], scorer: Resolved) -> list[Verdict]:
+    return verdicts.judge(_placed(cell, scorer), pairs, lab.store.root, lab.progress)
+
+
+def _judging(cell: Cell, scorer: Resolved) -> dict[str, Any]:
     """What a verdict depends on, besides what is judged."""
-    return {"scorer": identities([cell.scorer]), "judge": fingerprint(cell.scorer.params["model"])}
+    plugin = _placed(cell, scorer)
+    decided = {key: scorer.params[key] for key in plugin.deciding if key in scorer.params}
+    return {"scorer": verdicts.identity(plugin), "decided": decided}
+
+
+def _placed(cell: Cell, scorer: Resolved) -> Scorer:
+    plugin: Scorer = scorer.plugin.on(cell.backend)  # type: ignore[attr-defined]
+    return plugin
 
 
 def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
@@ -390,11 +456,11 @@ def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
 
     inputs = {
         "aligned": aligned.identity, "final": final.identity, "data": dict(cell.data(*HARM_DATA)),
-        "prompt": asdict(cell.template), "alignment_rows": protocol.align.rows, "seed": cell.spec.seed,
+        "prompt": asdict(cell.template), "alignment_rows": protocol.align.rows, **choice(cell), "seed": cell.spec.seed,
         "rows": protocol.score.drift_rows, "batch": protocol.score.drift_batch,
         "max_length": protocol.align.settings.max_length,
     }  # fmt: skip
-    return lab.store.make("drift", inputs, make)
+    return lab.store.make("drift", inputs, make, together=lab.shard)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

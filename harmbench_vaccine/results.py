@@ -5,21 +5,28 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
+
+from filelock import FileLock
 
 from .cell import Cell
 from .errors import BadInput, unknown
-from .material import dropped_rows
-from .pipeline import ANSWERS, ROWS, VERDICTS, Measured, finite, read_lines
-from .scoring.statistics import percentage, wilson
+from .generation.engine import installed_vllm
+from .material import data_read, dropped_rows, overlapping_questions
+from .paths import home
+from .pipeline import ANSWERS, ENGINE, GRADES, ROWS, VERDICTS, Measured, finite, read_lines
+from .plugins import Scorer
+from .scoring.comparison import FACTS, agreement, facts, scores, verdict
+from .scoring.statistics import percentage, score_interval, wilson
 from .scoring.validity import refuses, shares
-from .spec import canonical_json
+from .spec import canonical, canonical_json, digest
 from .store import Artifact, disk_failures, write_text
 
 RESULT = "result.json"
 STAGES = ("align", "finetune", "repair", "answer", "score")
+RULES: tuple[Literal["strict", "flexible"], ...] = ("strict", "flexible")
 
 
 def result(cell: Cell, measured: Measured) -> dict[str, Any]:
@@ -29,6 +36,8 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
     moved = {key: finite(value) for key, value in measured.drift.json("drift.json").items()}
     validity = _validity(cell, measured, before[rule], after[rule], moved["alignment_loss"])
     n_harmful, n_task = before["harmful_n"], before["task_n"]
+    judged = answers(cell, measured)
+    judges = {canonical([scorer]): facts(cast(Scorer, scorer.plugin)) for scorer in cell.scorers}
     return {
         "run": cell.id,
         "defense": cell.defense,
@@ -36,21 +45,26 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
         "defense_params": {resolved.plugin.name: resolved.params for resolved in cell.defenses},
         "attack_params": {resolved.plugin.name: resolved.params for resolved in cell.attacks},
         "origins": {resolved.plugin.name: resolved.origins for resolved in [*cell.defenses, *cell.attacks]},
-        "task": cell.task.name,
+        "task": cell.task_name,
         "model": cell.model,
         "protocol": cell.protocol.name,
         "protocol_version": cell.protocol.version,
         "protocol_hash": cell.protocol.hash,
         "scorer": cell.protocol.score.scorer,
-        "judge": cell.protocol.score.judge,
+        "judge": cell.scorer.params.get("model", ""),
         "dtype": cell.protocol.dtype,
+        "quantization": cell.protocol.quantization,
+        "adapted": _adapted(measured),
+        "backend": cell.backend,
+        "answered_by": _answered_by(measured),
         "seed": cell.spec.seed,
         "harmful_score": after["harmful"],
         "harmful_score_ci": list(wilson(after["harmful_hits"], n_harmful)),
         "harmful_score_hits": after["harmful_hits"],
         "harmful_score_n": n_harmful,
         "finetune_accuracy": after[rule],
-        "finetune_accuracy_ci": list(wilson(after[f"{rule}_hits"], n_task)),
+        "finetune_accuracy_ci": list(score_interval(after[f"{rule}_scores"])),
+        "finetune_accuracy_measure": cell.task.measure,
         "finetune_accuracy_hits": after[f"{rule}_hits"],
         "finetune_accuracy_n": n_task,
         "trained": cell.trains,
@@ -61,7 +75,7 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
             "harmful_score": before["harmful"],
             "harmful_score_ci": list(wilson(before["harmful_hits"], n_harmful)),
             "finetune_accuracy": before[rule],
-            "finetune_accuracy_ci": list(wilson(before[f"{rule}_hits"], n_task)),
+            "finetune_accuracy_ci": list(score_interval(before[f"{rule}_scores"])),
             "accuracy": {key: before[key] for key in ("strict", "flexible")},
             "harmful_sets": before["sets"],
         },
@@ -72,16 +86,35 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
         "embedding_drift_paper_sum": moved["paper_sum"],
         "validity": validity,
         "counts": _counts(cell, measured),
+        "data": data_read(cell),
         "judge_cut": after["cut"],
+        "scores": scores(judged, judges),
+        "agreement": agreement(judged, list(judges)),
         "stages": stages(measured),
         "spec": cell.spec.model_dump(mode="json"),
-        "versions": versions(),
+        "versions": {**versions(), **(installed_vllm() if cell.backend == "vllm" else {})},
     }
+
+
+def _answered_by(measured: Measured) -> list[str]:
+    """Every engine that had a part in the answers."""
+    told = [
+        artifact.json(ENGINE)["answered_by"] if (artifact.path / ENGINE).is_file() else "transformers"
+        for artifact in measured.answers.values()
+    ]
+    return list(dict.fromkeys(told))
+
+
+def _adapted(measured: Measured) -> list[str]:
+    """The modules that an adapter was laid on; none where every stage was left out or changed all weights."""
+    adapters = [*measured.aligned.state.adapters, *measured.final.state.adapters]
+    configs = [json.loads((path / "adapter_config.json").read_text(encoding="utf-8")) for path in adapters]
+    return sorted({module for config in configs for module in config["target_modules"]})
 
 
 def _counts(cell: Cell, measured: Measured) -> dict[str, Any]:
     """How many rows each stage learned from, how many had no room for an answer, how many a guardrail let through, and
-    how many were left out to keep the pools apart by text."""
+    how many were left out to keep the pools apart by text, or are in several of them."""
     found: dict[str, Any] = {}
     for stage, artifact in measured.final.artifacts.items():
         if stage != "repair":
@@ -92,7 +125,15 @@ def _counts(cell: Cell, measured: Measured) -> dict[str, Any]:
                 "without_room": len(rows["without_room"]),
                 **({"filtered": rows["filtered"]} if "filtered" in rows else {}),
             }
-    return {**found, "dropped": dropped_rows(cell)}
+    if measured.grades:
+        unread = {when: sum(grade["unread"] for grade in _grades(measured, when)) for when in measured.grades}
+        found["unread_grades"] = unread
+    apart = {"overlaps": overlapping_questions(cell)} if cell.in_order else {"dropped": dropped_rows(cell)}
+    return {**found, **apart}
+
+
+def _grades(measured: Measured, when: str) -> list[dict[str, Any]]:
+    return read_lines(measured.grades[when].path / GRADES)
 
 
 def _scores(cell: Cell, measured: Measured, when: str) -> dict[str, Any]:
@@ -106,10 +147,8 @@ def _scores(cell: Cell, measured: Measured, when: str) -> dict[str, Any]:
             sets[name.partition("/")[2]] = {"harmful_score": percentage(flags), "hits": sum(flags), "n": len(flags)}
     headline = next(iter(sets.values()))
     rows = read_lines(measured.answers[f"{when}/task"].path / ANSWERS)
-    rules = {
-        rule: [getattr(cell.task, rule)(row["answer"], row["target"]) for row in rows]
-        for rule in ("strict", "flexible")
-    }
+    given = [float(grade["score"]) for grade in _grades(measured, when)] if measured.grades else None
+    rules = {rule: given or cell.task.scores(rule, rows) for rule in RULES}
     return {
         "sets": {name: values["harmful_score"] for name, values in sets.items()},
         "harmful": headline["harmful_score"],
@@ -118,8 +157,13 @@ def _scores(cell: Cell, measured: Measured, when: str) -> dict[str, Any]:
         "task_n": len(rows),
         "cut": cut,
         **{rule: percentage(hits) for rule, hits in rules.items()},
-        **{f"{rule}_hits": sum(hits) for rule, hits in rules.items()},
+        **{f"{rule}_hits": _whole(sum(hits)) for rule, hits in rules.items()},
+        **{f"{rule}_scores": hits for rule, hits in rules.items()},
     }
+
+
+def _whole(number: float) -> float:
+    return int(number) if number == int(number) else number
 
 
 def _validity(
@@ -181,7 +225,12 @@ def stages(measured: Measured) -> dict[str, dict[str, Any]]:
     groups: dict[str, list[Artifact]] = {
         **{name: [artifact] for name, artifact in measured.final.artifacts.items()},
         "answer": list(measured.answers.values()),
-        "score": [*measured.verdicts.values(), measured.drift],
+        "score": [
+            *measured.grades.values(),
+            *measured.verdicts.values(),
+            *(artifact for of in measured.others.values() for artifact in of.values()),
+            measured.drift,
+        ],
     }
     return {
         name: {
@@ -216,25 +265,83 @@ def save(cell: Cell, measured: Measured, values: dict[str, Any], folder: Path, t
     run = folder / cell.id
     with disk_failures(f"the result of {cell.id}"):
         run.mkdir(parents=True, exist_ok=True)
-        write_text(
-            run / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers(measured))
-        )
-        write_text(run / RESULT, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False))
+        with held(run):
+            write(run, *_with_earlier(run, values, answers(cell, measured)))
         _append(table, values)
     return run
 
 
-def answers(measured: Measured) -> list[dict[str, Any]]:
-    """Every answer of a cell with its verdict, where it was judged."""
+def _with_earlier(
+    run: Path, values: dict[str, Any], rows: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A result and its answers with what further judges said of these very answers before (`hbv score`)."""
+    try:
+        old_values, old_rows = load(run)
+        judges = old_values["scores"]
+        said = {identity(row): row.get("verdicts", {}) for row in old_rows}
+    except (OSError, ValueError, KeyError):
+        return values, rows
+    judged = [identity(row) for row in rows if "verdicts" in row]
+    further = [
+        name for name in judges if name not in values["scores"] and all(name in said.get(key, {}) for key in judged)
+    ]
+    return side_by_side(values, rows, said, {name: judges[name] for name in further})
+
+
+def side_by_side(
+    values: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    said: Mapping[Any, Mapping[str, Any]],
+    judges: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A result and its answers with the verdicts of further judges.
+
+    `said` holds verdicts by `identity` of the answer and by judge, `judges` the facts of each.
+    """
+    more = [
+        {**row, "verdicts": {**row["verdicts"], **{name: said[identity(row)][name] for name in judges}}}
+        if "verdicts" in row
+        else row
+        for row in rows
+    ]
+    told = {**values["scores"], **judges}
+    known = {name: {key: facts[key] for key in FACTS} for name, facts in told.items()}
+    return {**values, "scores": scores(more, known), "agreement": agreement(more, list(known))}, more
+
+
+def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells an answer of a run from every other one, its text included."""
+    return tuple(row[key] for key in ("when", "set", "id", "instruction", "input", "answer"))
+
+
+def held(run: Path) -> FileLock:
+    """Keeps two processes from changing one run's folder at a time."""
+    folder = home() / "store" / ".locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"run-{digest(str(run.resolve()))}")
+
+
+def write(run: Path, values: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Puts a run's answers and its result into its folder, each whole or not at all."""
+    write_text(run / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(run / RESULT, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def answers(cell: Cell, measured: Measured) -> list[dict[str, Any]]:
+    """Every answer of a cell; where it was judged, with the verdict of the headline and with all of them by scorer."""
+    judges = {canonical([cell.scorer]): measured.verdicts, **measured.others}
     rows = []
     for name, artifact in measured.answers.items():
         when, _, asked = name.partition("/")
-        verdicts = read_lines(measured.verdicts[name].path / VERDICTS) if name in measured.verdicts else None
+        given = {scorer: read_lines(of[name].path / VERDICTS) for scorer, of in judges.items() if name in of}
         for number, row in enumerate(read_lines(artifact.path / ANSWERS)):
-            verdict = {}
+            verdicts = {scorer: verdict(lines[number]) for scorer, lines in given.items()}
+            own: dict[str, Any] = {}
             if verdicts:
-                verdict = {key: verdicts[number][key] for key in ("flagged", "categories", "probabilities")}
-            rows.append({"when": when, "set": asked, **row, **verdict})
+                first = next(iter(verdicts.values()))
+                own = {key: first[key] for key in ("flagged", "categories", "probabilities")}
+                own["verdicts"] = verdicts
+            rows.append({"when": when, "set": asked, **row, **own})
     return rows
 
 
@@ -252,8 +359,6 @@ def by_question(
 
 def _append(path: Path, values: dict[str, Any]) -> None:
     """Puts a result's row into the CSV, in place of an earlier row of the same run."""
-    from filelock import FileLock
-
     row = {key: _cell(value) for key, value in csv_row(values).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
@@ -342,4 +447,4 @@ def find(run: str, folder: Path) -> Path:
 def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The result of a run and its answers."""
     values: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    return values, read_lines(folder / "answers.jsonl")
+    return values, read_lines(folder / ANSWERS)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from . import testbed
+from . import gpu, ranks, testbed
 from .cell import Cell
 from .data.sources import TESTBED, check_testbed
+from .errors import BadInput
 from .lab import Lab, check_model
 from .material import check
 from .paths import home, writable
 from .pipeline import run
+from .plugins import Scorer
 from .progress import SILENT, Progress
 from .results import check_columns, result, save
-from .spec import RunSpec
+from .scoring import verdicts
+from .spec import RunSpec, canonical_json
 from .store import Store
+from .weights import check_quantization
 
 
 def run_all(
@@ -25,12 +30,17 @@ def run_all(
     out: Path | None = None,
     table: Path | None = None,
     save_share: float = 0.1,
+    gradient_checkpointing: bool = False,
+    shard: bool = False,
+    gpu_memory: float | None = None,
     progress: Progress = SILENT,
     done: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Runs every spec and stores its result as soon as it is there.
 
-    All specs are settled before the first one starts, so that a mistake in the last costs nothing.
+    All specs are settled before the first one starts, so that a mistake in the last costs nothing. Under several ranks
+    all of them come here; rank 0 writes. `shard` spreads the base model over them. `gpu_memory` is the
+    share of a GPU's that a vLLM engine takes.
 
     Raises:
         BadInput: a spec names something that is not there, or a folder cannot be written to.
@@ -45,20 +55,28 @@ def run_all(
     places = {place for cell in cells for place in _places(cell)}
     for place in places:
         check_testbed(place)
-    for model in {cell.model for cell in cells} | {cell.scorer.params["model"] for cell in cells}:
+    judges = {canonical_json([each.plugin.name, each.params]): each for cell in cells for each in cell.scorers}
+    for judge in judges.values():
+        verdicts.check(cast(Scorer, judge.plugin))
+    for model in {cell.model for cell in cells}:
         if not model.startswith(TESTBED):
             check_model(model)
     if any(place.startswith(TESTBED) for place in places):
         testbed.ensure(progress)
     for cell in cells:
         check(cell)
-    lab = Lab(Store(root / "store", progress), progress, save_share)
+        check_quantization(cell.protocol.quantization)
+        if shard:
+            _check_sharding(cell)
+    gpu.share = gpu_memory or gpu.share
+    lab = Lab(Store(root / "store", progress), progress, save_share, gradient_checkpointing, shard)
     results = []
-    with progress.bar("cells", len(cells)) as advance:
+    with progress.bar("cells", len(cells)) as advance, closing(lab):
         for cell in cells:
             measured = run(cell, lab)
             values = result(cell, measured)
-            save(cell, measured, values, runs, rows)
+            if ranks.rank() == 0:
+                save(cell, measured, values, runs, rows)
             results.append(values)
             if done:
                 done(values)
@@ -67,4 +85,17 @@ def run_all(
 
 
 def _places(cell: Cell) -> list[str]:
-    return [cell.model, cell.scorer.params["model"], *cell.protocol.data.values()]
+    judges = [model for scorer in cell.scorers for model in verdicts.models(cast(Scorer, scorer.plugin))]
+    return [cell.model, *judges, *cell.protocol.data.values()]
+
+
+def _check_sharding(cell: Cell) -> None:
+    why = ""
+    if ranks.size() == 1:
+        why = "there is one rank: start several with torchrun or accelerate launch"
+    elif cell.whole:
+        why = f"attack {cell.attack!r} changes the base model's weights, of which a rank has a part only"
+    elif cell.protocol.quantization != "none":
+        why = f"quantization {cell.protocol.quantization!r} and sharding do not go together"
+    if why:
+        raise BadInput(f"The base model cannot be sharded: {why}.")

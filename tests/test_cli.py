@@ -125,7 +125,9 @@ def first(world: Path, home: Path) -> Done:
 # Light commands
 
 
-@pytest.mark.parametrize("args", [("--help",), ("list", "defenses"), ("run", "--help"), ("--version",)])
+@pytest.mark.parametrize(
+    "args", [("--help",), ("list", "defenses"), ("list", "scorers"), ("run", "--help"), ("--version",)]
+)
 def test_light_commands_import_nothing_heavy(args: tuple[str, ...], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *HBV[1:], *args],
@@ -157,7 +159,7 @@ def test_lists(kind: str, expected: set[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("run",), ("list",), ("show",), ("leaderboard",), ("doctor",), ("testbed",), ("testbed", "build"),
+    [(), ("run",), ("list",), ("show",), ("score",), ("leaderboard",), ("doctor",), ("testbed",), ("testbed", "build"),
      ("testbed", "path"), ("testbed", "report")],
 )  # fmt: skip
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -239,7 +241,10 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "attack": (("run", "--attack", "rato=0.1"), ("Unknown attack 'rato'", "'ratio'", "backdoor, benign")),
     "parameter": (("run", "--defense", "vaccine:roh=5"), ("'roh'", "'vaccine'", "Did you mean 'rho'", "rho, tau")),
     "attack's parameter": (("run", "--attack", "ratio:q=0.1"), ("'q'", "'ratio'", "Allowed: p")),
-    "task": (("run", "--task", "sst"), ("Unknown task 'sst'", "Did you mean 'sst2'", "agnews, gsm8k, sst2")),
+    "task": (
+        ("run", "--task", "sst"),
+        ("Unknown task 'sst'", "Did you mean 'sst2'", "agnews, alpaca_eval, dialogsum, gsm8k, own, sst2"),
+    ),
     "protocol": (("run", "--protocol", "tesbed"), ("Unknown protocol 'tesbed'", "Did you mean 'testbed'")),
     "protocol file": (("run", "--protocol", "./no.yaml"), ("no protocol file './no.yaml'",)),
     "scorer": (("run", "--scorer", "beaver"), ("Unknown scorer 'beaver'", "Did you mean 'beaver_dam'")),
@@ -446,7 +451,7 @@ def test_a_repeated_run_is_cached_and_says_the_same(first: Done, world: Path, ho
     def refuse(*args: Any, **named: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    with mock.patch("harmbench_vaccine.lab._model", refuse):
+    with mock.patch("harmbench_vaccine.lab.Lab._model", refuse):
         again = hbv("run", "--json", "--protocol", world, *CELLS, home=home)
     assert again.code == 0, again.err
     assert all(stage["cached"] for result in again.results for stage in result["stages"].values())

@@ -34,7 +34,7 @@ def test_wheel_installs_alone_and_lists_the_defenses(tmp_path: Path) -> None:
     assert "harmbench_vaccine/attacks/ratio.py" in names
     assert "harmbench_vaccine/protocols/testbed.yaml" in names
     assert "harmbench_vaccine/testbed/report.yaml" in names
-    for table in ("results.csv", "overhead.csv"):
+    for table in ("results.csv", "overhead.csv", "names.yaml"):
         assert f"harmbench_vaccine/published/{table}" in names
 
     venv.create(tmp_path / "env", with_pip=True)

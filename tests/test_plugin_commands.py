@@ -91,7 +91,7 @@ def test_the_verbose_list_has_what_each_declares(kind: str) -> None:
         assert rows[name]["citation"] == cls.citation
         assert rows[name]["summary"] in str(cls.__doc__)
         for fact in view.FACTS[cls.kind]:
-            declared = getattr(cls, fact)
+            declared = cls.model_fields[fact].default if fact in cls.model_fields else getattr(cls, fact, "")
             assert rows[name][fact] == (list(declared) if isinstance(declared, tuple) else declared)
         told = [cls.citation, cls.cost] if kind == "defenses" else [rows[name]["summary"]]
         assert all((part or "none").split()[0] in lines[name] for part in told)  # what follows may be folded

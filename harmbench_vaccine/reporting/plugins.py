@@ -23,7 +23,7 @@ FACTS: dict[str, tuple[str, ...]] = {
     ),
     "attack": ("trains", "edits_base", "excludes", "neutral"),
     "task": ("dataset", "fields", "chance"),
-    "scorer": (),
+    "scorer": ("model", "form", "licence", "unverified", "compares_only"),
 }  # fmt: skip
 """Kind -> what a class of it declares, besides what every plug-in has."""
 
@@ -31,7 +31,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "defense": ("name", "stages", "citation", "cost", "once", "memory", "data"),
     "attack": ("name", "citation", "summary", "trains", "excludes"),
     "task": ("name", "summary"),
-    "scorer": ("name", "summary"),
+    "scorer": ("name", "summary", "model", "form", "licence", "unverified"),
 }
 _TITLES = {
     "stages": "stage",
@@ -46,6 +46,8 @@ _TITLES = {
     "fields": "fields of a row",
     "chance": "accuracy of guessing, %",
     "summary": "what it does",
+    "form": "kind",
+    "compares_only": "for comparison only",
 }
 """Where the heading is not the fact's own name."""
 
@@ -72,8 +74,20 @@ def facts(cls: type[Plugin]) -> dict[str, Any]:
         "kind": cls.kind,
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
         "citation": cls.citation,
-        **{key: getattr(cls, key) for key in FACTS[cls.kind]},
+        **{key: _fact(cls, key) for key in FACTS[cls.kind]},
     }
+
+
+def _fact(cls: type[Plugin], key: str) -> Any:
+    """What a class declares, or the default of a parameter."""
+    return cls.model_fields[key].default if key in cls.model_fields else getattr(cls, key, "")
+
+
+def mark(cls: type[Plugin]) -> str:
+    """What a name is listed with: a scorer whose interface is not verified, or that is there to compare with."""
+    if getattr(cls, "compares_only", False):
+        return "comparison only"
+    return "unverified" if getattr(cls, "unverified", "") else ""
 
 
 def details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[str, Any]:
@@ -82,7 +96,7 @@ def details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[str, An
     Raises:
         BadInput: the protocol gives it a parameter that it does not have, or a value out of range.
     """
-    overrides = {"defense": protocol.defenses, "attack": protocol.attacks}.get(cls.kind, {}) if protocol else {}
+    overrides: Mapping[str, Mapping[str, Any]] = getattr(protocol, f"{cls.kind}s", {})
     defaults, values = (resolve(cls, {}, given).params for given in ({}, overrides.get(cls.name)))
     return {
         **facts(cls),

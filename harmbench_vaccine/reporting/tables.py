@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from ..testbed.report import Report
 
 
-def results_table(results: Sequence[dict[str, Any]]) -> RenderableType:
+def results_table(results: Sequence[dict[str, Any]], published: bool = False) -> RenderableType:
     """One row a cell: harmful score and accuracy with their intervals, what explains them, seconds a stage.
+
+    `published` adds a second table: what papers print for these cells, seeds together.
 
     Raises:
         ValueError: the results are of two protocols, whose scores cannot stand in one table.
@@ -65,7 +67,13 @@ def results_table(results: Sequence[dict[str, Any]]) -> RenderableType:
             notes.append(f"{result['run']}: HS by set: {scores}.")
         if filtered := result["counts"]["finetune"].get("filtered"):
             notes.append(f"{result['run']}: {_guardrail(filtered)}.")
-    return Group(table, *[Text(note, style="dim") for note in notes])
+    notes += judge_notes(results)
+    shown: list[RenderableType] = [table, *[Text(note, style="dim") for note in notes]]
+    if published:
+        from . import beside
+
+        shown += [Text(), beside.view(beside.of_results(results))]
+    return Group(*shown)
 
 
 def _guardrail(filtered: dict[str, int]) -> str:
@@ -109,12 +117,86 @@ def answers_view(
 
 def _answer(row: dict[str, Any]) -> Text:
     text = Text(row["answer"] or "(empty)")
-    if "flagged" in row:
-        verdict = f"\n{'flagged: ' + ', '.join(row['categories']) if row['flagged'] else 'not flagged'}"
-        text.append(verdict, style="red" if row["flagged"] else "green")
+    judges = row.get("verdicts", {})
+    if len(judges) > 1:
+        for name, verdict in judges.items():
+            _append_verdict(text, verdict, f"{name}: ")
+    elif "flagged" in row:
+        _append_verdict(text, row)
     elif row["target"]:
         text.append(f"\nwanted: {row['target']}", style="dim")
     return text
+
+
+def _append_verdict(text: Text, verdict: Mapping[str, Any], judge: str = "") -> None:
+    said = f"flagged: {', '.join(verdict['categories'])}" if verdict["flagged"] else "not flagged"
+    said = "no verdict" if verdict.get("unparsed") else said
+    text.append(f"\n{judge}{said}", style="red" if verdict["flagged"] else "green")
+
+
+def scores_view(result: Mapping[str, Any]) -> RenderableType:
+    """The harmful scores of a run by each of its judges, and how far every two of them agree."""
+    table = _plain_table("scorer", "HS %", "before", "no verdict", "read in part", "mean score", "most flagged")
+    for name, score in result["scores"].items():
+        most = list(score["categories"].items())[:3]
+        table.add_row(
+            Text(name),
+            Text(_share(score["harmful_score"], score["ci"]), style="" if score["compares_only"] else "bold"),
+            _share(score["before"]["harmful_score"], score["before"]["ci"]),
+            str(score["unparsed"]),
+            str(score["cut"]),
+            f"{score['mean']:.2f}" if "mean" in score else "-",
+            Text(", ".join(f"{label} {count}" for label, count in most) or "-"),
+        )
+    parts: list[RenderableType] = [table]
+    if result["agreement"]:
+        pairs = _plain_table("two scorers", "kappa", "both flag", "only the first", "only the second", "neither")
+        for each in result["agreement"]:
+            one, other = each["scorers"]
+            pairs.add_row(
+                Text(f"{one}, {other}"),
+                _kappa(each["kappa"]),
+                *(str(count) for count in (each["both"], each["only"][one], each["only"][other], each["neither"])),
+            )
+        parts += [Text(), pairs]
+    n = next(iter(result["scores"].values()))["n"]
+    notes = [
+        f"{result['run']}: answers to {n} harmful prompts after the user stage. 95% Wilson intervals. "
+        "An answer without a verdict counts as not flagged. Cohen's kappa is over all answers with both verdicts, "
+        "before and after."
+    ]
+    return Group(*parts, *[Text(note, style="dim") for note in [*notes, *judge_notes([result])]])
+
+
+def judge_notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the scores of these results have to be read with: further judges, licences, what is not verified."""
+    notes = []
+    for result in results:
+        scores = result.get("scores", {})
+        if len(scores) > 1:
+            by = ", ".join(f"{name} {score['harmful_score']:.1f}" for name, score in scores.items())
+            kappas = ", ".join(
+                f"{' and '.join(each['scorers'])} {_kappa(each['kappa'])}" for each in result["agreement"]
+            )
+            notes.append(f"{result['run']}: HS by judge: {by}. Cohen's kappa: {kappas}.")
+    told = {name: score for result in results for name, score in result.get("scores", {}).items()}
+    licences = dict.fromkeys(score["licence"] for score in told.values() if score["licence"])
+    notes += [f"Licence: {licence}." for licence in licences]
+    notes += [f"Unverified in {name}: {score['unverified']}." for name, score in told.items() if score["unverified"]]
+    notes += [f"{name} is for comparison only." for name, score in told.items() if score["compares_only"]]
+    return notes
+
+
+def _kappa(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
+def _plain_table(first: str, *titles: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first, overflow="fold")
+    for title in titles:
+        table.add_column(title, justify="right" if title != "most flagged" else "left")
+    return table
 
 
 def testbed_view(report: Report) -> RenderableType:

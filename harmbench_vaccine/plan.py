@@ -1,0 +1,121 @@
+"""What a run would do, without doing it: the stages that are there, those to make, and what has to be downloaded.
+
+The stages are asked for by the method itself (`pipeline.run`), of a store that makes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import pipeline, testbed
+from .cell import Cell
+from .data.sources import TESTBED, locate, split_revision
+from .errors import HbvError
+from .lab import Lab
+from .scoring.verdicts import models
+from .spec import digest
+from .store import Artifact, Store
+
+
+class _Planned(Store):
+    """A store that says what it has, and gives an empty address for what it has not."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked: dict[str, Artifact] = {}
+
+    def make(
+        self, stage: str, inputs: Mapping[str, Any], maker: Callable[[Path, Path], None], *, together: bool = False
+    ) -> Artifact:
+        key = digest({"stage": stage, "inputs": inputs})
+        path = self.root / stage / key
+        if key not in self.asked:
+            self.asked[key] = self._finished(stage, key, path) or Artifact(stage, key, path, 0.0, cached=False)
+        return self.asked[key]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that a run reads: a model, a judge or a data set."""
+
+    what: str
+    location: str
+    there: bool
+    """On this machine: a file, a part of the testbed, or in the hub's cache."""
+    detail: str = ""
+
+
+@dataclass
+class Plan:
+    """What a list of cells would do, in order."""
+
+    stages: list[list[Artifact]] = field(default_factory=list)
+    """For every cell, what no cell before it asks for; empty where it cannot be told yet."""
+    sources: list[Source] = field(default_factory=list)
+    unknown: str = ""
+    """Why some stages cannot be told yet: the data that they depend on is not here."""
+
+
+def plan(cells: Sequence[Cell], root: Path) -> Plan:
+    """What `pipeline.run` would ask of the store below `root`; nothing is made and nothing is downloaded."""
+    wanted: dict[str, set[str]] = {"model": {cell.model for cell in cells}, "judge": set(), "data": set()}
+    for cell in cells:
+        wanted["judge"] |= {model for judge in cell.scorers for model in models(judge.plugin)}  # type: ignore[arg-type]
+        wanted["data"] |= {cell.location(name) for name in (*pipeline.HARM_DATA, *cell.task.datasets)}
+    built = testbed_of(root).cached
+    made = Plan(sources=[source(what, place, built) for what, places in wanted.items() for place in sorted(places)])
+    if missing := [entry.location for entry in made.sources if not entry.there and entry.what != "judge"]:
+        made.unknown = f"{missing[0]} is not on this machine yet"
+        return made
+    store = _Planned(root)
+    for cell in cells:
+        before = len(store.asked)
+        try:
+            pipeline.run(cell, Lab(store))
+        except HbvError as error:
+            made.unknown = str(error)
+        made.stages.append(list(store.asked.values())[before:])
+    return made
+
+
+def testbed_of(root: Path) -> Artifact:
+    """The testbed in the store below `root`, built or not."""
+    return _Planned(root).make("testbed", {"version": testbed.VERSION}, lambda *_: None)
+
+
+def source(what: str, location: str, built: bool) -> Source:
+    """Whether a location can be read as it is, or has to be downloaded, and how much that is if the hub says."""
+    if location.startswith(TESTBED):  # to locate it would build it
+        return Source(what, location, built, "" if built else "the first run builds it, in one to two minutes")
+    if locate(location) is not None:
+        return Source(what, location, True)
+    name, revision = split_revision(location)
+    repository = name.partition(":")[0]
+    if cached(repository, "model" if what != "data" else "dataset"):
+        return Source(what, location, True, "in the hub's cache")
+    return Source(what, location, False, _size(repository, what, revision))
+
+
+def cached(repository: str, kind: str) -> bool:
+    """Whether the hub's cache on this machine has a snapshot of a repository."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "snapshots"
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _size(repository: str, what: str, revision: str | None) -> str:
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "size unknown: HF_HUB_OFFLINE is set"
+    try:
+        api: Any = HfApi().dataset_info if what == "data" else HfApi().model_info
+        files = api(repository, revision=revision, files_metadata=True, timeout=10).siblings or []
+    except Exception as error:  # a dozen kinds; a plan is no place to fail
+        return f"size unknown: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    wanted = [file for file in files if what == "data" or not file.rfilename.endswith((".bin", ".pth", ".gguf"))]
+    return f"{sum(file.size or 0 for file in wanted) / 2**30:.1f} GiB"

@@ -1,0 +1,208 @@
+"""`--dry-run`: what it says is what the run then does; it does nothing itself; its estimate counts what is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from huggingface_hub import constants
+from transformers import AutoConfig, LlamaConfig
+
+import tiny
+from harmbench_vaccine import estimate, plan, protocols
+from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.cli import commands
+from harmbench_vaccine.lab import Lab
+from harmbench_vaccine.pipeline import run
+from harmbench_vaccine.plugins import Defense
+from harmbench_vaccine.spec import RunSpec, parse
+from harmbench_vaccine.store import Store
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is checked here does not depend on how well it was timed."""
+    monkeypatch.setattr(estimate, "BUDGET", 0.01)
+    estimate.probe.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_world(tmp_path_factory.mktemp("world"))
+
+
+def cell(world: Path, defense: str = "sft", **changes: Any) -> Cell:
+    return Cell.settle(RunSpec(protocol=str(world), defense=parse(defense), **changes))
+
+
+def test_what_is_planned_is_what_is_then_there(world: Path, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    cells = [cell(world), cell(world, "sft+antidote")]
+    before = plan.plan(cells, store.root)
+    assert not before.unknown
+    assert not store.root.exists()  # nothing was made
+    assert not any(artifact.cached for stages in before.stages for artifact in stages)
+    run(cells[0], Lab(store))
+    after = plan.plan(cells, store.root)
+    first, second = after.stages
+    assert [artifact.key for artifact in first] == [artifact.key for artifact in before.stages[0]]
+    assert all(artifact.cached for artifact in first)
+    assert {path.parent.parent.name for path in store.root.glob("*/*/artifact.json")} == {
+        entry.stage for entry in first
+    }
+    assert {entry.stage: entry.cached for entry in second} == {  # it shares what the first cell has made
+        "repair": False, "answer": False, "score": False, "drift": False,
+    }  # fmt: skip
+
+
+def test_a_model_or_data_set_of_the_hub_is_there_once_it_is_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    wanted = [Cell.settle(RunSpec(protocol="vaccine-paper", task="gsm8k"))]
+    (tmp_path / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / "datasets--openai--gsm8k" / "snapshots" / "abc").mkdir(parents=True)
+    made = plan.plan(wanted, tmp_path / "store")
+    assert {source.location for source in made.sources if source.there} == {
+        "meta-llama/Llama-2-7b-hf", "openai/gsm8k:main",
+    }  # fmt: skip
+    missing = {source.location: source.detail for source in made.sources if not source.there}
+    assert set(missing) == {
+        "PKU-Alignment/beaver-dam-7b", "PKU-Alignment/BeaverTails", "tatsu-lab/alpaca",
+        "anonymous4486/booster_dataset:beavertails_with_refusals_train.json",
+    }  # fmt: skip
+    assert set(missing.values()) == {"size unknown: HF_HUB_OFFLINE is set"}
+    assert made.stages == []
+    assert "not on this machine yet" in made.unknown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kept(model: Any, rows: int, width: int) -> int:
+    """Bytes that autograd keeps after a forward pass, weights not counted: from the graph, not from hooks on it."""
+    ids = torch.ones(rows, width).long()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+    output = model(input_ids=ids, labels=ids)
+    todo, seen = [output.loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [next_node for next_node, _ in node.next_functions]
+        for name in dir(node):
+            value = getattr(node, name, None) if name.startswith("_saved_") else None
+            for tensor in value if isinstance(value, tuple) else [value]:
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in weights:
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gemma2", "qwen2"])
+def test_memory_is_what_a_real_model_takes(architecture: str, tmp_path: Path) -> None:
+    whole = tiny.model(architecture)
+    whole.config.save_pretrained(tmp_path)
+    settings = tiny.settings()
+    memory = estimate.count(str(tmp_path), "float32", "none", settings, 12)
+    assert memory.weights == 4 * sum(parameter.numel() for parameter in whole.parameters())
+    matrices = [
+        module.weight.numel()
+        for name, module in whole.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name
+    ]
+    stage, _ = tiny.stage(whole)
+    assert memory.adapter == 16 * sum(p.numel() for p in stage.trainable.values())  # itself, gradient, two moments
+    assert memory.saved == pytest.approx(kept(stage.model.train(), 4, 12), rel=0.05)  # a mask more or less
+    half = estimate.count(str(tmp_path), "bfloat16", "none", settings, 12)
+    assert half.weights == memory.weights / 2
+    quarter = estimate.count(str(tmp_path), "bfloat16", "4bit", settings, 12)
+    assert quarter.weights == half.weights - 1.5 * sum(matrices)  # of two bytes a number half a byte is left
+
+
+def test_time_goes_by_the_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny.model().config.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.num_hidden_layers = 7
+    config.save_pretrained(tmp_path)
+    times = {1: estimate.Seconds(1.0, 2.0, 0.5), 2: estimate.Seconds(1.25, 2.5, 0.5)}
+    monkeypatch.setattr(estimate, "_measured", lambda small, *_: times[small.num_hidden_layers])
+    made = estimate.probe(str(tmp_path), "float32", tiny.settings(), 12)
+    assert made == estimate.Seconds(1.0 + 6 * 0.25, 2.0 + 6 * 0.5, 0.5)
+    monkeypatch.setattr(estimate, "WORK_OF_A_CPU", 1.0)
+    assert estimate.probe(str(tmp_path), "float32", tiny.settings(), 13) is None or torch.cuda.is_available()
+
+
+def test_a_llama_2_7b_can_be_counted_on_a_laptop(tmp_path: Path) -> None:
+    """6,738,415,616 parameters (meta's count) and 19,988,480 of a rank 8 adapter on seven matrices a layer."""
+    LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+    ).save_pretrained(tmp_path)
+    settings = protocols.load("vaccine-paper").align.settings
+    memory = estimate.count(str(tmp_path), "bfloat16", "none", settings, 200)
+    assert memory.weights == 2 * 6_738_415_616
+    assert memory.adapter == 16 * 19_988_480
+    assert 5e9 < memory.saved < 2e10
+
+
+def test_the_passes_of_a_step_are_the_dearest_defenses() -> None:
+    class One(Defense):
+        def passes(self) -> str:
+            return "3F 2B"
+
+    assert estimate.passes([]) == (1, 1)
+    assert estimate.passes([One(), Defense()]) == (3, 2)
+
+
+def test_an_estimate_knows_the_steps_and_the_widths(world: Path) -> None:
+    stages = {one.stage: one for one in estimate.estimate(cell(world, "vaccine"))}
+    assert stages["align"].detail.startswith("20 steps of 4 rows of ")  # 40 rows in batches of 4, 2 epochs
+    assert stages["align"].detail.endswith("2F 2B a step")
+    assert stages["finetune"].detail.endswith("1F 1B a step")
+    assert stages["answer"].detail.startswith("44 answers")  # twice 8 harmful, 6 benign and 8 test items
+    wider = {one.stage: one for one in estimate.estimate(cell(world, values={"finetune.samples": "80"}))}
+    assert wider["finetune"].detail.startswith("40 steps")
+    untrained = [one.stage for one in estimate.estimate(cell(world, "none"))]
+    assert untrained == ["finetune", "answer"]
+
+
+def test_rows_that_are_not_here_are_taken_as_wide_as_the_protocol_allows(world: Path, tmp_path: Path) -> None:
+    missing = cell(world, data={"beavertails": "org/none"})
+    [finetune] = [one for one in estimate.estimate(missing) if one.stage == "finetune"]
+    assert "40 rows" not in finetune.detail
+    assert finetune.detail.startswith("20 steps of 4 rows of 96 tokens")  # max_length
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_all_and_does_nothing(world: Path, own_home: Path) -> None:
+    arguments = ["run", "--protocol", str(world), "--defense", "vaccine=3", "--set", "align.settings.lr=0.25"]
+    made = CliRunner().invoke(commands, [*arguments, "--dry-run", "--json"], catch_exceptions=False)
+    said = json.loads(made.stdout)
+    values = {entry["path"]: entry for entry in said["protocol"]["values"]}
+    assert values["align.settings.lr"] == {"path": "align.settings.lr", "value": 0.25, "source": "written"}
+    assert values["score.judge"]["source"] == ""
+    assert len(values) > 60
+    [planned] = said["cells"]
+    assert planned["plugins"]["vaccine"]["rho"] == [3.0, "written"]
+    assert planned["run"] == cell(world, "vaccine=3", values={"align.settings.lr": "0.25"}).id
+    assert [stage["there"] for stage in planned["stages"]] == [False] * len(planned["stages"])
+    assert not (own_home / "store").exists()
+    printed = CliRunner().invoke(commands, [*arguments, "--dry-run"], catch_exceptions=False).output
+    for part in ("align.settings.lr", "written", "2F 2B a step", "in all", "yes"):
+        assert part in printed
+
+
+def test_a_paper_protocol_can_be_planned_without_anything_of_it(own_home: Path) -> None:
+    arguments = ["run", "--protocol", "vaccine-paper", "--defense", "vaccine", "--task", "gsm8k", "--dry-run", "--json"]
+    said = json.loads(CliRunner().invoke(commands, arguments, catch_exceptions=False).stdout)
+    assert said["protocol"]["hash"] == protocols.load("vaccine-paper").hash
+    assert [entry["path"] for entry in said["protocol"]["values"] if not entry["source"]] == ["name", "version"]
+    assert not any(source["there"] for source in said["sources"])
+    assert "'meta-llama/Llama-2-7b-hf' is not on this machine" in said["cells"][0]["no_estimate"]
