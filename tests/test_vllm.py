@@ -235,8 +235,9 @@ def hbv(home: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "harmbench_vaccine", "run", *arguments]
     environment = {**os.environ, "HBV_HOME": str(home)}
     return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
 
 
 def worker_of(command: subprocess.Popen[str], patience: float = 180) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,20 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:
         "attention_mask": padded([[1] * len(row.ids) for row in rows], 0),
         "labels": padded([row.labels for row in rows], IGNORED),
     }
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], size: int, pad: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Batches to generate from: at most `size` rows of similar length, padded on the left. Each is the rows' numbers,
+    their ids and their mask (rows x longest row)."""
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    for start in range(0, len(order), size):
+        numbers = order[start : start + size]
+        width = len(rows[numbers[-1]])
+        gaps = [width - len(rows[number]) for number in numbers]
+        ids = torch.tensor([[pad] * gap + list(rows[number]) for gap, number in zip(gaps, numbers, strict=True)])
+        yield numbers, ids, torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

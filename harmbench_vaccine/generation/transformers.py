@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..data.chat import end_ids
-from ..data.collate import encode_prompt, pad_id
+from ..data.collate import encode_prompt, left_padded, pad_id
 from ..progress import SILENT, Progress
 from ..training.adapters import Stack
 from .engine import Answer
@@ -36,21 +36,15 @@ class TransformersEngine:
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends, use_cache=True
         )
         encoded = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in prompts}
-        order = sorted(encoded, key=lambda prompt: len(encoded[prompt]))
-        answers: dict[str, Answer] = {}
-        with progress.bar("answer", len(order)) as advance, torch.inference_mode():
-            for start in range(0, len(order), self.batch):
-                batch = order[start : start + self.batch]
-                width = max(len(encoded[prompt]) for prompt in batch)
-                missing = [width - len(encoded[prompt]) for prompt in batch]
-                ids = torch.tensor([[pad] * gap + encoded[prompt] for prompt, gap in zip(batch, missing, strict=True)])
-                mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in missing])
+        asked, answers = list(encoded), {}
+        with progress.bar("answer", len(asked)) as advance, torch.inference_mode():
+            for numbers, ids, mask in left_padded(list(encoded.values()), self.batch, pad):
                 output = model.generate(  # type: ignore[operator]
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
                 )
-                for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
-                    answers[prompt] = read(self.tokenizer, row, ends)
-                advance(len(batch))
+                for number, row in zip(numbers, output[:, ids.shape[1] :].tolist(), strict=True):
+                    answers[asked[number]] = read(self.tokenizer, row, ends)
+                advance(len(numbers))
         return [answers[prompt] for prompt in prompts]
 
     def close(self) -> None:

@@ -119,22 +119,16 @@ class TransformersGenerator:
         import torch
         from transformers import GenerationConfig
 
-        from ..data.collate import pad_id
+        from ..data.collate import left_padded, pad_id
 
         pad, ends = pad_id(self.tokenizer), _ends(self.tokenizer, self.model.generation_config)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends, use_cache=True,
             output_logits=bool(watched), return_dict_in_generate=True,
         )  # fmt: skip
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         made: dict[int, Continuation] = {}
-        with progress.bar("score: judge", len(order)) as advance, torch.inference_mode():
-            for start in range(0, len(order), self.batch):
-                numbers = order[start : start + self.batch]
-                width = max(len(prompts[number]) for number in numbers)
-                gaps = [width - len(prompts[number]) for number in numbers]
-                ids = torch.tensor([[pad] * gap + prompts[number] for gap, number in zip(gaps, numbers, strict=True)])
-                mask = torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
+        with progress.bar("score: judge", len(prompts)) as advance, torch.inference_mode():
+            for numbers, ids, mask in left_padded(prompts, self.batch, pad):
                 output: Any = self.model.generate(
                     input_ids=ids.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
@@ -144,7 +138,7 @@ class TransformersGenerator:
                     step.float().log_softmax(-1)[:, list(watched)].tolist() for step in output.logits or ()
                 ]
                 for row, number in enumerate(numbers):
-                    written = output.sequences[row, width:].tolist()
+                    written = output.sequences[row, ids.shape[1] :].tolist()
                     end = next((place for place, token in enumerate(written) if token in ends), len(written))
                     made[number] = Continuation(
                         str(self.tokenizer.decode(written[:end], skip_special_tokens=True)),
