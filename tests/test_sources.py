@@ -10,17 +10,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
 import pyarrow
 import pytest
+from huggingface_hub.utils import _http
 from pyarrow import parquet
 
 import tiny
 from harmbench_vaccine.data import hub, sources
 from harmbench_vaccine.data.sources import fingerprint, locate, provenance, read, split_name, split_revision
 from harmbench_vaccine.errors import BadInput, HbvError
+
+http: Any = getattr(_http, "httpx2", None) or getattr(_http, "httpx", None)
+"""The library that huggingface_hub speaks to the hub by: another one in its newer versions."""
 
 BEAVER = [
     {
@@ -352,7 +355,7 @@ def test_a_path_has_no_revision(tmp_path: Path) -> None:
 
 
 def response(status: int) -> Any:
-    return httpx.Response(status, request=httpx.Request("GET", "https://hub"))
+    return http.Response(status, request=http.Request("GET", "https://hub"))
 
 
 def gated() -> Exception:
