@@ -101,8 +101,8 @@ class Cell:
             for resolved in self.defenses:
                 if not resolved.plugin.over_ranks:  # type: ignore[attr-defined]
                     raise BadInput(
-                        f"{resolved.plugin.name!r} cannot act over {ranks.size()} ranks: it does not declare that it is "
-                        "right where each sees a part of the rows (`ranks`). Start it as one process."
+                        f"{resolved.plugin.name!r} cannot act over {ranks.size()} ranks: it does not declare that it "
+                        "is right where each sees a part of the rows (`ranks`). Start it as one process."
                     )
         if asked.full:
             for resolved in [*self.acting("finetune"), *self.acting("repair")]:
