@@ -18,12 +18,19 @@ a CUDA context there."""
 _holders: dict[str, ReferenceType[Callable[[], None]]] = {}
 
 
+def exclusive() -> bool:
+    """Whether holders have to make room for each other: there is a GPU."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
 def claim(holder: str, let_go: Callable[[], None]) -> None:
     """Says that `holder` is about to load a model, and how it is made to let go of it: "training", "engine",
     "classifier" or "judge"."""
-    import torch
+    if exclusive():
+        import torch
 
-    if torch.cuda.is_available():
         release(*(other for other, held in _holders.items() if other != holder or held() != let_go))
         gc.collect()  # a model's modules refer to each other in circles
         torch.cuda.empty_cache()

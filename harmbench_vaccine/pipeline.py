@@ -87,24 +87,43 @@ class Measured:
     """`before` and `after` -> what a judge makes of the answers to the task, where a judge scores them."""
 
 
+Judged = list[tuple[str, dict[str, Artifact]]]
+"""Every scorer's name with its verdicts, by the key of the answers, in the order that they were asked for."""
+
+
 def run(cell: Cell, lab: Lab) -> Measured:
     """One cell, from the base model to its scores."""
-    aligned = align(cell, lab)
-    tuned = finetune(cell, lab, aligned)
-    final = repair(cell, lab, aligned, tuned)
-    harmful, others = harmful_sets(cell), [benign_set(cell), task_set(cell)]
-    answers = {}
-    for when, model in {"before": aligned, "after": final}.items():
-        for asked in [*harmful, *others]:
-            answers[f"{when}/{asked.name}"] = answer(cell, lab, model, asked)
-    judged = [f"{when}/{asked.name}" for when in ("before", "after") for asked in harmful]
-    headline, *further = [
-        (canonical([scorer]), {name: score(cell, lab, answers[name], scorer) for name in judged})
-        for scorer in cell.scorers
-    ]
+    aligned, final = models(cell, lab)
+    answers = ask(cell, lab, aligned, final)
+    headline, *further = judge(cell, lab, answers)
     moved = drift(cell, lab, aligned, final)
     grades = {when: grade(cell, lab, answers[f"{when}/task"]) for when in ("before", "after") if cell.task.graded}
     return Measured(aligned, final, answers, headline[1], moved, dict(further), grades)
+
+
+def models(cell: Cell, lab: Lab) -> tuple[Made, Made]:
+    """The aligned model, and what became of it."""
+    aligned = align(cell, lab)
+    tuned = finetune(cell, lab, aligned)
+    return aligned, repair(cell, lab, aligned, tuned)
+
+
+def ask(cell: Cell, lab: Lab, aligned: Made, final: Made) -> dict[str, Artifact]:
+    """`before/SET` and `after/SET` -> answers of the aligned and of the final model, the headline's set first."""
+    sets = [*harmful_sets(cell), benign_set(cell), task_set(cell)]
+    return {
+        f"{when}/{asked.name}": answer(cell, lab, model, asked)
+        for when, model in {"before": aligned, "after": final}.items() for asked in sets
+    }  # fmt: skip
+
+
+def judge(cell: Cell, lab: Lab, answers: Mapping[str, Artifact]) -> Judged:
+    """What every scorer says of the answers to harmful questions."""
+    judged = [f"{when}/{asked.name}" for when in ("before", "after") for asked in harmful_sets(cell)]
+    return [
+        (canonical([scorer]), {name: score(cell, lab, answers[name], scorer) for name in judged})
+        for scorer in cell.scorers
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

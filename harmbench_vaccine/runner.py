@@ -14,7 +14,7 @@ from .errors import BadInput
 from .lab import Lab, check_model
 from .material import check
 from .paths import home, writable
-from .pipeline import run
+from .pipeline import ask, judge, models, run
 from .plugins import Scorer
 from .progress import SILENT, Progress
 from .results import check_columns, result, save
@@ -56,8 +56,8 @@ def run_all(
     for place in places:
         check_testbed(place)
     judges = {canonical_json([each.plugin.name, each.params]): each for cell in cells for each in cell.scorers}
-    for judge in judges.values():
-        verdicts.check(cast(Scorer, judge.plugin))
+    for scorer in judges.values():
+        verdicts.check(cast(Scorer, scorer.plugin))
     for model in {cell.model for cell in cells}:
         if not model.startswith(TESTBED):
             check_model(model)
@@ -72,6 +72,8 @@ def run_all(
     lab = Lab(Store(root / "store", progress), progress, save_share, gradient_checkpointing, shard)
     results = []
     with progress.bar("cells", len(cells)) as advance, closing(lab):
+        if gpu.exclusive() and len(cells) > 1:
+            _stage_by_stage(cells, lab)
         for cell in cells:
             measured = run(cell, lab)
             values = result(cell, measured)
@@ -82,6 +84,15 @@ def run_all(
                 done(values)
             advance(1)
     return results
+
+
+def _stage_by_stage(cells: Sequence[Cell], lab: Lab) -> None:
+    """Where training, engines and judges take turns in a GPU's memory, each is loaded once for all cells: first every
+    model is made, then every question answered, then every answer judged. The cells then find it all in the store."""
+    made = [models(cell, lab) for cell in cells]
+    answers = [ask(cell, lab, *pair) for cell, pair in zip(cells, made, strict=True)]
+    for cell, given in zip(cells, answers, strict=True):
+        judge(cell, lab, given)
 
 
 def _places(cell: Cell) -> list[str]:
