@@ -20,6 +20,7 @@ from .errors import BadInput, HbvError
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # theirs would break ours
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails is told in a sentence
 
 
 class _Commands(click.Group):

@@ -176,13 +176,14 @@ def check_model(location: str) -> None:
                 AutoConfig.from_pretrained(**place)
             return
         except HbvError as error:
-            reason = str(error)
+            sentence = str(error)
+            if "is gated" in sentence:  # there is no doubt which one is meant
+                raise
     else:
-        reason = "it holds no config.json"
+        sentence = f"Model {location!r} holds no config.json."
     known = protocols.models()
     close = difflib.get_close_matches(location, known, n=1, cutoff=0.4)
-    guess = f" Did you mean {close[0]!r}?" if close else ""
+    guess = f" Did you mean {close[0]!r}?" if close and close[0] != location else ""
     raise BadInput(
-        f"Unknown model {location!r}: {reason.removeprefix(f'Model {location!r} ').rstrip('.')}.{guess} "
-        f"Allowed: a model's folder, a hub id, or one of the protocols': {', '.join(known)}."
+        f"{sentence}{guess} Allowed: a model's folder, a hub id, or one of the protocols': {', '.join(known)}."
     )

@@ -191,7 +191,7 @@ def test_what_a_hub_refuses_is_told_in_a_sentence(hub: str, tmp_path: Path) -> N
     assert gated.startswith("BadInput Model 'org/gated' is gated: ask for access")
     assert "HF_TOKEN" in gated_check
     assert nothing.startswith("BadInput Model 'org/nothing' is not on the hub")
-    assert nothing_check.startswith("BadInput Unknown model 'org/nothing': is not on the hub")
+    assert nothing_check.startswith("BadInput Model 'org/nothing' is not on the hub")
     assert "has no safetensors" in pickled
     assert "refs/pr/N" in pickled
     assert fine == "nothing"  # its configuration is there; that its weights are not safetensors shows when it is loaded
