@@ -263,7 +263,10 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "model path": (("run", "--model", "./nothing"), ("'./nothing'", "hub")),
     "model folder": (("run", "--model", "."), ("'.'", "config.json", "model")),
     "model": (("run", "--model", "testbed:modle"), ("'testbed:modle'", "'testbed:model'")),
-    "model of the hub": (("run", "--model", "nobody/nothing"), ("Model 'nobody/nothing' is not on this machine", "Allowed")),
+    "model of the hub": (
+        ("run", "--model", "nobody/nothing"),
+        ("Model 'nobody/nothing' is not on this machine", "Allowed"),
+    ),
     "run": (("show", "sft-0"), ("Unknown run 'sft-0'",)),
     "more samples": (("run", "--attack", "samples=401"), ("401", "400")),
     "more harmful samples": (("run", "--attack", "ratio=1,samples=81"), ("81", "80")),
