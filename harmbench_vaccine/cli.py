@@ -511,9 +511,7 @@ def path() -> None:
 
 
 @testbed.command()
-@click.option(
-    "--quick", is_flag=True, help="2 seeds and 3 ratios instead of 5 and 6, and no defenses: what is checked."
-)
+@click.option("--quick", is_flag=True, help="1 seed and 3 ratios instead of 5 and 6, and no defenses: what is checked.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @click.pass_context
 def report(context: click.Context, quick: bool, as_json: bool) -> None:
