@@ -26,8 +26,8 @@ def exclusive() -> bool:
 
 
 def claim(holder: str, let_go: Callable[[], None]) -> None:
-    """Says that `holder` is about to load a model, and how it is made to let go of it: "training", "engine",
-    "classifier" or "judge"."""
+    """Says that `holder` is about to load a model, and how it is made to let go of it: "training"; "engine"
+    and "classifier" of vLLM's; "judge" of transformers', "judge engine" of vLLM's."""
     if exclusive():
         import torch
 

@@ -106,7 +106,7 @@ class Lab:
 
     def close(self) -> None:
         """Ends the processes of vLLM's that run, and lets go of a judge."""
-        gpu.release("engine", "classifier", "judge")
+        gpu.release("engine", "classifier", "judge", "judge engine")
         self._engine = self._answers = None
 
     def beside(self, state: ModelState) -> Stack:

@@ -493,4 +493,4 @@ def test_vllm_reads_what_transformers_reads(dam: Path, guard: Path, tmp_path: Pa
         assert [reading.text for reading in one] == [reading.text for reading in other]
         for a, b in zip(one, other, strict=True):
             assert a.probabilities == pytest.approx(b.probabilities, abs=1e-4)
-    gpu.release("judge", "classifier")
+    gpu.release("classifier", "judge", "judge engine")

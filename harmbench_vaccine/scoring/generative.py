@@ -193,7 +193,7 @@ class VllmGenerator:
                 other.close()
             _running.clear()
             dtype = str(self._config.get_text_config().dtype or "float32").removeprefix("torch.")
-            _running[self._model] = Running(self._model, dtype, "generate", "judge")
+            _running[self._model] = Running(self._model, dtype, "generate", "judge engine")
         return _running[self._model]
 
 
