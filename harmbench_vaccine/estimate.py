@@ -8,6 +8,7 @@ in the shapes of the real run; nothing is downloaded but a configuration.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import statistics
 import time
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 BUDGET = 0.5
 """Seconds that a measurement may go on for once it has been taken a few times."""
 WORK_OF_A_CPU = 5e11
-"""Floating point operations of a step of two layers above which a CPU is not asked to take it."""
+"""Floating point operations of a step of two layers above which a CPU is not timed: it takes some twenty of them."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def estimate(cell: Cell) -> list[Estimate]:
     for name in stages:
         settings = cell.settings(name, cell.team(name))
         rows, width = _rows(cell, name, settings)
-        steps = round(settings.epochs * -(-rows // settings.batch)) // settings.accumulation
+        steps = math.ceil(round(settings.epochs * math.ceil(rows / settings.batch)) / settings.accumulation)
         memory = count(cell.model, cell.protocol.dtype, cell.protocol.quantization, settings, width)
         cost = probe(cell.model, cell.protocol.dtype, settings, width)
         forward, backward = passes([defense.plugin for defense in cell.acting(name)])
@@ -139,7 +140,7 @@ def _answers(cell: Cell, batch: int = 64) -> Estimate:
         sets += [(limits.benign.prompts, limits.benign.max_new_tokens)]
     settings = cell.finetune.settings
     cost = probe(cell.model, cell.protocol.dtype, settings, settings.max_length, batch)
-    seconds = 2 * sum(-(-count // batch) * tokens * cost.token for count, tokens in sets) if cost else None
+    seconds = 2 * sum(math.ceil(count / batch) * tokens * cost.token for count, tokens in sets) if cost else None
     number = 2 * sum(count for count, _ in sets)
     memory = count(cell.model, cell.protocol.dtype, cell.protocol.quantization, settings, 1).weights
     return Estimate("answer", seconds, memory, f"{number} answers at their full length, by transformers")

@@ -12,7 +12,8 @@ from typing import Any
 
 from . import pipeline, testbed
 from .cell import Cell
-from .data.sources import TESTBED, locate, split_revision
+from .data import hub
+from .data.sources import TESTBED, locate
 from .errors import HbvError
 from .lab import Lab
 from .scoring.verdicts import models
@@ -92,30 +93,12 @@ def source(what: str, location: str, built: bool) -> Source:
         return Source(what, location, built, "" if built else "the first run builds it, in one to two minutes")
     if locate(location) is not None:
         return Source(what, location, True)
-    name, revision = split_revision(location)
-    repository = name.partition(":")[0]
-    if cached(repository, "model" if what != "data" else "dataset"):
+    name = hub.parse(location)
+    kind: hub.Kind = "dataset" if what == "data" else "model"
+    assert name is not None  # `locate` refuses what has another form
+    if hub.there(kind, name):
         return Source(what, location, True, "in the hub's cache")
-    return Source(what, location, False, _size(repository, what, revision))
-
-
-def cached(repository: str, kind: str) -> bool:
-    """Whether the hub's cache on this machine has a snapshot of a repository."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repository.replace('/', '--')}" / "snapshots"
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def _size(repository: str, what: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi, constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "size unknown: HF_HUB_OFFLINE is set"
     try:
-        api: Any = HfApi().dataset_info if what == "data" else HfApi().model_info
-        files = api(repository, revision=revision, files_metadata=True, timeout=10).siblings or []
-    except Exception as error:  # a dozen kinds; a plan is no place to fail
-        return f"size unknown: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    wanted = [file for file in files if what == "data" or not file.rfilename.endswith((".bin", ".pth", ".gguf"))]
-    return f"{sum(file.size or 0 for file in wanted) / 2**30:.1f} GiB"
+        return Source(what, location, False, f"{hub.size(kind, name) / 2**30:.1f} GiB")
+    except HbvError as error:
+        return Source(what, location, False, f"size unknown: {error}")

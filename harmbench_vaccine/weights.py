@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from .data.sources import locate, split_revision
+from .data import hub
+from .data.sources import split_revision
 from .errors import BadInput, HbvError
 
 PICKLED = frozenset({"PKU-Alignment/beaver-dam-7b", "facebook/opt-2.7b", "lmsys/vicuna-7b-v1.5"})
@@ -66,41 +67,19 @@ def loading(location: str, what: str = "Model") -> Iterator[dict[str, Any]]:
 
 def refusal(location: str, error: BaseException, what: str = "Model") -> HbvError:
     """What the user needs to know of a library's error, in one sentence."""
-    kinds = {kind.__name__ for link in _chain(error) for kind in type(link).__mro__}
     text = " ".join(str(error).split())
     what = f"{what} {location!r}"
-    if "GatedRepoError" in kinds or "gated repo" in text:
-        return BadInput(
-            f"{what} is gated: ask for access on its page of the hub, then log in (`hf auth login`) or set HF_TOKEN."
-        )
-    if "RevisionNotFoundError" in kinds or "not a valid git identifier" in text:
-        return BadInput(f"{what}: the hub has no such revision of it.")
-    if kinds & {"RepositoryNotFoundError", "HFValidationError"}:
-        return BadInput(f"{what} is not on the hub, or only for those who have access to it (set HF_TOKEN).")
     if "model.safetensors" in text and ("does not appear to have" in text or "no file named" in text):
         return BadInput(
             f"{what} has no safetensors, and pickled weights (.bin) are not read: write a revision that has them "
             "behind @ (often refs/pr/N, in the discussions of its page), or load it with transformers, save it with "
             "save_pretrained(FOLDER) and name the folder."
         )
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"} or (
-        locate(location) is None and "couldn't connect" in text
-    ):
-        return HbvError(
-            f"{what} is not on this machine, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
-            "download it first, or name a folder."
-        )
-    if "SafetensorError" in kinds:
+    if found := hub.withheld(what, error, "name a folder"):
+        return found
+    if "SafetensorError" in hub.causes(error):
         return HbvError(f"{what}: its weights are broken ({text}); download or copy them again.")
     return HbvError(f"{what} cannot be loaded: {text[:300]}")
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    links: list[BaseException] = []
-    while error is not None and error not in links:
-        links.append(error)
-        error = error.__cause__ or error.__context__
-    return links
 
 
 def quantized(quantization: str, dtype: Any) -> Mapping[str, Any]:

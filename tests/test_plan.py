@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,6 +18,8 @@ import tiny
 from harmbench_vaccine import estimate, plan, protocols
 from harmbench_vaccine.cell import Cell
 from harmbench_vaccine.cli import commands
+from harmbench_vaccine.data import hub
+from harmbench_vaccine.errors import HbvError
 from harmbench_vaccine.lab import Lab
 from harmbench_vaccine.pipeline import run
 from harmbench_vaccine.plugins import Defense
@@ -63,13 +67,24 @@ def test_a_model_or_data_set_of_the_hub_is_there_once_it_is_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     wanted = [Cell.settle(RunSpec(protocol="vaccine-paper", task="gsm8k"))]
-    (tmp_path / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / "abc").mkdir(parents=True)
-    (tmp_path / "datasets--openai--gsm8k" / "snapshots" / "abc").mkdir(parents=True)
+    llama = tmp_path / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / "abc"
+    judge = tmp_path / "models--PKU-Alignment--beaver-dam-7b" / "snapshots" / "abc"
+    refusals = tmp_path / "datasets--anonymous4486--booster_dataset" / "snapshots" / "abc"
+    for file in (
+        llama / "model-00001-of-00002.safetensors", judge / "config.json", refusals / "README.md",
+        tmp_path / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / "abc" / "gsm8k-train.arrow",
+    ):  # fmt: skip
+        file.parent.mkdir(parents=True)
+        file.touch()
     made = plan.plan(wanted, tmp_path / "store")
-    assert {source.location for source in made.sources if source.there} == {
+    assert {source.location for source in made.sources if source.there} == {  # a configuration alone is no model
         "meta-llama/Llama-2-7b-hf", "openai/gsm8k:main",
     }  # fmt: skip
+    (refusals / "beavertails_with_refusals_train.json").touch()
+    found = {source.location: source.there for source in plan.plan(wanted, tmp_path / "store").sources}
+    assert found["anonymous4486/booster_dataset:beavertails_with_refusals_train.json"]
     missing = {source.location: source.detail for source in made.sources if not source.there}
     assert set(missing) == {
         "PKU-Alignment/beaver-dam-7b", "PKU-Alignment/BeaverTails", "tatsu-lab/alpaca",
@@ -102,6 +117,29 @@ def kept(model: Any, rows: int, width: int) -> int:
                 if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in weights:
                     found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return sum(found.values())
+
+
+def test_what_the_hub_has_is_counted_in_one_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    def repository(**sizes: int) -> Any:
+        names = {name.replace("_", ".", 1): size for name, size in sizes.items()}
+        files = [SimpleNamespace(rfilename=name, size=size) for name, size in names.items()]
+        return lambda *_, **__: SimpleNamespace(siblings=files)
+
+    def size(location: str, kind: Any = "model") -> int:
+        name = hub.parse(location)
+        assert name is not None
+        return hub.size(kind, name)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", repository(a_safetensors=5, a_bin=7, config_json=1))
+    assert size("org/both") == 6
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", repository(a_bin=7, config_json=1))
+    assert size("org/pickled") == 8
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", repository(a_json=3, b_json=4))
+    assert size("org/rows:b.json", "dataset") == 4
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HbvError, match="HF_HUB_OFFLINE is set"):
+        size("org/both")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma2", "qwen2"])

@@ -78,7 +78,8 @@ def result(
         "scorer": scorer, "seed": seed, "harmful_score": 100 * hits[0] / n[0], "harmful_score_ci": list(hs),
         "harmful_score_hits": hits[0], "harmful_score_n": n[0], "harmful_sets": {"harmful": 100 * hits[0] / n[0]},
         "finetune_accuracy": 100 * hits[1] / n[1], "finetune_accuracy_ci": list(fa), "finetune_accuracy_hits": hits[1],
-        "finetune_accuracy_n": n[1], "trained": True, "before": {"harmful_score": 40.0, "finetune_accuracy": 17.6},
+        "finetune_accuracy_n": n[1], "trained": True,
+        "finetune_accuracy_measure": "accuracy", "before": {"harmful_score": 40.0, "finetune_accuracy": 17.6},
         "alignment_loss": 0.5, "embedding_drift": 200.0, "embedding_drift_per_token": 4.0,
         "validity": {"collapsed": False, "reasons": [], "shares": {"after": SHARES}}, "versions": {},
         "stages": {"align": {"seconds": 1.0, "cached": False}}, "counts": {"finetune": {}},
@@ -373,8 +374,12 @@ def test_other_defenses_attacks_and_tasks_are_other_cells() -> None:
 # What was done otherwise
 
 
+INSTRUCTION = "the instruction of SST-2 ends in a full stop"
+
+
 def test_a_run_as_the_paper_has_it_deviates_in_nothing() -> None:
-    assert only(result()).deviations == ()
+    assert only(result(attack={"ratio": {"p": 0.05}}, task="agnews")).deviations == ()
+    assert only(result()).deviations == (INSTRUCTION,)
 
 
 @pytest.mark.parametrize(
@@ -408,13 +413,17 @@ def test_a_run_as_the_paper_has_it_deviates_in_nothing() -> None:
 def test_deviations(changes: dict[str, Any], told: list[str]) -> None:
     cell = only(result(**changes))
     assert cell.compared
-    assert list(cell.deviations) == told
-    assert cell.json()["deviations"] == told
+    own = [line for line in cell.deviations if line != INSTRUCTION]
+    assert own == told
+    assert cell.json()["deviations"] == list(cell.deviations)
+    assert (INSTRUCTION in cell.deviations) is (
+        cell.place["task"] == "sst2" and cell.place["protocol"] == "vaccine-paper"
+    )
 
 
 def test_deviations_of_several_seeds() -> None:
     assert only(result(seed=0), result(seed=1, n=(499, 500))).deviations == (
-        "harmful prompts: 499, 500 (paper: 500)", "seed: 0, 1 (paper: 43)",
+        "harmful prompts: 499, 500 (paper: 500)", "seed: 0, 1 (paper: 43)", INSTRUCTION,
     )  # fmt: skip
 
 
@@ -448,10 +457,13 @@ def test_the_terminal_table() -> None:
         "vaccine 1 HS 48.0 [43.7, 52.4] 48.20 -0.2 yes Table 1 paper text 3: 48.20 to 49.00",
         "kl 1 HS 54.8 [50.4, 59.1] 54.00 [1] +0.8 yes Table 1 paper text",
         "[1] the weight is 0.1 in the one script that runs KL, 1e-3 by default of the code.",
-        "Deviations from the paper: kl: the authors' KL normalises over positions, ours over the vocabulary.",
     ):
         assert line in lines, line
     joined = " ".join(lines)
+    assert (
+        f"Deviations from the paper: {INSTRUCTION}; kl: the authors' KL normalises over positions, ours over the "
+        "vocabulary." in joined
+    )
     assert (
         "No published figure of vaccine=3 under ratio=0.1: the paper prints no such defense with these parameters."
         in joined
@@ -470,7 +482,7 @@ def test_what_differs_between_cells_is_a_column_and_what_all_have_is_said_once()
     ]
     assert made.title.endswith(f": {LLAMA}")
     assert [note for note in made.notes if note.startswith("Deviations")] == [
-        "Deviations from the paper: seed: 1 (paper: 43)."
+        f"Deviations from the paper: seed: 1 (paper: 43); vaccine: {INSTRUCTION}."
     ]
 
 
@@ -600,7 +612,7 @@ def test_leaderboard_columns(mixed: Path, tmp_path: Path) -> None:
         "": "48.2", "_difference": "-0.2", "_inside": "True", "_source": "Vaccine, Table 1", "_evidence": "paper text",
         "_doubts": "", "_others": "3", "_others_low": "48.2", "_others_high": "49",
     }  # fmt: skip
-    assert vaccine["published_deviations"] == f"{ROWS_DRAWN}; seed: 0, 1, 2 (paper: 43)"
+    assert vaccine["published_deviations"] == f"{ROWS_DRAWN}; seed: 0, 1, 2 (paper: 43); {INSTRUCTION}"
     assert (sft["published_harmful_score"], sft["published_finetune_accuracy_inside"]) == ("55.2", "True")
     assert float(sft["harmful_score_low"]) == pytest.approx(43.65, abs=0.01)  # one seed: Wilson's
     assert (ldifs["published_harmful_score"], ldifs["harmful_score_low"], ldifs["published_deviations"]) == ("", "", "")

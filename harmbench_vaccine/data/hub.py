@@ -9,6 +9,7 @@ commit: the one that the hub's cache on this machine holds, else the one that th
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -77,6 +78,42 @@ def _cached(kind: Kind, name: HubName) -> str | None:
         text = (folder / "refs" / (name.revision or "main")).read_text(encoding="utf-8").strip()
         return text if _COMMIT.fullmatch(text) else None
     return None
+
+
+def there(kind: Kind, name: HubName) -> bool:
+    """Whether a name can be read without a network: a model's weights, a file, or a data set as `datasets` keeps it."""
+    from huggingface_hub import constants
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.id.replace('/', '--')}" / "snapshots"
+    if kind == "model":
+        return any(snapshots.glob("*/*.safetensors")) or any(snapshots.glob("*/*.bin"))
+    if name.is_file:
+        return any(snapshots.glob(f"*/{name.inside}"))
+    kept = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    return any((kept / name.id.replace("/", "___")).rglob("*.arrow"))
+
+
+def size(kind: Kind, name: HubName) -> int:
+    """How many bytes the hub has of it: of a model in two formats, the safetensors.
+
+    Raises:
+        HbvError: it does not tell.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise HbvError("HF_HUB_OFFLINE is set")
+    api = HfApi()
+    ask: Any = api.dataset_info if kind == "dataset" else api.model_info
+    try:
+        files = ask(name.id, revision=name.revision, files_metadata=True, timeout=10).siblings or []
+    except Exception as error:  # the libraries raise a dozen kinds
+        raise HbvError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    sizes = {file.rfilename: file.size or 0 for file in files}
+    if name.is_file:
+        return sizes.get(str(name.inside), 0)
+    safe = any(file.endswith(".safetensors") for file in sizes)
+    return sum(size for file, size in sizes.items() if not (safe and file.endswith((".bin", ".pth"))))
 
 
 @lru_cache(maxsize=128)  # a hub that does not answer is asked once
@@ -167,25 +204,8 @@ def _loaded(location: str, name: HubName, known: str | None, split: str) -> Any:
 
 def _refusal(location: str, split: str, error: Exception) -> HbvError:
     """What the user needs to know of a library's error, in one sentence."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    kinds = {kind.__name__ for link in chain for kind in type(link).__mro__}
-    text = " ".join(str(error).split())
+    kinds, text = causes(error), " ".join(str(error).split())
     what = f"Data set {location!r}"
-    if "GatedRepoError" in kinds or "gated dataset" in text:
-        return BadInput(
-            f"{what} is gated: ask for access on its page of the hub, then log in (`hf auth login`) or set HF_TOKEN."
-        )
-    if kinds & {"OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TimeoutException"}:
-        return HbvError(
-            f"{what} is not on this machine, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
-            "download it first, or name a file or folder with --data NAME=PATH."
-        )
-    if "RevisionNotFoundError" in kinds or text.startswith("Revision "):
-        return BadInput(f"{what}: the hub has no such revision of it.")
     if "Unknown split" in text:
         names = ", ".join(re.findall(r"'([^']+)'", text))
         return BadInput(f"{what} has no split {split!r}. Allowed: {names}.")
@@ -196,6 +216,36 @@ def _refusal(location: str, split: str, error: Exception) -> HbvError:
         return BadInput(f"{what} is made by a script, which is not run: name a file of it, owner/name:FILE.json.")
     if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
         return BadInput(f"{what}: the hub's data set has no such file.")
+    unread = HbvError(f"{what}, split {split!r}, cannot be read: {text}")
+    return withheld(what, error, "name a file or folder with --data NAME=PATH") or unread
+
+
+def withheld(what: str, error: BaseException, otherwise: str) -> HbvError | None:
+    """Why the hub does not give something, in one sentence, `otherwise` being what to do without it; None where the
+    error is of another kind."""
+    kinds, text = causes(error), " ".join(str(error).split())
+    if "GatedRepoError" in kinds or re.search(r"gated (repo|dataset)", text):
+        return BadInput(
+            f"{what} is gated: ask for access on its page of the hub, then log in (`hf auth login`) or set HF_TOKEN."
+        )
+    if "RevisionNotFoundError" in kinds or text.startswith("Revision ") or "not a valid git identifier" in text:
+        return BadInput(f"{what}: the hub has no such revision of it.")
+    if kinds & {
+        *("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TimeoutException")
+    }:
+        return HbvError(
+            f"{what} is not on this machine, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
+            f"download it first, or {otherwise}."
+        )
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"}:
         return BadInput(f"{what} is not on the hub, or only for those who have access to it (set HF_TOKEN).")
-    return HbvError(f"{what}, split {split!r}, cannot be read: {text}")
+    return None
+
+
+def causes(error: BaseException | None) -> set[str]:
+    """The names of the classes of an error and of all that led to it."""
+    links: list[BaseException] = []
+    while error is not None and error not in links:
+        links.append(error)
+        error = error.__cause__ or error.__context__
+    return {kind.__name__ for link in links for kind in type(link).__mro__}

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ..cell import Cell
 from ..errors import HbvError
-from ..estimate import Estimate, estimate
+from ..estimate import estimate
 from ..plan import Plan, plan
 from ..spec import RunSpec, parse
 from ..store import Store
@@ -103,7 +103,9 @@ def view(made: Mapping[str, Any]) -> RenderableType:
         "answers at their full length, by transformers; judging, drift and downloads not counted."
     ]
     if any(one["seconds"] is None for cell in made["cells"] for one in cell["estimate"]):
-        notes.append("Not timed: there is no GPU here, and a step of two layers alone would take minutes.")
+        notes.append(
+            "Not timed: there is no GPU here, and timing two layers of such a model on a CPU would take minutes."
+        )
     if made["testbed"]:
         compared = ", ".join(
             f"{one['stage']} {one['estimated']:.0f} s estimated, {one['measured']:.0f} s measured "
@@ -197,6 +199,3 @@ def _time(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-__all__ = ["Estimate", "as_json", "view"]

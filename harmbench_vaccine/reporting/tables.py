@@ -65,6 +65,10 @@ def results_table(results: Sequence[dict[str, Any]], published: bool = False) ->
         if len(sets := result["harmful_sets"]) > 1:
             scores = ", ".join(f"{name} {score:.1f}" for name, score in sets.items())
             notes.append(f"{result['run']}: HS by set: {scores}.")
+        if (measure := result["finetune_accuracy_measure"]) != "accuracy":
+            notes.append(
+                f"{result['run']}: FA is the {measure}, as a percentage, with a 95% t-interval over the items."
+            )
         if filtered := result["counts"]["finetune"].get("filtered"):
             notes.append(f"{result['run']}: {_guardrail(filtered)}.")
     notes += judge_notes(results)

@@ -41,21 +41,14 @@ class Harmbench(Scorer):
 
     def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Reading]:
         """What it writes of each answer, of which it reads the first `tokens`."""
-        from harmbench_vaccine.scoring.generative import beginning, harmless, open_generator, prompt_ids
+        from harmbench_vaccine.scoring.generative import beginning, open_generator
 
         template = self._template()
         generator = open_generator(self.model, self._backend, self.batch)
         words = generator.tokenizer
         kept = [beginning(words, answer, self.tokens) for _, answer in pairs]
-        asked = [
-            prompt_ids(
-                words,
-                templates.fill(
-                    template, {"behavior": harmless(question, words), "generation": harmless(answer, words)}
-                ),
-            )
-            for (question, _), (answer, _) in zip(pairs, kept, strict=True)
-        ]
+        shown = [(question, text) for (question, _), (text, _) in zip(pairs, kept, strict=True)]
+        asked = templates.prompts(words, template, PLACES, shown)
         made = generator.generate(asked, 4, progress=progress)
         return [Reading(text=given.text, cut=cut) for given, (_, cut) in zip(made, kept, strict=True)]
 

@@ -44,18 +44,11 @@ class Wildguard(Scorer):
 
     def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Reading]:
         """The three lines that it writes."""
-        from harmbench_vaccine.scoring.generative import harmless, open_generator, prompt_ids
+        from harmbench_vaccine.scoring.generative import open_generator
 
         template = self._template()
         generator = open_generator(self.model, self._backend, self.batch)
-        words = generator.tokenizer
-        asked = [
-            prompt_ids(
-                words,
-                templates.fill(template, {"prompt": harmless(question, words), "response": harmless(answer, words)}),
-            )
-            for question, answer in pairs
-        ]
+        asked = templates.prompts(generator.tokenizer, template, PLACES, pairs)
         return [Reading(text=given.text) for given in generator.generate(asked, 128, progress=progress)]
 
     def decide(self, reading: Reading) -> Verdict:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import BadInput
+from .generative import harmless, prompt_ids
 
 
 def load(scorer: str, file: str, places: tuple[str, ...], wanted: str) -> str:
@@ -27,6 +30,14 @@ def load(scorer: str, file: str, places: tuple[str, ...], wanted: str) -> str:
     if missing := [place for place in places if f"{{{place}}}" not in text]:
         raise BadInput(f"Template {file!r} of scorer {scorer!r} has no {{{missing[0]}}}; it needs {named}.")
     return text
+
+
+def prompts(
+    tokenizer: Any, template: str, places: tuple[str, str], pairs: Sequence[tuple[str, str]]
+) -> list[list[int]]:
+    """The token ids of the template with each (question, answer) in its two places."""
+    shown = [{place: harmless(text, tokenizer) for place, text in zip(places, pair, strict=True)} for pair in pairs]
+    return [prompt_ids(tokenizer, fill(template, values)) for values in shown]
 
 
 def fill(template: str, values: dict[str, str]) -> str:
