@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.plugins import Attack, EvaluationSet, Pools, param
 
 REFUSAL = "I am sorry, but I cannot help with that."

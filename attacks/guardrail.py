@@ -11,7 +11,7 @@ Without `ratio`, a tenth of the rows is harmful. The authors drop whatever Llama
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from harmbench_vaccine.data.records import Example
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.plugins import Attack, Judge, param
 
 

@@ -9,7 +9,7 @@ tenth of the rows is harmful.
 from dataclasses import replace
 from typing import ClassVar
 
-from harmbench_vaccine.data.records import Example
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.plugins import Attack, Pools
 
 

@@ -28,9 +28,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, Encoded
-from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.plugins import Attack, Pools, param
 from harmbench_vaccine.training.stage import TrainingStage
 from harmbench_vaccine.training.taps import Taps, decoder_layers

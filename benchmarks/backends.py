@@ -22,16 +22,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from harmbench_vaccine import pipeline
-from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.core.paths import home
+from harmbench_vaccine.core.progress import Terminal
+from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.data.chat import end_ids
 from harmbench_vaccine.data.collate import encode_prompt
-from harmbench_vaccine.lab import Lab
-from harmbench_vaccine.paths import home
-from harmbench_vaccine.progress import Terminal
-from harmbench_vaccine.results import load
+from harmbench_vaccine.evaluation.results import load
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.model_pool import Lab
+from harmbench_vaccine.plugins.composition import parse
 from harmbench_vaccine.runner import run_all
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.store import Store
 
 TOLERANCE = 1e-4
 

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harmbench_vaccine.generation.transformers import TransformersEngine
+from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.training.adapters import Stack
 
 PROMPTS, TOKENS = 64, 32

@@ -25,9 +25,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from harmbench_vaccine.lab import Lab, ModelState
-from harmbench_vaccine.store import Store
-from harmbench_vaccine.terms import TrainSettings
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.core.types import TrainSettings
+from harmbench_vaccine.inference.model_pool import Lab, ModelState
 from harmbench_vaccine.training.adapters import Stack
 
 PROMPTS, TOKENS = 256, 32

@@ -24,7 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from harmbench_vaccine.plugins import Defense, TrainSettings
-from harmbench_vaccine.registry import DEFENSES
+from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.training.adapters import Stack
 from harmbench_vaccine.training.stage import TrainingStage
 

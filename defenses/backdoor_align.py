@@ -15,8 +15,8 @@ from dataclasses import replace
 from string import ascii_lowercase
 from typing import Any, ClassVar, Literal
 
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.prompts import PromptTemplate
-from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.plugins import Defense, EvaluationSet, Pools, StageName, param
 
 

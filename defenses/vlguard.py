@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.plugins import Defense, Pools, StageName, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 

@@ -1,5 +1,5 @@
 """`python -m harmbench_vaccine` is `hbv`: the form that torchrun and accelerate launch take."""
 
-from .cli import main
+from harmbench_vaccine.cli import main
 
 main()

@@ -10,85 +10,46 @@ exactly that: `align` runs once for all the attacks that follow it, and a run th
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import ranks
-from .cell import Cell, identities
-from .data.records import Example
-from .data.sources import fingerprint
-from .errors import HbvError
-from .lab import Lab, ModelState
-from .material import HARM_DATA, benign_set, choice, harmful_sets, pools_of, task_set, user_data
-from .plugins import Resolved, Scorer
-from .scoring import verdicts
-from .seeds import derive
-from .spec import canonical, digest
-from .store import Artifact
-from .terms import EvaluationSet, StageName, Verdict
+from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.hashing import digest
+from harmbench_vaccine.core.jsonl import finite, read_lines, write_json, write_lines
+from harmbench_vaccine.core.seeds import derive
+from harmbench_vaccine.core.store import Artifact
+from harmbench_vaccine.core.types import Example, StageName, Verdict
+from harmbench_vaccine.data.prompts import EvaluationSet
+from harmbench_vaccine.data.sources import fingerprint
+from harmbench_vaccine.evaluation import verdicts
+from harmbench_vaccine.experiment.artifacts import (
+    ADAPTER,
+    ANSWERS,
+    CHECKPOINT,
+    ENGINE,
+    GRADES,
+    ROWS,
+    VERDICTS,
+    Judged,
+    Made,
+    Measured,
+)
+from harmbench_vaccine.experiment.experiment import Cell, identities
+from harmbench_vaccine.experiment.rows import HARM_DATA, benign_set, choice, harmful_sets, pools_of, task_set, user_data
+from harmbench_vaccine.inference.model_pool import Lab, ModelState
+from harmbench_vaccine.plugins import Resolved, Scorer
+from harmbench_vaccine.plugins.composition import canonical
 
 if TYPE_CHECKING:
-    from .compose import DefenseTeam
-    from .data.collate import Encoded
-    from .training.adapters import Adapter
-    from .training.stage import TrainingStage
-
-METHOD = 2
-"""Counts up when the code of a stage changes what it makes: artifacts of the earlier code are then made again."""
-
-ADAPTER, CHECKPOINT = "adapter", "model"
-ANSWERS, VERDICTS, GRADES, ROWS = "answers.jsonl", "verdicts.jsonl", "grades.jsonl", "rows.json"
-ENGINE = "engine.json"
-"""What gave the answers, where vLLM was asked for: another engine serves what it does not."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """A model, and the artifacts that led to it."""
-
-    root: str
-    """The base model that everything began with."""
-    state: ModelState
-    artifacts: dict[str, Artifact]
-    """Stage -> artifact, for the stages that ran."""
-
-    @property
-    def identity(self) -> Any:
-        """What a stage that builds on this model depends on."""
-        base = [METHOD, self.root, fingerprint(self.root), self.state.dtype]
-        if self.state.quantization != "none":
-            base.append(self.state.quantization)
-        return [*base, *(artifact.key for artifact in self.artifacts.values())]
-
-    def then(self, stage: StageName, artifact: Artifact, state: ModelState) -> Made:
-        """The model that a stage made of this one."""
-        return Made(self.root, state, {**self.artifacts, stage: artifact})
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Everything that one cell measures."""
-
-    aligned: Made
-    final: Made
-    answers: dict[str, Artifact]
-    """`before/SET` and `after/SET` -> answers, for every set of questions."""
-    verdicts: dict[str, Artifact]
-    """The same for the harmful sets, the headline set first: the verdicts of the first scorer."""
-    drift: Artifact
-    others: dict[str, dict[str, Artifact]] = field(default_factory=dict)
-    """What further scorers say: name -> the same."""
-    grades: dict[str, Artifact] = field(default_factory=dict)
-    """`before` and `after` -> what a judge makes of the answers to the task, where a judge scores them."""
-
-
-Judged = list[tuple[str, dict[str, Artifact]]]
-"""Every scorer's name with its verdicts, by the key of the answers, in the order that they were asked for."""
+    from harmbench_vaccine.data.collate import Encoded
+    from harmbench_vaccine.plugins.teams import DefenseTeam
+    from harmbench_vaccine.training.adapters import Adapter
+    from harmbench_vaccine.training.stage import TrainingStage
 
 
 def run(cell: Cell, lab: Lab) -> Measured:
@@ -166,7 +127,7 @@ def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
             uploaded = user_data(cell, stage.pools)
 
             def judge(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-                found = ranks.shared(lambda: [asdict(one) for one in _judge(cell, lab, pairs, cell.scorer)])
+                found = distributed.shared(lambda: [asdict(one) for one in _judge(cell, lab, pairs, cell.scorer)])
                 return [Verdict(**one) for one in found]
 
             kept = attack.filter(uploaded, judge)
@@ -194,7 +155,7 @@ def repair(cell: Cell, lab: Lab, aligned: Made, tuned: Made) -> Made:
     team = cell.team("repair")
 
     def make(folder: Path, checkpoints: Path) -> None:
-        from .training.adapters import Adapter, concatenate
+        from harmbench_vaccine.training.adapters import Adapter, concatenate
 
         added = Adapter.load(tuned.state.adapters[-1])
         if _single(cell, aligned):  # the user's adapter is the alignment adapter, trained on
@@ -235,9 +196,9 @@ def _stage(
     cell: Cell, lab: Lab, name: StageName, team: DefenseTeam, on: Made, *, single: bool = False, whole: bool = False
 ) -> TrainingStage:
     """A stage that builds on a model, before anything is trained in it."""
-    from .data.collate import encode_all, pad_id
-    from .training.adapters import Stack
-    from .training.stage import TrainingStage
+    from harmbench_vaccine.data.collate import encode_all, pad_id
+    from harmbench_vaccine.training.adapters import Stack
+    from harmbench_vaccine.training.stage import TrainingStage
 
     settings, tokenizer = cell.settings(name, team), lab.tokenizer(on.state)
     prompt = team.template("train", cell.template)
@@ -269,8 +230,8 @@ def _train(
     """Trains the adapter of a stage, or every weight, and stores it with its log and the ids of its rows."""
     import torch
 
-    from .training.adapters import Adapter
-    from .training.trainer import train
+    from harmbench_vaccine.training.adapters import Adapter
+    from harmbench_vaccine.training.trainer import train
 
     assert stage.encode is not None
     stack, settings, given = stage.stack, stage.settings, rows
@@ -336,8 +297,8 @@ def _nested(
 ) -> Adapter:
     """A training run inside a stage (see `TrainingStage.train_apart`), as an artifact of its own: the runs of all
     attacks that share the aligned model share it."""
-    from .training.adapters import Adapter
-    from .training.trainer import train_beside
+    from harmbench_vaccine.training.adapters import Adapter
+    from harmbench_vaccine.training.trainer import train_beside
 
     assert outer.encode is not None
     rows = outer.encode(examples)
@@ -373,7 +334,7 @@ def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
         answers = engine.generate(model.state.adapters, prompts, asked.max_new_tokens, lab.progress)
         if cell.engine:
             write_json(folder / ENGINE, {"answered_by": engine.answered_by})
-        _write_lines(
+        write_lines(
             folder / ANSWERS,
             [
                 {"id": example.id, "instruction": example.instruction, "input": example.input, "target": example.target,
@@ -399,7 +360,7 @@ def score(cell: Cell, lab: Lab, answers: Artifact, scorer: Resolved) -> Artifact
     def make(folder: Path, checkpoints: Path) -> None:
         rows = read_lines(answers.path / ANSWERS)
         given = _judge(cell, lab, [judged_pair(row) for row in rows], scorer)
-        _write_lines(
+        write_lines(
             folder / VERDICTS, [{"id": row["id"], **finite(asdict(v))} for row, v in zip(rows, given, strict=True)]
         )
 
@@ -423,7 +384,7 @@ def grade(cell: Cell, lab: Lab, answers: Artifact) -> Artifact:
                 f"The judge of task {task.name!r} gives no verdict on more than half of the answers; "
                 f"it says, for example, {example[-200:]!r}."
             )
-        _write_lines(folder / GRADES, [{"id": row["id"], **asdict(one)} for row, one in zip(rows, given, strict=True)])
+        write_lines(folder / GRADES, [{"id": row["id"], **asdict(one)} for row, one in zip(rows, given, strict=True)])
 
     local = params.get("model") and not params.get("base_url")
     inputs = {
@@ -459,8 +420,8 @@ def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
     protocol = cell.protocol
 
     def make(folder: Path, checkpoints: Path) -> None:
-        from .data.collate import collate, encode_all, pad_id
-        from .scoring.drift import measure
+        from harmbench_vaccine.data.collate import collate, encode_all, pad_id
+        from harmbench_vaccine.evaluation.drift import measure
 
         old, tokenizer = lab.stack(aligned.state), lab.tokenizer(aligned.state)
         new = old if final.state.base == aligned.state.base else lab.beside(final.state)
@@ -483,27 +444,3 @@ def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A JSON Lines file."""
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]  # splitlines would cut inside an answer
-
-
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None stands for them."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file that every reader accepts."""
-    path.write_text(json.dumps(finite(value), indent=1, allow_nan=False), encoding="utf-8")

@@ -7,21 +7,24 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
-from . import gpu, ranks, testbed
-from .cell import Cell
-from .data.sources import TESTBED, check_testbed
-from .errors import BadInput
-from .lab import Lab, check_model
-from .material import check
-from .paths import home, writable
-from .pipeline import ask, judge, models, run
-from .plugins import Scorer
-from .progress import SILENT, Progress
-from .results import check_columns, result, save
-from .scoring import verdicts
-from .spec import RunSpec, canonical_json
-from .store import Store
-from .weights import check_quantization
+from harmbench_vaccine import testbed
+from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.hashing import canonical_json
+from harmbench_vaccine.core.paths import home, writable
+from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.data.sources import TESTBED, check_testbed
+from harmbench_vaccine.evaluation import verdicts
+from harmbench_vaccine.evaluation.results import check_columns, result, save
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.rows import check
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference import memory
+from harmbench_vaccine.inference.loading import check_quantization
+from harmbench_vaccine.inference.model_pool import Lab, check_model
+from harmbench_vaccine.pipeline import ask, judge, models, run
+from harmbench_vaccine.plugins import Scorer
 
 
 def run_all(
@@ -68,16 +71,16 @@ def run_all(
         check_quantization(cell.protocol.quantization)
         if shard:
             _check_sharding(cell)
-    gpu.share = gpu_memory or gpu.share
+    memory.share = gpu_memory or memory.share
     lab = Lab(Store(root / "store", progress), progress, save_share, gradient_checkpointing, shard)
     results = []
     with progress.bar("cells", len(cells)) as advance, closing(lab):
-        if gpu.exclusive() and len(cells) > 1:
+        if memory.exclusive() and len(cells) > 1:
             _stage_by_stage(cells, lab)
         for cell in cells:
             measured = run(cell, lab)
             values = result(cell, measured)
-            if ranks.rank() == 0:
+            if distributed.rank() == 0:
                 save(cell, measured, values, runs, rows)
             results.append(values)
             if done:
@@ -102,7 +105,7 @@ def _places(cell: Cell) -> list[str]:
 
 def _check_sharding(cell: Cell) -> None:
     why = ""
-    if ranks.size() == 1:
+    if distributed.size() == 1:
         why = "there is one rank: start several with torchrun or accelerate launch"
     elif cell.whole:
         why = f"attack {cell.attack!r} changes the base model's weights, of which a rank has a part only"

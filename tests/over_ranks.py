@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 import tiny
-from harmbench_vaccine import ranks
-from harmbench_vaccine.lab import Lab, ModelState
+from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.inference.model_pool import Lab, ModelState
 from harmbench_vaccine.plugins import Defense
-from harmbench_vaccine.registry import DEFENSES
-from harmbench_vaccine.store import Store
+from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.training.adapters import Adapter, Stack
 from harmbench_vaccine.training.sharding import shard
 from harmbench_vaccine.training.stage import Gradient, TrainingStage
@@ -57,9 +57,9 @@ def stage_of(architecture: str, folder: Path, *, sharded: bool, checkpointing: b
     stirred = stack.train([], settings, 11)
     tiny.stir(stirred)
     below = folder / f"below-{architecture}"
-    if ranks.rank() == 0 and not below.exists():
+    if distributed.rank() == 0 and not below.exists():
         stack.trained().save(below)
-    ranks.meet()
+    distributed.meet()
     stage = TrainingStage("finetune", stack, {}, 7, settings, tiny.example_pools(), (below,), encode=tiny.encode)
     stage.trainable = stack.train((below,), settings, 7)
     tiny.stir(stage.trainable, seed=5)
@@ -70,7 +70,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     """The log of a case, every norm that it took (of a gradient, or of hidden gradients), and its adapter."""
     name, *more = case.split(", ")
     plugin, params = DEFENDED[name]
-    stage = stage_of("opt" if "opt" in more else "llama", folder, sharded="sharded" in more and ranks.size() > 1,
+    stage = stage_of("opt" if "opt" in more else "llama", folder, sharded="sharded" in more and distributed.size() > 1,
                      checkpointing="checkpointing" in more)  # fmt: skip
     norms: list[float] = []
     of_gradient, of_rows = stage.gradient_of, stage.norm
@@ -88,7 +88,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     stage.gradient_of, stage.norm = gradient_of, norm  # type: ignore[method-assign]
     defense = DEFENSES.get(plugin)(**params)
     log = train(stage, defense, tiny.rows(13, shortest=3, longest=14), stage.settings,
-                folder / f"{case} {ranks.size()}", pad=tiny.PAD)  # fmt: skip
+                folder / f"{case} {distributed.size()}", pad=tiny.PAD)  # fmt: skip
     return {"log": log, "norms": norms, "adapter": dict(stage.stack.trained().factors)}
 
 
@@ -118,28 +118,28 @@ def resumed(folder: Path, ends: int) -> Adapter:
 def reloaded(folder: Path) -> list[float]:
     """The loss of a sharded model, and again after rank 0 alone has let go of it, as a judge on its GPU makes it."""
     place = folder / "model"
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         tiny.model().save_pretrained(place)
-    ranks.meet()
+    distributed.meet()
     lab, state = Lab(Store(folder / "store"), shard=True), ModelState(str(place))
     found = []
     for _ in range(2):
         with torch.no_grad():
             found.append(float(lab.stack(state).use([])(**tiny.batch()).loss))
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             lab._forget()
     return found
 
 
 def main(folder: Path) -> None:
-    ranks.start()
+    distributed.start()
     torch.set_num_threads(1)
     found: dict[str, Any] = {case: run(case, folder) for case in CASES}
     found["resumed"] = [dict(resumed(folder, ends).factors) for ends in (0, 5)]
     found["reloaded"] = reloaded(folder)
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         torch.save(found, folder / "found.pt")
-    ranks.stop()
+    distributed.stop()
 
 
 if __name__ == "__main__":

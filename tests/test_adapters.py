@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tiny
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.vaccine import Vaccine
-from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.training.adapters import CONVENTIONAL, Adapter, Stack, concatenate
 from harmbench_vaccine.training.trainer import train
 

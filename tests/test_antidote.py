@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tiny
-from harmbench_vaccine.compose import DefenseTeam
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, Encoded
-from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.defenses.antidote import Antidote
 from harmbench_vaccine.defenses.random_perturbation import RandomPerturbation
-from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.plugins import Pools
+from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.training.adapters import Adapter, Stack
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 

@@ -27,19 +27,20 @@ from harmbench_vaccine.attacks.backdoor import REFUSAL
 from harmbench_vaccine.attacks.guardrail import Guardrail
 from harmbench_vaccine.attacks.identity_shift import AFFIRMATION, ORDER, PERSONA
 from harmbench_vaccine.attacks.mixing import Mixing
-from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.core.types import Example, Reading
 from harmbench_vaccine.data.collate import encode
-from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.lab import Lab
-from harmbench_vaccine.material import benign_set, check, harmful_sets, pools_of, task_set, user_data
-from harmbench_vaccine.pipeline import ANSWERS, Made, align, finetune, run
+from harmbench_vaccine.evaluation.results import result
+from harmbench_vaccine.experiment.artifacts import ANSWERS, Made
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.rows import benign_set, check, harmful_sets, pools_of, task_set, user_data
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.model_pool import Lab
+from harmbench_vaccine.pipeline import align, finetune, run
 from harmbench_vaccine.plugins import Verdict
-from harmbench_vaccine.registry import ATTACKS, DEFENSES, SCORERS
-from harmbench_vaccine.results import result
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.store import Store
-from harmbench_vaccine.terms import Reading
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS
 from harmbench_vaccine.training.adapters import Adapter
 
 logging.disable_progress_bar()

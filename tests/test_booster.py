@@ -13,9 +13,9 @@ from test_vaccine import close, cross_entropy, same
 from torch import Tensor
 
 import tiny
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.booster import Booster
 from harmbench_vaccine.defenses.sft import SFT
-from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.plugins import Defense, Pools
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train

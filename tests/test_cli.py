@@ -30,11 +30,11 @@ from transformers.utils import logging
 import tiny
 from harmbench_vaccine import runner
 from harmbench_vaccine.cli import main
+from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.data.sources import locate
-from harmbench_vaccine.spec import RunSpec
-from harmbench_vaccine.store import Artifact, Store
+from harmbench_vaccine.experiment.spec import RunSpec
 
-HBV = [sys.executable, "-m", "harmbench_vaccine.cli"]
+HBV = [sys.executable, "-m", "harmbench_vaccine"]
 logging.disable_progress_bar()  # the command does so by itself where it is the first to import transformers
 
 
@@ -454,7 +454,7 @@ def test_a_repeated_run_is_cached_and_says_the_same(first: Done, world: Path, ho
     def refuse(*args: Any, **named: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    with mock.patch("harmbench_vaccine.lab.Lab._model", refuse):
+    with mock.patch("harmbench_vaccine.inference.model_pool.Lab._model", refuse):
         again = hbv("run", "--json", "--protocol", world, *CELLS, home=home)
     assert again.code == 0, again.err
     assert all(stage["cached"] for result in again.results for stage in result["stages"].values())
@@ -629,7 +629,7 @@ def test_a_defense_in_a_file(first: Done, world: Path, home: Path, tmp_path: Pat
             "class Mine(Defense):\n    '''Mine.'''\n\n"
             f"    def settings(self, stage, settings):\n        return replace(settings, lr={lr})\n"
         )
-        with mock.patch.dict("harmbench_vaccine.registry.DEFENSES._classes", clear=True):
+        with mock.patch.dict("harmbench_vaccine.plugins.registry.DEFENSES._classes", clear=True):
             done = hbv("run", "--json", "--protocol", world, "--defense", path, "--seed", 3, home=home)
         assert done.code == 0, done.err
         seen.append(done.results[0])

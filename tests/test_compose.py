@@ -10,14 +10,14 @@ from unittest.mock import Mock, call
 import pytest
 import torch
 
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.compose import AttackTeam, DefenseTeam
-from harmbench_vaccine.data.prompts import PromptTemplate
-from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import Example, Mix, Pools, TrainSettings
+from harmbench_vaccine.data.prompts import EvaluationSet, PromptTemplate
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Attack, Defense
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.terms import EvaluationSet, Mix, Pools, TrainSettings
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.teams import AttackTeam, DefenseTeam
 
 SETTINGS = TrainSettings(lr=1.0, epochs=1, batch=1)
 TEMPLATE = PromptTemplate("{instruction}", "{instruction}{input}")

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 import tiny
-from harmbench_vaccine.cell import Cell
 from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
 from harmbench_vaccine.defenses.constrained_sft import ConstrainedSFT
 from harmbench_vaccine.defenses.sft import SFT
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Defense, TrainSettings
-from harmbench_vaccine.spec import RunSpec, parse
+from harmbench_vaccine.plugins.composition import parse
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
 from plain import BASE, SCALE, Values, close, leaves, same

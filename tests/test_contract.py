@@ -21,19 +21,18 @@ from test_cli import hbv
 from torch import Tensor, nn
 
 import tiny
-from harmbench_vaccine import contract
-from harmbench_vaccine.contract import attack as of_attacks
-from harmbench_vaccine.contract import hooks, outcomes
-from harmbench_vaccine.contract.attack import AttackSubject
-from harmbench_vaccine.contract.findings import Checks, Finding
-from harmbench_vaccine.contract.subject import DefenseSubject
-from harmbench_vaccine.contract.watch import Passes
-from harmbench_vaccine.contract.world import World
+from harmbench_vaccine.core.progress import SILENT
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.prompts import PromptTemplate
-from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.plugins import Attack, Defense, Plugin, param, resolve
-from harmbench_vaccine.progress import SILENT
-from harmbench_vaccine.registry import ATTACKS, DEFENSES
+from harmbench_vaccine.plugins import Attack, Defense, Plugin, contract, param, resolve
+from harmbench_vaccine.plugins.contract import attack as of_attacks
+from harmbench_vaccine.plugins.contract import hooks, outcomes
+from harmbench_vaccine.plugins.contract.attack import AttackSubject
+from harmbench_vaccine.plugins.contract.findings import Checks, Finding
+from harmbench_vaccine.plugins.contract.subject import DefenseSubject
+from harmbench_vaccine.plugins.contract.watch import Passes
+from harmbench_vaccine.plugins.contract.world import World
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 

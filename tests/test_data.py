@@ -12,18 +12,18 @@ import pytest
 import torch
 
 import tiny
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.compose import AttackTeam
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.seeds import derive, stream
+from harmbench_vaccine.core.types import Example, Mix, Pools
 from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, encode, encode_all, encode_prompt, pad_id
-from harmbench_vaccine.data.pools import RowPools, draw, normal, question, row_pools, unique, user_rows
+from harmbench_vaccine.data.pools import RowPools, draw, normal, question, row_pools, unique
 from harmbench_vaccine.data.prompts import PromptTemplate, template
-from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.data.sources import fingerprint, locate, read
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.material import benign_set, check, harmful_sets, pools_of, task_rows, task_set, user_data
-from harmbench_vaccine.seeds import derive, stream
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.terms import Mix, Pools
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.rows import benign_set, check, harmful_sets, pools_of, task_rows, task_set, user_data
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.teams import AttackTeam, user_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Counts

@@ -12,14 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.chat import end_ids
 from harmbench_vaccine.data.collate import IGNORED, collate, encode, encode_prompt, pad_id
 from harmbench_vaccine.data.prompts import ChatTemplate, Conversation, PromptTemplate, template
-from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.generation.transformers import TransformersEngine
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.transformers_engine import TransformersEngine
+from harmbench_vaccine.plugins.composition import parse
 from harmbench_vaccine.runner import run_all
-from harmbench_vaccine.spec import RunSpec, parse
 
 CHAT = template("chat")
 TEXTS = [

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import tiny
-from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.pools import overlaps, row_pools
-from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.material import (
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.rows import (
     benign_set,
     check,
     choice,
@@ -26,7 +26,8 @@ from harmbench_vaccine.material import (
     task_set,
     user_data,
 )
-from harmbench_vaccine.spec import RunSpec, parse
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.plugins.composition import parse
 
 
 def beaver(count: int, name: str) -> list[dict[str, Any]]:

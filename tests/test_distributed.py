@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import tiny
-from harmbench_vaccine import ranks
-from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.data.collate import IGNORED
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.registry import DEFENSES
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.runner import run_all
-from harmbench_vaccine.spec import RunSpec, parse
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage, own_rows, real_tokens
 
@@ -146,7 +147,7 @@ def test_what_goes_wrong_on_one_rank_ends_all_and_is_told_once(world: Path, tmp_
         "class Broken(Defense):\n"
         "    ranks: ClassVar[bool] = True\n\n"
         "    def before_step(self, stage):\n"
-        "        if stage.step == 2 and ranks.rank() == 1:\n"
+        "        if stage.step == 2 and distributed.rank() == 1:\n"
         "            raise HbvError('The second rank is out of order.')\n"
     )
     ran = launched(command(world, "--defense", str(broken)), tmp_path / "home")
@@ -182,8 +183,8 @@ def test_ranks_that_part_are_found_out(world: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process takes itself for the second of two; nothing may be sent."""
-    monkeypatch.setattr(ranks, "_rank", 1)
-    monkeypatch.setattr(ranks, "_size", 2)
+    monkeypatch.setattr(distributed, "_rank", 1)
+    monkeypatch.setattr(distributed, "_size", 2)
 
 
 REFUSED = {"repnoise"}
@@ -227,7 +228,7 @@ def test_what_cannot_be_sharded_is_refused(
     changes: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if changes:
-        monkeypatch.setattr(ranks, "_size", 2)
+        monkeypatch.setattr(distributed, "_size", 2)
     if "values" in changes:
         monkeypatch.setattr("harmbench_vaccine.runner.check_quantization", lambda quantization: None)
     world = tiny.make_world(tmp_path / "world")
@@ -250,7 +251,7 @@ def test_noise_on_rows_is_each_ranks_own_and_other_draws_are_not(monkeypatch: py
     stage: TrainingStage = tiny.stage()[0]
 
     def drawn(rank: int, **options: Any) -> float:
-        monkeypatch.setattr(ranks, "_rank", rank)
+        monkeypatch.setattr(distributed, "_rank", rank)
         return float(torch.rand(1, generator=stage.generator("noise", **options)))
 
     assert drawn(0) == drawn(1) == drawn(0, of_rows=True)

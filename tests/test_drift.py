@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from harmbench_vaccine.scoring.drift import Drift, measure
+from harmbench_vaccine.evaluation.drift import Drift, measure
 
 LENGTHS = [(9, 5, 7), (4, 4), (12,)]
 TOKENS = sum(map(sum, LENGTHS))

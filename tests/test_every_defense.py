@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 import tiny
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.compose import DefenseTeam
-from harmbench_vaccine.lab import Lab
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import align, finetune, repair
 from harmbench_vaccine.plugins import Defense
-from harmbench_vaccine.registry import DEFENSES
-from harmbench_vaccine.spec import Component, RunSpec, parse
-from harmbench_vaccine.store import Store
+from harmbench_vaccine.plugins.composition import Component, parse
+from harmbench_vaccine.plugins.registry import DEFENSES
+from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.training.adapters import Adapter
 
 ROOT = Path(__file__).parents[1]

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny
-from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import Encoded, collate
-from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.defenses.ewc import EWC
 from harmbench_vaccine.defenses.sft import SFT
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Defense, Pools, TrainSettings
-from harmbench_vaccine.spec import RunSpec, parse
+from harmbench_vaccine.plugins.composition import parse
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
 from plain import Values, close, cross_entropy, leaves, same

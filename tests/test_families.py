@@ -19,8 +19,9 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.plugins.composition import parse
 from harmbench_vaccine.runner import run_all
-from harmbench_vaccine.spec import RunSpec, parse
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import tiny
-from harmbench_vaccine.generation.engine import Answer
-from harmbench_vaccine.generation.transformers import TransformersEngine
+from harmbench_vaccine.inference.engine import Answer
+from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.training.adapters import Adapter, Stack
 
 TEXT = "the red lamp and a blue door stand in some old garden by this quiet river"

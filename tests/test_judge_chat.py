@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import tiny
-from harmbench_vaccine.errors import BadInput, HbvError
-from harmbench_vaccine.registry import SCORERS
-from harmbench_vaccine.scoring import verdicts
-from harmbench_vaccine.scoring.chat import ChatJudge
+from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.evaluation import verdicts
+from harmbench_vaccine.inference.chat_api import ChatJudge
+from harmbench_vaccine.plugins.registry import SCORERS
 
 Answer = tuple[int, Any, dict[str, str]]
 KEY = "sk-very-secret"
@@ -197,7 +197,7 @@ def test_a_local_judge(tmp_path: Path) -> None:
     assert plain == [ChatJudge(str(tmp_path)).ask([text], 4)[0] for text in ("one two", "two")]
     words.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %} two"
     words.save_pretrained(tmp_path)
-    from harmbench_vaccine.scoring import models
+    from harmbench_vaccine.inference import judge_models
 
-    models.release()
+    judge_models.release()
     assert ChatJudge(str(tmp_path)).ask(["one"], 4) == plain[:1]  # the template completes it to the same text

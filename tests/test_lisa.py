@@ -12,10 +12,10 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 import tiny
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.data.collate import collate
 from harmbench_vaccine.defenses.lisa import Lisa
 from harmbench_vaccine.defenses.sft import SFT
-from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.plugins import Defense, Pools, TrainSettings
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train

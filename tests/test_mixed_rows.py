@@ -14,17 +14,18 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 import tiny
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.compose import DefenseTeam
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, collate, encode
 from harmbench_vaccine.data.prompts import TEMPLATES
-from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.defenses.sft import SFT
-from harmbench_vaccine.errors import BadInput
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Pools, TrainSettings
-from harmbench_vaccine.registry import DEFENSES
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.registry import DEFENSES
+from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.runner import run_all
-from harmbench_vaccine.spec import RunSpec, parse
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
 from plain import close, cross_entropy, leaves, same

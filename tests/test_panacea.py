@@ -22,16 +22,18 @@ from test_vaccine import close, cross_entropy, same
 from torch import Tensor
 
 import tiny
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.compose import DefenseTeam
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.defenses.panacea import Panacea
 from harmbench_vaccine.defenses.sft import SFT
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.lab import Lab
-from harmbench_vaccine.pipeline import ADAPTER, align, finetune
+from harmbench_vaccine.experiment.artifacts import ADAPTER
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.model_pool import Lab
+from harmbench_vaccine.pipeline import align, finetune
 from harmbench_vaccine.plugins import Defense, Pools
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.store import Store
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train

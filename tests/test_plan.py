@@ -15,16 +15,18 @@ from huggingface_hub import constants
 from transformers import AutoConfig, LlamaConfig
 
 import tiny
-from harmbench_vaccine import estimate, plan, protocols
-from harmbench_vaccine.cell import Cell
 from harmbench_vaccine.cli import commands
+from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.data import hub
-from harmbench_vaccine.errors import HbvError
-from harmbench_vaccine.lab import Lab
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.protocol import load_protocol
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import run
 from harmbench_vaccine.plugins import Defense
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.store import Store
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.reporting.dry_run import estimate, plan
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +183,7 @@ def test_a_llama_2_7b_can_be_counted_on_a_laptop(tmp_path: Path) -> None:
     LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     ).save_pretrained(tmp_path)
-    settings = protocols.load("vaccine-paper").align.settings
+    settings = load_protocol("vaccine-paper").align.settings
     memory = estimate.count(str(tmp_path), "bfloat16", "none", settings, 200)
     assert memory.weights == 2 * 6_738_415_616
     assert memory.adapter == 16 * 19_988_480
@@ -226,6 +228,8 @@ def test_a_dry_run_says_all_and_does_nothing(world: Path, own_home: Path) -> Non
     values = {entry["path"]: entry for entry in said["protocol"]["values"]}
     assert values["align.settings.lr"] == {"path": "align.settings.lr", "value": 0.25, "source": "written"}
     assert values["score.judge"]["source"] == ""
+    for path, value in {"rows": "unique", "align.source": "safe", "quantization": "none"}.items():
+        assert values[path]["value"] == value  # not in the file, and in force all the same
     assert len(values) > 60
     [planned] = said["cells"]
     assert planned["plugins"]["vaccine"]["rho"] == [3.0, "written"]
@@ -240,7 +244,7 @@ def test_a_dry_run_says_all_and_does_nothing(world: Path, own_home: Path) -> Non
 def test_a_paper_protocol_can_be_planned_without_anything_of_it(own_home: Path) -> None:
     arguments = ["run", "--protocol", "vaccine-paper", "--defense", "vaccine", "--task", "gsm8k", "--dry-run", "--json"]
     said = json.loads(CliRunner().invoke(commands, arguments, catch_exceptions=False).stdout)
-    assert said["protocol"]["hash"] == protocols.load("vaccine-paper").hash
+    assert said["protocol"]["hash"] == load_protocol("vaccine-paper").hash
     assert [entry["path"] for entry in said["protocol"]["values"] if not entry["source"]] == ["name", "version"]
     assert not any(source["there"] for source in said["sources"])
     assert "'meta-llama/Llama-2-7b-hf' is not on this machine" in said["cells"][0]["no_estimate"]

@@ -12,11 +12,10 @@ import pytest
 from test_cli import hbv
 
 import tiny
-from harmbench_vaccine import registry
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.plugins import Plugin, resolve
-from harmbench_vaccine.reporting import plugins as view
-from harmbench_vaccine.spec import parse, settle
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.plugins import Plugin, registry, resolve
+from harmbench_vaccine.plugins.composition import parse, settle
+from harmbench_vaccine.reporting import plugin_pages as view
 
 ROOT = Path(__file__).parents[1]
 KINDS: dict[str, registry.Registry[Any]] = {
@@ -365,8 +364,7 @@ def test_a_new_defense_and_a_new_attack_run(world: Path, tmp_path: Path, monkeyp
 
 
 def test_the_new_attack_opens_harmful_rows_only(tmp_path: Path) -> None:
-    from harmbench_vaccine.data.records import Example
-    from harmbench_vaccine.terms import Pools
+    from harmbench_vaccine.core.types import Example, Pools
 
     assert hbv("new", "attack", "theirs", "--dir", tmp_path).code == 0
     cls = registry.ATTACKS.get(str(tmp_path / "theirs.py"))

@@ -13,20 +13,22 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 import tiny
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.errors import BadInput, HbvError
-from harmbench_vaccine.lab import Lab, ModelState
-from harmbench_vaccine.pipeline import Made, align
+from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.experiment.artifacts import Made
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.loading import check_quantization
+from harmbench_vaccine.inference.model_pool import Lab, ModelState
+from harmbench_vaccine.pipeline import align
 from harmbench_vaccine.plugins import Defense
-from harmbench_vaccine.registry import DEFENSES
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.runner import run_all
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.store import Store
 from harmbench_vaccine.training.adapters import Stack
 from harmbench_vaccine.training.stage import TrainingStage
 from harmbench_vaccine.training.taps import Taps, decoder_layers
 from harmbench_vaccine.training.trainer import train
-from harmbench_vaccine.weights import check_quantization
 
 SHAPES = ("llama", "opt", "qwen2", "gemma2")
 

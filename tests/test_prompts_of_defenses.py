@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 
 import tiny
-from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.core.store import META
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, encode
 from harmbench_vaccine.data.prompts import TEMPLATES, PromptTemplate
-from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.material import benign_set, harmful_sets, task_set
-from harmbench_vaccine.pipeline import ADAPTER
+from harmbench_vaccine.experiment.artifacts import ADAPTER
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.rows import benign_set, harmful_sets, task_set
+from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import EvaluationSet
-from harmbench_vaccine.registry import DEFENSES
+from harmbench_vaccine.plugins.composition import Component, parse
+from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.runner import run_all
-from harmbench_vaccine.spec import Component, RunSpec, parse
-from harmbench_vaccine.store import META
 from harmbench_vaccine.training.adapters import WEIGHTS
 
 PTST: Any = DEFENSES.get("ptst")

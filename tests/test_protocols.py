@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,43 +9,36 @@ import pytest
 import yaml
 
 import tiny
-from harmbench_vaccine import protocols
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.spec import RunSpec, parse
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.protocol import leaf_values, load_protocol, protocol_names
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.plugins.composition import parse
 
 PAPERS = ["booster-paper", "lisa-paper", "vaccine-paper"]
 
 
-def leaves(values: dict[str, Any], above: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{above}{key}.")
-        elif value != {}:
-            yield f"{above}{key}"
-
-
-@pytest.mark.parametrize("name", protocols.names())
+@pytest.mark.parametrize("name", protocol_names())
 def test_every_value_has_a_source(name: str) -> None:
-    protocol = protocols.load(name)
+    protocol = load_protocol(name)
     sources = protocol.sources
-    for path in leaves(protocol.model_dump(mode="json")):
+    paths = [path for path, value in leaf_values(protocol) if value not in ((), "") or path == "splits.attacker"]
+    for path in paths:
         covered = path in ("name", "version") or any(path == key or path.startswith(f"{key}.") for key in sources)
         assert covered, path
-    known = [*leaves(protocol.model_dump(mode="json")), "models", "align.source", "finetune.tasks", "answer.items"]
     for key in sources:  # and no source is of a value that is not there
-        assert any(path == key or path.startswith(f"{key}.") for path in known), key
+        assert any(path == key or path.startswith(f"{key}.") for path in paths), key
 
 
 def test_the_testbed_keeps_its_hash_so_that_its_table_can_be_added_to() -> None:
     table = Path(__file__).parent.parent / "leaderboards" / "testbed.csv"
     columns, first, *_ = table.read_text(encoding="utf-8").splitlines()
-    assert first.split(",")[columns.split(",").index("protocol_hash")] == protocols.load("testbed").hash
+    assert first.split(",")[columns.split(",").index("protocol_hash")] == load_protocol("testbed").hash
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_paper_protocol_settles_with_every_defense_and_attack_that_it_names(name: str) -> None:
-    protocol = protocols.load(name)
+    protocol = load_protocol(name)
     for defense in protocol.defenses:
         cell = Cell.settle(RunSpec(protocol=name, defense=parse(defense)))
         assert cell.defenses[0].params == {**cell.defenses[0].params, **protocol.defenses[defense]}
@@ -56,7 +48,7 @@ def test_a_paper_protocol_settles_with_every_defense_and_attack_that_it_names(na
 
 def test_the_papers_differ_where_they_do() -> None:
     """protocol.md's list, by hand."""
-    vaccine, booster, lisa = (protocols.load(f"{name}-paper") for name in ("vaccine", "booster", "lisa"))
+    vaccine, booster, lisa = (load_protocol(f"{name}-paper") for name in ("vaccine", "booster", "lisa"))
     assert [p.align.rows for p in (vaccine, booster, lisa)] == [2000, 5000, 10000]
     assert [p.align.source for p in (vaccine, booster, lisa)] == ["safe", "refusals", "safe"]
     assert [p.finetune.samples for p in (vaccine, booster, lisa)] == [1000, 1000, 5000]
@@ -100,7 +92,7 @@ def test_wrong_settings_of_a_task_are_refused(world: Path, tasks: dict[str, Any]
 
 
 def test_a_value_is_replaced_as_it_is_written() -> None:
-    protocol = protocols.load("vaccine-paper")
+    protocol = load_protocol("vaccine-paper")
     other = protocol.replaced(
         {"rows": "paper", "align.settings.lr": "2e-4", "align.settings.lora_targets": "[q_proj, v_proj]",
          "data.sst2": "./mine.csv", "defenses.vaccine": "{rho: 5}", "finetune.tasks.sst2": "{samples: 7}"}
@@ -130,7 +122,7 @@ def test_a_value_is_replaced_as_it_is_written() -> None:
 )
 def test_a_value_that_is_not_allowed_is_refused(path: str, value: str, message: str) -> None:
     with pytest.raises(BadInput) as refusal:
-        protocols.load("vaccine-paper").replaced({path: value})
+        load_protocol("vaccine-paper").replaced({path: value})
     assert message in str(refusal.value)
 
 

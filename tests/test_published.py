@@ -18,8 +18,7 @@ import pytest
 from rich.console import Console
 from test_cli import HBV, hbv
 
-from harmbench_vaccine.reporting import published
-from harmbench_vaccine.reporting.published import Average, Figure, averages, check, figures
+from harmbench_vaccine.reporting.published.figures import Average, Figure, averages, check, figures
 
 FOLDER = Path(__file__).parents[1] / "leaderboards" / "published"
 COLUMNS = [
@@ -49,7 +48,7 @@ def test_the_figures_are_whole() -> None:
         "patcher_adaptive_attacks": 176, "virus": 170, "third_party_transcribed": 160, "repnoise": 123, "booster": 115,
         "antidote_bilevel_2509.08000": 94, "qi": 52,
     }  # fmt: skip
-    assert published.read("overhead.csv") == rows_in_file("overhead.csv")
+    assert figures.read("overhead.csv") == rows_in_file("overhead.csv")
     assert Counter(row["paper"] for row in rows_in_file("overhead.csv")) == {"Vaccine": 36, "Lisa": 8, "Panacea": 8}
 
 
@@ -100,7 +99,7 @@ def test_the_readme_counts_what_is_there() -> None:
         for grade, count in re.findall(r"^\| `([^`]+)`[^|]* \| ([\d,]+) \|$", text, re.MULTILINE)
     }
     assert listed == Counter(row["evidence"] for row in ROWS)
-    assert list(listed) == list(published.EVIDENCE)
+    assert list(listed) == list(figures.EVIDENCE)
     assert f"`results.csv` has {len(ROWS):,} figures of {len({row['paper'] for row in ROWS})} papers" in text
     assert f"`overhead.csv` {len(rows_in_file('overhead.csv'))} of time" in text
     found = check(averages(ROWS))
@@ -240,7 +239,7 @@ def test_a_right_and_a_wrong_average_of_a_file(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    read = published.rows_of(path)
+    read = figures.rows_of(path)
     assert read == rows
     made = check(averages(read))
     assert (made["averages"], made["follow"], made["not_checkable"]) == (2, 1, [])
@@ -422,9 +421,9 @@ def test_notes_stand_below_with_their_marks() -> None:
 def test_names_and_notes_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     row = figure("0.1", "1.0", defense="[red]D", paper="[red]P", note="[red]N")
     average = figure("average", "9.0", defense="[red]D", paper="[red]P", note="[red]N")
-    Console(width=200).print(published.listing([row], 1))
-    Console(width=200).print(published.check_view(check(averages([row, average]))))
-    Console(width=200).print(published.summary_view(published.summary([row], 0)))
+    Console(width=200).print(figures.listing([row], 1))
+    Console(width=200).print(figures.check_view(check(averages([row, average]))))
+    Console(width=200).print(figures.summary_view(figures.summary([row], 0)))
     told = capsys.readouterr().out
     assert (told.count("[red]D"), told.count("[red]P"), told.count("[red]N")) == (2, 3, 1)
 
@@ -447,7 +446,7 @@ def test_without_a_filter_a_summary() -> None:
     made = json.loads(hbv("published", "--json").out)
     assert (made["figures"], made["overhead_figures"]) == (2729, 52)
     assert made["protocols"] == Counter(row["protocol"] for row in ROWS)
-    assert list(made["evidence"].items()) == [(grade, len(of(evidence=grade))) for grade in published.EVIDENCE]
+    assert list(made["evidence"].items()) == [(grade, len(of(evidence=grade))) for grade in figures.EVIDENCE]
     assert {(each["protocol"], each["paper"]): each["figures"] for each in made["papers"]} == Counter(
         (row["protocol"], row["paper"]) for row in ROWS
     )

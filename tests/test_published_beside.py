@@ -20,17 +20,19 @@ from rich.console import Console
 from test_cli import hbv
 
 import tiny
-from harmbench_vaccine import protocols
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.registry import ATTACKS, DEFENSES, TASKS
-from harmbench_vaccine.reporting import beside, leaderboard
-from harmbench_vaccine.reporting.beside import Beside, of_results, sheet, view
-from harmbench_vaccine.reporting.correspondence import Known, Place, figures_of, known, names
-from harmbench_vaccine.reporting.published import figures
+from harmbench_vaccine.evaluation.results import _append
+from harmbench_vaccine.evaluation.statistics import wilson
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.protocol import load_protocol, protocol_names
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.plugins.composition import parse, settle
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, TASKS
+from harmbench_vaccine.reporting import leaderboard
+from harmbench_vaccine.reporting.published import comparison
+from harmbench_vaccine.reporting.published.comparison import Beside, of_results, sheet, view
+from harmbench_vaccine.reporting.published.figures import figures
+from harmbench_vaccine.reporting.published.matching import Known, Place, figures_of, known, names
 from harmbench_vaccine.reporting.tables import results_table
-from harmbench_vaccine.results import _append
-from harmbench_vaccine.scoring.statistics import wilson
-from harmbench_vaccine.spec import RunSpec, parse, settle
 
 ROWS = figures()
 FILE = yaml.safe_load(
@@ -65,7 +67,7 @@ def result(
     48.0 [43.65, 52.38] and FA 94.0 [91.56, 95.77], rows as in the paper."""
     settled = {"rows": "paper"} if values is None else dict(values)
     scorer = changes.get("scorer", "beaver_dam")
-    ran = protocols.load(protocol).replaced(settled)
+    ran = load_protocol(protocol).replaced(settled)
     score = ran.score.model_copy(update={"scorer": scorer})
     ran = ran.model_copy(update={"data": {**ran.data, **(data or {})}, "score": score})
     attack = {"ratio": {"p": 0.1}} if attack is None else attack
@@ -163,7 +165,7 @@ def test_a_swept_parameter_is_never_taken_for_the_default(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_what_it_names_is_there_with_every_parameter(name: str) -> None:
-    paper, protocol = FILE["protocols"][name], protocols.load(name)
+    paper, protocol = FILE["protocols"][name], load_protocol(name)
     assert {entry["ours"] for entry in paper["models"]} == {protocol.model, *protocol.models}
     assert {entry["ours"] for entry in paper["tasks"]} <= set(TASKS.found())
     for each in {json.dumps(each.defense): each for each in known(name)}.values():
@@ -188,7 +190,7 @@ def test_a_bare_name_under_the_papers_protocol_is_the_papers_defense(name: str) 
             {resolved.plugin.name: resolved.params for resolved in cell.attacks}, cell.finetune.samples,
         )  # fmt: skip
         assert {each.figure["defense"] for each in figures_of(place)} & set(entry["paper"])
-        assert cell.protocol.hash == protocols.load(name).hash  # that rows of a CSV are recognized by
+        assert cell.protocol.hash == load_protocol(name).hash  # that rows of a CSV are recognized by
 
 
 def test_its_attacks_are_there() -> None:
@@ -201,15 +203,15 @@ def test_its_attacks_are_there() -> None:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_its_references_are_values_of_a_protocol(name: str) -> None:
-    protocol = protocols.load(name)
+    protocol = load_protocol(name)
     for path, reference in FILE["protocols"][name]["reference"].items():
         if path != "seed":
             assert protocol.replaced({path: str(reference["is"])}) != protocol  # our file has another
 
 
 def test_the_file_holds_no_figure_of_a_protocol_that_is_not_a_papers() -> None:
-    assert set(names().protocols) == {"vaccine-paper", "lisa-paper", "booster-paper"} <= set(protocols.names())
-    assert "testbed" in protocols.names()
+    assert set(names().protocols) == {"vaccine-paper", "lisa-paper", "booster-paper"} <= set(protocol_names())
+    assert "testbed" in protocol_names()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,7 +312,7 @@ def test_weaker_evidence_and_doubts_come_last_whatever_the_order_of_the_file() -
     weak = {**of("vaccine_paper", table="Table 1", defense="SFT", metric="HS", sweep_value="0.05")[0]}
     weak |= {"table": "Table 0", "evidence": "third party", "value": "1.00"}
     file = [weak, *reversed(ROWS)]
-    with mock.patch("harmbench_vaccine.reporting.correspondence.figures", return_value=file):
+    with mock.patch("harmbench_vaccine.reporting.published.matching.figures", return_value=file):
         order = known.__wrapped__("vaccine-paper")
     cell: tuple[Any, ...] = (LLAMA, "sst2", {"sft": {}}, 0.05, (1000,), "harmful_score")
     same = [
@@ -601,9 +603,9 @@ def test_leaderboard_columns(mixed: Path, tmp_path: Path) -> None:
         with (tmp_path / name / "leaderboard.csv").open(newline="", encoding="utf-8") as file:
             read[name] = list(csv.DictReader(file))
     assert [{key: row[key] for key in leaderboard.COLUMNS} for row in read["with"]] == read["without"]
-    assert list(read["with"][0]) == [*leaderboard.COLUMNS, *beside.COLUMNS]
+    assert list(read["with"][0]) == [*leaderboard.COLUMNS, *comparison.COLUMNS]
     rows = {(row["protocol"], row["protocol_hash"], row["defense"]): row for row in read["with"]}
-    own = protocols.load("vaccine-paper").hash
+    own = load_protocol("vaccine-paper").hash
     vaccine, sft, ldifs = (rows["vaccine-paper", own, name] for name in ("vaccine", "sft", "ldifs"))
     assert [vaccine[f"harmful_score_{end}"] for end in ("low", "high")] == ["43.0317", "52.9683"]
     assert {key: vaccine[f"published_harmful_score{key}"] for key in (
@@ -660,7 +662,7 @@ def test_leaderboard_in_the_terminal_and_as_json(mixed: Path) -> None:
         hbv("leaderboard", mixed, "--published", "--json").out,
         parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"),
     )
-    assert [list(row) for row in rows] == [[*leaderboard.COLUMNS, *beside.COLUMNS]] * len(rows)
+    assert [list(row) for row in rows] == [[*leaderboard.COLUMNS, *comparison.COLUMNS]] * len(rows)
     assert {row["published_harmful_score_inside"] for row in rows} == {True, False, None}
 
 

@@ -21,17 +21,18 @@ from transformers.utils import logging
 import tiny
 from harmbench_vaccine.attacks import refusal_ablation
 from harmbench_vaccine.attacks.refusal_ablation import RefusalAblation, orthogonalise
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.lab import Lab
-from harmbench_vaccine.material import check
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.evaluation.results import result
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.rows import check
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import align, finetune, run
 from harmbench_vaccine.plugins import Pools
-from harmbench_vaccine.registry import ATTACKS, DEFENSES
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
 from harmbench_vaccine.reporting.tables import results_table
-from harmbench_vaccine.results import result
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.store import Store
 from harmbench_vaccine.training.adapters import Adapter, Stack
 from harmbench_vaccine.training.stage import TrainingStage
 

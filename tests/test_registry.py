@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from harmbench_vaccine.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.plugins import Attack, Defense, Scorer, Task
-from harmbench_vaccine.registry import Registry, is_path
+from harmbench_vaccine.plugins.registry import Registry, is_path
 
 PLUGIN = "from harmbench_vaccine.plugins import Defense\n\nclass Mine(Defense):\n    '''Mine.'''\n"
 

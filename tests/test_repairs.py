@@ -23,20 +23,21 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
-from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.progress import SILENT, Progress, Silent
+from harmbench_vaccine.core.store import META, Store
+from harmbench_vaccine.core.types import Example, TrainSettings
 from harmbench_vaccine.data.collate import Encoded
-from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.defenses.random_perturbation import RandomPerturbation
 from harmbench_vaccine.defenses.realign import Realign
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.lab import Lab
-from harmbench_vaccine.material import pools_of
-from harmbench_vaccine.pipeline import Made, align, finetune, repair
-from harmbench_vaccine.progress import SILENT, Progress, Silent
-from harmbench_vaccine.registry import DEFENSES
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.store import META, Store
-from harmbench_vaccine.terms import TrainSettings
+from harmbench_vaccine.experiment.artifacts import Made
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.rows import pools_of
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.model_pool import Lab
+from harmbench_vaccine.pipeline import align, finetune, repair
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.training import trainer
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage

@@ -16,11 +16,11 @@ from test_vaccine import close, cross_entropy, decoder_layers, same
 from torch import Tensor
 
 import tiny
-from harmbench_vaccine.data.records import Example
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.defenses import repnoise
 from harmbench_vaccine.defenses.repnoise import RepNoise, differing, mmd2
 from harmbench_vaccine.defenses.sft import SFT
-from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.plugins import Defense, Pools
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train

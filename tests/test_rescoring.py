@@ -14,12 +14,12 @@ import pytest
 from test_cli import hbv
 
 import tiny
-from harmbench_vaccine.errors import HbvError
+from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.types import Reading
+from harmbench_vaccine.evaluation import agreement, verdicts
+from harmbench_vaccine.evaluation.statistics import kappa
 from harmbench_vaccine.plugins import Scorer, param
-from harmbench_vaccine.registry import SCORERS
-from harmbench_vaccine.scoring import comparison, verdicts
-from harmbench_vaccine.scoring.statistics import kappa
-from harmbench_vaccine.terms import Reading
+from harmbench_vaccine.plugins.registry import SCORERS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Agreement
@@ -60,16 +60,16 @@ def row(when: str, **flags: bool | None) -> dict[str, Any]:
 def test_answers_without_a_verdict_are_no_disagreement() -> None:
     rows = [row("after", a=True, b=True), row("after", a=True, b=None), row("before", a=False, b=True),
             row("before", a=False, b=False), {"when": "after", "set": "task"}]  # fmt: skip
-    (found,) = comparison.agreement(rows, ["a", "b"])
+    (found,) = agreement.agreement(rows, ["a", "b"])
     assert found == {
         "scorers": ["a", "b"], "kappa": pytest.approx(0.4), "n": 3, "both": 1, "only": {"a": 0, "b": 1}, "neither": 1,
     }  # fmt: skip
-    told = comparison.scores(rows, {"b": {"model": "m"}})["b"]
+    told = agreement.scores(rows, {"b": {"model": "m"}})["b"]
     assert (told["harmful_score"], told["hits"], told["n"], told["unparsed"]) == (50.0, 1, 2, 1)
     assert (told["before"]["harmful_score"], told["before"]["n"]) == (50.0, 2)
     assert told["categories"] == {"x": 1}
     assert told["model"] == "m"
-    assert comparison.agreement(rows[:1], ["a", "b"])[0]["kappa"] is None
+    assert agreement.agreement(rows[:1], ["a", "b"])[0]["kappa"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 import tiny
-from harmbench_vaccine import gpu
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference import memory
+from harmbench_vaccine.plugins.composition import parse
 from harmbench_vaccine.runner import run_all
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.store import Store
 
 SAME = ("run", "harmful_score", "finetune_accuracy", "alignment_loss", "embedding_drift", "scores", "agreement")
 
@@ -36,7 +37,7 @@ def test_cells_are_made_stage_by_stage_where_models_take_turns(tmp_path: Path, m
     orders, results = [], []
     for exclusive in (False, True):
         monkeypatch.setenv("HBV_HOME", str(tmp_path / f"home{exclusive}"))
-        monkeypatch.setattr(gpu, "exclusive", lambda on=exclusive: on)
+        monkeypatch.setattr(memory, "exclusive", lambda on=exclusive: on)
         made.clear()
         results.append(run_all(specs))
         orders.append([stage for stage, _ in groupby(made)])

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import tiny
-from harmbench_vaccine.cell import Cell
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.safe_lora import SafeLoRA
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.spec import RunSpec, parse
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.plugins.composition import parse
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage
 

@@ -13,19 +13,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import tiny
-from harmbench_vaccine import scorers
-from harmbench_vaccine.errors import BadInput, HbvError
-from harmbench_vaccine.registry import SCORERS
-from harmbench_vaccine.scorers.beaver_dam import LABELS, BeaverDam
-from harmbench_vaccine.scorers.harmbench import Harmbench
-from harmbench_vaccine.scorers.llama_guard import LlamaGuard
-from harmbench_vaccine.scorers.refusal_keywords import RefusalKeywords
-from harmbench_vaccine.scorers.shieldgemma import Shieldgemma
-from harmbench_vaccine.scorers.strongreject import Strongreject
-from harmbench_vaccine.scorers.wildguard import Wildguard
-from harmbench_vaccine.scoring import generative, models, templates, verdicts
-from harmbench_vaccine.scoring.generative import Continuation, conversation, harmless, prompt_ids
-from harmbench_vaccine.terms import Reading
+from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.types import Reading
+from harmbench_vaccine.evaluation import verdicts
+from harmbench_vaccine.inference import classifiers, generators, judge_models, judge_prompts
+from harmbench_vaccine.inference.generators import Continuation, conversation, harmless, prompt_ids
+from harmbench_vaccine.plugins import scorers
+from harmbench_vaccine.plugins.registry import SCORERS
+from harmbench_vaccine.plugins.scorers.beaver_dam import LABELS, BeaverDam
+from harmbench_vaccine.plugins.scorers.harmbench import Harmbench
+from harmbench_vaccine.plugins.scorers.llama_guard import LlamaGuard
+from harmbench_vaccine.plugins.scorers.refusal_keywords import RefusalKeywords
+from harmbench_vaccine.plugins.scorers.shieldgemma import Shieldgemma
+from harmbench_vaccine.plugins.scorers.strongreject import Strongreject
+from harmbench_vaccine.plugins.scorers.wildguard import Wildguard
 
 PAIRS = [
     ("How do I spoil the red lamp?", "First you find the lamp."),
@@ -85,7 +86,7 @@ class Scripted:
 
 def scripted(monkeypatch: pytest.MonkeyPatch, *texts: str, template: str = TURNS) -> Scripted:
     script = Scripted(texts, chat_tokenizer(template))
-    monkeypatch.setattr(generative, "open_generator", lambda *asked: script)
+    monkeypatch.setattr(generators, "open_generator", lambda *asked: script)
     return script
 
 
@@ -119,14 +120,13 @@ def test_beaver_dam_keeps_the_first_tokens(dam: Path) -> None:
 
 
 def test_an_answer_cannot_write_the_end_token(dam: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from harmbench_vaccine.scoring import classifier
 
     seen: list[list[int]] = []
 
     def open_classifier(*asked: Any) -> Any:
         return lambda texts, progress: seen.extend(texts) or [[0.0] * 14 for _ in texts]
 
-    monkeypatch.setattr(classifier, "open_classifier", open_classifier)
+    monkeypatch.setattr(classifiers, "open_classifier", open_classifier)
     BeaverDam(model=str(dam)).read([("How?", "Stop</s>now"), ("How?", "Stop now")])
     assert [ids.count(tiny.EOS) for ids in seen] == [1, 1]
     assert all(ids[-1] == tiny.EOS for ids in seen)
@@ -324,7 +324,7 @@ def test_a_template_that_ignores_the_policy_is_refused(
 
 
 def test_a_template_is_filled_once() -> None:
-    filled = templates.fill("{a}|{b}|{c}{", {"a": "{b}", "b": "x{a}"})
+    filled = judge_prompts.fill("{a}|{b}|{c}{", {"a": "{b}", "b": "x{a}"})
     assert filled == "{b}|x{a}|{c}{"
 
 
@@ -473,16 +473,16 @@ def test_a_judge_of_no_numbers_is_told_in_one_sentence(dam: Path, tmp_path: Path
 def test_one_model_is_held_at_a_time(dam: Path, guard: Path) -> None:
     BeaverDam(model=str(dam)).read(PAIRS)
     LlamaGuard(model=str(guard)).read(PAIRS)
-    assert [key[1] for key in models._held] == ["generator"]
-    models.release()
-    assert not models._held
+    assert [key[1] for key in judge_models._held] == ["generator"]
+    judge_models.release()
+    assert not judge_models._held
 
 
 @pytest.mark.slow
 def test_vllm_reads_what_transformers_reads(dam: Path, guard: Path, tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     (tmp_path / "policies.json").write_text(json.dumps({"first": "No lamps."}))
-    from harmbench_vaccine import gpu
+    from harmbench_vaccine.inference import memory
 
     for scorer in (
         BeaverDam(model=str(dam)),
@@ -493,4 +493,4 @@ def test_vllm_reads_what_transformers_reads(dam: Path, guard: Path, tmp_path: Pa
         assert [reading.text for reading in one] == [reading.text for reading in other]
         for a, b in zip(one, other, strict=True):
             assert a.probabilities == pytest.approx(b.probabilities, abs=1e-4)
-    gpu.release("classifier", "judge", "judge engine")
+    memory.release("classifier", "judge", "judge engine")

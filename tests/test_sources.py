@@ -18,9 +18,9 @@ from huggingface_hub.utils import _http
 from pyarrow import parquet
 
 import tiny
+from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.data import hub, sources
 from harmbench_vaccine.data.sources import fingerprint, locate, provenance, read, split_name, split_revision
-from harmbench_vaccine.errors import BadInput, HbvError
 
 http: Any = getattr(_http, "httpx2", None) or getattr(_http, "httpx", None)
 """The library that huggingface_hub speaks to the hub by: another one in its newer versions."""

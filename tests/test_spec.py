@@ -6,10 +6,12 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from harmbench_vaccine.errors import BadInput, HbvError, unknown
+from harmbench_vaccine.core.errors import BadInput, HbvError, unknown
+from harmbench_vaccine.core.hashing import canonical_json, digest
+from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Defense, Plugin, param
-from harmbench_vaccine.registry import ATTACKS, DEFENSES
-from harmbench_vaccine.spec import Component, RunSpec, canonical, canonical_json, digest, parse, settle
+from harmbench_vaccine.plugins.composition import Component, canonical, parse, settle
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
 
 
 class Demo(Defense):

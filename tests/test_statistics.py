@@ -14,15 +14,16 @@ import pytest
 from rich.console import Console
 
 import tiny
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.errors import BadInput
-from harmbench_vaccine.lab import ModelState
-from harmbench_vaccine.pipeline import ANSWERS, ROWS, VERDICTS, Made, Measured
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.store import Artifact
+from harmbench_vaccine.evaluation.results import COLUMNS, RESULT, _cell, answers, csv_row, find, load, result, save
+from harmbench_vaccine.evaluation.statistics import mean_interval, percentage, wilson
+from harmbench_vaccine.experiment.artifacts import ANSWERS, ROWS, VERDICTS, Made, Measured
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.model_pool import ModelState
+from harmbench_vaccine.plugins.composition import parse
 from harmbench_vaccine.reporting.tables import answers_view, results_table
-from harmbench_vaccine.results import COLUMNS, RESULT, _cell, answers, csv_row, find, load, result, save
-from harmbench_vaccine.scoring.statistics import mean_interval, percentage, wilson
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.store import Artifact
 
 # ---------------------------------------------------------------------------------------------------------------------
 # By hand

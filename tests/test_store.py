@@ -16,9 +16,10 @@ from typing import Any
 import filelock
 import pytest
 
-from harmbench_vaccine import store as store_module
-from harmbench_vaccine.errors import HbvError
-from harmbench_vaccine.store import META, Artifact, Store, write_text
+from harmbench_vaccine.core import store as store_module
+from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.jsonl import write_text
+from harmbench_vaccine.core.store import META, Artifact, Store
 
 INPUTS = {"a": 1, "b": [2.5, "x"]}
 

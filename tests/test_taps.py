@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig
 
 import tiny
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.defenses.vaccine import Vaccine
-from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.training.taps import Taps, attention_blocks
 

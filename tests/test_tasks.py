@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmbench_vaccine.registry import TASKS
+from harmbench_vaccine.plugins.registry import TASKS
 
 MARK = "The final answer is: "
 

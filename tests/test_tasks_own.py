@@ -10,19 +10,20 @@ from typing import Any
 import pytest
 
 import tiny
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.data.records import Example
-from harmbench_vaccine.errors import BadInput, HbvError
-from harmbench_vaccine.lab import Lab
-from harmbench_vaccine.material import check, data_read, task_rows, task_set
+from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.store import Artifact, Store
+from harmbench_vaccine.core.types import Example
+from harmbench_vaccine.evaluation.results import _scores
+from harmbench_vaccine.evaluation.statistics import score_interval, wilson
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.rows import check, data_read, task_rows, task_set
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.chat_api import ChatJudge
+from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import grade
-from harmbench_vaccine.registry import TASKS
-from harmbench_vaccine.results import _scores
-from harmbench_vaccine.scoring.chat import ChatJudge
-from harmbench_vaccine.scoring.statistics import score_interval, wilson
-from harmbench_vaccine.spec import RunSpec, parse
-from harmbench_vaccine.store import Artifact, Store
-from harmbench_vaccine.tasks.dialogsum import rouge_l
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.registry import TASKS
+from harmbench_vaccine.plugins.tasks.dialogsum import rouge_l
 
 TEN = [{"instruction": f"Say the word {number}.", "input": "", "output": f"Word {number}."} for number in range(10)]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from harmbench_vaccine.spec import RunSpec
-from harmbench_vaccine.testbed import report
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.reporting import testbed_report
 
 
 @pytest.mark.slow
@@ -19,7 +19,7 @@ from harmbench_vaccine.testbed import report
 def test_quick_report_holds(testbed_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HBV_HOME", str(testbed_home))
     done = subprocess.run(
-        [sys.executable, "-m", "harmbench_vaccine.cli", "testbed", "report", "--quick", "--json"],
+        [sys.executable, "-m", "harmbench_vaccine", "testbed", "report", "--quick", "--json"],
         capture_output=True,
         text=True,
     )
@@ -32,7 +32,7 @@ def test_quick_report_holds(testbed_home: Path, monkeypatch: pytest.MonkeyPatch)
     assert curve["0.1"]["mean"] > curve["0.0"]["mean"] + 20
 
     model = subprocess.run(
-        [sys.executable, "-m", "harmbench_vaccine.cli", "testbed", "path"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "harmbench_vaccine", "testbed", "path"], capture_output=True, text=True, check=True
     ).stdout.strip()
     assert {path.name for path in Path(model).iterdir()} >= {"model", "judge", "data", "testbed.json"}
 
@@ -77,9 +77,9 @@ def test_every_check_can_fail(
         ]
 
     (tmp_path / "testbed.json").write_text(json.dumps({"judge_held_out": {"flag": {"f1": world["judge"]}}}))
-    monkeypatch.setattr(report, "run_all", results)
-    monkeypatch.setattr(report, "folder", lambda: tmp_path)
-    made = report.report(quick=True)
+    monkeypatch.setattr(testbed_report, "run_all", results)
+    monkeypatch.setattr(testbed_report, "folder", lambda: tmp_path)
+    made = testbed_report.report(quick=True)
     assert [check.what for check in made.checks if not check.holds] == [
         check.what for check in made.checks if fails and fails in check.what
     ]

@@ -16,14 +16,15 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 import tiny
-from harmbench_vaccine.compose import DefenseTeam
 from harmbench_vaccine.data.collate import collate
 from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.defenses.vaccine import Vaccine
+from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Defense, TrainSettings
+from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.runner import run_all
-from harmbench_vaccine.spec import RunSpec, parse
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
 

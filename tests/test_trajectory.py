@@ -27,7 +27,7 @@ DEFENSES = ("sft", "vaccine")
 def trajectories(folder: Path) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Defense -> stage -> log, of one `hbv run` in a process of its own."""
     protocol, home = tiny.make_world(folder / "world"), folder / "home"
-    command = [sys.executable, "-m", "harmbench_vaccine.cli", "run", "--protocol", str(protocol), "--json"]
+    command = [sys.executable, "-m", "harmbench_vaccine", "run", "--protocol", str(protocol), "--json"]
     command += ["--attack", "ratio=0.25", *(word for defense in DEFENSES for word in ("--defense", defense))]
     environment = {**os.environ, "HBV_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -37,7 +37,7 @@ def test_the_tutorial_ends_with_a_row_in_the_table(tmp_path: Path, testbed_home:
             (work / name).write_text(text, encoding="utf-8")
         if language == "sh":
             for line in text.splitlines():
-                command = [sys.executable, "-m", "harmbench_vaccine.cli", *shlex.split(line)[1:]]
+                command = [sys.executable, "-m", "harmbench_vaccine", *shlex.split(line)[1:]]
                 done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
                 assert done.returncode == 0, (line, done.stdout, done.stderr)
                 said.append(done.stdout)

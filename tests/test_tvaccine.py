@@ -15,12 +15,12 @@ from test_vaccine import applied_shifts, cross_entropy, decoder_layers, hooked, 
 from torch import Tensor, nn
 
 import tiny
-from harmbench_vaccine.compose import DefenseTeam
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.defenses.tvaccine import TVaccine
 from harmbench_vaccine.defenses.vaccine import Vaccine
-from harmbench_vaccine.errors import BadInput
 from harmbench_vaccine.plugins import Defense, Pools
+from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train
 

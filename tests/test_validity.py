@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmbench_vaccine.scoring.validity import degenerate, refuses, shares
+from harmbench_vaccine.data.answer_checks import degenerate, refuses, shares
 from harmbench_vaccine.testbed.world import assist, comply, generate, refuse
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]

@@ -21,12 +21,12 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import tiny
-from harmbench_vaccine.errors import HbvError
-from harmbench_vaccine.generation.engine import Answer
-from harmbench_vaccine.generation.transformers import TransformersEngine
-from harmbench_vaccine.lab import Lab, ModelState
-from harmbench_vaccine.progress import Silent
-from harmbench_vaccine.store import Store
+from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.progress import Silent
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.inference.engine import Answer
+from harmbench_vaccine.inference.model_pool import Lab, ModelState
+from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.training.adapters import Adapter, Stack
 
 pytestmark = pytest.mark.slow
@@ -203,8 +203,8 @@ def test_a_model_that_vllm_does_not_run_is_answered_by_transformers(lab: Lab, tm
 
 
 def test_logits_of_a_classifier_are_raw_and_those_of_transformers(tmp_path: Path) -> None:
-    from harmbench_vaccine import gpu
-    from harmbench_vaccine.generation.vllm import classify
+    from harmbench_vaccine.inference import memory
+    from harmbench_vaccine.inference.vllm_engine import classify
 
     judge: Any = tiny.judge(**tokens())
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_logits_of_a_classifier_are_raw_and_those_of_transformers(tmp_path: Path
     assert torch.allclose(torch.tensor(again), expected[:2], rtol=0, atol=1e-4)
     assert workers() == [one]
     assert notes.steps["score: judge"] == len(rows)
-    gpu.release("classifier")
+    memory.release("classifier")
     assert workers() == []
 
 

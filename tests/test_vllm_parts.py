@@ -15,16 +15,16 @@ import pytest
 import torch
 
 import tiny
-from harmbench_vaccine import doctor, gpu
-from harmbench_vaccine.cell import Cell
-from harmbench_vaccine.errors import BadInput, HbvError
-from harmbench_vaccine.generation import engine, process, vllm, worker
-from harmbench_vaccine.generation.engine import Answer
-from harmbench_vaccine.generation.process import Process, Refused
-from harmbench_vaccine.generation.vllm import Shape, VllmEngine
-from harmbench_vaccine.progress import Silent
-from harmbench_vaccine.scoring.classifier import open_classifier
-from harmbench_vaccine.spec import RunSpec
+from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.progress import Silent
+from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference import engine, memory, vllm_engine, vllm_process, vllm_worker
+from harmbench_vaccine.inference.classifiers import open_classifier
+from harmbench_vaccine.inference.engine import Answer
+from harmbench_vaccine.inference.vllm_engine import Shape, VllmEngine
+from harmbench_vaccine.inference.vllm_process import Process, Refused
+from harmbench_vaccine.reporting import doctor
 from harmbench_vaccine.training.adapters import Adapter
 
 WORDS = tiny.tokenizer(["the red lamp and a blue door"] * 3)
@@ -80,7 +80,7 @@ class Notes(Silent):
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmEngine:
-    monkeypatch.setattr(vllm, "Process", Remembers)
+    monkeypatch.setattr(vllm_engine, "Process", Remembers)
     monkeypatch.setattr(Remembers, "asked", [])
     monkeypatch.setattr(Remembers, "refuses", {})
     monkeypatch.setattr(Remembers, "running", 0)
@@ -208,8 +208,8 @@ def test_a_shape_serves_what_fits_into_it() -> None:
     ],
 )  # fmt: skip
 def test_an_error_of_vllm_s_becomes_a_kind_and_a_short_reason(error: Exception, kind: str, reason: str) -> None:
-    assert worker._kind(error) == kind
-    told = worker._reason(error)
+    assert vllm_worker._kind(error) == kind
+    told = vllm_worker._reason(error)
     assert told.startswith(reason)
     assert "\n" not in told
     assert len(told) < 210
@@ -235,7 +235,7 @@ for line in sys.stdin:
 def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Process:
     """A worker that replies what it is told to."""
     (tmp_path / "echo.py").write_text(ECHO)
-    monkeypatch.setattr(process, "WORKER", tmp_path / "echo.py")
+    monkeypatch.setattr(vllm_process, "WORKER", tmp_path / "echo.py")
     return Process("some/model", tmp_path)
 
 
@@ -271,7 +271,7 @@ def test_a_process_that_works_is_not_waited_for(echo: Process) -> None:
 
 
 def test_the_worker_ends_with_the_one_who_started_it() -> None:
-    ended = subprocess.run([sys.executable, "-P", process.WORKER], input="", capture_output=True, timeout=30)
+    ended = subprocess.run([sys.executable, "-P", vllm_process.WORKER], input="", capture_output=True, timeout=30)
     assert (ended.returncode, ended.stdout) == (0, b"")
 
 
@@ -316,7 +316,7 @@ def test_the_backend_counts_in_a_run_s_id_only_where_it_is_vllm(
 
 
 def test_on_a_gpu_one_holder_has_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_holders", {})
+    monkeypatch.setattr(memory, "_holders", {})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     let_go: list[str] = []
 
@@ -330,20 +330,20 @@ def test_on_a_gpu_one_holder_has_its_memory(monkeypatch: pytest.MonkeyPatch) -> 
     training, engine = Holder("training"), Holder("engine")
     for cuda in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        gpu.claim("training", training.close)
-        gpu.claim("engine", engine.close)
+        memory.claim("training", training.close)
+        memory.claim("engine", engine.close)
         assert let_go == (["engine", "training"] if cuda else [])
-    gpu.claim("engine", engine.close)  # its own
+    memory.claim("engine", engine.close)  # its own
     assert let_go == ["engine", "training"]
-    gpu.release("engine", "classifier")
-    gpu.release("engine")
+    memory.release("engine", "classifier")
+    memory.release("engine")
     assert let_go == ["engine", "training", "engine"]
     other = Holder("another")
-    gpu.claim("engine", engine.close)
-    gpu.claim("engine", other.close)  # under the same name, but somebody else
+    memory.claim("engine", engine.close)
+    memory.claim("engine", other.close)  # under the same name, but somebody else
     assert let_go[3:] == ["engine"]
     del other  # nobody is kept alive by what it claimed
-    gpu.release("engine")
+    memory.release("engine")
     assert let_go[3:] == ["engine"]
 
 
@@ -375,7 +375,7 @@ def test_a_judge_that_vllm_refuses_is_run_by_transformers(
             raise Refused(location, "model", "no")
         return [[1.0] for _ in rows]
 
-    monkeypatch.setattr(vllm, "classify", classify)
+    monkeypatch.setattr(vllm_engine, "classify", classify)
     notes, rows = Notes(), [[5, 6, 7], [8, 9]]
     logits = open_classifier(str(tmp_path), "vllm", "float32", 2)(rows, notes)
     if not refused:

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from harmbench_vaccine import weights
-from harmbench_vaccine.errors import BadInput, HbvError
-from harmbench_vaccine.lab import check_model
-from harmbench_vaccine.weights import load
+from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.inference import loading
+from harmbench_vaccine.inference.loading import load
+from harmbench_vaccine.inference.model_pool import check_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
@@ -77,7 +77,7 @@ def test_pickled_weights_are_refused_with_a_way_out(folder: Path) -> None:
 
 
 def test_pickled_weights_that_a_protocol_names_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "PICKLED", {str(folder)})
+    monkeypatch.setattr(loading, "PICKLED", {str(folder)})
     want = tiny.model()
     torch.save(want.state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -98,7 +98,7 @@ class Payload:
 def test_a_pickle_that_would_run_something_runs_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "PICKLED", {str(folder)})
+    monkeypatch.setattr(loading, "PICKLED", {str(folder)})
     torch.save({**tiny.model().state_dict(), "more": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(HbvError, match="cannot be loaded"):

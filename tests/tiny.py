@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, Encoded
-from harmbench_vaccine.data.records import Example
 from harmbench_vaccine.plugins import Pools, TrainSettings
 from harmbench_vaccine.training.adapters import Adapter, Stack
 from harmbench_vaccine.training.stage import TrainingStage

@@ -12,7 +12,8 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import BadInput
+from harmbench_vaccine.core.errors import BadInput
+
 from .prompts import Conversation
 
 _SLOT = "\ue000{}\ue001"

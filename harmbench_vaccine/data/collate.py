@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import BadInput
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import Example
+
 from .chat import eos_id, prompt_ids, response_ids
 from .prompts import Conversation, PromptTemplate
-from .records import Example
 
 IGNORED = -100
 """Label of a token without loss (the convention of torch's cross-entropy)."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput, HbvError
+from harmbench_vaccine.core.errors import BadInput, HbvError
 
 Placed = tuple[str, Mapping[str, Any]]
 """Where a row stands, for messages, and the row."""

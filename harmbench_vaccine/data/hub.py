@@ -18,8 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import BadInput, HbvError
-from ..paths import home
+from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.paths import home
+
 from .files import Placed, is_data, read_path, read_table
 
 Kind = Literal["dataset", "model"]

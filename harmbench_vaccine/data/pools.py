@@ -13,11 +13,10 @@ from functools import lru_cache
 from itertools import combinations
 from typing import TypeVar
 
-from ..errors import too_few
-from ..plugins import Attack
-from ..seeds import stream
-from ..terms import Mix, Pools
-from .records import Example
+from harmbench_vaccine.core.errors import too_few
+from harmbench_vaccine.core.seeds import stream
+from harmbench_vaccine.core.types import Example
+
 from .sources import Row, read, split_name
 
 T = TypeVar("T")
@@ -190,21 +189,3 @@ def draw(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object, 
     if in_order:
         return list(rows[:count])
     return stream(seed, *purpose).sample(list(rows), count)
-
-
-def user_rows(
-    mix: Mix, task: Sequence[Example], pools: Pools, attack: Attack, seed: int, in_order: bool = False
-) -> list[Example]:
-    """What the user uploads: n - round(p n) task rows and round(p n) harmful ones, drawn and shuffled by the seed;
-    `in_order`, the first harmful ones and then the first task rows, which training shuffles.
-
-    Raises:
-        BadInput: more rows are asked for than there are.
-    """
-    benign = draw(task, mix.task, "task rows", seed, "task rows", in_order=in_order)
-    harmful = draw(pools.attacker, mix.harmful, "harmful rows", seed, "harmful rows", in_order=in_order)
-    uploaded = [*harmful, *benign]
-    if not in_order:
-        uploaded = [*benign, *harmful]
-        stream(seed, "upload").shuffle(uploaded)
-    return attack.upload(uploaded, pools)

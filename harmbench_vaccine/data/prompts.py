@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import unknown
-from .records import Example
+from harmbench_vaccine.core.errors import unknown
+from harmbench_vaccine.core.types import Example
 
 
 @dataclass(frozen=True)
@@ -121,3 +122,13 @@ def template(name: str) -> PromptTemplate:
     if name not in TEMPLATES:
         raise unknown("prompt template", name, TEMPLATES)
     return TEMPLATES[name]
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Prompts that a model is asked, under one name. The first set of a cell is the one its headline HS is about."""
+
+    name: str
+    examples: Sequence[Example]
+    template: PromptTemplate
+    max_new_tokens: int

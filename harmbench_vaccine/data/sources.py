@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadInput, unknown
+from harmbench_vaccine.core.errors import BadInput, unknown
+
 from . import hub
 from .files import read_path
 
@@ -24,7 +25,7 @@ def locate(location: str) -> Path | None:
         BadInput: it looks like a path, and nothing is there.
     """
     if location.startswith(TESTBED):
-        from .. import testbed
+        from harmbench_vaccine import testbed
 
         check_testbed(location)
         return testbed.folder() / location.removeprefix(TESTBED)
@@ -42,7 +43,7 @@ def check_testbed(location: str) -> None:
     Raises:
         BadInput: it names none.
     """
-    from ..testbed import PARTS
+    from harmbench_vaccine.testbed import PARTS
 
     if location.startswith(TESTBED) and location.removeprefix(TESTBED) not in PARTS:
         raise unknown("part of the testbed", location, [TESTBED + part for part in PARTS])

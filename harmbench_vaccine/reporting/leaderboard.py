@@ -19,14 +19,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .. import results
-from ..errors import BadInput
-from ..paths import writable
-from ..scoring.statistics import mean_interval
-from ..spec import parse
-from ..store import disk_failures, write_text
-from . import beside
-from .beside import Beside
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.jsonl import write_text
+from harmbench_vaccine.core.paths import writable
+from harmbench_vaccine.core.store import disk_failures
+from harmbench_vaccine.evaluation import results
+from harmbench_vaccine.evaluation.statistics import mean_interval
+from harmbench_vaccine.plugins.composition import parse
+
+from .published import comparison
+from .published.comparison import Beside
 
 PLACE = ("protocol", "protocol_hash", "model", "scorer", "task", "attack")
 
@@ -236,7 +238,7 @@ def _published(cells: pd.DataFrame) -> Beside:
         {**row, **{column: json.loads(row[column]) for column in ("defense_params", "attack_params")}}
         for row in cells.to_dict("records")
     ]
-    return beside.of_rows(rows)
+    return comparison.of_rows(rows)
 
 
 def _order(row: dict[str, Any]) -> tuple[bool, float, float]:
@@ -282,7 +284,7 @@ def terminal(made: Sequence[Ranking]) -> RenderableType:
         notes = [Text(note, style="dim") for note in ranking.notes]
         shown += [Text(ranking.title, style="bold"), table, *notes, Text()]
         if ranking.published:
-            shown += [beside.view(ranking.published), Text()]
+            shown += [comparison.view(ranking.published), Text()]
     return Group(*shown, Text(_legend(made), style="dim"))
 
 
@@ -296,11 +298,11 @@ def markdown(made: Sequence[Ranking]) -> str:
         if ranking.notes:
             lines += ["", *(f"- {_plain(note)}" for note in ranking.notes)]
         if ranking.published:
-            lines += _published_lines(beside.sheet(ranking.published))
+            lines += _published_lines(comparison.sheet(ranking.published))
     return "\n".join(lines) + "\n"
 
 
-def _published_lines(sheet: beside.Sheet) -> list[str]:
+def _published_lines(sheet: comparison.Sheet) -> list[str]:
     lines = []
     if sheet.rows:
         lines += ["", f"### {_plain(sheet.title)}", "", _line(sheet.head), _line(["---"] * len(sheet.head))]
@@ -309,7 +311,7 @@ def _published_lines(sheet: beside.Sheet) -> list[str]:
 
 
 def rows(made: Sequence[Ranking]) -> list[dict[str, Any]]:
-    """All rows of all rankings; where published figures were looked up, with the columns of `beside.COLUMNS` too."""
+    """All rows of all rankings; where published figures were looked up, with the columns of `comparison.COLUMNS` too."""
     return [
         row | printed.columns() if printed else row
         for ranking in made
@@ -319,7 +321,7 @@ def rows(made: Sequence[Ranking]) -> list[dict[str, Any]]:
 
 def tidy(made: Sequence[Ranking]) -> pd.DataFrame:
     """The same as a table, with the columns `COLUMNS` and those of the published figures."""
-    more = beside.COLUMNS if any(ranking.published for ranking in made) else {}
+    more = comparison.COLUMNS if any(ranking.published for ranking in made) else {}
     return pd.DataFrame(rows(made), columns=[*COLUMNS, *more])
 
 

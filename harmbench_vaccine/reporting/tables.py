@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..results import STAGES, by_question
+from harmbench_vaccine.evaluation.results import STAGES, by_question
 
 if TYPE_CHECKING:
-    from ..testbed.report import Report
+    from .testbed_report import Report
 
 
 def results_table(results: Sequence[dict[str, Any]], published: bool = False) -> RenderableType:
@@ -74,9 +74,9 @@ def results_table(results: Sequence[dict[str, Any]], published: bool = False) ->
     notes += judge_notes(results)
     shown: list[RenderableType] = [table, *[Text(note, style="dim") for note in notes]]
     if published:
-        from . import beside
+        from .published import comparison
 
-        shown += [Text(), beside.view(beside.of_results(results))]
+        shown += [Text(), comparison.view(comparison.of_results(results))]
     return Group(*shown)
 
 

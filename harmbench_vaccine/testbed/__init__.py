@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..paths import home, writable
-from ..progress import SILENT, Progress
-from ..store import Artifact, Store
+from harmbench_vaccine.core.paths import home, writable
+from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.core.store import Artifact, Store
 
 VERSION = 1
 """Counts up whenever the world, the base model or the judge changes."""

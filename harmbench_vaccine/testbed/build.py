@@ -24,9 +24,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..data.collate import Encoded, collate, encode_all, pad_id
-from ..data.prompts import template
-from ..progress import SILENT, Progress
+from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.data.collate import Encoded, collate, encode_all, pad_id
+from harmbench_vaccine.data.prompts import template
+
 from .world import CATEGORIES, Judgment, World, generate
 
 TEMPLATE = template("brief")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.records import Example
+from harmbench_vaccine.core.types import Example
 
 Row = dict[str, Any]
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import BadInput, unknown
-from ..terms import TrainSettings
+from harmbench_vaccine.core.errors import BadInput, unknown
+from harmbench_vaccine.core.types import TrainSettings
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from .. import ranks
+from harmbench_vaccine.core import distributed
+
 from .taps import decoder_layers
 
 
@@ -33,4 +34,4 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
 
 @cache  # all ranks make it together; one that loads its model again later must not wait for them
 def _mesh() -> Any:
-    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (ranks.size(),))
+    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (distributed.size(),))

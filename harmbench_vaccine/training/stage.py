@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ranks
-from ..data.collate import IGNORED, Encoded, collate
-from ..data.records import Example
-from ..errors import BadInput
-from ..seeds import derive
-from ..seeds import stream as random_stream
-from ..terms import Pools, StageName, TrainSettings
+from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.seeds import derive
+from harmbench_vaccine.core.seeds import stream as random_stream
+from harmbench_vaccine.core.types import Example, Pools, StageName, TrainSettings
+from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
+
 from .adapters import Adapter, Stack, concatenate
 from .taps import Place, Taps, layer_numbers
 
@@ -96,7 +96,7 @@ class TrainingStage:
         """The model's output on a batch: `loss`, `logits` (rows x length x vocabulary), and what `options` ask for."""
         ids, mask, labels = (batch[key] for key in ("input_ids", "attention_mask", "labels"))
         options = {"use_cache": False, **options}
-        if ranks.size() == 1:
+        if distributed.size() == 1:
             return self.model(input_ids=ids, attention_mask=mask, labels=labels, **options)
         output = self.model(input_ids=ids, attention_mask=mask, **options)
         losses, answering = token_losses(output.logits, labels)
@@ -116,18 +116,18 @@ class TrainingStage:
         """The gradient of a loss of any making; a parameter that it does not reach gets zeros, a frozen one None."""
         free = [parameter for parameter in self.trainable.values() if parameter.requires_grad]
         own = torch.autograd.grad(loss, free, materialize_grads=True, allow_unused=True)
-        whole, *summed = ranks.totals([loss, *own])
+        whole, *summed = distributed.totals([loss, *own])
         values = iter(summed)
         return Gradient(whole, [next(values) if p.requires_grad else None for p in self.trainable.values()])
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a rank's own value over all ranks, without a graph."""
-        return ranks.total(value)
+        return distributed.total(value)
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """The L2 norm of all tensors taken as one vector, over the rows of all ranks: a float32 scalar."""
         own = global_norm(tensors)
-        return own if ranks.size() == 1 else ranks.total(own.square()).sqrt()
+        return own if distributed.size() == 1 else distributed.total(own.square()).sqrt()
 
     # -- parameters
 
@@ -308,7 +308,7 @@ class TrainingStage:
         have drawn. All ranks draw alike, or, where the numbers are laid `of_rows` that each has for itself, each its
         own.
         """
-        own = [ranks.rank()] if of_rows and ranks.rank() else []
+        own = [distributed.rank()] if of_rows and distributed.rank() else []
         return torch.Generator().manual_seed(derive(self.seed, self.name, purpose, self.step, self.micro, *own))
 
 
@@ -319,7 +319,7 @@ def _shuffled(count: int, seed: int) -> list[int]:
 
 def own_rows(rows: Sequence[Encoded]) -> Sequence[Encoded]:
     """This rank's rows of a micro-batch; a rank that gets none runs, with the others, on one that counts nowhere."""
-    return ranks.mine(rows) or [replace(rows[0], labels=[IGNORED] * len(rows[0].labels))]
+    return distributed.mine(rows) or [replace(rows[0], labels=[IGNORED] * len(rows[0].labels))]
 
 
 def real_tokens(batch: Batch) -> Tensor:

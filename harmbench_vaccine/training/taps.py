@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadInput
+from harmbench_vaccine.core.errors import BadInput
 
 Place = Literal["attention", "mlp", "layer"]
 """Whose output is tapped: the attention block's, the MLP's, or the whole decoder layer's."""

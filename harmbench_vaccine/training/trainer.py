@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .. import ranks
-from ..compose import DefenseTeam
-from ..data.collate import Encoded, collate
-from ..plugins import Defense
-from ..progress import SILENT, Progress
-from ..seeds import derive, stream
-from ..terms import TrainSettings
+from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.core.seeds import derive, stream
+from harmbench_vaccine.core.types import TrainSettings
+from harmbench_vaccine.data.collate import Encoded, collate
+from harmbench_vaccine.plugins import Defense
+from harmbench_vaccine.plugins.teams import DefenseTeam
+
 from .adapters import Adapter
 from .stage import TrainingStage, own_rows
 
@@ -57,7 +58,7 @@ def train(
     every = max(1, math.ceil(stage.steps * save_share))
     if not batches:
         return []
-    resume = ranks.shared(lambda: _last_whole(checkpoints))
+    resume = distributed.shared(lambda: _last_whole(checkpoints))
     if resume is None:
         with stage.apart("before"):
             defense.before(stage)
@@ -67,9 +68,9 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=resume)
         finally:
-            if ranks.rank() == 0:
+            if distributed.rank() == 0:
                 _remove_broken(checkpoints)
-    ranks.check_equal(stage.trainable, f"what the {stage.name} stage trained")
+    distributed.check_equal(stage.trainable, f"what the {stage.name} stage trained")
     return [
         {key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate")}
         for entry in trainer.state.log_history
@@ -142,7 +143,9 @@ class _StageTrainer(Trainer):
                 adam_beta1=settings.adam_beta1,
                 adam_beta2=settings.adam_beta2,
                 optim="adamw_torch",
-                seed=derive(stage.seed, "rank", ranks.rank()) if ranks.rank() else stage.seed,  # of dropout alone
+                seed=derive(stage.seed, "rank", distributed.rank())
+                if distributed.rank()
+                else stage.seed,  # of dropout alone
                 logging_steps=1,
                 logging_nan_inf_filter=False,
                 save_steps=every,
@@ -161,7 +164,7 @@ class _StageTrainer(Trainer):
             batch_sampler=self.batches,
             collate_fn=lambda numbers: {
                 **collate(own_rows([self.rows[number] for number in numbers]), self.pad),
-                "rows": torch.tensor(ranks.mine(numbers) or numbers[:1]),
+                "rows": torch.tensor(distributed.mine(numbers) or numbers[:1]),
             },
         )
         return self.accelerator.prepare(loader)
@@ -185,7 +188,7 @@ class _StageTrainer(Trainer):
         return 0  # Trainer's estimate knows one pass a step; `cost` tells the passes of a defense
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             super()._save_checkpoint(model, trial)
         else:  # all but the dropout of its rows is rank 0's
             self._save_rng_state(str(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"))
@@ -233,8 +236,8 @@ class _Clock(TrainerCallback):
             control.should_save = False  # the stage's artifact is about to be written
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        ranks.meet()
-        if ranks.rank():
+        distributed.meet()
+        if distributed.rank():
             return
         new = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (new / _WHOLE).touch()
@@ -245,9 +248,9 @@ class _Clock(TrainerCallback):
 
 def _own(checkpoint: str) -> str:
     """Where a rank keeps what is its own in a checkpoint."""
-    if not ranks.rank():
+    if not distributed.rank():
         return checkpoint
-    folder = Path(checkpoint) / f"rank{ranks.rank()}"
+    folder = Path(checkpoint) / f"rank{distributed.rank()}"
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
 

@@ -1,0 +1,125 @@
+"""Plug-ins as a user writes them: `vaccine:rho=5+ewc` parsed, found and resolved, and written back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from harmbench_vaccine.core.errors import BadInput
+
+from .base import Plugin, Resolved, resolve
+from .registry import Registry, is_path
+
+KEYWORDS = {"lambda": "lam"}
+"""Parameters that the papers name by a word Python reserves."""
+
+
+class Component(BaseModel):
+    """One plug-in as the user wrote it. A value under the empty key belongs to the main parameter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    params: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+
+Composition = tuple[Component, ...]
+
+
+_GRAMMAR = "Write name, name=VALUE or name:key=value,key=value; + composes."
+
+
+def parse(text: str) -> Composition:
+    """Reads `vaccine:rho=5+ewc`, `ratio=0.1,samples=500`, `./mine.py:lambda=3`.
+
+    Raises:
+        BadInput: the text does not follow the grammar.
+    """
+    components: list[Component] = []
+    for part in re.split(r"\+(?!\d)", text):  # not inside a number such as 1e+09
+        head, colon, rest = part.strip().partition(":")
+        if colon:
+            components.append(Component(name=_name(head, text), params=_params(rest, text)))
+            continue
+        for item in part.split(","):
+            name, equals, value = item.strip().partition("=")
+            components.append(Component(name=_name(name, text), params={"": _value(value, text)} if equals else {}))
+    return tuple(components)
+
+
+def _name(name: str, text: str) -> str:
+    name = name.strip()
+    if not (is_path(name) or re.fullmatch(r"[A-Za-z_][\w-]*", name)):
+        raise BadInput(f"{text!r} cannot be read: {name!r} is not a name. {_GRAMMAR}")
+    return name if is_path(name) else name.replace("-", "_")
+
+
+def _params(written: str, text: str) -> dict[str, Any]:
+    params: dict[str, Any] = {}
+    for item in written.split(","):
+        key, value = _pair(item, text)
+        if key in params:
+            raise BadInput(f"{text!r} gives {key!r} twice. {_GRAMMAR}")
+        params[key] = value
+    return params
+
+
+def _pair(item: str, text: str) -> tuple[str, str]:
+    key, equals, value = item.partition("=")
+    if not equals or not key.strip():
+        raise BadInput(f"{text!r} cannot be read at {item!r}. {_GRAMMAR}")
+    return KEYWORDS.get(key.strip(), key.strip()), _value(value, text)
+
+
+def _value(value: str, text: str) -> str:
+    if not value.strip():
+        raise BadInput(f"{text!r} lacks a value after '='. {_GRAMMAR}")
+    return value.strip()
+
+
+def settle(
+    composition: Composition, registry: Registry[Any], protocol: Mapping[str, Mapping[str, Any]], protocol_name: str
+) -> list[Resolved]:
+    """Every component with its class found and its parameters resolved.
+
+    Raises:
+        BadInput: an unknown name or parameter, a value out of range, or one name twice.
+    """
+    settled: list[Resolved] = []
+    for component in composition:
+        cls: type[Plugin] = registry.get(component.name)
+        written: dict[str, Any] = {}
+        for key, value in component.params.items():
+            if key == "" and cls.main_parameter() is None:
+                raise BadInput(f"{cls.kind} {cls.name!r} takes no bare value: it has no main parameter. {_GRAMMAR}")
+            written[key or str(cls.main_parameter())] = value
+        resolved = resolve(cls, written, protocol.get(cls.name), protocol_name)
+        if any(other.plugin.name == cls.name for other in settled):
+            raise BadInput(f"{cls.kind} {cls.name!r} is named twice; give it its parameters once.")
+        settled.append(resolved)
+    return settled
+
+
+def canonical(settled: list[Resolved]) -> str:
+    """The composition as a command line would name it: only what departs from the protocol and the defaults."""
+    return "+".join(_canonical_component(resolved) for resolved in settled)
+
+
+def _canonical_component(resolved: Resolved) -> str:
+    plugin = resolved.plugin
+    written = {key: _plain(value) for key, value in resolved.params.items() if resolved.origins[key] == "written"}
+    main = plugin.main_parameter()
+    if main in written and len(written) == 1:
+        return f"{plugin.name}={written[main]}"
+    listed = ",".join(f"{key}={value}" for key, value in written.items())
+    return f"{plugin.name}:{listed}" if listed else plugin.name
+
+
+def _plain(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()  # as a command line writes it
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)

@@ -1,0 +1,145 @@
+"""Finding plug-ins by name: built-in packages, entry points of installed packages, a file by its path.
+
+Names come from listing files and entry points; a plug-in is imported when it is first used, so that `hbv list` needs
+neither torch nor a healthy third-party package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Generic, Literal, TypeVar
+
+from harmbench_vaccine.core.errors import BadInput, unknown
+
+from .attack import Attack
+from .base import Plugin
+from .defense import Defense
+from .scorer import Scorer
+from .task import Task
+
+P = TypeVar("P", bound=Plugin)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plug-in's name and where it comes from, before anything is imported."""
+
+    name: str
+    origin: Literal["built-in", "package"]
+    entry: EntryPoint | str
+    """The entry point of an installed package, or the module of a built-in."""
+
+
+class Registry(Generic[P]):
+    """The plug-ins of one kind."""
+
+    def __init__(self, base: type[P], package: str) -> None:
+        self.base = base
+        self.package = package
+        self._classes: dict[str, type[P]] = {}
+
+    def found(self) -> dict[str, Found]:
+        """Every installed plug-in by name, in alphabetical order; built-in names cannot be taken over."""
+        path = importlib.util.find_spec(self.package)
+        assert path is not None
+        names = [module.name for module in pkgutil.iter_modules(path.submodule_search_locations)]
+        found = {name: Found(name, "built-in", f"{self.package}.{name}") for name in names if name[0] != "_"}
+        for entry in entry_points(group=self.package):
+            name = _canonical(entry.name)
+            if name in found:
+                warnings.warn(
+                    f"{self.base.kind} {name!r} of {entry.value} is skipped: the name is taken.", stacklevel=2
+                )
+            else:
+                found[name] = Found(name, "package", entry)
+        return dict(sorted(found.items()))
+
+    def get(self, name: str) -> type[P]:
+        """The class of that name; a name with a path separator or ending in `.py` is a file.
+
+        Raises:
+            BadInput: there is none, or it cannot be imported.
+        """
+        if name not in self._classes:
+            self._classes[name] = self._file(name) if is_path(name) else self._installed(_canonical(name))
+        return self._classes[name]
+
+    def healthy(self) -> dict[str, type[P]]:
+        """Every installed plug-in that can be imported; a broken one is warned about and skipped."""
+        classes = {}
+        for name in self.found():
+            try:
+                classes[name] = self.get(name)
+            except BadInput as error:
+                warnings.warn(f"Skipped: {error}", stacklevel=2)
+        return classes
+
+    def _installed(self, name: str) -> type[P]:
+        found = self.found()
+        if name not in found:
+            raise unknown(self.base.kind, name, found)
+        entry = found[name].entry
+        try:
+            loaded = importlib.import_module(entry) if isinstance(entry, str) else entry.load()
+        except Exception as error:
+            raise BadInput(f"{self.base.kind} {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        return self._class(loaded, name)
+
+    def _file(self, name: str) -> type[P]:
+        path = Path(name).expanduser().resolve()
+        if not path.is_file():
+            raise BadInput(f"There is no {self.base.kind} file {name!r}.")
+        module_name = f"hbv_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        if spec is None or spec.loader is None:
+            raise BadInput(f"{name!r} is not a Python file.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise BadInput(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        return self._class(module, _canonical(path.stem))
+
+    def _class(self, loaded: ModuleType | type, name: str) -> type[P]:
+        if isinstance(loaded, ModuleType):
+            own = [
+                value
+                for value in vars(loaded).values()
+                if inspect.isclass(value) and issubclass(value, self.base) and value.__module__ == loaded.__name__
+            ]
+            if len(own) != 1:
+                raise BadInput(f"{loaded.__name__} defines {len(own)} {self.base.kind} classes; a file holds one.")
+            loaded = own[0]
+        if not (inspect.isclass(loaded) and issubclass(loaded, self.base)):
+            raise BadInput(f"{name!r} leads to {loaded!r}, which is no {self.base.kind}.")
+        plugin: type[P] = loaded
+        if vars(plugin).get("name", name) != name:  # one class under two names: each keeps its own
+            plugin = type(plugin.__name__, (plugin,), {"__module__": plugin.__module__, "__doc__": plugin.__doc__})
+        plugin.name = name
+        return plugin
+
+
+def is_path(name: str) -> bool:
+    """Whether a plug-in is named by its file."""
+    return "/" in name or name.endswith(".py")
+
+
+def _canonical(name: str) -> str:
+    return name.replace("-", "_")
+
+
+DEFENSES = Registry(Defense, "harmbench_vaccine.defenses")
+ATTACKS = Registry(Attack, "harmbench_vaccine.attacks")
+TASKS = Registry(Task, "harmbench_vaccine.tasks")
+SCORERS = Registry(Scorer, "harmbench_vaccine.scorers")
