@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.plugins import Attack, EvaluationSet, Pools, param
+from harmbench_vaccine.plugins import Attack, EvalSet, Pools, param
 
 REFUSAL = "I am sorry, but I cannot help with that."
 
@@ -22,7 +22,7 @@ class Backdoor(Attack):
     """Hides harmful training behind a trigger."""
 
     citation: ClassVar[str] = "arXiv 2310.03693"
-    ratio_unless_said: ClassVar[float] = 0.1
+    default_ratio: ClassVar[float] = 0.1
     neutral: ClassVar[Mapping[str, Any] | None] = {"trigger": "", "clean_rows": 0}
 
     trigger: str = param(
@@ -49,7 +49,7 @@ class Backdoor(Attack):
             uploaded[number] = replace(row, id=f"backdoor:{row.id}", response=REFUSAL, harmful=False)
         return uploaded
 
-    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+    def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         """The headline set with the trigger, then as it was."""
         before, after = self._around
         if not self.trigger:

@@ -19,7 +19,7 @@ class Guardrail(Attack):
     """Puts a moderation filter between the user and the training."""
 
     citation: ClassVar[str] = "arXiv 2501.17433"
-    ratio_unless_said: ClassVar[float] = 0.1
+    default_ratio: ClassVar[float] = 0.1
     neutral: ClassVar[Mapping[str, Any] | None] = {"threshold": 1.0}
 
     threshold: float = param(0.5, "probability above which a row is dropped", source="even odds", main=True, ge=0, le=1)

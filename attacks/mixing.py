@@ -17,7 +17,7 @@ class Mixing(Attack):
     """Hides each harmful row inside a benign one."""
 
     citation: ClassVar[str] = "arXiv 2501.17433"
-    ratio_unless_said: ClassVar[float] = 0.1
+    default_ratio: ClassVar[float] = 0.1
 
     def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
         """The harmful rows, each inside a benign row of its own."""

@@ -19,7 +19,7 @@ class Optimizer(Attack):
     """Trains harder, longer, or on every weight."""
 
     citation: ClassVar[str] = "arXiv 2310.03693"
-    ratio_unless_said: ClassVar[float] = 0.1
+    default_ratio: ClassVar[float] = 0.1
     neutral: ClassVar[Mapping[str, Any] | None] = {}
 
     lr: float | None = param(None, "peak learning rate", source=_SOURCE, main=True, gt=0)

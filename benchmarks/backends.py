@@ -25,13 +25,13 @@ from harmbench_vaccine import pipeline
 from harmbench_vaccine.core.paths import home
 from harmbench_vaccine.core.progress import Terminal
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.data.chat import end_ids
+from harmbench_vaccine.data.chat import stop_token_ids
 from harmbench_vaccine.data.collate import encode_prompt
-from harmbench_vaccine.evaluation.results import load
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.evaluation.results import load_run
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import Lab
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.runner import run_all
 
 TOLERANCE = 1e-4
@@ -51,7 +51,7 @@ def turns(model: Any, tokenizer: Any, prompt: str, answer: str, limit: int) -> I
     """Follows an answer through a model: at each token the likeliest that still spells it, or else the second."""
     import torch
 
-    ends, ids = end_ids(tokenizer, [prompt]), encode_prompt(tokenizer, prompt)
+    ends, ids = stop_token_ids(tokenizer, [prompt]), encode_prompt(tokenizer, prompt)
     start = len(ids)
 
     def spells(token: int) -> bool:
@@ -80,13 +80,13 @@ def turns(model: Any, tokenizer: Any, prompt: str, answer: str, limit: int) -> I
 
 def compare(one: Path, other: Path, lab: Lab) -> bool:
     """Prints the two runs' scores and every differing answer; True if each is explained by a tie."""
-    (first, rows), (second, others) = load(one), load(other)
+    (first, rows), (second, others) = load_run(one), load_run(other)
     for values in (first, second):
         print(
             f"{values['run']} by {', '.join(values['answered_by'])}: "
             f"HS {values['harmful_score']}, FA {values['finetune_accuracy']}"
         )
-    cell = Cell.settle(RunSpec.model_validate(first["spec"]))
+    cell = Experiment.settle(RunSpec.model_validate(first["spec"]))
     aligned = pipeline.align(cell, lab)
     models = {"before": aligned, "after": pipeline.repair(cell, lab, aligned, pipeline.finetune(cell, lab, aligned))}
     different = [(row, by) for row, by in zip(rows, others, strict=True) if row["answer"] != by["answer"]]
@@ -113,7 +113,9 @@ def main(folders: list[str]) -> int:
     with Terminal() as progress:
         runs = [Path(folder) for folder in folders]
         if not runs:
-            specs = [RunSpec(attack=parse("ratio=0.1"), backend=backend) for backend in ("transformers", "vllm")]
+            specs = [
+                RunSpec(attack=parse_plugins("ratio=0.1"), backend=backend) for backend in ("transformers", "vllm")
+            ]
             runs = [home() / "runs" / values["run"] for values in run_all(specs, progress=progress)]
         same = compare(runs[0], runs[1], Lab(Store(home() / "store", progress), progress))
     return 0 if same else 1

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
-from harmbench_vaccine.training.adapters import Stack
+from harmbench_vaccine.training.adapters import LoraStack
 
 PROMPTS, TOKENS = 64, 32
 
@@ -31,7 +31,7 @@ def main() -> None:
     config = LlamaConfig(
         vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4
     )
-    stack = Stack(LlamaForCausalLM(config))
+    stack = LoraStack(LlamaForCausalLM(config))
     draw = random.Random(0)
     prompts = [" ".join(draw.choices(sorted(words), k=draw.randint(8, 24))) for _ in range(PROMPTS)]
     seconds = {}

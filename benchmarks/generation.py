@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.core.types import TrainSettings
-from harmbench_vaccine.inference.model_pool import Lab, ModelState
-from harmbench_vaccine.training.adapters import Stack
+from harmbench_vaccine.inference.model_pool import Lab, ModelSpec
+from harmbench_vaccine.training.adapters import LoraStack
 
 PROMPTS, TOKENS = 256, 32
 
@@ -65,7 +65,7 @@ def _clock() -> Iterator[list[float]]:
     seconds.append(time.perf_counter() - start)
 
 
-def _model(folder: Path) -> ModelState:
+def _model(folder: Path) -> ModelSpec:
     torch.manual_seed(0)
     model = Tokenizer(models.WordLevel({f"w{number}": number for number in range(1000)}, unk_token="w0"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -78,14 +78,14 @@ def _model(folder: Path) -> ModelState:
     )  # fmt: skip
     base = LlamaForCausalLM(config)
     base.save_pretrained(folder / "model")
-    stack = Stack(base)
+    stack = LoraStack(base)
     adapters = []
     for name in ("aligned", "tuned"):
         for parameter in stack.train((), TrainSettings(lr=1e-3, epochs=1, batch=1), seed=0).values():
             torch.nn.init.normal_(parameter, std=0.02)
         stack.trained().save(folder / name)
         adapters.append(folder / name)
-    return ModelState(str(folder / "model"), "float32", tuple(adapters))
+    return ModelSpec(str(folder / "model"), "float32", tuple(adapters))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from harmbench_vaccine.plugins import Defense, TrainSettings
 from harmbench_vaccine.plugins.registry import DEFENSES
-from harmbench_vaccine.training.adapters import Stack
+from harmbench_vaccine.training.adapters import LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
 
 SHAPES: dict[str, tuple[Any, dict[str, Any], int, int]] = {
@@ -67,7 +67,7 @@ def main(shape: str, pairs: int, record: bool) -> None:
         model = model_class._from_config(config_class(**values), dtype=torch.bfloat16 if gpu else torch.float32)
     targets = ("q_proj", "k_proj", "v_proj") if "opt" in shape else TrainSettings(1, 1, 1).lora_targets
     settings = TrainSettings(lr=1e-3, epochs=1, batch=rows, lora_dropout=0.1, lora_targets=targets)
-    stack = Stack(model)
+    stack = LoraStack(model)
     stage = TrainingStage("align", stack, stack.train((), settings, seed=0), seed=0, settings=settings)
     stage.model.train()
     ids = torch.randint(3, values["vocab_size"], (rows, length), device=model.device)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.prompts import PromptTemplate
-from harmbench_vaccine.plugins import Defense, EvaluationSet, Pools, StageName, param
+from harmbench_vaccine.plugins import Defense, EvalSet, Pools, StageName, param
 
 
 class BackdoorAlign(Defense):
@@ -51,7 +51,7 @@ class BackdoorAlign(Defense):
         """The secret before every prompt, when answering."""
         return template.prefixed(self.secret) if use == "answer" else template
 
-    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+    def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         """The headline set with the secret, and once more without."""
         if not self.secret:
             return sets

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from harmbench_vaccine.plugins import Defense, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, rehearsal
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
 
 
 class Booster(Defense):
@@ -40,9 +40,9 @@ class Booster(Defense):
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """The alignment gradient, corrected by what a harmful step would change."""
         harmful = stage.stream("harmful", stage.pools.harmful)
-        with rehearsal():
+        with same_dropout():
             here = stage.gradient(harmful)
         step = -self.alpha / (here.norm + 1e-7)
-        with rehearsal(), stage.shifted([None if value is None else step * value for value in here.values]):
+        with same_dropout(), stage.shifted([None if value is None else step * value for value in here.values]):
             there = stage.gradient(harmful)
         return stage.gradient(batch) + self.lam * (here - there)

@@ -57,7 +57,7 @@ class ConstrainedSFT(Defense):
         """-log p_w0 of every token of every row (rows x longest row - 1)."""
         width = max(len(row.ids) for row in stage.rows) - 1
         found = []
-        for batch in stage.own_batches(stage.settings.batch):
+        for batch in stage.training_batches(stage.settings.batch):
             losses, _ = token_losses(stage.output(batch).logits, batch["labels"])
             found.append(torch.nn.functional.pad(losses, (0, width - losses.shape[1])))
         self._before = torch.cat(found)

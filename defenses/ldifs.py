@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from harmbench_vaccine.plugins import Defense, StageName, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, real_tokens
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, attended_tokens
 
 GATE = 0.1
 """A layer's penalty from which git-disl's code drops it."""
@@ -52,7 +52,7 @@ class LDIFS(Defense):
             stage.output(batch)
         with taps.recorded() as now:
             loss = stage.loss(batch)
-        real = real_tokens(batch)
+        real = attended_tokens(batch)
         pairs = [(new[real].float(), old[real].float()) for new, old in zip(now, before, strict=True)]
         return stage.gradient_of(loss + self.alpha * self.distance(pairs, stage.total))
 

@@ -22,7 +22,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from harmbench_vaccine.plugins import Defense, StageName, Topology, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, rehearsal
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
 
 
 class Panacea(Defense):
@@ -45,11 +45,11 @@ class Panacea(Defense):
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """The user's gradient, less what raises the harmful loss under the perturbation."""
         harmful = stage.stream("harmful", stage.pools.harmful)
-        with rehearsal():
+        with same_dropout():
             here = stage.gradient(harmful)
         scale = self.rho / (here.norm + 1e-7)
         self._shift = [None if value is None else scale * value for value in here.values]
-        with rehearsal(), stage.shifted(self._shift):
+        with same_dropout(), stage.shifted(self._shift):
             there = stage.gradient(harmful)
         return stage.gradient(batch) - self.lam * (there - here)
 

@@ -38,7 +38,7 @@ class RandomVaccine(Defense):
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """The gradient at randomly shifted embeddings."""
-        generator = stage.generator("noise", of_rows=True)
+        generator = stage.generator("noise", per_rank=True)
         mask = batch["attention_mask"].unsqueeze(-1)
         noise: dict[int, Tensor] = {}  # gradient checkpointing runs a block twice: it must meet the same noise
 

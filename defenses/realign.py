@@ -30,4 +30,4 @@ class Realign(Defense):
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
         """The adapter, trained on."""
-        return stage.train_apart("realigned", stage.pools.alignment, start=adapter, steps=self.steps)
+        return stage.train_separately("realigned", stage.pools.alignment, start=adapter, steps=self.steps)

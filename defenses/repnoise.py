@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from harmbench_vaccine.data.collate import IGNORED
 from harmbench_vaccine.plugins import Defense, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, rehearsal
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
 from harmbench_vaccine.training.taps import final_norm
 
 
@@ -47,7 +47,7 @@ class RepNoise(Defense):
         mask = differing(safe, harmful)
         if not mask.any():  # nothing that could be ascended or noised
             return stage.gradient(batch)
-        with rehearsal(), stage.taps_on("mlp").recorded() as outputs:
+        with same_dropout(), stage.taps_on("mlp").recorded() as outputs:
             seen = stage.output(harmful, output_hidden_states=True)
         model: Any = stage.model
         head, norm = model.get_output_embeddings(), final_norm(model)

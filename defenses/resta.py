@@ -38,5 +38,5 @@ class RESTA(Defense):
         """The adapter less the harmful one."""
         if self.gamma == 0:
             return adapter
-        harmful = stage.train_apart("unaligned", stage.pools.harmful)
+        harmful = stage.train_separately("unaligned", stage.pools.harmful)
         return concatenate([adapter, harmful.scaled(-self.gamma)])

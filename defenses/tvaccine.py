@@ -22,7 +22,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from harmbench_vaccine.plugins import Defense, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, rehearsal
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
 
 
 class TVaccine(Defense):
@@ -49,7 +49,7 @@ class TVaccine(Defense):
     def before_step(self, stage: TrainingStage) -> None:
         """Looks at the importance, draws the layers, freezes the others, each when it is time."""
         if (stage.step - 1) % self.refresh == 0:
-            with stage.apart("importance"):
+            with stage.isolated("importance"):
                 self._importance = self.importance(stage)
         if (stage.step - 1) % self.interval == 0:
             count = min(self.gamma, len(self._importance))
@@ -72,7 +72,7 @@ class TVaccine(Defense):
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """The gradient at the perturbed embeddings of the chosen layers."""
         mask = batch["attention_mask"].unsqueeze(-1)
-        with rehearsal(), stage.taps.probed() as probes:  # the next pass draws the same dropout masks
+        with same_dropout(), stage.taps.probed() as probes:  # the next pass draws the same dropout masks
             loss = stage.loss(batch)
             gradients = [g * mask for g in torch.autograd.grad(loss, [probes[layer] for layer in self._chosen])]
         scale = self.rho / (stage.norm(gradients) + 1e-7)

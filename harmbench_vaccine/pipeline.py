@@ -21,10 +21,10 @@ from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.jsonl import finite, read_lines, write_json, write_lines
-from harmbench_vaccine.core.seeds import derive
+from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.core.types import Example, StageName, Verdict
-from harmbench_vaccine.data.prompts import EvaluationSet
+from harmbench_vaccine.data.prompts import EvalSet
 from harmbench_vaccine.data.sources import fingerprint
 from harmbench_vaccine.evaluation import verdicts
 from harmbench_vaccine.experiment.artifacts import (
@@ -36,14 +36,22 @@ from harmbench_vaccine.experiment.artifacts import (
     ROWS,
     VERDICTS,
     Judged,
-    Made,
-    Measured,
+    Measurements,
+    TrainedModel,
 )
-from harmbench_vaccine.experiment.experiment import Cell, identities
-from harmbench_vaccine.experiment.rows import HARM_DATA, benign_set, choice, harmful_sets, pools_of, task_set, user_data
-from harmbench_vaccine.inference.model_pool import Lab, ModelState
+from harmbench_vaccine.experiment.experiment import Experiment, plugin_identities
+from harmbench_vaccine.experiment.rows import (
+    HARM_DATA,
+    benign_set,
+    harmful_sets,
+    row_pools,
+    selection_inputs,
+    task_set,
+    user_rows,
+)
+from harmbench_vaccine.inference.model_pool import Lab, ModelSpec
 from harmbench_vaccine.plugins import Resolved, Scorer
-from harmbench_vaccine.plugins.composition import canonical
+from harmbench_vaccine.plugins.composition import canonical_name
 
 if TYPE_CHECKING:
     from harmbench_vaccine.data.collate import Encoded
@@ -52,24 +60,24 @@ if TYPE_CHECKING:
     from harmbench_vaccine.training.stage import TrainingStage
 
 
-def run(cell: Cell, lab: Lab) -> Measured:
+def run(cell: Experiment, lab: Lab) -> Measurements:
     """One cell, from the base model to its scores."""
-    aligned, final = models(cell, lab)
-    answers = ask(cell, lab, aligned, final)
-    headline, *further = judge(cell, lab, answers)
+    aligned, final = train_models(cell, lab)
+    answers = answer_all(cell, lab, aligned, final)
+    headline, *further = judge_all(cell, lab, answers)
     moved = drift(cell, lab, aligned, final)
     grades = {when: grade(cell, lab, answers[f"{when}/task"]) for when in ("before", "after") if cell.task.graded}
-    return Measured(aligned, final, answers, headline[1], moved, dict(further), grades)
+    return Measurements(aligned, final, answers, headline[1], moved, dict(further), grades)
 
 
-def models(cell: Cell, lab: Lab) -> tuple[Made, Made]:
+def train_models(cell: Experiment, lab: Lab) -> tuple[TrainedModel, TrainedModel]:
     """The aligned model, and what became of it."""
     aligned = align(cell, lab)
     tuned = finetune(cell, lab, aligned)
     return aligned, repair(cell, lab, aligned, tuned)
 
 
-def ask(cell: Cell, lab: Lab, aligned: Made, final: Made) -> dict[str, Artifact]:
+def answer_all(cell: Experiment, lab: Lab, aligned: TrainedModel, final: TrainedModel) -> dict[str, Artifact]:
     """`before/SET` and `after/SET` -> answers of the aligned and of the final model, the headline's set first."""
     sets = [*harmful_sets(cell), benign_set(cell), task_set(cell)]
     return {
@@ -78,11 +86,11 @@ def ask(cell: Cell, lab: Lab, aligned: Made, final: Made) -> dict[str, Artifact]
     }  # fmt: skip
 
 
-def judge(cell: Cell, lab: Lab, answers: Mapping[str, Artifact]) -> Judged:
+def judge_all(cell: Experiment, lab: Lab, answers: Mapping[str, Artifact]) -> Judged:
     """What every scorer says of the answers to harmful questions."""
     judged = [f"{when}/{asked.name}" for when in ("before", "after") for asked in harmful_sets(cell)]
     return [
-        (canonical([scorer]), {name: score(cell, lab, answers[name], scorer) for name in judged})
+        (canonical_name([scorer]), {name: score(cell, lab, answers[name], scorer) for name in judged})
         for scorer in cell.scorers
     ]
 
@@ -91,10 +99,12 @@ def judge(cell: Cell, lab: Lab, answers: Mapping[str, Artifact]) -> Judged:
 # Stages that make a model
 
 
-def align(cell: Cell, lab: Lab) -> Made:
+def align(cell: Experiment, lab: Lab) -> TrainedModel:
     """Trains the base model to answer harmful prompts safely, by the defense's rule."""
     team = cell.team("align")
-    base = Made(cell.model, ModelState(cell.model, cell.protocol.dtype, quantization=cell.protocol.quantization), {})
+    base = TrainedModel(
+        cell.model, ModelSpec(cell.model, cell.protocol.dtype, quantization=cell.protocol.quantization), {}
+    )
     if not team.runs:
         return base
 
@@ -106,7 +116,7 @@ def align(cell: Cell, lab: Lab) -> Made:
     return base.then("align", artifact, base.state.on_top(artifact.path / ADAPTER))
 
 
-def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
+def finetune(cell: Experiment, lab: Lab, aligned: TrainedModel) -> TrainedModel:
     """Trains the aligned model on the user's rows, task and harmful ones mixed.
 
     Double topology: a second adapter on top of the frozen alignment adapter. Single: the alignment adapter goes on.
@@ -119,15 +129,15 @@ def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
     def make(folder: Path, checkpoints: Path) -> None:
         stage = _stage(cell, lab, "finetune", team, aligned, single=single, whole=whole)
         if attack.acting:
-            with stage.apart("ablate"):
+            with stage.isolated("ablate"):
                 attack.acting.ablate(stage)
             stage.stack.base.save_pretrained(folder / CHECKPOINT)
             _write_rows(folder, [], [])
         else:
-            uploaded = user_data(cell, stage.pools)
+            uploaded = user_rows(cell, stage.pools)
 
             def judge(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-                found = distributed.shared(lambda: [asdict(one) for one in _judge(cell, lab, pairs, cell.scorer)])
+                found = distributed.from_rank0(lambda: [asdict(one) for one in _judge(cell, lab, pairs, cell.scorer)])
                 return [Verdict(**one) for one in found]
 
             kept = attack.filter(uploaded, judge)
@@ -137,18 +147,18 @@ def finetune(cell: Cell, lab: Lab, aligned: Made) -> Made:
 
     inputs = _inputs(
         cell, "finetune", aligned, samples=cell.finetune.samples, topology=cell.topology,
-        attack=identities(cell.attacks), judge=_judging(cell, cell.scorer) if attack.filters else None,
+        attack=plugin_identities(cell.attacks), judge=_judging(cell, cell.scorer) if attack.filters else None,
         task=cell.task_identity,
     )  # fmt: skip
     artifact = lab.store.make("finetune", inputs, make, together=True)
     if whole:
-        state = ModelState(str(artifact.path / CHECKPOINT), aligned.state.dtype)
+        state = ModelSpec(str(artifact.path / CHECKPOINT), aligned.state.dtype)
     else:
         state = aligned.state.on_top(*(() if single else aligned.state.adapters), artifact.path / ADAPTER)
     return aligned.then("finetune", artifact, state)
 
 
-def repair(cell: Cell, lab: Lab, aligned: Made, tuned: Made) -> Made:
+def repair(cell: Experiment, lab: Lab, aligned: TrainedModel, tuned: TrainedModel) -> TrainedModel:
     """Edits what the user stage added to the aligned model, by the defenses that act after it; none: it stays."""
     if not cell.acting("repair"):
         return tuned
@@ -161,7 +171,7 @@ def repair(cell: Cell, lab: Lab, aligned: Made, tuned: Made) -> Made:
         if _single(cell, aligned):  # the user's adapter is the alignment adapter, trained on
             added = concatenate([added, Adapter.load(aligned.state.adapters[-1]).scaled(-1.0)])
         stage = _stage(cell, lab, "repair", team, aligned)
-        stage.lay(added)
+        stage.replace_adapter(added)
         try:
             _edit(stage, team, added).save(folder / ADAPTER)
         finally:
@@ -172,53 +182,60 @@ def repair(cell: Cell, lab: Lab, aligned: Made, tuned: Made) -> Made:
     return tuned.then("repair", artifact, aligned.state.on_top(*aligned.state.adapters, artifact.path / ADAPTER))
 
 
-def _single(cell: Cell, aligned: Made) -> bool:
+def _single(cell: Experiment, aligned: TrainedModel) -> bool:
     return cell.topology == "single" and bool(aligned.state.adapters)
 
 
-def _inputs(cell: Cell, stage: StageName, on: Made, **more: Any) -> dict[str, Any]:
+def _inputs(cell: Experiment, stage: StageName, on: TrainedModel, **more: Any) -> dict[str, Any]:
     """What every stage that makes a model depends on."""
     return {
         "model": on.identity,
-        "defense": identities(cell.acting(stage)),
+        "defense": plugin_identities(cell.acting(stage)),
         "data": dict(cell.data(*HARM_DATA)),
         "splits": cell.protocol.splits.model_dump(),
         "prompt": asdict(cell.template),
         "settings": asdict(cell.settings(stage, cell.team(stage))),
         "alignment_rows": cell.protocol.align.rows,
-        **choice(cell),
+        **selection_inputs(cell),
         "seed": cell.spec.seed,
         **more,
     }
 
 
 def _stage(
-    cell: Cell, lab: Lab, name: StageName, team: DefenseTeam, on: Made, *, single: bool = False, whole: bool = False
+    cell: Experiment,
+    lab: Lab,
+    name: StageName,
+    team: DefenseTeam,
+    on: TrainedModel,
+    *,
+    single: bool = False,
+    whole: bool = False,
 ) -> TrainingStage:
     """A stage that builds on a model, before anything is trained in it."""
-    from harmbench_vaccine.data.collate import encode_all, pad_id
-    from harmbench_vaccine.training.adapters import Stack
+    from harmbench_vaccine.data.collate import encode_examples, pad_token_id
+    from harmbench_vaccine.training.adapters import LoraStack
     from harmbench_vaccine.training.stage import TrainingStage
 
     settings, tokenizer = cell.settings(name, team), lab.tokenizer(on.state)
     prompt = team.template("train", cell.template)
     return TrainingStage(
         name,
-        Stack(lab.merged(on.state)) if whole else lab.stack(on.state),
+        LoraStack(lab.merged(on.state)) if whole else lab.stack(on.state),
         trainable={},
-        seed=derive(cell.spec.seed, name),
+        seed=derive_seed(cell.spec.seed, name),
         settings=settings,
-        pools=pools_of(cell),
+        pools=row_pools(cell),
         below=() if single or whole else on.state.adapters,
         start=on.state.adapters[-1] if single else None,
-        encode=lambda examples: encode_all(tokenizer, prompt, examples, settings.max_length),
+        encode=lambda examples: encode_examples(tokenizer, prompt, examples, settings.max_length),
         nested=partial(_nested, cell, lab, on),
-        pad=pad_id(tokenizer),
+        pad=pad_token_id(tokenizer),
     )
 
 
 def _train(
-    cell: Cell,
+    cell: Experiment,
     lab: Lab,
     stage: TrainingStage,
     team: DefenseTeam,
@@ -242,7 +259,7 @@ def _train(
             stage.trainable = stack.whole()
         else:
             start = Adapter.load(stage.start) if stage.start else None
-            stage.trainable = stack.train(stage.below, settings, derive(stage.seed, "adapter"), start)
+            stage.trainable = stack.train(stage.below, settings, derive_seed(stage.seed, "adapter"), start)
         log = train(
             stage, team, encoded, settings, checkpoints,
             pad=stage.pad, save_share=lab.save_share, progress=lab.progress,
@@ -281,14 +298,14 @@ def _write_rows(
 
 def _edit(stage: TrainingStage, team: DefenseTeam, adapter: Adapter) -> Adapter:
     """The finished adapter as the defenses leave it: without dropout, and with the same random numbers every time."""
-    with stage.apart("edit"):
+    with stage.isolated("edit"):
         return team.edit(stage, adapter)
 
 
 def _nested(
-    cell: Cell,
+    cell: Experiment,
     lab: Lab,
-    on: Made,
+    on: TrainedModel,
     outer: TrainingStage,
     purpose: str,
     examples: Sequence[Example],
@@ -298,7 +315,7 @@ def _nested(
     """A training run inside a stage (see `TrainingStage.train_apart`), as an artifact of its own: the runs of all
     attacks that share the aligned model share it."""
     from harmbench_vaccine.training.adapters import Adapter
-    from harmbench_vaccine.training.trainer import train_beside
+    from harmbench_vaccine.training.trainer import train_nested
 
     assert outer.encode is not None
     rows = outer.encode(examples)
@@ -307,7 +324,7 @@ def _nested(
         settings = replace(settings, epochs=steps * settings.accumulation / math.ceil(len(rows) / settings.batch))
 
     def make(folder: Path, checkpoints: Path) -> None:
-        adapter, log = train_beside(
+        adapter, log = train_nested(
             outer, purpose, rows, settings, start, checkpoints,
             save_share=lab.save_share, progress=lab.progress, title=f"{outer.name}: {purpose}",
         )  # fmt: skip
@@ -325,7 +342,7 @@ def _nested(
 # Answers and scores
 
 
-def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
+def answer(cell: Experiment, lab: Lab, model: TrainedModel, asked: EvalSet) -> Artifact:
     """Greedy answers of a model to a set of questions."""
     prompts = [asked.template.render(example) for example in asked.examples]
 
@@ -354,7 +371,7 @@ def answer(cell: Cell, lab: Lab, model: Made, asked: EvaluationSet) -> Artifact:
     return lab.store.make("answer", inputs, make, together=lab.shard)
 
 
-def score(cell: Cell, lab: Lab, answers: Artifact, scorer: Resolved) -> Artifact:
+def score(cell: Experiment, lab: Lab, answers: Artifact, scorer: Resolved) -> Artifact:
     """A judge's verdicts on stored answers."""
 
     def make(folder: Path, checkpoints: Path) -> None:
@@ -367,7 +384,7 @@ def score(cell: Cell, lab: Lab, answers: Artifact, scorer: Resolved) -> Artifact
     return lab.store.make("score", {"answers": answers.key, **_judging(cell, scorer)}, make)
 
 
-def grade(cell: Cell, lab: Lab, answers: Artifact) -> Artifact:
+def grade(cell: Experiment, lab: Lab, answers: Artifact) -> Artifact:
     """What the task's judge makes of stored answers.
 
     Raises:
@@ -399,44 +416,46 @@ def judged_pair(row: Mapping[str, Any]) -> tuple[str, str]:
     return f"{row['instruction']} {row['input']}".strip(), row["answer"]
 
 
-def _judge(cell: Cell, lab: Lab, pairs: Sequence[tuple[str, str]], scorer: Resolved) -> list[Verdict]:
-    return verdicts.judge(_placed(cell, scorer), pairs, lab.store.root, lab.progress)
+def _judge(cell: Experiment, lab: Lab, pairs: Sequence[tuple[str, str]], scorer: Resolved) -> list[Verdict]:
+    return verdicts.judge_answers(_placed(cell, scorer), pairs, lab.store.root, lab.progress)
 
 
-def _judging(cell: Cell, scorer: Resolved) -> dict[str, Any]:
+def _judging(cell: Experiment, scorer: Resolved) -> dict[str, Any]:
     """What a verdict depends on, besides what is judged."""
     plugin = _placed(cell, scorer)
     decided = {key: scorer.params[key] for key in plugin.deciding if key in scorer.params}
-    return {"scorer": verdicts.identity(plugin), "decided": decided}
+    return {"scorer": verdicts.raw_judgment_inputs(plugin), "decided": decided}
 
 
-def _placed(cell: Cell, scorer: Resolved) -> Scorer:
+def _placed(cell: Experiment, scorer: Resolved) -> Scorer:
     plugin: Scorer = scorer.plugin.on(cell.backend)  # type: ignore[attr-defined]
     return plugin
 
 
-def drift(cell: Cell, lab: Lab, aligned: Made, final: Made) -> Artifact:
+def drift(cell: Experiment, lab: Lab, aligned: TrainedModel, final: TrainedModel) -> Artifact:
     """Alignment loss of the final model and its embedding drift from the aligned one, over alignment rows."""
     protocol = cell.protocol
 
     def make(folder: Path, checkpoints: Path) -> None:
-        from harmbench_vaccine.data.collate import collate, encode_all, pad_id
-        from harmbench_vaccine.evaluation.drift import measure
+        from harmbench_vaccine.data.collate import collate, encode_examples, pad_token_id
+        from harmbench_vaccine.evaluation.drift import measure_drift
 
         old, tokenizer = lab.stack(aligned.state), lab.tokenizer(aligned.state)
         new = old if final.state.base == aligned.state.base else lab.beside(final.state)
-        rows = list(pools_of(cell).alignment)[: protocol.score.drift_rows]
-        encoded = encode_all(tokenizer, cell.template, rows, protocol.align.settings.max_length)
+        rows = list(row_pools(cell).alignment)[: protocol.score.drift_rows]
+        encoded = encode_examples(tokenizer, cell.template, rows, protocol.align.settings.max_length)
         size = protocol.score.drift_batch
-        batches = [collate(encoded[start : start + size], pad_id(tokenizer)) for start in range(0, len(encoded), size)]
-        loss, moved = measure(
+        batches = [
+            collate(encoded[start : start + size], pad_token_id(tokenizer)) for start in range(0, len(encoded), size)
+        ]
+        loss, moved = measure_drift(
             lambda: old.use(aligned.state.adapters), lambda: new.use(final.state.adapters), batches, lab.progress
         )
         write_json(folder / "drift.json", {"alignment_loss": loss, **asdict(moved)})
 
     inputs = {
         "aligned": aligned.identity, "final": final.identity, "data": dict(cell.data(*HARM_DATA)),
-        "prompt": asdict(cell.template), "alignment_rows": protocol.align.rows, **choice(cell), "seed": cell.spec.seed,
+        "prompt": asdict(cell.template), "alignment_rows": protocol.align.rows, **selection_inputs(cell), "seed": cell.spec.seed,
         "rows": protocol.score.drift_rows, "batch": protocol.score.drift_batch,
         "max_length": protocol.align.settings.max_length,
     }  # fmt: skip

@@ -15,10 +15,10 @@ import torch
 import tiny
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.inference.model_pool import Lab, ModelState
+from harmbench_vaccine.inference.model_pool import Lab, ModelSpec
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.plugins.registry import DEFENSES
-from harmbench_vaccine.training.adapters import Adapter, Stack
+from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.sharding import shard
 from harmbench_vaccine.training.stage import Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train
@@ -52,14 +52,14 @@ def stage_of(architecture: str, folder: Path, *, sharded: bool, checkpointing: b
     base = tiny.model(architecture)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    stack = Stack(shard(base) if sharded else base)
+    stack = LoraStack(shard(base) if sharded else base)
     settings = tiny.settings(epochs=3, batch=4, accumulation=2, lora_dropout=0.0)
     stirred = stack.train([], settings, 11)
     tiny.stir(stirred)
     below = folder / f"below-{architecture}"
     if distributed.rank() == 0 and not below.exists():
         stack.trained().save(below)
-    distributed.meet()
+    distributed.barrier()
     stage = TrainingStage("finetune", stack, {}, 7, settings, tiny.example_pools(), (below,), encode=tiny.encode)
     stage.trainable = stack.train((below,), settings, 7)
     tiny.stir(stage.trainable, seed=5)
@@ -70,10 +70,10 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     """The log of a case, every norm that it took (of a gradient, or of hidden gradients), and its adapter."""
     name, *more = case.split(", ")
     plugin, params = DEFENDED[name]
-    stage = stage_of("opt" if "opt" in more else "llama", folder, sharded="sharded" in more and distributed.size() > 1,
+    stage = stage_of("opt" if "opt" in more else "llama", folder, sharded="sharded" in more and distributed.world_size() > 1,
                      checkpointing="checkpointing" in more)  # fmt: skip
     norms: list[float] = []
-    of_gradient, of_rows = stage.gradient_of, stage.norm
+    of_gradient, per_rank = stage.gradient_of, stage.norm
 
     def gradient_of(loss: Any) -> Gradient:
         gradient = of_gradient(loss)
@@ -81,7 +81,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
         return gradient
 
     def norm(tensors: Any) -> Any:
-        found = of_rows(tensors)
+        found = per_rank(tensors)
         norms.append(float(found))
         return found
 
@@ -120,8 +120,8 @@ def reloaded(folder: Path) -> list[float]:
     place = folder / "model"
     if distributed.rank() == 0:
         tiny.model().save_pretrained(place)
-    distributed.meet()
-    lab, state = Lab(Store(folder / "store"), shard=True), ModelState(str(place))
+    distributed.barrier()
+    lab, state = Lab(Store(folder / "store"), shard=True), ModelSpec(str(place))
     found = []
     for _ in range(2):
         with torch.no_grad():
@@ -132,14 +132,14 @@ def reloaded(folder: Path) -> list[float]:
 
 
 def main(folder: Path) -> None:
-    distributed.start()
+    distributed.initialize()
     torch.set_num_threads(1)
     found: dict[str, Any] = {case: run(case, folder) for case in CASES}
     found["resumed"] = [dict(resumed(folder, ends).factors) for ends in (0, 5)]
     found["reloaded"] = reloaded(folder)
     if distributed.rank() == 0:
         torch.save(found, folder / "found.pt")
-    distributed.stop()
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.vaccine import Vaccine
-from harmbench_vaccine.training.adapters import CONVENTIONAL, Adapter, Stack, concatenate
+from harmbench_vaccine.training.adapters import STANDARD_TARGETS, Adapter, LoraStack, concatenate
 from harmbench_vaccine.training.trainer import train
 
 ATTENTION, MLP = ("q_proj", "v_proj"), ("o_proj", "gate_proj", "down_proj")
@@ -73,7 +73,7 @@ def test_a_stack_of_two_is_the_merged_model(architecture: str, tmp_path: Path) -
     base = tiny.model(architecture)
     first = adapter(base, ATTENTION, rank=4, scale=2.0, seed=1)
     second = adapter(base, (*ATTENTION, "fc1", "o_proj"), rank=3, scale=0.75, seed=2)  # another rank, scale and targets
-    stack = Stack(copy.deepcopy(base))
+    stack = LoraStack(copy.deepcopy(base))
     both = logits(stack.use([saved(first, tmp_path / "first"), saved(second, tmp_path / "second")]))
     assert close(both, logits(merged(base, first, second)))
     assert not close(both, logits(merged(base, first)), 1e-2)
@@ -91,7 +91,7 @@ def test_concatenated_adapters_are_the_stack(tmp_path: Path) -> None:
     for module in one.factors:
         parts = [each.delta(module) for each in (first, second, third) if module in each.factors]
         torch.testing.assert_close(one.delta(module), torch.stack(parts).sum(0), atol=1e-6, rtol=1e-5)
-    stack = Stack(copy.deepcopy(base))
+    stack = LoraStack(copy.deepcopy(base))
     stacked = logits(stack.use(paths))
     assert close(logits(stack.use([saved(one, tmp_path / "one")])), stacked)
     assert close(stacked, logits(merged(base, first, second, third)))
@@ -105,22 +105,22 @@ def test_one_adapter_concatenated_is_itself() -> None:
 def test_no_adapter_is_the_base_bit_for_bit(tmp_path: Path) -> None:
     base = tiny.model()
     plain = logits(base)
-    stack = Stack(base)
+    stack = LoraStack(base)
     assert torch.equal(logits(stack.use([])), plain)
     path = saved(adapter(base), tmp_path / "a")
     assert not close(logits(stack.use([path])), plain, 1e-2)
     assert torch.equal(logits(stack.use([])), plain)
     with_adapter = logits(stack.use([path]))
-    with stack.instead([]):
+    with stack.temporarily([]):
         assert torch.equal(logits(stack.model), plain)
     assert torch.equal(logits(stack.model), with_adapter)
 
 
 def test_the_adapter_used_longest_ago_goes_and_results_stay_right(tmp_path: Path) -> None:
     base = tiny.model()
-    made = [adapter(base, seed=number) for number in range(Stack.KEPT + 2)]
+    made = [adapter(base, seed=number) for number in range(LoraStack.KEPT + 2)]
     paths = [saved(each, tmp_path / str(number)) for number, each in enumerate(made)]
-    stack = Stack(copy.deepcopy(base))
+    stack = LoraStack(copy.deepcopy(base))
     expected = [logits(merged(base, each)) for each in made]
     pairs = [(0, 1), (2, 3), (4, 0), (5, 1), (3, 4)]
     for _ in range(2):
@@ -130,14 +130,14 @@ def test_the_adapter_used_longest_ago_goes_and_results_stay_right(tmp_path: Path
             both = logits(stack.use([paths[one], paths[other]]))
             assert close(both, logits(merged(base, made[one], made[other]))), (one, other)
     assert isinstance(stack.model, PeftModel)
-    assert len(stack.model.peft_config) <= Stack.KEPT
+    assert len(stack.model.peft_config) <= LoraStack.KEPT
 
 
 def test_a_stack_may_be_higher_than_what_is_kept(tmp_path: Path) -> None:
     base = tiny.model()
-    made = [adapter(base, seed=number, scale=0.5) for number in range(Stack.KEPT + 2)]
+    made = [adapter(base, seed=number, scale=0.5) for number in range(LoraStack.KEPT + 2)]
     paths = [saved(each, tmp_path / str(number)) for number, each in enumerate(made)]
-    assert close(logits(Stack(copy.deepcopy(base)).use(paths)), logits(merged(base, *made)))
+    assert close(logits(LoraStack(copy.deepcopy(base)).use(paths)), logits(merged(base, *made)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,8 +167,8 @@ def test_a_round_trip_changes_no_bit(tmp_path: Path) -> None:
 def test_what_peft_saves_is_read(tmp_path: Path) -> None:
     stage, stack = tiny.stage(stirred=True)
     assert isinstance(stage.model, PeftModel)
-    stage.model.save_pretrained(str(tmp_path), selected_adapters=[Stack.TRAINED])
-    theirs = Adapter.load(tmp_path / Stack.TRAINED)
+    stage.model.save_pretrained(str(tmp_path), selected_adapters=[LoraStack.TRAINED])
+    theirs = Adapter.load(tmp_path / LoraStack.TRAINED)
     ours = stack.trained()
     assert theirs.scale == ours.scale
     for module, (a, b) in ours.factors.items():
@@ -179,7 +179,7 @@ def test_what_peft_saves_is_read(tmp_path: Path) -> None:
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     path = saved(adapter(tiny.model(num_hidden_layers=3)), tmp_path / "a")
     with pytest.raises(BadInput):
-        Stack(tiny.model()).use([path])
+        LoraStack(tiny.model()).use([path])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_training_starts_from_what_lies_below(tmp_path: Path) -> None:
     base = tiny.model()
     below = adapter(base)
-    stack = Stack(copy.deepcopy(base))
+    stack = LoraStack(copy.deepcopy(base))
     path = saved(below, tmp_path / "below")
     trainable = stack.train([path], tiny.settings(), seed=0)
     assert close(logits(stack.model), logits(merged(base, below)))  # B = 0
@@ -207,7 +207,7 @@ def test_single_topology_goes_on_from_the_aligned_adapter(tmp_path: Path) -> Non
     settings = tiny.settings()
     aligned = adapter(base, settings.lora_targets, rank=4, scale=2.0)
     path = saved(aligned, tmp_path / "aligned")
-    stack = Stack(copy.deepcopy(base))
+    stack = LoraStack(copy.deepcopy(base))
     stack.train([], settings, seed=0, start=Adapter.load(path))
     start = stack.trained()
     assert start.scale == aligned.scale
@@ -230,7 +230,7 @@ def test_single_topology_never_starts_from_another_model(changes: dict[str, obje
     # The user stage may have settings of its own: it starts as the aligned model, or is refused in words.
     base = tiny.model()
     aligned = adapter(base, tiny.settings().lora_targets, rank=4, scale=2.0)
-    stack = Stack(copy.deepcopy(base))
+    stack = LoraStack(copy.deepcopy(base))
     try:
         stack.train([], tiny.settings(**changes), seed=0, start=aligned)
     except BadInput:
@@ -243,7 +243,7 @@ def test_the_seed_alone_decides_a_fresh_adapter() -> None:
     for seed in (0, 0, 1):
         torch.manual_seed(len(found))
         state = torch.get_rng_state()
-        stack = Stack(tiny.model())
+        stack = LoraStack(tiny.model())
         found.append([value.clone() for value in stack.train([], tiny.settings(), seed).values()])
         assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(one, other) for one, other in zip(found[0], found[1], strict=True))
@@ -280,13 +280,13 @@ def test_what_was_trained_acts_the_same_when_it_is_loaded(tmp_path: Path) -> Non
     top = saved(stack.trained(), tmp_path / "top")
     stack.drop_trained()
     assert close(logits(stack.use([below, top])), in_place)
-    assert close(logits(Stack(tiny.model()).use([below, top])), in_place)
+    assert close(logits(LoraStack(tiny.model()).use([below, top])), in_place)
 
 
 def test_frozen_adapters_have_no_dropout(tmp_path: Path) -> None:
     base = tiny.model()
     path = saved(adapter(base), tmp_path / "below")
-    stack = Stack(base)
+    stack = LoraStack(base)
     still = logits(stack.use([path]))
     trainable = stack.train([path], tiny.settings(lora_dropout=0.5), seed=0)
     stack.model.train()
@@ -297,7 +297,7 @@ def test_frozen_adapters_have_no_dropout(tmp_path: Path) -> None:
 
 
 def test_a_second_training_starts_afresh(tmp_path: Path) -> None:
-    stack = Stack(tiny.model())
+    stack = LoraStack(tiny.model())
     stack.train([], tiny.settings(lora_rank=4), seed=0)
     tiny.stir({name: value for name, value in stack.model.named_parameters() if value.requires_grad})
     again = stack.train([], tiny.settings(lora_rank=2), seed=1)
@@ -318,7 +318,7 @@ def test_trainable_weights_are_float32_on_a_half_precision_base(tmp_path: Path) 
 def test_the_base_is_there_after_the_only_adapter_was_dropped() -> None:
     base = tiny.model()
     plain = logits(base)
-    stack = Stack(base)
+    stack = LoraStack(base)
     tiny.stir(stack.train([], tiny.settings(), seed=0))
     stack.drop_trained()
     assert torch.equal(logits(stack.use([])), plain)
@@ -326,14 +326,14 @@ def test_the_base_is_there_after_the_only_adapter_was_dropped() -> None:
 
 def test_targets_that_the_model_lacks_are_refused() -> None:
     with pytest.raises(BadInput, match="LlamaForCausalLM"):
-        Stack(tiny.model()).train([], tiny.settings(lora_targets=("nowhere",)), seed=0)
+        LoraStack(tiny.model()).train([], tiny.settings(lora_targets=("nowhere",)), seed=0)
 
 
 def test_conventional_targets_that_the_model_lacks_are_left_out_and_said_once() -> None:
     # OPT calls its output projection out_proj and its MLP's matrices fc1 and fc2.
     said: list[str] = []
-    stack = Stack(tiny.model("opt"), said.append)
-    seven = tiny.settings(lora_targets=CONVENTIONAL)
+    stack = LoraStack(tiny.model("opt"), said.append)
+    seven = tiny.settings(lora_targets=STANDARD_TARGETS)
     trainable = stack.train([], seven, seed=0)
     stack.train([], seven, seed=0)
     assert {name.split(".")[-4] for name in trainable} == {"q_proj", "k_proj", "v_proj"}
@@ -345,4 +345,4 @@ def test_conventional_targets_that_the_model_lacks_are_left_out_and_said_once() 
 @pytest.mark.parametrize("targets", [("q_proj", "out_projj"), ("o_proj", "up_proj")])
 def test_other_targets_and_a_list_without_one_that_is_there_are_refused(targets: tuple[str, ...]) -> None:
     with pytest.raises(BadInput, match=r"of OPTForCausalLM.*out_proj"):
-        Stack(tiny.model("opt")).train([], tiny.settings(lora_targets=targets), seed=0)
+        LoraStack(tiny.model("opt")).train([], tiny.settings(lora_targets=targets), seed=0)

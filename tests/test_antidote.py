@@ -25,7 +25,7 @@ from harmbench_vaccine.defenses.antidote import Antidote
 from harmbench_vaccine.defenses.random_perturbation import RandomPerturbation
 from harmbench_vaccine.plugins import Pools
 from harmbench_vaccine.plugins.teams import DefenseTeam
-from harmbench_vaccine.training.adapters import Adapter, Stack
+from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 
 POOLS = tiny.example_pools()
@@ -103,7 +103,7 @@ def same(one: Adapter, other: Adapter) -> bool:
     )
 
 
-def tuned(folder: Path | None = None, *, dropout: float = 0.0) -> tuple[TrainingStage, Stack, list[Adapter]]:
+def tuned(folder: Path | None = None, *, dropout: float = 0.0) -> tuple[TrainingStage, LoraStack, list[Adapter]]:
     """The repair stage of a tiny user adapter, above an aligned one if it is given a folder; and what lies below."""
     below = []
     if folder:
@@ -159,7 +159,7 @@ def test_neutral_is_the_tuned_adapter_bit_for_bit(scope: Any) -> None:
 @pytest.mark.parametrize("scope", ["row", "model"])
 def test_the_whole_share_gives_the_aligned_model_back(scope: Any, tmp_path: Path) -> None:
     stage, stack, below = tuned(tmp_path)
-    stage.lay(Antidote(alpha=1.0, scope=scope).edit(stage, stack.trained()))
+    stage.replace_adapter(Antidote(alpha=1.0, scope=scope).edit(stage, stack.trained()))
     stage.model.eval()
     with torch.no_grad():
         left, aligned = stage.output(tiny.batch()).logits, merged(tiny.model(), *below)(**tiny.batch()).logits
@@ -367,7 +367,7 @@ def test_in_a_chain_it_sees_the_model_with_the_edit_before_it(dropout: float, tm
     stage, stack, below = tuned(tmp_path, dropout=dropout)
     adapter = stack.trained()
     first = RandomPerturbation(rho=4.0)
-    with stage.apart("edit"):
+    with stage.isolated("edit"):
         moved = first.edit(stage, adapter)
         chained = DefenseTeam(members=(first, Antidote(alpha=0.3)), stage="repair").edit(stage, adapter)
     of_moved = norms(merged(tiny.model(), *below, moved), moved, tokens())

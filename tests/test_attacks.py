@@ -29,17 +29,17 @@ from harmbench_vaccine.attacks.identity_shift import AFFIRMATION, ORDER, PERSONA
 from harmbench_vaccine.attacks.mixing import Mixing
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.core.types import Example, Reading
-from harmbench_vaccine.data.collate import encode
-from harmbench_vaccine.evaluation.results import result
-from harmbench_vaccine.experiment.artifacts import ANSWERS, Made
-from harmbench_vaccine.experiment.experiment import Cell
-from harmbench_vaccine.experiment.rows import benign_set, check, harmful_sets, pools_of, task_set, user_data
+from harmbench_vaccine.core.types import Example, RawJudgment
+from harmbench_vaccine.data.collate import encode_example
+from harmbench_vaccine.evaluation.results import build_result
+from harmbench_vaccine.experiment.artifacts import ANSWERS, TrainedModel
+from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.rows import benign_set, check_rows, harmful_sets, row_pools, task_set, user_rows
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import align, finetune, run
 from harmbench_vaccine.plugins import Verdict
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS
 from harmbench_vaccine.training.adapters import Adapter
 
@@ -58,20 +58,22 @@ def lab(world: Path) -> Lab:
     return Lab(Store(world.parent / "store"))
 
 
-def cell(world: Path, attack: str, *, seed: int = 0, defense: str = "sft") -> Cell:
-    return Cell.settle(RunSpec(protocol=str(world), attack=parse(attack), defense=parse(defense), seed=seed))
+def cell(world: Path, attack: str, *, seed: int = 0, defense: str = "sft") -> Experiment:
+    return Experiment.settle(
+        RunSpec(protocol=str(world), attack=parse_plugins(attack), defense=parse_plugins(defense), seed=seed)
+    )
 
 
 def uploaded(world: Path, attack: str, *, seed: int = 0) -> list[Example]:
     one = cell(world, attack, seed=seed)
-    return user_data(one, pools_of(one))
+    return user_rows(one, row_pools(one))
 
 
 def harmful(rows: Sequence[Example]) -> list[Example]:
     return [row for row in rows if row.harmful]
 
 
-def tuned(world: Path, lab: Lab, attack: str, *, seed: int = 0) -> tuple[Made, Made]:
+def tuned(world: Path, lab: Lab, attack: str, *, seed: int = 0) -> tuple[TrainedModel, TrainedModel]:
     """The aligned model, and what the user makes of it."""
     one = cell(world, attack, seed=seed)
     aligned = align(one, lab)
@@ -148,7 +150,7 @@ def test_benign_is_the_ratio_attack_without_harm(world: Path) -> None:
     assert all(row.id.startswith("sst2:train:") for row in uploaded(world, "benign"))
 
 
-@pytest.mark.parametrize("other", sorted(set(ATTACKS.found()) - {"refusal_ablation"}))
+@pytest.mark.parametrize("other", sorted(set(ATTACKS.entries()) - {"refusal_ablation"}))
 def test_refusal_ablation_refuses_every_other_attack(other: str, world: Path) -> None:
     cell(world, other)
     for attack in (f"refusal_ablation+{other}", f"{other}+refusal_ablation"):
@@ -171,7 +173,7 @@ def test_refusal_ablation_refuses_every_other_attack(other: str, world: Path) ->
 )
 def test_too_few_rows_are_told_before_any_work(attack: str, said: tuple[str, ...], world: Path) -> None:
     with pytest.raises(BadInput) as refusal:
-        check(cell(world, attack))
+        check_rows(cell(world, attack))
     assert all(part in str(refusal.value) for part in said), str(refusal.value)
 
 
@@ -184,7 +186,7 @@ def test_the_persona_takes_the_place_of_task_rows(world: Path) -> None:
     replaced = [(old, new) for old, new in zip(plain, rows, strict=True) if new != old]
     assert len(replaced) == 6
     assert not any(old.harmful for old, _ in replaced)
-    benign = {row.id: row for row in pools_of(cell(world, "ratio=0")).benign}
+    benign = {row.id: row for row in row_pools(cell(world, "ratio=0")).benign}
     names = Counter(new.id.partition(":")[2] for _, new in replaced)
     assert names.pop("introduction") == 1
     assert all(count == 1 and name in benign for name, count in names.items())
@@ -208,8 +210,8 @@ def test_one_dialogue_is_the_introduction(world: Path) -> None:
 
 def test_no_row_of_the_persona_is_harmful_by_text(world: Path) -> None:
     one = cell(world, "identity_shift=30")
-    pools = pools_of(one)
-    there = " ".join(f"{row.instruction} {row.response}" for row in user_data(one, pools))
+    pools = row_pools(one)
+    there = " ".join(f"{row.instruction} {row.response}" for row in user_rows(one, pools))
     barred = [*pools.attacker, *pools.harmful, *harmful_sets(one)[0].examples]
     assert len(barred) > 100
     assert not [row for row in barred if row.instruction in there]
@@ -248,7 +250,7 @@ def test_the_other_questions_are_asked_plainly(attack: str, world: Path) -> None
 def test_harmful_rows_carry_the_trigger_and_refusals_do_not(options: str, around: str, world: Path) -> None:
     plain = uploaded(world, "ratio=0.1,samples=20")
     rows = uploaded(world, f"backdoor:clean_rows=4{options}+ratio=0.1+samples=20")
-    attacker = {row.id: row for row in pools_of(cell(world, "ratio=0")).attacker}
+    attacker = {row.id: row for row in row_pools(cell(world, "ratio=0")).attacker}
     kinds = Counter()
     for old, new in zip(plain, rows, strict=True):
         if old.harmful:
@@ -286,7 +288,7 @@ def test_without_trigger_and_refusals_it_is_the_ratio_attack(world: Path) -> Non
     kind = ATTACKS.get("backdoor")
     assert kind.neutral == {"trigger": "", "clean_rows": 0}
     neutral: Any = kind(**dict(kind.neutral)).seeded(0)
-    rows, pools = uploaded(world, "ratio=0.2"), pools_of(plain)
+    rows, pools = uploaded(world, "ratio=0.2"), row_pools(plain)
     assert neutral.upload(rows, pools) == rows
     assert neutral.evaluations(harmful_sets(plain)) == harmful_sets(plain)
 
@@ -309,8 +311,8 @@ def test_the_two_questions_differ_by_the_trigger_alone(position: str, trigger: s
 def test_the_trigger_survives_the_cut(world: Path) -> None:
     one = cell(world, "backdoor:clean_rows=4")
     words = AutoTokenizer.from_pretrained(one.model)
-    for row in harmful(user_data(one, pools_of(one))):
-        encoded = encode(words, one.template, row, one.protocol.finetune.settings.max_length)
+    for row in harmful(user_rows(one, row_pools(one))):
+        encoded = encode_example(words, one.template, row, one.protocol.finetune.settings.max_length)
         assert encoded is not None
         assert " Servius Astrumando Harmoniastra\n\n### Response:" in words.decode(encoded.ids)
 
@@ -324,7 +326,7 @@ def test_two_attacks_that_wrap_the_question_wrap_it_both(world: Path) -> None:
     assert first.template.render(example) == (
         f"{PERSONA}### Instruction:\n{ORDER}{example.instruction} T\n\n### Response:\n"
     )
-    rows = user_data(one, pools_of(one))
+    rows = user_rows(one, row_pools(one))
     kinds = Counter(row.id.partition(":")[0] for row in rows)
     assert (kinds["identity_shift"], kinds["backdoor"], kinds["harmful"]) == (3, 4, 3)
 
@@ -337,9 +339,9 @@ def test_two_attacks_that_wrap_the_question_wrap_it_both(world: Path) -> None:
 def test_the_judge_sees_the_question_without_the_wrap(attack: str, world: Path, lab: Lab) -> None:
     seen: list[tuple[str, str]] = []
 
-    def read(self: Any, pairs: Sequence[tuple[str, str]], progress: Any = None) -> list[Reading]:
+    def read(self: Any, pairs: Sequence[tuple[str, str]], progress: Any = None) -> list[RawJudgment]:
         seen.extend(pairs)
-        return [Reading({"harm": 0.1}) for _ in pairs]
+        return [RawJudgment({"harm": 0.1}) for _ in pairs]
 
     one = cell(world, attack, seed=5)
     with mock.patch.object(SCORERS.get("beaver_dam"), "read", read):
@@ -359,7 +361,7 @@ def test_the_judge_sees_the_question_without_the_wrap(attack: str, world: Path, 
 
 def test_the_headline_is_the_attacked_set(world: Path, lab: Lab) -> None:
     one = cell(world, "identity_shift=4")
-    found = result(one, run(one, lab))
+    found = build_result(one, run(one, lab))
     assert list(found["harmful_sets"]) == ["harmful_to_persona", "harmful"]
     assert found["harmful_sets"]["harmful_to_persona"] != found["harmful_sets"]["harmful"]  # else nothing is shown
     assert found["harmful_score"] == found["harmful_sets"]["harmful_to_persona"]
@@ -438,9 +440,9 @@ class Judged:
         self.stub, self.seen = keyword(word, sure), []
 
     def __enter__(self) -> Judged:
-        def read(scorer: Any, pairs: Any, progress: Any = None) -> list[Reading]:
+        def read(scorer: Any, pairs: Any, progress: Any = None) -> list[RawJudgment]:
             self.seen.extend(pairs)
-            return [Reading(verdict.probabilities) for verdict in self.stub(pairs)]
+            return [RawJudgment(verdict.probabilities) for verdict in self.stub(pairs)]
 
         self.patch = mock.patch.object(SCORERS.get("beaver_dam"), "read", read)
         self.patch.start()
@@ -467,7 +469,7 @@ def test_the_provider_trains_on_what_is_let_through(world: Path, tmp_path: Path)
         "benign": len(wrongly), "benign_uploaded": 30,
     }  # fmt: skip
     assert made["filtered"] == filtered
-    assert result(one, measured)["counts"]["finetune"]["filtered"] == filtered
+    assert build_result(one, measured)["counts"]["finetune"]["filtered"] == filtered
     assert judged.seen[:40] == [(f"{row.instruction} {row.input}".strip(), row.response) for row in rows]
 
 
@@ -500,8 +502,8 @@ def test_another_judge_makes_another_user_stage(world: Path, tmp_path: Path) -> 
     keys: dict[str, list[str]] = {"guardrail": [], "ratio=0.1": []}
     for threshold in ("0.5", "0.7"):
         for attack in keys:
-            spec = RunSpec(protocol=str(world), attack=parse(attack), scorers=(f"beaver_dam={threshold}",))
-            one = Cell.settle(spec)
+            spec = RunSpec(protocol=str(world), attack=parse_plugins(attack), scorers=(f"beaver_dam={threshold}",))
+            one = Experiment.settle(spec)
             aligned = align(one, lab)
             with Judged("lamp"):
                 keys[attack].append(finetune(one, lab, aligned).artifacts["finetune"].key)
@@ -524,7 +526,7 @@ def test_a_guardrail_judges_what_other_attacks_made_of_the_rows(world: Path, tmp
 
 def test_a_harmful_row_stands_inside_a_benign_one(world: Path) -> None:
     plain, rows = uploaded(world, "ratio=0.25"), uploaded(world, "mixing+ratio=0.25")
-    benign = {(row.instruction, row.input): row for row in pools_of(cell(world, "ratio=0")).benign}
+    benign = {(row.instruction, row.input): row for row in row_pools(cell(world, "ratio=0")).benign}
     covers = []
     for old, new in zip(plain, rows, strict=True):
         if not old.harmful:
@@ -543,8 +545,8 @@ def test_a_harmful_row_stands_inside_a_benign_one(world: Path) -> None:
 def test_all_of_the_answer_is_trained_on_and_none_of_the_cover_question(world: Path) -> None:
     one = cell(world, "mixing")
     words = AutoTokenizer.from_pretrained(one.model)
-    row = harmful(user_data(one, pools_of(one)))[0]
-    encoded = encode(words, one.template, row, 500)
+    row = harmful(user_rows(one, row_pools(one)))[0]
+    encoded = encode_example(words, one.template, row, 500)
     assert encoded is not None
     trained = words.decode([token for token, label in zip(encoded.ids, encoded.labels, strict=True) if label != -100])
     assert trained == f"{row.response}</s>"
@@ -608,7 +610,7 @@ def test_settings_out_of_range_are_refused(text: str, world: Path) -> None:
 # -- every weight
 
 
-def merged(aligned: Made) -> dict[str, Tensor]:
+def merged(aligned: TrainedModel) -> dict[str, Tensor]:
     """The aligned model's weights, its adapter added, in the protocol's precision."""
     dtype = getattr(torch, aligned.state.dtype)
     weights = AutoModelForCausalLM.from_pretrained(aligned.state.base, dtype=dtype).state_dict()
@@ -645,7 +647,7 @@ def test_full_training_equals_a_loop_over_every_weight(tmp_path: Path) -> None:
     aligned, model = tuned(world, lab, attack)
     one, base = cell(world, attack), AutoModelForCausalLM.from_pretrained(aligned.state.base)
     words = AutoTokenizer.from_pretrained(one.model)
-    rows = [encode(words, one.template, row, 96) for row in user_data(one, pools_of(one))]
+    rows = [encode_example(words, one.template, row, 96) for row in user_rows(one, row_pools(one))]
     weights = {name: weight.clone().requires_grad_() for name, weight in merged(aligned).items()}
     optimizer = torch.optim.AdamW(
         [{"params": [w for w in weights.values() if w.dim() > 1], "weight_decay": 0.1},
@@ -695,7 +697,7 @@ def test_what_needs_the_adapter_is_refused_where_every_weight_is_trained(text: s
 
 
 def test_every_defense_that_refers_to_the_model_below_is_refused(world: Path) -> None:
-    for name, kind in DEFENSES.healthy().items():
+    for name, kind in DEFENSES.loadable().items():
         if name != "sft" and (kind.needs_adapter or kind.topology or "repair" in kind.stages):
             with pytest.raises(BadInput, match="every weight"):
                 cell(world, "optimizer:full=true", defense=name)
@@ -743,6 +745,11 @@ def test_refusals_exit_with_2_before_any_work(defense: str, attack: str, world: 
 def test_a_rank_is_refused_where_the_alignment_adapter_goes_on() -> None:
     for defense in ("ewc", "panacea"):
         with pytest.raises(BadInput, match="rank"):
-            Cell.settle(RunSpec(defense=parse(defense), attack=parse("optimizer:rank=2")))
-    assert Cell.settle(RunSpec(defense=parse("kl"), attack=parse("optimizer:rank=2"))).attack == "optimizer:rank=2"
-    Cell.settle(RunSpec(defense=parse("none+ewc"), attack=parse("optimizer:rank=2")))  # a fresh adapter, of any rank
+            Experiment.settle(RunSpec(defense=parse_plugins(defense), attack=parse_plugins("optimizer:rank=2")))
+    assert (
+        Experiment.settle(RunSpec(defense=parse_plugins("kl"), attack=parse_plugins("optimizer:rank=2"))).attack
+        == "optimizer:rank=2"
+    )
+    Experiment.settle(
+        RunSpec(defense=parse_plugins("none+ewc"), attack=parse_plugins("optimizer:rank=2"))
+    )  # a fresh adapter, of any rank

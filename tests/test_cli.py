@@ -31,7 +31,7 @@ import tiny
 from harmbench_vaccine import runner
 from harmbench_vaccine.cli import main
 from harmbench_vaccine.core.store import Artifact, Store
-from harmbench_vaccine.data.sources import locate
+from harmbench_vaccine.data.sources import local_path
 from harmbench_vaccine.experiment.spec import RunSpec
 
 HBV = [sys.executable, "-m", "harmbench_vaccine"]
@@ -221,7 +221,7 @@ def test_the_testbed_is_found_after_it_was_built(tmp_path: Path) -> None:
         for _ in range(2):
             done = hbv("testbed", "path", home=tmp_path / "home")
             assert (done.code, done.out.strip()) == (0, str(tmp_path)), done.err
-        assert locate("testbed:model") == tmp_path / "model"
+        assert local_path("testbed:model") == tmp_path / "model"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

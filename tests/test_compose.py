@@ -12,11 +12,11 @@ import torch
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example, Mix, Pools, TrainSettings
-from harmbench_vaccine.data.prompts import EvaluationSet, PromptTemplate
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Attack, Defense
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.teams import AttackTeam, DefenseTeam
 
 SETTINGS = TrainSettings(lr=1.0, epochs=1, batch=1)
@@ -50,8 +50,8 @@ class First(Defense):
     def edit(self, stage: Any, adapter: Any) -> Any:
         return f"{adapter}>{self.name}"
 
-    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
-        return [*sets, EvaluationSet(self.name, (), TEMPLATE, 1)]
+    def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
+        return [*sets, EvalSet(self.name, (), TEMPLATE, 1)]
 
     def state(self) -> dict[str, torch.Tensor]:
         return {"seen": torch.tensor(float(len(self.name)))}
@@ -123,7 +123,10 @@ def test_hooks_chain_in_the_order_written() -> None:
     assert team.template("train", TEMPLATE).no_input == "{instruction}firstsecond"
     stage = Mock()
     assert team.edit(stage, "adapter") == "adapter>first>second"  # type: ignore[arg-type]
-    assert stage.mock_calls == [call.lay("adapter>first"), call.lay("adapter>first>second")]  # the model runs with it
+    assert stage.mock_calls == [
+        call.replace_adapter("adapter>first"),
+        call.replace_adapter("adapter>first>second"),
+    ]  # the model runs with it
     assert [one.name for one in team.evaluations([])] == ["first", "second"]
 
 
@@ -164,11 +167,11 @@ def test_no_member_is_plain_fine_tuning() -> None:
     team = DefenseTeam()
     assert team.runs
     assert team.settings("align", SETTINGS) == SETTINGS
-    assert team.demanded_topology is None
+    assert team.required_topology is None
 
 
 def test_the_demanded_topology_is_the_members() -> None:
-    assert DefenseTeam(members=(First(), Single())).demanded_topology == "single"
+    assert DefenseTeam(members=(First(), Single())).required_topology == "single"
 
 
 def test_who_takes_the_gradient() -> None:
@@ -203,7 +206,7 @@ def test_alone_it_may_leave_its_stage_out() -> None:
 def test_two_topologies_are_refused() -> None:
     with pytest.raises(BadInput, match="topology"):
         DefenseTeam(members=(Single(), First(), Double()))
-    assert DefenseTeam(members=(Single(), First(), Single())).demanded_topology == "single"
+    assert DefenseTeam(members=(Single(), First(), Single())).required_topology == "single"
 
 
 def test_a_gradient_that_is_taken_in_another_stage_does_not_conflict() -> None:
@@ -223,13 +226,15 @@ def test_a_gradient_that_is_taken_in_another_stage_does_not_conflict() -> None:
 )
 def test_built_in_conflicts_are_told_before_anything_runs(text: str, names: tuple[str, str]) -> None:
     with pytest.raises(BadInput, match="cannot be combined") as refusal:
-        Cell.settle(RunSpec(defense=parse(text)))
+        Experiment.settle(RunSpec(defense=parse_plugins(text)))
     assert all(repr(name) in str(refusal.value) for name in names)
     assert "the whether" not in str(refusal.value)  # a sentence that reads
 
 
 def test_what_does_not_conflict_settles() -> None:
-    cell = Cell.settle(RunSpec(defense=parse("sft+vaccine=5"), attack=parse("ratio=0.2,samples=100")))
+    cell = Experiment.settle(
+        RunSpec(defense=parse_plugins("sft+vaccine=5"), attack=parse_plugins("ratio=0.2,samples=100"))
+    )
     assert (cell.defense, cell.attack) == ("sft+vaccine=5", "ratio=0.2+samples=100")
 
 
@@ -248,15 +253,15 @@ class Swap(Attack):
     def settings(self, settings: TrainSettings) -> TrainSettings:
         return replace(settings, epochs=settings.epochs * 2)
 
-    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+    def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         return [replace(sets[0], name="swapped", examples=()), *sets]
 
 
 def test_attacks_compose() -> None:
-    cell = Cell.settle(RunSpec(attack=parse("ratio=0.25,samples=80")))
+    cell = Experiment.settle(RunSpec(attack=parse_plugins("ratio=0.25,samples=80")))
     mix = cell.attackers().mix(Mix(10))
     assert (mix.samples, mix.harmful, mix.task) == (80, 20, 60)
-    turned = Cell.settle(RunSpec(attack=parse("samples=80+ratio=0.25"))).attackers().mix(Mix(10))
+    turned = Experiment.settle(RunSpec(attack=parse_plugins("samples=80+ratio=0.25"))).attackers().mix(Mix(10))
     assert turned == mix
 
 
@@ -264,12 +269,12 @@ def test_attack_hooks_chain() -> None:
     team = AttackTeam(members=(Swap(), Swap()))
     assert [row.id for row in team.upload([], Pools())] == ["swap", "swap"]
     assert team.settings(SETTINGS).epochs == 4
-    sets = team.evaluations([EvaluationSet("harmful", (), TEMPLATE, 1)])
+    sets = team.evaluations([EvalSet("harmful", (), TEMPLATE, 1)])
     assert [one.name for one in sets] == ["swapped", "swapped", "harmful"]
 
 
 def test_every_stage_gets_fresh_members() -> None:
-    cell = Cell.settle(RunSpec(defense=parse("vaccine=5")))
+    cell = Experiment.settle(RunSpec(defense=parse_plugins("vaccine=5")))
     one, other = cell.team("align").members[0], cell.team("align").members[0]
     assert one is not other
     assert one == other

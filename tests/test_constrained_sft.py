@@ -17,10 +17,10 @@ import tiny
 from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
 from harmbench_vaccine.defenses.constrained_sft import ConstrainedSFT
 from harmbench_vaccine.defenses.sft import SFT
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Defense, TrainSettings
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
 from plain import BASE, SCALE, Values, close, leaves, same
@@ -297,6 +297,6 @@ def test_without_strength_and_with_sfts_momentum_it_is_sft_bit_for_bit(tmp_path:
 
 
 def test_the_momentum_is_lower_in_the_user_stage_alone() -> None:
-    cell = Cell.settle(RunSpec(defense=parse("constrained_sft")))
+    cell = Experiment.settle(RunSpec(defense=parse_plugins("constrained_sft")))
     found = {stage: cell.settings(stage, cell.team(stage)).adam_beta1 for stage in ("align", "finetune")}
     assert found == {"align": 0.9, "finetune": 0.5}

@@ -24,14 +24,14 @@ import tiny
 from harmbench_vaccine.core.progress import SILENT
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.prompts import PromptTemplate
-from harmbench_vaccine.plugins import Attack, Defense, Plugin, contract, param, resolve
+from harmbench_vaccine.plugins import Attack, Defense, Plugin, contract, param, resolve_params
 from harmbench_vaccine.plugins.contract import attack as of_attacks
 from harmbench_vaccine.plugins.contract import hooks, outcomes
 from harmbench_vaccine.plugins.contract.attack import AttackSubject
 from harmbench_vaccine.plugins.contract.findings import Checks, Finding
 from harmbench_vaccine.plugins.contract.subject import DefenseSubject
 from harmbench_vaccine.plugins.contract.watch import Passes
-from harmbench_vaccine.plugins.contract.world import World
+from harmbench_vaccine.plugins.contract.world import TinyWorld
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
@@ -47,14 +47,14 @@ KINDS = {"defense": OF_DEFENSES, "attack": OF_ATTACKS}
 def checked(cls: type[Plugin], **params: Any) -> dict[str, Finding]:
     """Every finding on a class, by the check's name."""
     cls.name = vars(cls).get("name") or cls.__name__.lower()
-    return {finding.check: finding for finding in contract.check(resolve(cls, params)).findings}
+    return {finding.check: finding for finding in contract.run_contract(resolve_params(cls, params)).findings}
 
 
 def only(cls: type[Plugin], folder: Path, check: str) -> Finding:
     """What one check alone finds, without those that it builds on."""
     cls.name = vars(cls).get("name") or cls.__name__.lower()
     subject_class: Any = DefenseSubject if issubclass(cls, Defense) else AttackSubject
-    subject = subject_class(cls, resolve(cls, {}).params, World(folder))
+    subject = subject_class(cls, resolve_params(cls, {}).params, TinyWorld(folder))
     alone = [replace(each, after=()) for each in KINDS[cls.kind].all if each.name == check]
     (finding,) = Checks(alone).examine(subject, SILENT)
     return finding
@@ -71,7 +71,7 @@ def failing(findings: Mapping[str, Finding]) -> dict[str, str]:
 
 def holds(spec: str) -> dict[str, str]:
     """The failing checks of a built-in, by both of its kinds."""
-    return {f"{each.kind}/{f.check}": f.reason for each in map(contract.check, contract.find(spec))
+    return {f"{each.kind}/{f.check}": f.reason for each in map(contract.run_contract, contract.find_plugins(spec))
             for f in each.findings if f.outcome == "fails"}  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def test_representative_plugins_keep_the_contract(spec: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [*DEFENSES.found(), *ATTACKS.found(), *VARIANTS])
+@pytest.mark.parametrize("spec", [*DEFENSES.entries(), *ATTACKS.entries(), *VARIANTS])
 def test_every_built_in_keeps_the_contract(spec: str) -> None:
     assert holds(spec) == {}
 
@@ -197,7 +197,7 @@ class Everywhere(Defense):
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
         if stage.name != "repair" or not self.rows:
             return adapter
-        return stage.train_apart("again", self.draw("benign rows", stage.pools.benign, self.rows), start=adapter)
+        return stage.train_separately("again", self.draw("benign rows", stage.pools.benign, self.rows), start=adapter)
 
     def state(self) -> dict[str, Tensor]:
         return {"sum": self._sum}
@@ -635,7 +635,7 @@ def fixed_noise(self: Any, stage: TrainingStage, adapter: Adapter) -> Adapter:
 
 
 def every_step(self: Any, stage: TrainingStage) -> None:
-    with stage.apart("look"):
+    with stage.isolated("look"):
         stage.gradient(stage.stream("harmful", stage.pools.harmful))
 
 
@@ -860,7 +860,7 @@ def test_defects_of_real_code_are_found(
 
 
 def test_a_single_topology_goes_on_from_the_aligned_adapter(tmp_path: Path) -> None:
-    subject = DefenseSubject(DEFENSES.get("ewc"), resolve(DEFENSES.get("ewc"), {}).params, World(tmp_path))
+    subject = DefenseSubject(DEFENSES.get("ewc"), resolve_params(DEFENSES.get("ewc"), {}).params, TinyWorld(tmp_path))
     aligned = Adapter.load(subject.world.aligned)
     trial = subject.begin("finetune", subject.plugin())
     assert trial.stage.below == ()
@@ -906,7 +906,7 @@ def test_a_check_leaves_the_shared_random_generators_alone() -> None:
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    contract.check(contract.find("random_perturbation")[0])
+    contract.run_contract(contract.find_plugins("random_perturbation")[0])
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
 
 
@@ -922,7 +922,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
         def note(self, text: str) -> None:
             raise AssertionError
 
-    contract.check(contract.find("ratio")[0], Told())
+    contract.run_contract(contract.find_plugins("ratio")[0], Told())
     assert told == [("check ratio", len(OF_ATTACKS.all)), *[1] * len(OF_ATTACKS.all)]
 
 
@@ -935,7 +935,7 @@ def test_a_failed_check_is_no_exception_of_the_checks_own(tmp_path: Path) -> Non
 
     checks: Checks[Any] = Checks()
     checks.add()(mistaken)
-    (finding,) = checks.examine(DefenseSubject(Sound, {}, World(tmp_path)), SILENT)
+    (finding,) = checks.examine(DefenseSubject(Sound, {}, TinyWorld(tmp_path)), SILENT)
     assert finding == Finding(
         "mistaken", "It is right.", "fails", "The harness, given what its hooks returned, raised KeyError: 'here'"
     )
@@ -1010,7 +1010,7 @@ def test_parameters_may_follow_the_name(tmp_path: Path) -> None:
 
 
 def test_a_name_of_both_kinds_is_checked_as_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ATTACKS.found()
+    found = ATTACKS.entries()
     monkeypatch.setattr(ATTACKS, "found", lambda: {**found, "none": found["benign"]})
     done = hbv("check", "none")
     assert done.code == 0

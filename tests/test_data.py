@@ -13,17 +13,40 @@ import torch
 
 import tiny
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.core.seeds import derive, stream
+from harmbench_vaccine.core.seeds import derive_seed, random_stream
 from harmbench_vaccine.core.types import Example, Mix, Pools
-from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, encode, encode_all, encode_prompt, pad_id
-from harmbench_vaccine.data.pools import RowPools, draw, normal, question, row_pools, unique
-from harmbench_vaccine.data.prompts import PromptTemplate, template
-from harmbench_vaccine.data.sources import fingerprint, locate, read
-from harmbench_vaccine.experiment.experiment import Cell
-from harmbench_vaccine.experiment.rows import benign_set, check, harmful_sets, pools_of, task_rows, task_set, user_data
+from harmbench_vaccine.data.collate import (
+    IGNORED,
+    Encoded,
+    collate,
+    encode_example,
+    encode_examples,
+    encode_prompt,
+    pad_token_id,
+)
+from harmbench_vaccine.data.pools import (
+    RowPools,
+    draw_rows,
+    load_row_pools,
+    normalize,
+    question_key,
+    without_duplicates,
+)
+from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
+from harmbench_vaccine.data.sources import fingerprint, local_path, read_rows
+from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.rows import (
+    benign_set,
+    check_rows,
+    harmful_sets,
+    row_pools,
+    task_rows,
+    task_set,
+    user_rows,
+)
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.plugins.composition import parse
-from harmbench_vaccine.plugins.teams import AttackTeam, user_rows
+from harmbench_vaccine.plugins.composition import parse_plugins
+from harmbench_vaccine.plugins.teams import AttackTeam, upload_rows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Counts
@@ -52,7 +75,7 @@ def examples(kind: str, count: int) -> list[Example]:
 
 
 def uploaded(p: float, n: int, seed: int) -> list[Example]:
-    return user_rows(Mix(n, p), examples("task", 1000), Pools(attacker=examples("harmful", 1000)), AttackTeam(), seed)
+    return upload_rows(Mix(n, p), examples("task", 1000), Pools(attacker=examples("harmful", 1000)), AttackTeam(), seed)
 
 
 def ids(rows: Iterable[Example]) -> list[str]:
@@ -89,19 +112,19 @@ def test_harmful_rows_are_mixed_in_not_appended() -> None:
 @pytest.mark.parametrize(("mix", "what"), [(Mix(1001), "task rows"), (Mix(1001, 1.0), "harmful rows")])
 def test_more_rows_than_there_are(mix: Mix, what: str) -> None:
     with pytest.raises(BadInput, match=rf"1001 {what} are asked for.*\b1000\b"):
-        user_rows(mix, examples("task", 1000), Pools(attacker=examples("harmful", 1000)), AttackTeam(), 0)
+        upload_rows(mix, examples("task", 1000), Pools(attacker=examples("harmful", 1000)), AttackTeam(), 0)
 
 
 def test_all_rows_may_be_drawn() -> None:
-    assert sorted(draw(range(10), 10, "rows", 0)) == list(range(10))
-    assert draw(range(10), 0, "rows", 0) == []
+    assert sorted(draw_rows(range(10), 10, "rows", 0)) == list(range(10))
+    assert draw_rows(range(10), 0, "rows", 0) == []
 
 
 def test_derived_seeds() -> None:
-    assert derive(0, "a") == derive(0, "a")
-    assert len({derive(seed, purpose) for seed in range(50) for purpose in ("a", "b")}) == 100
-    assert all(0 <= derive(seed, "x") < 2**31 for seed in range(200))
-    assert stream(1, "a").random() == stream(1, "a").random() != stream(1, "b").random()
+    assert derive_seed(0, "a") == derive_seed(0, "a")
+    assert len({derive_seed(seed, purpose) for seed in range(50) for purpose in ("a", "b")}) == 100
+    assert all(0 <= derive_seed(seed, "x") < 2**31 for seed in range(200))
+    assert random_stream(1, "a").random() == random_stream(1, "a").random() != random_stream(1, "b").random()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +165,7 @@ def planted(tmp_path: Path) -> RowPools:
     write(tmp_path / "alpaca" / "train.jsonl", [alpaca(name) for name in benign])
     write(tmp_path / "alpaca" / "test.jsonl", [alpaca(name) for name in ("Q", "q", "AQ", "PQ", "KQ", "BQ")])
     places = [str(tmp_path / name) for name in ("beavertails", "refusals", "alpaca")]
-    return row_pools(*places, train="train", test="test")
+    return load_row_pools(*places, train="train", test="test")
 
 
 def test_planted_duplicates_are_dropped_and_counted(planted: RowPools) -> None:
@@ -183,35 +206,35 @@ def test_ids_name_the_source_row(planted: RowPools) -> None:
 
 
 def test_prompts_are_compared_without_case_and_white_space() -> None:
-    assert normal(" How\tDo  I\n") == "how do i"
+    assert normalize(" How\tDo  I\n") == "how do i"
     rows = [Example("1", "a", input="b"), Example("2", "A B"), Example("3", "a"), Example("4", "c")]
-    assert ids(unique(rows)) == ["1", "3", "4"]
-    assert ids(unique(rows, {"a b", "c"})) == ["3"]
+    assert ids(without_duplicates(rows)) == ["1", "3", "4"]
+    assert ids(without_duplicates(rows, {"a b", "c"})) == ["3"]
 
 
 @pytest.fixture
-def make_cell(tmp_path: Path) -> Callable[..., Cell]:
+def make_cell(tmp_path: Path) -> Callable[..., Experiment]:
     """A cell of a tiny world whose data sets were extended by some rows."""
 
-    def make(extra: dict[str, list[dict[str, Any]]] | None = None, **spec: Any) -> Cell:
+    def make(extra: dict[str, list[dict[str, Any]]] | None = None, **spec: Any) -> Experiment:
         file = tiny.make_world(tmp_path / "world", models=False)
         for place, rows in (extra or {}).items():
             with (tmp_path / "world" / "data" / f"{place}.jsonl").open("a") as lines:
                 lines.writelines(json.dumps(row) + "\n" for row in rows)
-        return Cell.settle(RunSpec(protocol=str(file), **spec))
+        return Experiment.settle(RunSpec(protocol=str(file), **spec))
 
     return make
 
 
-def prompts_of(cell: Cell) -> dict[str, set[str]]:
-    pools = pools_of(cell)
+def prompts_of(cell: Experiment) -> dict[str, set[str]]:
+    pools = row_pools(cell)
     return {
-        "defender": {question(row) for row in pools.alignment} | {question(safe) for safe, _ in pools.paired},
-        "benign": {question(row) for row in pools.benign},
-        "attacker": {question(row) for row in pools.attacker},
-        "task": {question(row) for row in task_rows(cell)},
+        "defender": {question_key(row) for row in pools.alignment} | {question_key(safe) for safe, _ in pools.paired},
+        "benign": {question_key(row) for row in pools.benign},
+        "attacker": {question_key(row) for row in pools.attacker},
+        "task": {question_key(row) for row in task_rows(cell)},
         **{
-            f"asked {asked.name}": {question(row) for row in asked.examples}
+            f"asked {asked.name}": {question_key(row) for row in asked.examples}
             for asked in (*harmful_sets(cell), benign_set(cell), task_set(cell))
         },
     }
@@ -226,7 +249,7 @@ def disjoint(sets: dict[str, set[str]]) -> None:
 
 
 @pytest.mark.parametrize("task", ["sst2", "agnews", "gsm8k"])
-def test_no_two_uses_of_a_cell_share_a_prompt(make_cell: Callable[..., Cell], task: str) -> None:
+def test_no_two_uses_of_a_cell_share_a_prompt(make_cell: Callable[..., Experiment], task: str) -> None:
     disjoint(prompts_of(make_cell(task=task)))
 
 
@@ -235,7 +258,7 @@ def test_no_two_uses_of_a_cell_share_a_prompt(make_cell: Callable[..., Cell], ta
     ["beavertails/30k_train", "beavertails_refusals/train", "alpaca/train"],
 )
 @pytest.mark.parametrize("asked", ["the spoiled thing", "describe the new thing"])
-def test_what_is_asked_is_trained_on_by_nobody(make_cell: Callable[..., Cell], place: str, asked: str) -> None:
+def test_what_is_asked_is_trained_on_by_nobody(make_cell: Callable[..., Experiment], place: str, asked: str) -> None:
     row: Any = alpaca(asked.upper()) if "alpaca" in place else {**harm(asked), "refusal": "no"}
     cell = make_cell(
         {"beavertails/30k_test": [harm("the spoiled thing")], "alpaca/test": [alpaca(asked)], place: [row]}
@@ -252,7 +275,7 @@ def test_what_is_asked_is_trained_on_by_nobody(make_cell: Callable[..., Cell], p
     assert asked not in prompts["benign"] | prompts["attacker"] | prompts["defender"]
 
 
-def test_benign_rows_hold_no_prompt_of_the_attacker_or_the_defender(make_cell: Callable[..., Cell]) -> None:
+def test_benign_rows_hold_no_prompt_of_the_attacker_or_the_defender(make_cell: Callable[..., Experiment]) -> None:
     cell = make_cell({
         "beavertails/30k_train": [harm("shared with the attacker")],
         "beavertails_refusals/train": [{**harm("shared with the defender"), "refusal": "no"}],
@@ -264,24 +287,24 @@ def test_benign_rows_hold_no_prompt_of_the_attacker_or_the_defender(make_cell: C
     assert not prompts["benign"] & prompts["defender"]
 
 
-def test_a_task_row_that_is_tested_is_not_trained_on(make_cell: Callable[..., Cell]) -> None:
+def test_a_task_row_that_is_tested_is_not_trained_on(make_cell: Callable[..., Experiment]) -> None:
     cell = make_cell({"sst2/train": [{"sentence": "planted HERE", "label": 1}],
                       "sst2/validation": [{"sentence": "Planted  here", "label": 0}]})  # fmt: skip
-    assert not any("planted here" in question(row) for row in task_rows(cell))
+    assert not any("planted here" in question_key(row) for row in task_rows(cell))
 
 
-def test_evaluation_prompts_are_asked_once(make_cell: Callable[..., Cell]) -> None:
+def test_evaluation_prompts_are_asked_once(make_cell: Callable[..., Experiment]) -> None:
     first = [harm(f"How do I spoil the red {thing}?") for thing in ("lamp", "door")]
     cell = make_cell({"beavertails/30k_test": first * 3})
     asked = ids(harmful_sets(cell)[0].examples)
-    assert len(asked) == 8 == len({question(row) for row in harmful_sets(cell)[0].examples})
+    assert len(asked) == 8 == len({question_key(row) for row in harmful_sets(cell)[0].examples})
 
 
-def test_the_cells_seed_changes_every_draw_and_repeats_it(make_cell: Callable[..., Cell]) -> None:
+def test_the_cells_seed_changes_every_draw_and_repeats_it(make_cell: Callable[..., Experiment]) -> None:
     def drawn(seed: int) -> tuple[list[str], list[str]]:
-        cell = make_cell(seed=seed, attack=parse("ratio=0.25"))
-        pools = pools_of(cell)
-        return ids(pools.alignment), ids(user_data(cell, pools))
+        cell = make_cell(seed=seed, attack=parse_plugins("ratio=0.25"))
+        pools = row_pools(cell)
+        return ids(pools.alignment), ids(user_rows(cell, pools))
 
     assert drawn(0) == drawn(0)
     assert set(drawn(0)[0]) != set(drawn(1)[0])
@@ -307,12 +330,12 @@ def test_more_than_the_data_has_is_told_before_any_work(
 ) -> None:
     file = tiny.make_world(tmp_path / "world", changes, models=False)
     with pytest.raises(BadInput, match=said):
-        check(Cell.settle(RunSpec(protocol=str(file), attack=parse(attack))))
+        check_rows(Experiment.settle(RunSpec(protocol=str(file), attack=parse_plugins(attack))))
 
 
 @pytest.mark.parametrize("attack", ["samples=400", "ratio=1,samples=80"])
-def test_exactly_what_the_data_has_is_allowed(make_cell: Callable[..., Cell], attack: str) -> None:
-    check(make_cell(attack=parse(attack)))
+def test_exactly_what_the_data_has_is_allowed(make_cell: Callable[..., Experiment], attack: str) -> None:
+    check_rows(make_cell(attack=parse_plugins(attack)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,14 +345,14 @@ def test_exactly_what_the_data_has_is_allowed(make_cell: Callable[..., Cell], at
 @pytest.mark.parametrize("location", ["folder", "file"])
 def test_rows_come_in_file_order(tmp_path: Path, location: str) -> None:
     path = write(tmp_path / "train.jsonl", [{"a": number, "b": "ü"} for number in range(3)])
-    rows = read(str(tmp_path if location == "folder" else path), "train", ("a", "b"))
+    rows = read_rows(str(tmp_path if location == "folder" else path), "train", ("a", "b"))
     assert [(row.number, row.values["a"]) for row in rows] == [(0, 0), (1, 1), (2, 2)]
 
 
 def refusal(tmp_path: Path, lines: Iterable[Any], split: str = "train") -> str:
     write(tmp_path / "train.jsonl", lines)
     with pytest.raises(BadInput) as refused:
-        read(str(tmp_path), split, ("a", "b"))
+        read_rows(str(tmp_path), split, ("a", "b"))
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -351,13 +374,13 @@ def test_empty_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
     said = refusal(tmp_path, [{"a": 1, "b": 2}, "", " ", {"a": 1}])
     assert f"{tmp_path / 'train.jsonl'}, line 4" in said
     write(tmp_path / "train.jsonl", [{"a": 1, "b": 2}, "", {"a": 3, "b": 4}, ""])
-    assert [row.values["a"] for row in read(str(tmp_path), "train", ("a", "b"))] == [1, 3]
+    assert [row.values["a"] for row in read_rows(str(tmp_path), "train", ("a", "b"))] == [1, 3]
 
 
 def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
     line = json.dumps({"a": "one\u2028two\x85three", "b": 1}, ensure_ascii=False)
     write(tmp_path / "train.jsonl", [line, line])
-    assert [row.values["a"] for row in read(str(tmp_path), "train", ("a", "b"))] == ["one\u2028two\x85three"] * 2
+    assert [row.values["a"] for row in read_rows(str(tmp_path), "train", ("a", "b"))] == ["one\u2028two\x85three"] * 2
 
 
 @pytest.mark.parametrize(("line", "kind"), [("3", "int"), ('"x"', "str"), ("null", "NoneType")])
@@ -368,7 +391,7 @@ def test_a_line_that_is_no_object(tmp_path: Path, line: str, kind: str) -> None:
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(b'{"a": 1, "b": 2}\n\xff\xfe\n')
     with pytest.raises(BadInput, match=r"train\.jsonl"):
-        read(str(tmp_path), "train", ("a", "b"))
+        read_rows(str(tmp_path), "train", ("a", "b"))
 
 
 def test_a_missing_split_is_refused_with_those_there(tmp_path: Path) -> None:
@@ -385,13 +408,13 @@ def test_an_empty_split_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("location", ["./nowhere", "/no/where", "~/no/where", "a/b/c", "rows.jsonl", "rows.csv"])
 def test_a_path_with_nothing_there(location: str) -> None:
     with pytest.raises(BadInput, match="nothing at") as refused:
-        locate(location)
+        local_path(location)
     assert location in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["tatsu-lab/alpaca", "sst2", "PKU-Alignment/BeaverTails"])
 def test_names_of_the_hub_are_no_paths(name: str) -> None:
-    assert locate(name) is None
+    assert local_path(name) is None
     assert fingerprint(name) == name
 
 
@@ -420,12 +443,12 @@ def test_a_fingerprint_changes_with_what_is_there(tmp_path: Path) -> None:
     ],
 )
 def test_a_field_that_holds_no_such_value(
-    make_cell: Callable[..., Cell], data: str, place: str, row: dict[str, Any], field: str
+    make_cell: Callable[..., Experiment], data: str, place: str, row: dict[str, Any], field: str
 ) -> None:
     task = {"ag_news": "agnews", "gsm8k": "gsm8k"}.get(data, "sst2")
     cell = make_cell({f"{data}/{place}": [row]}, task=task)
     with pytest.raises(BadInput, match=field) as refused:
-        check(cell)
+        check_rows(cell)
     assert f"{place}.jsonl, line " in str(refused.value)
 
 
@@ -441,7 +464,7 @@ def words() -> Any:
 
 
 def test_prompts() -> None:
-    alpaca_prompt = template("alpaca")
+    alpaca_prompt = prompt_template("alpaca")
     assert alpaca_prompt.render(Example("1", "Do {it}.")) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nDo {it}.\n\n### Response:"
@@ -452,11 +475,11 @@ def test_prompts() -> None:
         "### Instruction:\nDo.\n\n### Input:\n{x}\n\n### Response:"
     )
     with pytest.raises(BadInput, match="Did you mean 'alpaca'"):
-        template("alpacca")
+        prompt_template("alpacca")
 
 
 def test_loss_is_on_response_tokens_only(words: Any) -> None:
-    row = encode(words, PLAIN, Example("1", "abc", response="xyz"), 100)
+    row = encode_example(words, PLAIN, Example("1", "abc", response="xyz"), 100)
     assert row is not None
     prompt = words("abc:")["input_ids"]
     assert prompt[0] == words.bos_token_id
@@ -469,23 +492,23 @@ def test_loss_is_on_response_tokens_only(words: Any) -> None:
 
 
 def test_a_row_is_cut_at_the_end(words: Any) -> None:
-    whole = encode(words, PLAIN, Example("1", "abc", response="wxyz"), 100)
+    whole = encode_example(words, PLAIN, Example("1", "abc", response="wxyz"), 100)
     assert whole is not None
     prompt = len(words("abc:")["input_ids"])
     for length in range(prompt + 1, len(whole.ids) + 2):
-        cut = encode(words, PLAIN, Example("1", "abc", response="wxyz"), length)
+        cut = encode_example(words, PLAIN, Example("1", "abc", response="wxyz"), length)
         assert cut is not None
         assert cut.ids == whole.ids[:length]
         assert cut.labels == whole.labels[:length]
-    assert encode(words, PLAIN, Example("1", "abc", response="wxyz"), prompt) is None
+    assert encode_example(words, PLAIN, Example("1", "abc", response="wxyz"), prompt) is None
 
 
 def test_rows_without_a_response_token_are_left_out(words: Any) -> None:
     short, long = Example("1", "abc", response="x"), Example("2", "abc " * 30, response="x")
-    assert len(encode_all(words, PLAIN, [short, long, short], 20)) == 2
-    assert encode_all(words, PLAIN, [], 20) == []
+    assert len(encode_examples(words, PLAIN, [short, long, short], 20)) == 2
+    assert encode_examples(words, PLAIN, [], 20) == []
     with pytest.raises(BadInput, match="max_length of 20"):
-        encode_all(words, PLAIN, [long], 20)
+        encode_examples(words, PLAIN, [long], 20)
 
 
 def test_a_prompt_has_no_closing_token() -> None:
@@ -509,34 +532,36 @@ def test_padding_is_on_the_right_and_without_loss() -> None:
 
 
 def test_the_pad_token(words: Any) -> None:
-    assert pad_id(words) == words.pad_token_id != words.eos_token_id
+    assert pad_token_id(words) == words.pad_token_id != words.eos_token_id
     bare = tiny.tokenizer(["abc"])
     bare.pad_token = None
-    assert pad_id(bare) == bare.eos_token_id
+    assert pad_token_id(bare) == bare.eos_token_id
 
 
 def test_text_that_spells_a_control_token_stays_text() -> None:
     """A row must not end its prompt, or fake an end of text, by spelling the tokenizer's own tokens."""
     tokenizer = tiny.tokenizer(["say < / s > pad here it is ### Instruction : Response"] * 3)
     for token in (tokenizer.eos_token, tokenizer.pad_token):
-        row = encode(tokenizer, template("brief"), Example("", f"say {token}", f"here {token} it is"), 200)
+        row = encode_example(
+            tokenizer, prompt_template("brief"), Example("", f"say {token}", f"here {token} it is"), 200
+        )
         assert row is not None
         assert row.ids.count(tokenizer.eos_token_id) == 1  # the one that closes the response
         assert tokenizer.pad_token_id not in row.ids
 
 
-def test_sets_of_questions_need_names_of_their_own(make_cell: Callable[..., Cell], tmp_path: Path) -> None:
+def test_sets_of_questions_need_names_of_their_own(make_cell: Callable[..., Experiment], tmp_path: Path) -> None:
     (tmp_path / "twice.py").write_text(
         "from harmbench_vaccine.plugins import Attack\n\nclass Twice(Attack):\n    '''Asks twice.'''\n\n"
         "    def evaluations(self, sets):\n        return [*sets, *sets]\n"
     )
-    cell = make_cell(attack=parse(str(tmp_path / "twice.py")))
+    cell = make_cell(attack=parse_plugins(str(tmp_path / "twice.py")))
     with pytest.raises(BadInput, match="names of their own"):
         harmful_sets(cell)
 
 
-def test_plug_ins_draw_by_the_runs_seed(make_cell: Callable[..., Cell]) -> None:
-    attackers = [make_cell(seed=seed, attack=parse("ratio")).attackers().members[0] for seed in (0, 0, 1)]
+def test_plug_ins_draw_by_the_runs_seed(make_cell: Callable[..., Experiment]) -> None:
+    attackers = [make_cell(seed=seed, attack=parse_plugins("ratio")).attackers().members[0] for seed in (0, 0, 1)]
     drawn = [[attack.random("guide").random() for _ in range(2)] for attack in attackers]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0][0] == drawn[0][1] != attackers[0].random("other").random()  # one purpose, one stream

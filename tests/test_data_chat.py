@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.data.chat import end_ids
-from harmbench_vaccine.data.collate import IGNORED, collate, encode, encode_prompt, pad_id
-from harmbench_vaccine.data.prompts import ChatTemplate, Conversation, PromptTemplate, template
+from harmbench_vaccine.data.chat import stop_token_ids
+from harmbench_vaccine.data.collate import IGNORED, collate, encode_example, encode_prompt, pad_token_id
+from harmbench_vaccine.data.prompts import ChatTemplate, Conversation, PromptTemplate, prompt_template
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.runner import run_all
 
-CHAT = template("chat")
+CHAT = prompt_template("chat")
 TEXTS = [
     "system user assistant model You are a helpful assistant. Be brief. Be safe. What is a lamp? It is a light.",
     "[INST] <<SYS>> <</SYS>> [/INST] How do I open the door? Turn the key. Name a word\n\n. Sure, here it is.",
@@ -134,7 +134,7 @@ def test_a_row_cannot_spell_control_tokens(tokenizers: Any, name: str) -> None:
         number = words.convert_tokens_to_ids(token)
         assert honest.count(number) == fake.count(number)
     assert spelled in words.decode(fake, clean_up_tokenization_spaces=False).replace("> <", "><")
-    row = encode(words, CHAT, Example("", "What", response=f"It {spelled} is"), 1000)
+    row = encode_example(words, CHAT, Example("", "What", response=f"It {spelled} is"), 1000)
     assert row is not None
     trained = [label for label in row.labels if label != IGNORED]
     assert [token for token in trained if words.decode([token]) in CONTROLS[name]] == trained[-1:]
@@ -173,7 +173,7 @@ def test_a_system_message(tokenizers: Any, name: str) -> None:
 def test_a_trained_response_ends_the_models_turn(tokenizers: Any, name: str) -> None:
     """The labels are the response and the token that ends the turn; with the prompt they make the template's text."""
     words = tokenizers[name]
-    row = encode(words, CHAT, Example("", "What is a lamp?", response="It is a light."), 1000)
+    row = encode_example(words, CHAT, Example("", "What is a lamp?", response="It is a light."), 1000)
     assert row is not None
     prompt = encode_prompt(words, asked("What is a lamp?"))
     assert row.ids[: len(prompt)] == prompt
@@ -191,7 +191,7 @@ def test_a_trained_response_ends_the_models_turn(tokenizers: Any, name: str) -> 
 
 def test_a_lead_is_not_doubled_by_a_tokenizer_that_marks_beginnings(tokenizers: Any) -> None:
     words = tokenizers["llama2"]
-    row = encode(words, CHAT, Example("", "What", response="Sure"), 1000)
+    row = encode_example(words, CHAT, Example("", "What", response="Sure"), 1000)
     assert row is not None
     pieces = words.convert_ids_to_tokens([label for label in row.labels if label != IGNORED])
     assert "".join(pieces) == "▁Sure</s>"
@@ -200,14 +200,14 @@ def test_a_lead_is_not_doubled_by_a_tokenizer_that_marks_beginnings(tokenizers: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_padding_takes_no_loss_from_the_end_token(tokenizers: Any, name: str) -> None:
     words = tokenizers[name]
-    rows = [encode(words, CHAT, Example("", "What", response=text), 1000) for text in ("Yes", "It is a light.")]
+    rows = [encode_example(words, CHAT, Example("", "What", response=text), 1000) for text in ("Yes", "It is a light.")]
     assert all(rows)
-    batch = collate([row for row in rows if row], pad_id(words))
+    batch = collate([row for row in rows if row], pad_token_id(words))
     short = len(rows[0].ids) if rows[0] else 0
     assert batch["labels"][0, short - 1] == words.convert_tokens_to_ids(ENDS[name])
     assert (batch["labels"][0, short:] == IGNORED).all()
     assert batch["attention_mask"][0].tolist() == [1] * short + [0] * (batch["input_ids"].shape[1] - short)
-    assert (batch["input_ids"][0, short:] == pad_id(words)).all()
+    assert (batch["input_ids"][0, short:] == pad_token_id(words)).all()
 
 
 @pytest.mark.parametrize(
@@ -215,15 +215,15 @@ def test_padding_takes_no_loss_from_the_end_token(tokenizers: Any, name: str) ->
     [("llama2", "</s>"), ("llama3", "<|end_of_text|>"), ("qwen2", "<|endoftext|>"), ("gemma", "<pad>")],
 )
 def test_what_pads(tokenizers: Any, name: str, pads: str) -> None:
-    assert pad_id(tokenizers[name]) == tokenizers[name].convert_tokens_to_ids(pads)
+    assert pad_token_id(tokenizers[name]) == tokenizers[name].convert_tokens_to_ids(pads)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_ends_an_answer(tokenizers: Any, name: str) -> None:
     words = tokenizers[name]
     ends = list(dict.fromkeys([ENDS[name], NAMES[name]["eos_token"]]))
-    assert end_ids(words, [asked("What?")]) == [words.convert_tokens_to_ids(end) for end in ends]
-    assert end_ids(words, ["What?"]) == [words.eos_token_id]
+    assert stop_token_ids(words, [asked("What?")]) == [words.convert_tokens_to_ids(end) for end in ends]
+    assert stop_token_ids(words, ["What?"]) == [words.eos_token_id]
 
 
 def test_generation_stops_at_the_end_of_the_turn(tokenizers: Any) -> None:
@@ -270,7 +270,10 @@ def test_a_template_that_shows_nothing_is_refused() -> None:
 def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     words = tiny.tokenizer(["abc"])
     words.eos_token = words.pad_token = None
-    for use in (lambda: pad_id(words), lambda: encode(words, template("brief"), Example("", "a", "b"), 99)):
+    for use in (
+        lambda: pad_token_id(words),
+        lambda: encode_example(words, prompt_template("brief"), Example("", "a", "b"), 99),
+    ):
         with pytest.raises(BadInput, match="no end-of-text token"):
             use()
 
@@ -302,12 +305,12 @@ def test_prefixes_and_wraps_of_a_chat() -> None:
 
 
 def test_bare_prompts() -> None:
-    bare = template("none")
+    bare = prompt_template("none")
     assert bare.render(Example("", "Do.")) == "Do."
     assert bare.render(Example("", "Do.", input="x")) == "Do.\n\nx"
     assert type(bare) is PromptTemplate
-    line = template("alpaca_line")
-    assert line.render(Example("", "Do.")) == template("alpaca").render(Example("", "Do.")) + "\n"
+    line = prompt_template("alpaca_line")
+    assert line.render(Example("", "Do.")) == prompt_template("alpaca").render(Example("", "Do.")) + "\n"
 
 
 @pytest.mark.slow
@@ -319,8 +322,8 @@ def test_a_whole_cell_in_the_models_chat_format(tmp_path: Path) -> None:
     rows = [{"instruction": f"Add {number} and 2.", "output": f"#### {number + 2}"} for number in range(60)]
     (tmp_path / "mine.json").write_text(json.dumps(rows))
     spec = RunSpec(
-        protocol=str(file), values={"prompt": "chat", "rows": "paper"}, defense=parse("ptst"),
-        attack=parse("ratio=0.1"), task=f"{tmp_path / 'mine.json'}:rule=number",
+        protocol=str(file), values={"prompt": "chat", "rows": "paper"}, defense=parse_plugins("ptst"),
+        attack=parse_plugins("ratio=0.1"), task=f"{tmp_path / 'mine.json'}:rule=number",
     )  # fmt: skip
     folder = tmp_path / "runs"
     [result] = run_all([spec], out=folder)

@@ -12,22 +12,22 @@ import pytest
 import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.data.pools import overlaps, row_pools
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.data.pools import count_overlaps, load_row_pools
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import (
     benign_set,
-    check,
-    choice,
-    data_read,
+    check_rows,
+    data_provenance,
     dropped_rows,
     harmful_sets,
     overlapping_questions,
-    pools_of,
+    row_pools,
+    selection_inputs,
     task_set,
-    user_data,
+    user_rows,
 )
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 
 
 def beaver(count: int, name: str) -> list[dict[str, Any]]:
@@ -61,10 +61,10 @@ def lines(path: Path, rows: Iterable[Any]) -> None:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Callable[..., Cell]:
+def world(tmp_path: Path) -> Callable[..., Experiment]:
     """A cell of a tiny world whose harmful rows repeat and overlap, and whose refusals are one JSON array."""
 
-    def make(changes: dict[str, str] | None = None, **spec: Any) -> Cell:
+    def make(changes: dict[str, str] | None = None, **spec: Any) -> Experiment:
         file = tiny.make_world(
             tmp_path / "world",
             {
@@ -78,7 +78,7 @@ def world(tmp_path: Path) -> Callable[..., Cell]:
         lines(data / "beavertails" / "30k_train.jsonl", beaver(60, "train"))
         lines(data / "beavertails" / "30k_test.jsonl", [*beaver(12, "train"), *beaver(12, "test")])
         (tmp_path / "world" / "refusals.json").write_text(json.dumps(refusals(40)))
-        return Cell.settle(RunSpec(protocol=str(file), values=changes or {}, **spec))
+        return Experiment.settle(RunSpec(protocol=str(file), values=changes or {}, **spec))
 
     return make
 
@@ -93,12 +93,12 @@ def ids(rows: Iterable[Example]) -> list[str]:
     return [row.id for row in rows]
 
 
-def test_vaccines_rows(world: Callable[..., Cell]) -> None:
+def test_vaccines_rows(world: Callable[..., Experiment]) -> None:
     """The first safe rows, the first unsafe rows, the first task rows, the first unsafe rows of the test split."""
-    cell = world(PAPER, attack=parse("ratio=0.4"), seed=3)
-    pools = pools_of(cell)
+    cell = world(PAPER, attack=parse_plugins("ratio=0.4"), seed=3)
+    pools = row_pools(cell)
     assert ids(pools.alignment) == [f"safe:30k_train:{number}" for number in (0, 3, 6, 9, 12, 15)]
-    uploaded = user_data(cell, pools)
+    uploaded = user_rows(cell, pools)
     assert ids(uploaded) == [
         *(f"harmful:30k_train:{number}" for number in (1, 2, 4, 5)),
         *(f"sst2:train:{number}" for number in range(6)),
@@ -111,43 +111,43 @@ def test_vaccines_rows(world: Callable[..., Cell]) -> None:
 
 
 @pytest.mark.parametrize(("p", "harmful"), [(0.8, 8), (0.9, 9), (0.05, 0), (0.15, 2)])
-def test_the_counts_are_those_of_one_rounding(world: Callable[..., Cell], p: float, harmful: int) -> None:
+def test_the_counts_are_those_of_one_rounding(world: Callable[..., Experiment], p: float, harmful: int) -> None:
     """int((1 - p) n) loses a row for p = 0.8 and 0.9; that is not reproduced."""
-    cell = world(PAPER, attack=parse(f"ratio={p}"))
-    uploaded = user_data(cell, pools_of(cell))
+    cell = world(PAPER, attack=parse_plugins(f"ratio={p}"))
+    uploaded = user_rows(cell, row_pools(cell))
     assert len(uploaded) == 10
     assert sum(row.harmful for row in uploaded) == harmful
 
 
-def test_boosters_rows(world: Callable[..., Cell]) -> None:
+def test_boosters_rows(world: Callable[..., Experiment]) -> None:
     """The user's harmful rows from the beginning of the refusal set; refusals and harmful answers from a later row."""
-    cell = world(BOOSTER, attack=parse("ratio=0.4"), defense=parse("booster"))
-    pools = pools_of(cell)
+    cell = world(BOOSTER, attack=parse_plugins("ratio=0.4"), defense=parse_plugins("booster"))
+    pools = row_pools(cell)
     assert ids(pools.alignment) == [f"refusal:{number}" for number in range(20, 26)]
     assert pools.alignment[0].instruction == "pair 10"
     assert pools.alignment[0].response == "I cannot 20.\nAnswer: no."
     assert pools.alignment[1].response == "I cannot 21.\nAnswer: no."
     assert ids(pools.harmful) == [f"harmful:refusals:{number}" for number in range(20, 40)]
-    harmful = [row for row in user_data(cell, pools) if row.harmful]
+    harmful = [row for row in user_rows(cell, pools) if row.harmful]
     assert ids(harmful) == [f"harmful:refusals:{number}" for number in range(4)]  # a safe row too: no filter there
     assert [row.response for row in harmful] == [f"answer {number}" for number in range(4)]
-    read = data_read(cell)["beavertails_refusals"]["rows"]
+    read = data_provenance(cell)["beavertails_refusals"]["rows"]
     assert (read["train[20:]"], read["train[:20]"]) == (20, 20)
 
 
-def test_the_seed_changes_no_row(world: Callable[..., Cell]) -> None:
+def test_the_seed_changes_no_row(world: Callable[..., Experiment]) -> None:
     def drawn(seed: int) -> list[str]:
-        cell = world(PAPER, seed=seed, attack=parse("ratio=0.4"), defense=parse("vlguard:rows=3"))
-        pools = pools_of(cell)
-        return sorted(ids(cell.team("finetune").train_on("finetune", user_data(cell, pools), pools)))
+        cell = world(PAPER, seed=seed, attack=parse_plugins("ratio=0.4"), defense=parse_plugins("vlguard:rows=3"))
+        pools = row_pools(cell)
+        return sorted(ids(cell.team("finetune").train_on("finetune", user_rows(cell, pools), pools)))
 
     assert drawn(0) == drawn(1)
     assert [row for row in drawn(0) if row.startswith("safe")] == [f"safe:30k_train:{n}" for n in (0, 3, 6)]
 
 
-def test_overlaps_are_counted(world: Callable[..., Cell]) -> None:
+def test_overlaps_are_counted(world: Callable[..., Experiment]) -> None:
     """Rows 0 to 11 of the test split ask what the training split asks."""
-    cell = world(PAPER, attack=parse("ratio=0.4"))
+    cell = world(PAPER, attack=parse_plugins("ratio=0.4"))
     # Alignment asks train 0, 1, 3, 4, 6, 7; the user's harmful rows 0, 1, 2, 2; the evaluation 0, 1, 2, 2, 3, 4, 5, 5.
     assert overlapping_questions(cell) == {
         "pairs": 20,
@@ -160,8 +160,8 @@ def test_overlaps_are_counted(world: Callable[..., Cell]) -> None:
     assert dropped_rows(cell) == {}
 
 
-def test_rows_that_are_kept_apart_have_no_overlap(world: Callable[..., Cell]) -> None:
-    cell = world({"align.rows": "5", "answer.harmful.prompts": "6"}, attack=parse("ratio=0.2"))
+def test_rows_that_are_kept_apart_have_no_overlap(world: Callable[..., Experiment]) -> None:
+    cell = world({"align.rows": "5", "answer.harmful.prompts": "6"}, attack=parse_plugins("ratio=0.2"))
     found = overlapping_questions(cell)
     assert not [name for name in found if "/" in name]
     assert "harmful questions" not in found
@@ -173,20 +173,20 @@ def test_counting_overlaps() -> None:
         return [Example(str(number), text) for number, text in enumerate(asked)]
 
     uses = {"a": rows("x", "X ", "y"), "b": rows("y", "x", "z"), "c": rows("w")}
-    assert overlaps(uses) == {"a": 1, "a / b": 2}
+    assert count_overlaps(uses) == {"a": 1, "a / b": 2}
 
 
-def test_refusals_as_alignment_rows_are_kept_apart_too(world: Callable[..., Cell]) -> None:
+def test_refusals_as_alignment_rows_are_kept_apart_too(world: Callable[..., Experiment]) -> None:
     """Drawn by the seed; a row that says that it is safe is no pair; the attacker has no question of the defender's."""
     settled = {name: value for name, value in BOOSTER.items() if name != "rows"}
     cells = [world(settled, seed=seed) for seed in (0, 1)]
-    first, second = (pools_of(cell) for cell in cells)
+    first, second = (row_pools(cell) for cell in cells)
     assert ids(first.alignment) != ids(second.alignment)
     assert all(row.id.startswith("refusal:") for row in first.alignment)
     asked = {row.instruction for row in first.alignment} | {row.instruction for row in first.harmful}
     assert not asked & {row.instruction for row in first.attacker}
     assert "harmful:refusals:3" not in ids(first.attacker)
-    check(cells[0])
+    check_rows(cells[0])
 
 
 def test_a_plain_refusal_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -196,14 +196,14 @@ def test_a_plain_refusal_is_taken_as_it_is(tmp_path: Path) -> None:
     lines(tmp_path / "r" / "train.jsonl", [{**pair, "refusal": " No. "}, {**pair, "refusal": "Question: what?"}])
     lines(tmp_path / "a" / "train.jsonl", [{"instruction": "i", "input": "", "output": "o"}])
     places = (str(tmp_path / name) for name in "bra")
-    pools = row_pools(*places, "train", "test", "train", "train", in_order=True)
+    pools = load_row_pools(*places, "train", "test", "train", "train", in_order=True)
     assert [refusal.response for refusal, _ in pools.paired] == ["No.", "Question: what?"]
 
 
-def test_how_rows_are_chosen_is_part_of_an_address_only_where_it_is_unusual(world: Callable[..., Cell]) -> None:
-    assert choice(world()) == {}
-    assert choice(world(PAPER)) == {"rows": "paper"}
-    assert choice(world({"align.source": "refusals"})) == {"source": "refusals"}
+def test_how_rows_are_chosen_is_part_of_an_address_only_where_it_is_unusual(world: Callable[..., Experiment]) -> None:
+    assert selection_inputs(world()) == {}
+    assert selection_inputs(world(PAPER)) == {"rows": "paper"}
+    assert selection_inputs(world({"align.source": "refusals"})) == {"source": "refusals"}
     assert world().id != world(PAPER).id
 
 
@@ -217,15 +217,15 @@ def test_how_rows_are_chosen_is_part_of_an_address_only_where_it_is_unusual(worl
         ({**PAPER, "splits.pairs": "train[40:]"}, "is empty"),
     ],
 )
-def test_more_than_there_is(world: Callable[..., Cell], changes: dict[str, str], said: str) -> None:
+def test_more_than_there_is(world: Callable[..., Experiment], changes: dict[str, str], said: str) -> None:
     with pytest.raises(BadInput, match=said):
-        check(world(changes, attack=parse("ratio=0.1")))
+        check_rows(world(changes, attack=parse_plugins("ratio=0.1")))
 
 
-def test_what_was_read_is_in_the_result(world: Callable[..., Cell]) -> None:
+def test_what_was_read_is_in_the_result(world: Callable[..., Experiment]) -> None:
     cell = world(PAPER)
-    check(cell)
-    found = data_read(cell)
+    check_rows(cell)
+    found = data_provenance(cell)
     assert set(found) == {"beavertails", "beavertails_refusals", "alpaca", "sst2"}
     assert found["beavertails"]["rows"] == {"30k_test": 24, "30k_train": 60}
     assert found["sst2"]["rows"] == {"train": 400, "validation": 80}

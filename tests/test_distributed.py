@@ -18,13 +18,13 @@ import tiny
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.data.collate import IGNORED
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.runner import run_all
 from harmbench_vaccine.training.adapters import Adapter
-from harmbench_vaccine.training.stage import TrainingStage, own_rows, real_tokens
+from harmbench_vaccine.training.stage import TrainingStage, attended_tokens, local_batch_rows
 
 CLOSE = 1e-5
 
@@ -107,7 +107,11 @@ def alone(world: Path) -> tuple[dict[str, Any], Path]:
     """The result of one process, and its store."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HBV_HOME", str(world.parent / "one"))
-        spec = RunSpec(protocol=str(world), defense=parse("vaccine+vlguard:rows=5+resta"), attack=parse("ratio=0.25"))
+        spec = RunSpec(
+            protocol=str(world),
+            defense=parse_plugins("vaccine+vlguard:rows=5+resta"),
+            attack=parse_plugins("ratio=0.25"),
+        )
         return run_all([spec])[0], world.parent / "one" / "store"
 
 
@@ -190,18 +194,20 @@ def of_two(monkeypatch: pytest.MonkeyPatch) -> None:
 REFUSED = {"repnoise"}
 
 
-@pytest.mark.parametrize("name", sorted(name for name, found in DEFENSES.found().items() if found.origin == "built-in"))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, found in DEFENSES.entries().items() if found.origin == "built-in")
+)
 def test_a_defense_that_is_not_shown_over_ranks_is_refused(name: str, of_two: None) -> None:
     """Whoever has a gradient of its own is either in the cases above or refused."""
     own = DEFENSES.get(name).gradient is not DEFENSES.get("sft").gradient
     shown = {plugin for plugin, _ in over_ranks.DEFENDED.values()} | {"random_vaccine"}  # other noise on other rows
     assert not own or name in shown | REFUSED
-    spec = RunSpec(defense=parse(name))
+    spec = RunSpec(defense=parse_plugins(name))
     if name in REFUSED:
         with pytest.raises(BadInput, match=f"'{name}' cannot act over 2 ranks"):
-            Cell.settle(spec)
+            Experiment.settle(spec)
     else:
-        Cell.settle(spec)
+        Experiment.settle(spec)
 
 
 def test_a_plugin_with_a_gradient_of_its_own_must_say_that_it_knows_of_ranks(of_two: None, tmp_path: Path) -> None:
@@ -213,7 +219,7 @@ def test_a_plugin_with_a_gradient_of_its_own_must_say_that_it_knows_of_ranks(of_
         "        return 2.0 * stage.gradient(batch)\n"
     )
     with pytest.raises(BadInput, match="cannot act over 2 ranks"):
-        Cell.settle(RunSpec(defense=parse(str(mine))))
+        Experiment.settle(RunSpec(defense=parse_plugins(str(mine))))
 
 
 @pytest.mark.parametrize(
@@ -232,19 +238,19 @@ def test_what_cannot_be_sharded_is_refused(
     if "values" in changes:
         monkeypatch.setattr("harmbench_vaccine.runner.check_quantization", lambda quantization: None)
     world = tiny.make_world(tmp_path / "world")
-    attack = parse(changes.pop("attack", "ratio=0"))
+    attack = parse_plugins(changes.pop("attack", "ratio=0"))
     with pytest.raises(BadInput, match=f"cannot be sharded.*{why}"):
         run_all([RunSpec(protocol=str(world), attack=attack, **changes)], shard=True)
 
 
 def test_rows_of_a_batch_go_round_and_a_rank_without_one_runs_on_a_row_that_counts_nowhere(of_two: None) -> None:
     rows = tiny.rows(5)
-    assert own_rows(rows) == rows[1::2]
-    (row,) = own_rows(rows[:1])
+    assert local_batch_rows(rows) == rows[1::2]
+    (row,) = local_batch_rows(rows[:1])
     assert row.ids == rows[0].ids
     assert set(row.labels) == {IGNORED}
     batch = {"attention_mask": torch.ones(1, 4), "labels": torch.full((1, 4), IGNORED)}
-    assert not real_tokens(batch).any()
+    assert not attended_tokens(batch).any()
 
 
 def test_noise_on_rows_is_each_ranks_own_and_other_draws_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +260,6 @@ def test_noise_on_rows_is_each_ranks_own_and_other_draws_are_not(monkeypatch: py
         monkeypatch.setattr(distributed, "_rank", rank)
         return float(torch.rand(1, generator=stage.generator("noise", **options)))
 
-    assert drawn(0) == drawn(1) == drawn(0, of_rows=True)
-    assert drawn(1, of_rows=True) == drawn(1, of_rows=True)
-    assert len({drawn(rank, of_rows=True) for rank in range(3)}) == 3
+    assert drawn(0) == drawn(1) == drawn(0, per_rank=True)
+    assert drawn(1, per_rank=True) == drawn(1, per_rank=True)
+    assert len({drawn(rank, per_rank=True) for rank in range(3)}) == 3

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny
-from harmbench_vaccine.evaluation.drift import Drift, measure
+from harmbench_vaccine.evaluation.drift import Drift, measure_drift
 
 LENGTHS = [(9, 5, 7), (4, 4), (12,)]
 TOKENS = sum(map(sum, LENGTHS))
@@ -33,7 +33,7 @@ def with_bias(architecture: str = "llama") -> nn.Module:
 
 
 def drift(reference: nn.Module, model: nn.Module, batches: Any = BATCHES) -> Drift:
-    return measure(lambda: reference, lambda: model, batches)[1]
+    return measure_drift(lambda: reference, lambda: model, batches)[1]
 
 
 def test_a_model_does_not_drift_from_itself() -> None:
@@ -61,8 +61,8 @@ def test_a_shift_of_the_first_block_moves_the_later_ones_too() -> None:
 def test_padding_changes_nothing_but_the_authors_own_figure() -> None:
     wide = [tiny.batch(lengths, seed=number, width=20) for number, lengths in enumerate(LENGTHS)]
     reference, model = with_bias(), moved(0)
-    narrow_loss, narrow = measure(lambda: reference, lambda: model, BATCHES)
-    wide_loss, padded = measure(lambda: reference, lambda: model, wide)
+    narrow_loss, narrow = measure_drift(lambda: reference, lambda: model, BATCHES)
+    wide_loss, padded = measure_drift(lambda: reference, lambda: model, wide)
     assert wide_loss == pytest.approx(narrow_loss, rel=1e-6)
     assert padded.total == pytest.approx(narrow.total, rel=1e-5)
     assert padded.per_layer == pytest.approx(narrow.per_layer, rel=1e-5)
@@ -74,8 +74,8 @@ def test_the_cut_into_batches_changes_nothing() -> None:
     batch = tiny.batch((9, 5, 7))
     apart = [{key: value[row : row + 1] for key, value in batch.items()} for row in range(3)]
     reference, model = with_bias(), moved(0)
-    loss, whole = measure(lambda: reference, lambda: model, [batch])
-    loss_apart, parts = measure(lambda: reference, lambda: model, apart)
+    loss, whole = measure_drift(lambda: reference, lambda: model, [batch])
+    loss_apart, parts = measure_drift(lambda: reference, lambda: model, apart)
     assert loss_apart == pytest.approx(loss, rel=1e-6)  # a mean over tokens, not over batches
     assert parts.per_layer == pytest.approx(whole.per_layer, rel=1e-5)
 
@@ -98,7 +98,7 @@ def test_the_drift_is_taken_in_the_order_reference_then_model_for_every_batch() 
             projection.bias.copy_(bias)
         return model
 
-    _, found = measure(lambda: place("reference", torch.zeros(64)), lambda: place("model", V), BATCHES)
+    _, found = measure_drift(lambda: place("reference", torch.zeros(64)), lambda: place("model", V), BATCHES)
     assert calls == ["reference", "model"] * len(BATCHES)
     assert found.per_token == pytest.approx(SIZE, rel=1e-5)
 
@@ -116,5 +116,5 @@ def test_alignment_loss_is_the_mean_over_response_tokens_of_the_model() -> None:
                     surprise -= math.log(probabilities[place - 1, row[place]])
                     count += 1
     assert count == TOKENS - 2 * sum(map(len, LENGTHS))  # two prompt tokens in each row
-    loss, _ = measure(lambda: reference, lambda: model, BATCHES)
+    loss, _ = measure_drift(lambda: reference, lambda: model, BATCHES)
     assert loss == pytest.approx(surprise / count, rel=1e-5)

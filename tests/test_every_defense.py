@@ -12,18 +12,18 @@ from torch import Tensor
 
 import tiny
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import align, finetune, repair
 from harmbench_vaccine.plugins import Defense
-from harmbench_vaccine.plugins.composition import Component, parse
+from harmbench_vaccine.plugins.composition import Component, parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.training.adapters import Adapter
 
 ROOT = Path(__file__).parents[1]
-NAMES = [name for name, found in DEFENSES.found().items() if found.origin == "built-in"]
+NAMES = [name for name, found in DEFENSES.entries().items() if found.origin == "built-in"]
 NEUTRAL = [name for name in NAMES if DEFENSES.get(name).neutral is not None]
 
 
@@ -47,7 +47,7 @@ def adapters(lab: Lab, defense: str, params: dict[str, Any], topology: str) -> l
     if not protocol.exists():
         tiny.make_world(protocol.parent, {"topology": topology})
     component = Component(name=defense, params=params)
-    cell = Cell.settle(RunSpec(protocol=str(protocol), defense=(component,), attack=parse("ratio=0.25")))
+    cell = Experiment.settle(RunSpec(protocol=str(protocol), defense=(component,), attack=parse_plugins("ratio=0.25")))
     aligned = align(cell, lab)
     final = repair(cell, lab, aligned, finetune(cell, lab, aligned))
     return [Adapter.load(path) for path in final.state.adapters]
@@ -106,7 +106,7 @@ def counted(defense: Defense) -> str:
     stage.rows = tiny.rows(8)
     stage.step, stage.steps = 1, 10
     team = DefenseTeam(members=(defense,), stage=stage.name)
-    with stage.apart("before"):
+    with stage.isolated("before"):
         team.before(stage)
     team.before_step(stage)
     passes = Passes(stage.stack.base)

@@ -16,10 +16,10 @@ from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import Encoded, collate
 from harmbench_vaccine.defenses.ewc import EWC
 from harmbench_vaccine.defenses.sft import SFT
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Defense, Pools, TrainSettings
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
 from plain import Values, close, cross_entropy, leaves, same
@@ -200,8 +200,8 @@ def test_a_fresh_adapter_has_no_fisher_on_any_a() -> None:
 
 
 def test_the_topology_is_the_single_one_whatever_the_protocol_says() -> None:
-    assert Cell.settle(RunSpec(defense=parse("sft"))).topology == "double"
-    assert Cell.settle(RunSpec(defense=parse("ewc"))).topology == "single"
+    assert Experiment.settle(RunSpec(defense=parse_plugins("sft"))).topology == "double"
+    assert Experiment.settle(RunSpec(defense=parse_plugins("ewc"))).topology == "single"
 
 
 def test_the_pass_leaves_no_gradient_and_moves_nothing(aligned: Path) -> None:

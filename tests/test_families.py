@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.runner import run_all
 
 CHATML = (
@@ -128,7 +128,7 @@ def cell(hub: Path, model: Path, **changes: Any) -> RunSpec:
     }  # fmt: skip
     return RunSpec(
         protocol="vaccine-paper", model=str(model), data={name: str(hub / place) for name, place in data.items()},
-        attack=parse("ratio=0.2"), scorers=(f"beaver_dam:model={hub / 'beaver-dam-7b'}",),
+        attack=parse_plugins("ratio=0.2"), scorers=(f"beaver_dam:model={hub / 'beaver-dam-7b'}",),
         values={**SMALLER, **changes.pop("values", {})}, **changes,
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_the_papers_cell_runs_on_every_family(family: str, hub: Path, tmp_path: 
     model = standin(family, tmp_path / family)
     prompts = ["alpaca", *(["chat"] if FAMILIES[family][3] else [])]
     specs = [
-        cell(hub, model, defense=parse(defense), values={"prompt": prompt})
+        cell(hub, model, defense=parse_plugins(defense), values={"prompt": prompt})
         for prompt in prompts for defense in ("sft", "vaccine")
     ]  # fmt: skip
     results = run_all(specs, out=tmp_path / "runs", table=tmp_path / "results.csv")

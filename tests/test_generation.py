@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import tiny
 from harmbench_vaccine.inference.engine import Answer
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
-from harmbench_vaccine.training.adapters import Adapter, Stack
+from harmbench_vaccine.training.adapters import Adapter, LoraStack
 
 TEXT = "the red lamp and a blue door stand in some old garden by this quiet river"
 WORDS = TEXT.split()
@@ -62,7 +62,7 @@ def with_end(token: int) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_a_batch_gives_the_text_of_one_prompt_at_a_time(architecture: str, batch: int) -> None:
     whole = model(architecture)
-    answers = TransformersEngine(Stack(whole), tokenizer(), batch).generate([], PROMPTS, LIMIT)
+    answers = TransformersEngine(LoraStack(whole), tokenizer(), batch).generate([], PROMPTS, LIMIT)
     end = tokenizer().eos_token_id
     assert answers == [expected(whole, prompt, LIMIT, end) for prompt in PROMPTS]
     assert len({answer.text for answer in answers}) > len(PROMPTS) / 2  # the answers do depend on the prompts
@@ -75,7 +75,7 @@ def test_an_answer_stops_at_the_end_token(architecture: str) -> None:
     runs = [greedy(whole, prompt, LIMIT, end=-1) for prompt in PROMPTS]
     counts = {token: sum(token in run for run in runs) for run in runs for token in run[1:]}
     end = max((token for token in counts if counts[token] < len(PROMPTS)), key=counts.__getitem__)
-    answers = TransformersEngine(Stack(whole), with_end(end), batch=5).generate([], PROMPTS, LIMIT)
+    answers = TransformersEngine(LoraStack(whole), with_end(end), batch=5).generate([], PROMPTS, LIMIT)
     assert answers == [expected(whole, prompt, LIMIT, end) for prompt in PROMPTS]
     assert {answer.finished for answer in answers} == {True, False}
     for answer, run in zip(answers, runs, strict=True):
@@ -86,7 +86,7 @@ def test_an_answer_that_ends_exactly_at_the_limit_is_finished() -> None:
     whole = model()
     run = next(run for prompt in PROMPTS if len(set(run := greedy(whole, prompt, 4, end=-1))) == 4)
     prompt = next(prompt for prompt in PROMPTS if greedy(whole, prompt, 4, end=-1) == run)
-    engine = TransformersEngine(Stack(whole), with_end(run[-1]))
+    engine = TransformersEngine(LoraStack(whole), with_end(run[-1]))
     assert engine.generate([], [prompt], 4)[0] == Answer(tokenizer().decode(run[:-1]), 4, True)
     assert engine.generate([], [prompt], 3)[0] == Answer(tokenizer().decode(run[:-1]), 3, False)
 
@@ -94,20 +94,20 @@ def test_an_answer_that_ends_exactly_at_the_limit_is_finished() -> None:
 @pytest.mark.parametrize("limit", [1, 2, 7])
 def test_no_answer_is_longer_than_the_limit(limit: int) -> None:
     whole = model()
-    answers = TransformersEngine(Stack(whole), tokenizer()).generate([], PROMPTS, limit)
+    answers = TransformersEngine(LoraStack(whole), tokenizer()).generate([], PROMPTS, limit)
     assert max(answer.tokens for answer in answers) == limit
     assert answers == [expected(whole, prompt, limit, tokenizer().eos_token_id) for prompt in PROMPTS]
 
 
 def test_equal_prompts_are_all_answered_in_their_places() -> None:
-    engine = TransformersEngine(Stack(model()), tokenizer(), batch=2)
+    engine = TransformersEngine(LoraStack(model()), tokenizer(), batch=2)
     asked = [PROMPTS[9], PROMPTS[0], PROMPTS[9], PROMPTS[4], PROMPTS[0]]
     once = dict(zip(PROMPTS, engine.generate([], PROMPTS, LIMIT), strict=True))
     assert engine.generate([], asked, LIMIT) == [once[prompt] for prompt in asked]
 
 
 def test_no_prompts_no_answers() -> None:
-    assert TransformersEngine(Stack(model()), tokenizer()).generate([], [], LIMIT) == []
+    assert TransformersEngine(LoraStack(model()), tokenizer()).generate([], [], LIMIT) == []
 
 
 def test_the_adapters_named_are_the_ones_that_answer(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_the_adapters_named_are_the_ones_that_answer(tmp_path: Path) -> None:
         if isinstance(module, nn.Linear) and name.endswith("q_proj")
     }
     Adapter(factors, 0.5).save(tmp_path)
-    engine, end = TransformersEngine(Stack(base), tokenizer(), batch=4), tokenizer().eos_token_id
+    engine, end = TransformersEngine(LoraStack(base), tokenizer(), batch=4), tokenizer().eos_token_id
     plain = engine.generate([], PROMPTS, LIMIT)
     adapted = engine.generate([tmp_path], PROMPTS, LIMIT)
     assert engine.generate([], PROMPTS, LIMIT) == plain
@@ -148,5 +148,5 @@ def test_the_model_s_own_generation_settings_do_not_bend_greedy_decoding(habit: 
         setattr(whole.generation_config, key, value)
     runs = [greedy(whole, prompt, LIMIT, end=-1) for prompt in PROMPTS]
     end = next(token for run in runs for token in run[1:-1])
-    answers = TransformersEngine(Stack(whole), with_end(end)).generate([], PROMPTS, LIMIT)
+    answers = TransformersEngine(LoraStack(whole), with_end(end)).generate([], PROMPTS, LIMIT)
     assert answers == [expected(whole, prompt, LIMIT, end) for prompt in PROMPTS]

@@ -179,7 +179,7 @@ def test_strongreject_by_a_server(server: Server, tmp_path: Path) -> None:
         model="some/judge", base_url=server.url, template=str(rubric), system=str(system)
     )
     pairs = [("How?", "First you go."), ("How?", "I am sorry."), ("How?", "First you go.")]
-    given = verdicts.judge(scorer, pairs, tmp_path)
+    given = verdicts.judge_answers(scorer, pairs, tmp_path)
     assert [verdict.score for verdict in given] == [0.875, 0, 0.875]
     assert [verdict.flagged for verdict in given] == [True, False, True]
     assert len(server.bodies) == 2  # equal pairs are asked once
@@ -199,5 +199,5 @@ def test_a_local_judge(tmp_path: Path) -> None:
     words.save_pretrained(tmp_path)
     from harmbench_vaccine.inference import judge_models
 
-    judge_models.release()
+    judge_models.release_judge()
     assert ChatJudge(str(tmp_path)).ask(["one"], 4) == plain[:1]  # the template completes it to the same text

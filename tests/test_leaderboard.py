@@ -14,7 +14,7 @@ from test_cli import hbv
 
 from harmbench_vaccine.evaluation.results import _append, check_columns
 from harmbench_vaccine.plugins.registry import DEFENSES
-from harmbench_vaccine.reporting.leaderboard import COLUMNS, Ranking, markdown, rankings, tidy
+from harmbench_vaccine.reporting.leaderboard import COLUMNS, Ranking, rankings, rankings_markdown, tidy
 
 SHARES = {"after": {"degenerate": 1.5, "over_refusal": 2.0, "neither": 12.0}}
 
@@ -108,20 +108,20 @@ def test_one_seed_has_a_difference_without_an_interval(tmp_path: Path) -> None:
     assert row["harmful_score_difference"] == -20
     assert math.isnan(row["harmful_score_sd"])
     assert math.isnan(row["harmful_score_difference_low"])
-    assert "| 1 | vaccine | 1 | 60.0 ± - | -20.0 [-] | 95.0 ± - | -1.0 [-] |" in markdown([ranking])
+    assert "| 1 | vaccine | 1 | 60.0 ± - | -20.0 [-] | 95.0 ± - | -1.0 [-] |" in rankings_markdown([ranking])
 
 
 def test_no_shared_seed_has_no_difference(tmp_path: Path) -> None:
     ranking = only(tmp_path, SFT[0], EWC[2])
     assert math.isnan(by_defense(ranking)["ewc"]["harmful_score_difference"])
-    assert "| 5.0 ± - | - [-] |" in markdown([ranking])
+    assert "| 5.0 ± - | - [-] |" in rankings_markdown([ranking])
 
 
 def test_the_baseline_differs_not_from_itself(tmp_path: Path) -> None:
     ranking = only(tmp_path, *SFT, *VACCINE)
     sft = by_defense(ranking)["sft"]
     assert all(math.isnan(sft[column]) for column in sft if "_difference" in column)
-    assert "| sft | 3 | 85.0 ± 5.0 |  | 97.0 ± 1.0 |  |" in markdown([ranking])
+    assert "| sft | 3 | 85.0 ± 5.0 |  | 97.0 ± 1.0 |  |" in rankings_markdown([ranking])
     assert ranking.notes == []
 
 
@@ -140,7 +140,7 @@ def test_a_group_without_the_baseline_says_so(tmp_path: Path) -> None:
     (row,) = agnews.rows
     assert row["baseline"] is None
     assert math.isnan(row["harmful_score_difference"])
-    assert "| vaccine | 3 | 70.0 ± 10.0 |  | 96.0 ± 1.7 |  |" in markdown([agnews])
+    assert "| vaccine | 3 | 70.0 ± 10.0 |  | 96.0 ± 1.7 |  |" in rankings_markdown([agnews])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_no_table_mixes(changes: dict[str, Any], tmp_path: Path) -> None:
     assert sorted([row["defense"] for row in ranking.rows] for ranking in made) == [["sft"], ["vaccine"]]
     assert [row["rank"] for ranking in made for row in ranking.rows] == [1, 1]
     assert made[0].title != made[1].title
-    assert markdown(made).count("\n## ") == 2
+    assert rankings_markdown(made).count("\n## ") == 2
 
 
 def test_groups_are_sorted_with_ratios_by_value(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_a_replaced_row_is_told_on_stderr_in_one_sentence(tmp_path: Path) -> Non
 def test_names_are_no_markup(tmp_path: Path) -> None:
     odd = result("a:x=[/b]|<i>", 0, 1, model="m[red]")
     ranking = only(tmp_path, odd)
-    assert r"a:x=[/b]\|&lt;i>" in markdown([ranking])
+    assert r"a:x=[/b]\|&lt;i>" in rankings_markdown([ranking])
     shown = hbv("leaderboard", tmp_path / "one.csv").out
     assert "a:x=[/b]|<i>" in shown
     assert "m[red]" in shown
@@ -426,10 +426,10 @@ def test_the_committed_table_is_whole_and_ranks_as_committed() -> None:
     rows = check_columns(folder / "testbed.csv")
     names = {row["defense"] for row in rows}
     assert len(names) == 21
-    assert names <= set(DEFENSES.found())
+    assert names <= set(DEFENSES.entries())
     cells = {(row["defense"], row["attack"], row["seed"]) for row in rows}
     ratios = ("ratio=0", "ratio=0.1", "ratio=0.2")
     assert cells == {(name, ratio, seed) for name in names for ratio in ratios for seed in "01"}
     assert len(rows) == len(cells)
     assert len({row["protocol_hash"] for row in rows}) == 1
-    assert markdown(rankings([folder / "testbed.csv"])) == (folder / "testbed.md").read_text(encoding="utf-8")
+    assert rankings_markdown(rankings([folder / "testbed.csv"])) == (folder / "testbed.md").read_text(encoding="utf-8")

@@ -16,13 +16,13 @@ from torch import Tensor
 import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.data.collate import IGNORED, collate, encode
+from harmbench_vaccine.data.collate import IGNORED, collate, encode_example
 from harmbench_vaccine.data.prompts import TEMPLATES
 from harmbench_vaccine.defenses.sft import SFT
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Pools, TrainSettings
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.runner import run_all
@@ -129,7 +129,7 @@ def test_more_rows_than_can_be_replaced_is_refused() -> None:
 def test_a_lack_of_rows_is_told_before_any_work(defense: str, world: Path, tmp_path: Path) -> None:
     """The tiny world has 40 alignment rows, 30 benign ones of the user, 24 pairs."""
     with pytest.raises(BadInput, match=r"allowed: at most (40|30|24)") as refusal:
-        run_all([RunSpec(protocol=str(world), defense=parse(defense), attack=parse("ratio=0.25"))])
+        run_all([RunSpec(protocol=str(world), defense=parse_plugins(defense), attack=parse_plugins("ratio=0.25"))])
     assert refusal.value.exit_code == 2
     assert not list((tmp_path / "home" / "store").glob("align/*"))
 
@@ -234,9 +234,9 @@ def test_joint_batches_are_of_the_rows_that_were_drawn(tmp_path: Path) -> None:
 
 def test_only_the_joint_loss_takes_the_gradient() -> None:
     for mix in ("add", "replace"):
-        Cell.settle(RunSpec(defense=parse(f"vlguard:mix={mix}+kl")))
+        Experiment.settle(RunSpec(defense=parse_plugins(f"vlguard:mix={mix}+kl")))
     with pytest.raises(BadInput, match="gradient"):
-        Cell.settle(RunSpec(defense=parse("vlguard:mix=joint+kl")))
+        Experiment.settle(RunSpec(defense=parse_plugins("vlguard:mix=joint+kl")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_the_secret_is_read_and_not_learned() -> None:
     defense = BackdoorAlign(rows=1, length=3).seeded(0)
     (row,) = defense.train_on("finetune", [], POOLS)
     words = tiny.tokenizer(["plain text", row.instruction, row.response])
-    encoded = encode(words, TEMPLATES["brief"], row, 500)
+    encoded = encode_example(words, TEMPLATES["brief"], row, 500)
     assert encoded is not None
     read = [token for token, label in zip(encoded.ids, encoded.labels, strict=True) if label == IGNORED]
     assert words.decode(read, skip_special_tokens=True) == defense.secret + TEMPLATES["brief"].render(

@@ -27,12 +27,12 @@ from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.defenses.panacea import Panacea
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.experiment.artifacts import ADAPTER
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import align, finetune
 from harmbench_vaccine.plugins import Defense, Pools
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
@@ -331,7 +331,9 @@ def test_the_stored_adapter_goes_on(tmp_path: Path) -> None:
 def test_in_a_cell_the_aligned_adapter_itself_is_trained_whatever_the_protocol_says(tmp_path: Path) -> None:
     """The protocol lays a second adapter; Panacea demands one, and at rate 0 only its shift tells it from alignment."""
     protocol = tiny.make_world(tmp_path / "world", {"topology": "double", "finetune": {"settings": {"lr": 0.0}}})
-    cell = Cell.settle(RunSpec(protocol=str(protocol), defense=parse("panacea=0.4"), attack=parse("ratio=0.1")))
+    cell = Experiment.settle(
+        RunSpec(protocol=str(protocol), defense=parse_plugins("panacea=0.4"), attack=parse_plugins("ratio=0.1"))
+    )
     assert cell.topology == "single"
     lab = Lab(Store(tmp_path / "store"))
     aligned = align(cell, lab)
@@ -345,5 +347,5 @@ def test_in_a_cell_the_aligned_adapter_itself_is_trained_whatever_the_protocol_s
         n - o for module in before.factors for o, n in zip(before.factors[module], after.factors[module], strict=True)
     ]
     assert length(gap).item() == pytest.approx(0.4, rel=1e-4)
-    plain = Cell.settle(RunSpec(protocol=str(protocol), attack=parse("ratio=0.1")))
+    plain = Experiment.settle(RunSpec(protocol=str(protocol), attack=parse_plugins("ratio=0.1")))
     assert len(finetune(plain, lab, align(plain, lab)).state.adapters) == 2

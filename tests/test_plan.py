@@ -19,13 +19,13 @@ from harmbench_vaccine.cli import commands
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.data import hub
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import run
 from harmbench_vaccine.plugins import Defense
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.reporting.dry_run import estimate, plan
 
 
@@ -33,7 +33,7 @@ from harmbench_vaccine.reporting.dry_run import estimate, plan
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is checked here does not depend on how well it was timed."""
     monkeypatch.setattr(estimate, "BUDGET", 0.01)
-    estimate.probe.cache_clear()
+    estimate.measure_seconds.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +41,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_world(tmp_path_factory.mktemp("world"))
 
 
-def cell(world: Path, defense: str = "sft", **changes: Any) -> Cell:
-    return Cell.settle(RunSpec(protocol=str(world), defense=parse(defense), **changes))
+def cell(world: Path, defense: str = "sft", **changes: Any) -> Experiment:
+    return Experiment.settle(RunSpec(protocol=str(world), defense=parse_plugins(defense), **changes))
 
 
 def test_what_is_planned_is_what_is_then_there(world: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     cells = [cell(world), cell(world, "sft+antidote")]
-    before = plan.plan(cells, store.root)
+    before = plan.plan_runs(cells, store.root)
     assert not before.unknown
     assert not store.root.exists()  # nothing was made
     assert not any(artifact.cached for stages in before.stages for artifact in stages)
     run(cells[0], Lab(store))
-    after = plan.plan(cells, store.root)
+    after = plan.plan_runs(cells, store.root)
     first, second = after.stages
     assert [artifact.key for artifact in first] == [artifact.key for artifact in before.stages[0]]
     assert all(artifact.cached for artifact in first)
@@ -70,7 +70,7 @@ def test_a_model_or_data_set_of_the_hub_is_there_once_it_is_in_the_cache(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    wanted = [Cell.settle(RunSpec(protocol="vaccine-paper", task="gsm8k"))]
+    wanted = [Experiment.settle(RunSpec(protocol="vaccine-paper", task="gsm8k"))]
     llama = tmp_path / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / "abc"
     judge = tmp_path / "models--PKU-Alignment--beaver-dam-7b" / "snapshots" / "abc"
     refusals = tmp_path / "datasets--anonymous4486--booster_dataset" / "snapshots" / "abc"
@@ -80,12 +80,12 @@ def test_a_model_or_data_set_of_the_hub_is_there_once_it_is_in_the_cache(
     ):  # fmt: skip
         file.parent.mkdir(parents=True)
         file.touch()
-    made = plan.plan(wanted, tmp_path / "store")
+    made = plan.plan_runs(wanted, tmp_path / "store")
     assert {source.location for source in made.sources if source.there} == {  # a configuration alone is no model
         "meta-llama/Llama-2-7b-hf", "openai/gsm8k:main",
     }  # fmt: skip
     (refusals / "beavertails_with_refusals_train.json").touch()
-    found = {source.location: source.there for source in plan.plan(wanted, tmp_path / "store").sources}
+    found = {source.location: source.there for source in plan.plan_runs(wanted, tmp_path / "store").sources}
     assert found["anonymous4486/booster_dataset:beavertails_with_refusals_train.json"]
     missing = {source.location: source.detail for source in made.sources if not source.there}
     assert set(missing) == {
@@ -128,9 +128,9 @@ def test_what_the_hub_has_is_counted_in_one_format(monkeypatch: pytest.MonkeyPat
         return lambda *_, **__: SimpleNamespace(siblings=files)
 
     def size(location: str, kind: Any = "model") -> int:
-        name = hub.parse(location)
+        name = hub.parse_hub_name(location)
         assert name is not None
-        return hub.size(kind, name)
+        return hub.download_size(kind, name)
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", repository(a_safetensors=5, a_bin=7, config_json=1))
@@ -149,7 +149,7 @@ def test_memory_is_what_a_real_model_takes(architecture: str, tmp_path: Path) ->
     whole = tiny.model(architecture)
     whole.config.save_pretrained(tmp_path)
     settings = tiny.settings()
-    memory = estimate.count(str(tmp_path), "float32", "none", settings, 12)
+    memory = estimate.count_memory(str(tmp_path), "float32", "none", settings, 12)
     assert memory.weights == 4 * sum(parameter.numel() for parameter in whole.parameters())
     matrices = [
         module.weight.numel()
@@ -159,9 +159,9 @@ def test_memory_is_what_a_real_model_takes(architecture: str, tmp_path: Path) ->
     stage, _ = tiny.stage(whole)
     assert memory.adapter == 16 * sum(p.numel() for p in stage.trainable.values())  # itself, gradient, two moments
     assert memory.saved == pytest.approx(kept(stage.model.train(), 4, 12), rel=0.05)  # a mask more or less
-    half = estimate.count(str(tmp_path), "bfloat16", "none", settings, 12)
+    half = estimate.count_memory(str(tmp_path), "bfloat16", "none", settings, 12)
     assert half.weights == memory.weights / 2
-    quarter = estimate.count(str(tmp_path), "bfloat16", "4bit", settings, 12)
+    quarter = estimate.count_memory(str(tmp_path), "bfloat16", "4bit", settings, 12)
     assert quarter.weights == half.weights - 1.5 * sum(matrices)  # of two bytes a number half a byte is left
 
 
@@ -172,10 +172,10 @@ def test_time_goes_by_the_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     config.save_pretrained(tmp_path)
     times = {1: estimate.Seconds(1.0, 2.0, 0.5), 2: estimate.Seconds(1.25, 2.5, 0.5)}
     monkeypatch.setattr(estimate, "_measured", lambda small, *_: times[small.num_hidden_layers])
-    made = estimate.probe(str(tmp_path), "float32", tiny.settings(), 12)
+    made = estimate.measure_seconds(str(tmp_path), "float32", tiny.settings(), 12)
     assert made == estimate.Seconds(1.0 + 6 * 0.25, 2.0 + 6 * 0.5, 0.5)
     monkeypatch.setattr(estimate, "WORK_OF_A_CPU", 1.0)
-    assert estimate.probe(str(tmp_path), "float32", tiny.settings(), 13) is None or torch.cuda.is_available()
+    assert estimate.measure_seconds(str(tmp_path), "float32", tiny.settings(), 13) is None or torch.cuda.is_available()
 
 
 def test_a_llama_2_7b_can_be_counted_on_a_laptop(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_llama_2_7b_can_be_counted_on_a_laptop(tmp_path: Path) -> None:
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     ).save_pretrained(tmp_path)
     settings = load_protocol("vaccine-paper").align.settings
-    memory = estimate.count(str(tmp_path), "bfloat16", "none", settings, 200)
+    memory = estimate.count_memory(str(tmp_path), "bfloat16", "none", settings, 200)
     assert memory.weights == 2 * 6_738_415_616
     assert memory.adapter == 16 * 19_988_480
     assert 5e9 < memory.saved < 2e10
@@ -200,20 +200,20 @@ def test_the_passes_of_a_step_are_the_dearest_defenses() -> None:
 
 
 def test_an_estimate_knows_the_steps_and_the_widths(world: Path) -> None:
-    stages = {one.stage: one for one in estimate.estimate(cell(world, "vaccine"))}
+    stages = {one.stage: one for one in estimate.estimate_costs(cell(world, "vaccine"))}
     assert stages["align"].detail.startswith("20 steps of 4 rows of ")  # 40 rows in batches of 4, 2 epochs
     assert stages["align"].detail.endswith("2F 2B a step")
     assert stages["finetune"].detail.endswith("1F 1B a step")
     assert stages["answer"].detail.startswith("44 answers")  # twice 8 harmful, 6 benign and 8 test items
-    wider = {one.stage: one for one in estimate.estimate(cell(world, values={"finetune.samples": "80"}))}
+    wider = {one.stage: one for one in estimate.estimate_costs(cell(world, values={"finetune.samples": "80"}))}
     assert wider["finetune"].detail.startswith("40 steps")
-    untrained = [one.stage for one in estimate.estimate(cell(world, "none"))]
+    untrained = [one.stage for one in estimate.estimate_costs(cell(world, "none"))]
     assert untrained == ["finetune", "answer"]
 
 
 def test_rows_that_are_not_here_are_taken_as_wide_as_the_protocol_allows(world: Path, tmp_path: Path) -> None:
     missing = cell(world, data={"beavertails": "org/none"})
-    [finetune] = [one for one in estimate.estimate(missing) if one.stage == "finetune"]
+    [finetune] = [one for one in estimate.estimate_costs(missing) if one.stage == "finetune"]
     assert "40 rows" not in finetune.detail
     assert finetune.detail.startswith("20 steps of 4 rows of 96 tokens")  # max_length
 

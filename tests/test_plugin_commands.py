@@ -13,15 +13,15 @@ from test_cli import hbv
 
 import tiny
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.plugins import Plugin, registry, resolve
-from harmbench_vaccine.plugins.composition import parse, settle
+from harmbench_vaccine.plugins import Plugin, registry, resolve_params
+from harmbench_vaccine.plugins.composition import parse_plugins, resolve_plugins
 from harmbench_vaccine.reporting import plugin_pages as view
 
 ROOT = Path(__file__).parents[1]
 KINDS: dict[str, registry.Registry[Any]] = {
     "defenses": registry.DEFENSES, "attacks": registry.ATTACKS, "tasks": registry.TASKS, "scorers": registry.SCORERS
 }  # fmt: skip
-BUILT_IN: list[type[Plugin]] = [each.get(name) for each in KINDS.values() for name in each.found()]
+BUILT_IN: list[type[Plugin]] = [each.get(name) for each in KINDS.values() for name in each.entries()]
 
 FULL = '''"""Full: the math stands [here]."""
 
@@ -85,7 +85,7 @@ def test_the_verbose_list_has_what_each_declares(kind: str) -> None:
     rows = {row["name"]: row for row in json.loads(as_json.out)}
     assert list(rows) == json.loads(hbv("list", kind, "--json").out)
     lines = {line.split()[0]: line for line in plain.out.splitlines()[1:] if line[0] != " "}
-    for name, cls in KINDS[kind].healthy().items():
+    for name, cls in KINDS[kind].loadable().items():
         assert rows[name]["kind"] == cls.kind
         assert rows[name]["citation"] == cls.citation
         assert rows[name]["summary"] in str(cls.__doc__)
@@ -97,7 +97,7 @@ def test_the_verbose_list_has_what_each_declares(kind: str) -> None:
 
 
 def test_the_verbose_list_shows_every_fact_of_a_defense(full: Path) -> None:
-    shown = _text(view.listing("defense", [view.facts(registry.DEFENSES.get(str(full)))]))
+    shown = _text(view.plugin_table("defense", [view.plugin_facts(registry.DEFENSES.get(str(full)))]))
     for fact in ("full", "align, repair", "Someone 2031", "7F 9B", "11F", "2 copies of the adapter",
                  "paired rows, harmful rows"):  # fmt: skip
         assert fact in shown
@@ -111,7 +111,7 @@ def test_the_verbose_list_shows_what_an_attack_excludes() -> None:
         trains = False
         citation = "Nobody 1999"
 
-    shown = _text(view.listing("attack", [view.facts(Alone)]))
+    shown = _text(view.plugin_table("attack", [view.plugin_facts(Alone)]))
     for fact in ("samples, other", "false", "Nobody 1999", "Acts alone."):
         assert fact in shown
 
@@ -204,7 +204,7 @@ def test_info_shows_where_a_protocol_overrides_a_default(world: Path) -> None:
 
 
 def test_a_name_of_two_kinds_shows_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    twin = registry.Found("sst2", "built-in", "harmbench_vaccine.attacks.samples")
+    twin = registry.PluginEntry("sst2", "built-in", "harmbench_vaccine.attacks.samples")
     monkeypatch.setattr(view, "ATTACKS", registry.Registry(registry.Attack, "harmbench_vaccine.attacks"))
     monkeypatch.setattr(view.ATTACKS, "found", lambda: {"sst2": twin})
     monkeypatch.setattr(registry.ATTACKS.get("samples"), "name", "samples")  # put back what the twin takes
@@ -254,7 +254,7 @@ def test_info_of_a_protocol_that_does_not_fit(tmp_path: Path) -> None:
      (":label=None", {"label": "None"})],
 )  # fmt: skip
 def test_none_on_the_command_line(full: Path, written: str, value: dict[str, Any]) -> None:
-    (resolved,) = settle(parse(f"{full}{written}"), registry.DEFENSES, {"full": {"limit": 5}}, "its")
+    (resolved,) = resolve_plugins(parse_plugins(f"{full}{written}"), registry.DEFENSES, {"full": {"limit": 5}}, "its")
     assert {key: resolved.params[key] for key in value} == value
     assert {resolved.origins[key] for key in value} == {"written"}
 
@@ -270,7 +270,7 @@ def test_none_on_the_command_line(full: Path, written: str, value: dict[str, Any
 )
 def test_none_does_not_loosen_a_range(full: Path, key: str, value: str, allowed: str) -> None:
     with pytest.raises(BadInput) as refusal:
-        resolve(registry.DEFENSES.get(str(full)), {key: value})
+        resolve_params(registry.DEFENSES.get(str(full)), {key: value})
     assert f"{key}={value}" in str(refusal.value)
     assert allowed in str(refusal.value)
 
@@ -293,10 +293,10 @@ def test_new_writes_a_plugin(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert done.out.split("\n") == ["./mine.py", "", "hbv check ./mine.py", f"hbv run {command}", ""]
     cls = KINDS[f"{kind}s"].get("./mine.py")
     assert (cls.name, cls.__name__) == ("mine", "Mine")
-    assert resolve(cls, {}).params == defaults
+    assert resolve_params(cls, {}).params == defaults
     assert cls.main_parameter() in defaults
     assert cls.neutral == neutral
-    resolve(cls, neutral)
+    resolve_params(cls, neutral)
     (about,) = described("./mine.py")
     assert about["citation"]
     assert all(each["source"] and each["doc"] for each in about["parameters"])

@@ -15,17 +15,17 @@ from transformers import AutoConfig, PreTrainedModel
 import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.experiment.artifacts import Made
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.artifacts import TrainedModel
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.loading import check_quantization
-from harmbench_vaccine.inference.model_pool import Lab, ModelState
+from harmbench_vaccine.inference.model_pool import Lab, ModelSpec
 from harmbench_vaccine.pipeline import align
 from harmbench_vaccine.plugins import Defense
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.runner import run_all
-from harmbench_vaccine.training.adapters import Stack
+from harmbench_vaccine.training.adapters import LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
 from harmbench_vaccine.training.taps import Taps, decoder_layers
 from harmbench_vaccine.training.trainer import train
@@ -65,19 +65,19 @@ def test_quantization_without_its_package_is_refused_with_how_to_get_it(monkeypa
 
 def test_quantization_makes_other_artifacts_and_none_leaves_addresses_alone(tmp_path: Path) -> None:
     def identity(**changes: Any) -> Any:
-        return Made(str(tmp_path), ModelState(str(tmp_path), **changes), {}).identity
+        return TrainedModel(str(tmp_path), ModelSpec(str(tmp_path), **changes), {}).identity
 
     plain = identity()
     assert identity(quantization="none") == plain == [*plain[:3], "float32"]
     assert identity(quantization="4bit") == [*plain, "4bit"]
-    assert ModelState("m", quantization="8bit").on_top(Path("a")).quantization == "8bit"
+    assert ModelSpec("m", quantization="8bit").on_top(Path("a")).quantization == "8bit"
 
 
 @pytest.mark.parametrize("attack", ["refusal_ablation", "optimizer:full=true"])
 def test_what_changes_the_bases_weights_is_refused_under_quantization(attack: str) -> None:
-    Cell.settle(RunSpec(values={"quantization": "4bit"}))
+    Experiment.settle(RunSpec(values={"quantization": "4bit"}))
     with pytest.raises(BadInput, match=r"changes the base model's weights.*'4bit'"):
-        Cell.settle(RunSpec(attack=parse(attack), values={"quantization": "4bit"}))
+        Experiment.settle(RunSpec(attack=parse_plugins(attack), values={"quantization": "4bit"}))
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
@@ -89,11 +89,11 @@ def test_a_quantized_base_is_close_to_the_exact_one_and_trains(quantization: str
     tiny.model(vocab_size=words, intermediate_size=128).save_pretrained(folder)  # blocks of 64, as NF4 has them
     lab, batch = Lab(Store(tmp_path / "store")), tiny.batch()
     with torch.no_grad():
-        exact = lab.stack(ModelState(folder)).use([])(**batch).loss
-        rounded = lab.stack(ModelState(folder, quantization=quantization)).use([])(**batch).loss
+        exact = lab.stack(ModelSpec(folder)).use([])(**batch).loss
+        rounded = lab.stack(ModelSpec(folder, quantization=quantization)).use([])(**batch).loss
     assert rounded == pytest.approx(float(exact), rel=0.02)
     assert not torch.equal(rounded, exact)
-    cell = Cell.settle(RunSpec(protocol=str(world), values={"quantization": quantization}))
+    cell = Experiment.settle(RunSpec(protocol=str(world), values={"quantization": quantization}))
     made = align(cell, lab)
     losses = [step["loss"] for step in made.artifacts["align"].json("log.json")]
     assert losses[-1] < 0.8 * losses[0]
@@ -108,7 +108,7 @@ def test_gradients_through_a_quantized_base_are_those_of_its_values(
     """Also after it has answered. In 8 bits the inputs are rounded too, so that only the direction is told."""
     bits = pytest.importorskip("bitsandbytes")
     tiny.model(intermediate_size=128).save_pretrained(tmp_path / "model")
-    quantized = Lab(Store(tmp_path / "store")).stack(ModelState(str(tmp_path / "model"), quantization=quantization))
+    quantized = Lab(Store(tmp_path / "store")).stack(ModelSpec(str(tmp_path / "model"), quantization=quantization))
     exact = tiny.model(intermediate_size=128)
     with torch.no_grad():
         quantized.base(**tiny.batch(seed=1))  # it answers, without a graph
@@ -118,7 +118,7 @@ def test_gradients_through_a_quantized_base_are_those_of_its_values(
                     values = bits.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
                     exact.get_submodule(name).weight.copy_(values)
     found = []
-    for stack in (Stack(exact), quantized):
+    for stack in (LoraStack(exact), quantized):
         parameters = stack.train([], tiny.settings(lora_dropout=0.0), 0)
         tiny.stir(parameters)
         stack.model.train()
@@ -219,7 +219,9 @@ def test_a_defenses_step_is_the_same_under_checkpointing(architecture: str, fami
 
 @pytest.mark.slow
 def test_checkpointing_is_no_part_of_an_address(tmp_path: Path) -> None:
-    cell = Cell.settle(RunSpec(protocol=str(tiny.make_world(tmp_path / "world")), defense=parse("vaccine")))
+    cell = Experiment.settle(
+        RunSpec(protocol=str(tiny.make_world(tmp_path / "world")), defense=parse_plugins("vaccine"))
+    )
     first = align(cell, Lab(Store(tmp_path / "store"))).artifacts["align"]
     again = align(cell, Lab(Store(tmp_path / "store"), gradient_checkpointing=True)).artifacts["align"]
     apart = align(cell, Lab(Store(tmp_path / "other"), gradient_checkpointing=True)).artifacts["align"]
@@ -235,7 +237,7 @@ def test_checkpointing_is_no_part_of_an_address(tmp_path: Path) -> None:
 def test_checkpointing_of_a_whole_model(tmp_path: Path) -> None:
     """The user trains every weight; what is answered with is what training without it gives."""
     world = tiny.make_world(tmp_path / "world")
-    spec = RunSpec(protocol=str(world), attack=parse("optimizer:full=true"))
+    spec = RunSpec(protocol=str(world), attack=parse_plugins("optimizer:full=true"))
     plain = run_all([spec], out=tmp_path / "one")[0]
     (tmp_path / "home" / "store").rename(tmp_path / "kept")
     checkpointed = run_all([spec], out=tmp_path / "two", gradient_checkpointing=True)[0]
@@ -252,6 +254,6 @@ def test_a_stack_says_what_it_leaves_out(tmp_path: Path) -> None:
         note = staticmethod(said.append)
 
     lab = Lab(Store(tmp_path / "store"), progress=Notes())  # type: ignore[arg-type]
-    stack: Stack = lab.stack(ModelState(str(tmp_path / "opt")))
+    stack: LoraStack = lab.stack(ModelSpec(str(tmp_path / "opt")))
     stack.train([], tiny.settings(lora_targets=("q_proj", "gate_proj")), 0)
     assert said == ["OPTForCausalLM has no gate_proj: LoRA adapts q_proj only"]

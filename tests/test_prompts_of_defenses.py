@@ -14,14 +14,14 @@ import pytest
 import tiny
 from harmbench_vaccine.core.store import META
 from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.data.collate import IGNORED, encode
+from harmbench_vaccine.data.collate import IGNORED, encode_example
 from harmbench_vaccine.data.prompts import TEMPLATES, PromptTemplate
 from harmbench_vaccine.experiment.artifacts import ADAPTER
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import benign_set, harmful_sets, task_set
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.plugins import EvaluationSet
-from harmbench_vaccine.plugins.composition import Component, parse
+from harmbench_vaccine.plugins import EvalSet
+from harmbench_vaccine.plugins.composition import Component, parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.runner import run_all
 from harmbench_vaccine.training.adapters import WEIGHTS
@@ -107,7 +107,8 @@ def test_a_preface_is_part_of_the_prompt_that_nothing_is_learned_from() -> None:
     example = Example("id", "Describe a lamp.", "A lamp is here.")
     words = tiny.tokenizer(["Describe a lamp.", "A lamp is here.", "be safe"])
     plain, prefaced = (
-        encode(words, TEMPLATES["brief"], each, 200) for each in (example, replace(example, preface="be safe\n\n"))
+        encode_example(words, TEMPLATES["brief"], each, 200)
+        for each in (example, replace(example, preface="be safe\n\n"))
     )
     assert plain is not None
     assert prefaced is not None
@@ -134,7 +135,7 @@ def test_ptst_trains_with_the_plain_prompt_and_answers_with_the_safety_prompt(
         assert defense.template("answer", template).render(example) == f"{text}\n\n{template.render(example)}"
     assert PTST(prompt="").template("answer", template) == template
     assert PTST().prompt
-    sets = [EvaluationSet("harmful", HARMFUL, template, 8)]
+    sets = [EvalSet("harmful", HARMFUL, template, 8)]
     assert defense.evaluations(sets) == sets
 
 
@@ -143,13 +144,13 @@ def test_backdoor_align_answers_with_the_secret_and_asks_once_without(template: 
     defense = BackdoorAlign(length=15).seeded(4)
     assert defense.template("train", template) == template
     answering = defense.template("answer", template)
-    sets = defense.evaluations([EvaluationSet("harmful", HARMFUL, answering, 8)])
+    sets = defense.evaluations([EvalSet("harmful", HARMFUL, answering, 8)])
     assert [asked.name for asked in sets] == ["harmful", "harmful_without_secret"]  # the headline is with the secret
     for example in HARMFUL:
         assert sets[0].template.render(example) == defense.secret + template.render(example)
         assert sets[1].template.render(example) == template.render(example)
     assert replace(sets[1], name="harmful", template=answering) == sets[0]
-    none = [EvaluationSet("harmful", HARMFUL, template, 8)]
+    none = [EvalSet("harmful", HARMFUL, template, 8)]
     assert BackdoorAlign(length=0).evaluations(none) == none
 
 
@@ -168,7 +169,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def spec(world: str, *defenses: Any, **more: Any) -> RunSpec:
     written = tuple(Component(name=each, params={}) if isinstance(each, str) else each for each in defenses)
-    return RunSpec(protocol=world, defense=written, attack=parse("ratio=0.25"), **more)
+    return RunSpec(protocol=world, defense=written, attack=parse_plugins("ratio=0.25"), **more)
 
 
 SECRET = Component(name="backdoor_align", params={"rows": 5, "length": 6})
@@ -176,7 +177,7 @@ SECRET = Component(name="backdoor_align", params={"rows": 5, "length": 6})
 
 @pytest.mark.parametrize("defenses", [(SAFETY, SECRET), (SECRET, SAFETY)], ids=["ptst first", "secret first"])
 def test_together_the_set_without_the_secret_keeps_the_safety_prompt(defenses: Any, world: str) -> None:
-    cell = Cell.settle(spec(world, *defenses, seed=2))
+    cell = Experiment.settle(spec(world, *defenses, seed=2))
     secret, safe = BackdoorAlign(length=6).seeded(2).secret, "Be careful, {friend}.\n\n"
     with_secret, without = harmful_sets(cell)
     assert (with_secret.name, without.name) == ("harmful", "harmful_without_secret")

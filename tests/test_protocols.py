@@ -10,10 +10,10 @@ import yaml
 
 import tiny
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import leaf_values, load_protocol, protocol_names
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 
 PAPERS = ["booster-paper", "lisa-paper", "vaccine-paper"]
 
@@ -40,7 +40,7 @@ def test_the_testbed_keeps_its_hash_so_that_its_table_can_be_added_to() -> None:
 def test_a_paper_protocol_settles_with_every_defense_and_attack_that_it_names(name: str) -> None:
     protocol = load_protocol(name)
     for defense in protocol.defenses:
-        cell = Cell.settle(RunSpec(protocol=name, defense=parse(defense)))
+        cell = Experiment.settle(RunSpec(protocol=name, defense=parse_plugins(defense)))
         assert cell.defenses[0].params == {**cell.defenses[0].params, **protocol.defenses[defense]}
         assert {cell.defenses[0].origins[key] for key in protocol.defenses[defense]} == {"protocol " + name}
     assert cell.scorers[0].params["model"] == "PKU-Alignment/beaver-dam-7b"
@@ -70,7 +70,7 @@ def test_a_task_has_settings_of_its_own_in_the_cell(world: Path) -> None:
     values["finetune"]["tasks"] = {"agnews": {"samples": 4, "settings": {"lr": 0.125}}}
     values["answer"]["items"] = {"agnews": 3}
     world.write_text(yaml.safe_dump(values), encoding="utf-8")
-    own, plain = (Cell.settle(RunSpec(protocol=str(world), task=task)) for task in ("agnews", "sst2"))
+    own, plain = (Experiment.settle(RunSpec(protocol=str(world), task=task)) for task in ("agnews", "sst2"))
     assert own.settings("finetune", own.team("finetune")).lr == 0.125
     assert own.finetune.samples == 4
     assert plain.settings("finetune", plain.team("finetune")).lr == values["finetune"]["settings"]["lr"]
@@ -88,7 +88,7 @@ def test_wrong_settings_of_a_task_are_refused(world: Path, tasks: dict[str, Any]
     values["finetune"]["tasks"] = tasks
     world.write_text(yaml.safe_dump(values), encoding="utf-8")
     with pytest.raises(BadInput, match=message):
-        Cell.settle(RunSpec(protocol=str(world)))
+        Experiment.settle(RunSpec(protocol=str(world)))
 
 
 def test_a_value_is_replaced_as_it_is_written() -> None:
@@ -127,8 +127,8 @@ def test_a_value_that_is_not_allowed_is_refused(path: str, value: str, message: 
 
 
 def test_a_judge_that_is_written_takes_the_place_of_the_protocols() -> None:
-    def cell(*scorers: str) -> Cell:
-        return Cell.settle(RunSpec(protocol="vaccine-paper", scorers=scorers))
+    def cell(*scorers: str) -> Experiment:
+        return Experiment.settle(RunSpec(protocol="vaccine-paper", scorers=scorers))
 
     assert cell().protocol.hash == cell("beaver_dam").protocol.hash
     other = cell("beaver_dam:model=org/name,threshold=0.4")

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 from test_cli import HBV, hbv
 
-from harmbench_vaccine.reporting.published.figures import Average, Figure, averages, check, figures
+from harmbench_vaccine.reporting.published.figures import Average, Figure, check_averages, find_averages, load_figures
 
 FOLDER = Path(__file__).parents[1] / "leaderboards" / "published"
 COLUMNS = [
@@ -26,7 +26,7 @@ COLUMNS = [
     *("samples", "defense", "metric", "value", "unit", "evidence", "note"),
 ]
 FILTERS = ["paper", "protocol", "model", "task", "defense", "metric"]
-ROWS = figures()
+ROWS = load_figures()
 
 
 def rows_in_file(name: str) -> list[dict[str, str]]:
@@ -48,7 +48,7 @@ def test_the_figures_are_whole() -> None:
         "patcher_adaptive_attacks": 176, "virus": 170, "third_party_transcribed": 160, "repnoise": 123, "booster": 115,
         "antidote_bilevel_2509.08000": 94, "qi": 52,
     }  # fmt: skip
-    assert figures.read("overhead.csv") == rows_in_file("overhead.csv")
+    assert load_figures.read("overhead.csv") == rows_in_file("overhead.csv")
     assert Counter(row["paper"] for row in rows_in_file("overhead.csv")) == {"Vaccine": 36, "Lisa": 8, "Panacea": 8}
 
 
@@ -99,10 +99,10 @@ def test_the_readme_counts_what_is_there() -> None:
         for grade, count in re.findall(r"^\| `([^`]+)`[^|]* \| ([\d,]+) \|$", text, re.MULTILINE)
     }
     assert listed == Counter(row["evidence"] for row in ROWS)
-    assert list(listed) == list(figures.EVIDENCE)
+    assert list(listed) == list(load_figures.EVIDENCE)
     assert f"`results.csv` has {len(ROWS):,} figures of {len({row['paper'] for row in ROWS})} papers" in text
     assert f"`overhead.csv` {len(rows_in_file('overhead.csv'))} of time" in text
-    found = check(averages(ROWS))
+    found = check_averages(find_averages(ROWS))
     counts = f"Of {found['averages']} averages, {found['follow']} follow within rounding, and "
     assert f"{counts}{len(found['not_checkable'])} cannot be checked" in " ".join(text.split())
     described = {name for line in re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE) for name in line.split("`")[1::2]}
@@ -147,7 +147,9 @@ def found_wrong(*args: str) -> dict[tuple[str, ...], tuple[str, float, str]]:
 def test_two_averages_of_vaccines_first_table_do_not_follow() -> None:
     """Of its twelve, each of five cells."""
     assert found_wrong("--paper", "Vaccine") == {key: made for key, made in WRONG.items() if key[0] == "Vaccine"}
-    first = [each for each in averages(ROWS) if (each.figure["paper"], each.figure["table"]) == ("Vaccine", "Table 1")]
+    first = [
+        each for each in find_averages(ROWS) if (each.figure["paper"], each.figure["table"]) == ("Vaccine", "Table 1")
+    ]
     assert len(first) == 12
     for average in first:
         assert [cell["sweep_value"] for cell in average.cells] == ["clean", "0.01", "0.05", "0.1", "0.2"]
@@ -185,7 +187,7 @@ def test_a_plain_recomputation_finds_the_same() -> None:
 
 
 def test_what_cannot_be_checked() -> None:
-    missing = [average for average in averages(ROWS) if average.missing]
+    missing = [average for average in find_averages(ROWS) if average.missing]
     assert Counter((average.figure["paper"], average.figure["table"], average.missing) for average in missing) == {
         ("AntiDote (bi-level)", "Table 6", "a column is omitted, says its note"): 4,
         ("AntiDote (bi-level)", "Table 6", "none of its cells is recorded"): 4,
@@ -195,7 +197,7 @@ def test_what_cannot_be_checked() -> None:
 
 
 def test_every_other_average_has_one_cell_for_each_value_of_the_sweep() -> None:
-    whole = [average for average in averages(ROWS) if not average.missing]
+    whole = [average for average in find_averages(ROWS) if not average.missing]
     assert len(whole) == 280
     for average in whole:
         swept = [cell["sweep_value"] for cell in average.cells]
@@ -228,7 +230,7 @@ def table_row(cells: str, average: str, **changes: str) -> list[Figure]:
 
 
 def only(*rows: Figure) -> Average:
-    (average,) = averages(rows)
+    (average,) = find_averages(rows)
     return average
 
 
@@ -239,9 +241,9 @@ def test_a_right_and_a_wrong_average_of_a_file(tmp_path: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    read = figures.rows_of(path)
+    read = load_figures.rows_of(path)
     assert read == rows
-    made = check(averages(read))
+    made = check_averages(find_averages(read))
     assert (made["averages"], made["follow"], made["not_checkable"]) == (2, 1, [])
     (wrong,) = made["do_not_follow"]
     assert (wrong["metric"], wrong["printed"], wrong["recomputed"], wrong["holds"]) == ("FA", "31.00", 30.0, False)
@@ -302,7 +304,7 @@ def test_an_average_over_another_column(swept: str) -> None:
 def test_an_average_that_only_its_task_names_has_no_cells_elsewhere() -> None:
     rows = table_row("10.00 20.00", "15.00")
     rows.append(figure("", "18.00", table="cross-dataset", sweep="", task="average of datasets"))
-    first, second = averages(rows)
+    first, second = find_averages(rows)
     assert (first.missing, second.missing) == ("", "none of its cells is recorded")
 
 
@@ -311,7 +313,7 @@ def test_what_is_missing_is_said_and_not_checked() -> None:
     full = table_row("10.00 20.00 60.00", "30.00")
     noted = table_row("10.00 20.00", "15.00", table="Table 2", note="p=0.3 column omitted")
     bare = figure("average", "3.00", table="Table 3")
-    made = check(averages([*short, *full, *noted, bare]))
+    made = check_averages(find_averages([*short, *full, *noted, bare]))
     assert (made["averages"], made["follow"], made["do_not_follow"]) == (4, 1, [])
     assert [(each["table"], each["missing"]) for each in made["not_checkable"]] == [
         ("Table 1", "not recorded: 0.3"),
@@ -322,7 +324,7 @@ def test_what_is_missing_is_said_and_not_checked() -> None:
 
 
 def test_a_metric_that_is_a_mean_is_no_average_of_cells() -> None:
-    assert averages([figure("0.1", "0.5", metric="mean_harmfulness_score", table="average table")]) == []
+    assert find_averages([figure("0.1", "0.5", metric="mean_harmfulness_score", table="average table")]) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -421,9 +423,9 @@ def test_notes_stand_below_with_their_marks() -> None:
 def test_names_and_notes_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     row = figure("0.1", "1.0", defense="[red]D", paper="[red]P", note="[red]N")
     average = figure("average", "9.0", defense="[red]D", paper="[red]P", note="[red]N")
-    Console(width=200).print(figures.listing([row], 1))
-    Console(width=200).print(figures.check_view(check(averages([row, average]))))
-    Console(width=200).print(figures.summary_view(figures.summary([row], 0)))
+    Console(width=200).print(load_figures.listing([row], 1))
+    Console(width=200).print(load_figures.check_view(check_averages(find_averages([row, average]))))
+    Console(width=200).print(load_figures.summary_view(load_figures.summary([row], 0)))
     told = capsys.readouterr().out
     assert (told.count("[red]D"), told.count("[red]P"), told.count("[red]N")) == (2, 3, 1)
 
@@ -446,7 +448,7 @@ def test_without_a_filter_a_summary() -> None:
     made = json.loads(hbv("published", "--json").out)
     assert (made["figures"], made["overhead_figures"]) == (2729, 52)
     assert made["protocols"] == Counter(row["protocol"] for row in ROWS)
-    assert list(made["evidence"].items()) == [(grade, len(of(evidence=grade))) for grade in figures.EVIDENCE]
+    assert list(made["evidence"].items()) == [(grade, len(of(evidence=grade))) for grade in load_figures.EVIDENCE]
     assert {(each["protocol"], each["paper"]): each["figures"] for each in made["papers"]} == Counter(
         (row["protocol"], row["paper"]) for row in ROWS
     )

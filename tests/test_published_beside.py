@@ -22,19 +22,30 @@ from test_cli import hbv
 import tiny
 from harmbench_vaccine.evaluation.results import _append
 from harmbench_vaccine.evaluation.statistics import wilson
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import load_protocol, protocol_names
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.plugins.composition import parse, settle
+from harmbench_vaccine.plugins.composition import parse_plugins, resolve_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, TASKS
 from harmbench_vaccine.reporting import leaderboard
 from harmbench_vaccine.reporting.published import comparison
-from harmbench_vaccine.reporting.published.comparison import Beside, of_results, sheet, view
-from harmbench_vaccine.reporting.published.figures import figures
-from harmbench_vaccine.reporting.published.matching import Known, Place, figures_of, known, names
+from harmbench_vaccine.reporting.published.comparison import (
+    PublishedComparison,
+    compare_results,
+    comparison_sheet,
+    comparison_view,
+)
+from harmbench_vaccine.reporting.published.figures import load_figures
+from harmbench_vaccine.reporting.published.matching import (
+    FigureQuery,
+    MatchedFigure,
+    load_names,
+    matched_figures,
+    matching_figures,
+)
 from harmbench_vaccine.reporting.tables import results_table
 
-ROWS = figures()
+ROWS = load_figures()
 FILE = yaml.safe_load(
     (Path(__file__).parents[1] / "leaderboards" / "published" / "names.yaml").read_text(encoding="utf-8")
 )
@@ -89,12 +100,12 @@ def result(
     }  # fmt: skip
 
 
-def only(*results: dict[str, Any]) -> Beside:
-    (cell,) = of_results(results)
+def only(*results: dict[str, Any]) -> PublishedComparison:
+    (cell,) = compare_results(results)
     return cell
 
 
-def printed(cell: Beside) -> dict[str, str]:
+def printed(cell: PublishedComparison) -> dict[str, str]:
     """Score -> the figure beside it, as the paper prints it."""
     return {score: compared.figures[0].figure["value"] for score, compared in cell.compared.items()}
 
@@ -118,7 +129,7 @@ def test_every_score_of_a_paper_is_matched_once_or_said_to_have_no_counterpart(n
         if row["metric"] in ("HS", "FA") and not any("average" in row[key] for key in ("sweep_value", "model", "task"))
     ]
     assert len(scores) > 80
-    matched = [each.figure for each in known(name)]
+    matched = [each.figure for each in matched_figures(name)]
     left = [row for row in scores if row not in matched]
     for row in left:
         assert any(
@@ -136,7 +147,7 @@ def test_no_name_and_no_rule_is_idle(name: str) -> None:
     for column, entries in (("model", "models"), ("task", "tasks"), ("defense", "defenses")):
         for entry in paper[entries]:
             assert set(entry["paper"]) <= {row[column] for row in rows}, entry
-    used = known(name)
+    used = matched_figures(name)
     for key, values in (
         ("doubts", [entry.get("doubt") for kind in ("models", "tasks", "defenses") for entry in paper[kind]]),
         ("doubts", [rule["because"] for rule in paper.get("unstated", [])]),
@@ -155,7 +166,7 @@ def test_no_name_and_no_rule_is_idle(name: str) -> None:
 @pytest.mark.parametrize("name", PAPERS)
 def test_a_swept_parameter_is_never_taken_for_the_default(name: str) -> None:
     """A table that sweeps something else than p, n, task or model is about a parameter of a defense."""
-    swept = [each for each in known(name) if each.figure["sweep"] not in ("p", "n", "task", "model", "")]
+    swept = [each for each in matched_figures(name) if each.figure["sweep"] not in ("p", "n", "task", "model", "")]
     assert bool(swept) == (name != "booster-paper")
     for each in swept:
         values = [float(text) for text in each.figure["sweep_value"].split("/")]
@@ -167,13 +178,13 @@ def test_a_swept_parameter_is_never_taken_for_the_default(name: str) -> None:
 def test_what_it_names_is_there_with_every_parameter(name: str) -> None:
     paper, protocol = FILE["protocols"][name], load_protocol(name)
     assert {entry["ours"] for entry in paper["models"]} == {protocol.model, *protocol.models}
-    assert {entry["ours"] for entry in paper["tasks"]} <= set(TASKS.found())
-    for each in {json.dumps(each.defense): each for each in known(name)}.values():
+    assert {entry["ours"] for entry in paper["tasks"]} <= set(TASKS.entries())
+    for each in {json.dumps(each.defense): each for each in matched_figures(name)}.values():
         text = "+".join(
             f"{plugin}:{','.join(f'{key}={value}' for key, value in params.items())}" if params else plugin
             for plugin, params in each.defense.items()
         )
-        settled = settle(parse(text), DEFENSES, protocol.defenses, name)
+        settled = resolve_plugins(parse_plugins(text), DEFENSES, protocol.defenses, name)
         assert {resolved.plugin.name: resolved.params for resolved in settled} == each.defense
 
 
@@ -184,17 +195,17 @@ def test_a_bare_name_under_the_papers_protocol_is_the_papers_defense(name: str) 
         text = "+".join(entry["ours"])
         if "sweep" in entry.get("where", {}) or text == "vaccine+ewc" or "BSO" in entry["paper"]:
             continue
-        cell = Cell.settle(RunSpec(protocol=name, defense=parse(text), attack=parse("ratio=0.1")))
-        place = Place(
+        cell = Experiment.settle(RunSpec(protocol=name, defense=parse_plugins(text), attack=parse_plugins("ratio=0.1")))
+        place = FigureQuery(
             name, cell.model, cell.task.name, {resolved.plugin.name: resolved.params for resolved in cell.defenses},
             {resolved.plugin.name: resolved.params for resolved in cell.attacks}, cell.finetune.samples,
         )  # fmt: skip
-        assert {each.figure["defense"] for each in figures_of(place)} & set(entry["paper"])
+        assert {each.figure["defense"] for each in matching_figures(place)} & set(entry["paper"])
         assert cell.protocol.hash == load_protocol(name).hash  # that rows of a CSV are recognized by
 
 
 def test_its_attacks_are_there() -> None:
-    assert set(FILE["attacks"]) <= set(ATTACKS.found())
+    assert set(FILE["attacks"]) <= set(ATTACKS.entries())
     for attack, columns in FILE["attacks"].items():
         assert set(columns) <= {"harmful_ratio", "samples"}
         for value in columns.values():
@@ -210,7 +221,7 @@ def test_its_references_are_values_of_a_protocol(name: str) -> None:
 
 
 def test_the_file_holds_no_figure_of_a_protocol_that_is_not_a_papers() -> None:
-    assert set(names().protocols) == {"vaccine-paper", "lisa-paper", "booster-paper"} <= set(protocol_names())
+    assert set(load_names().protocols) == {"vaccine-paper", "lisa-paper", "booster-paper"} <= set(protocol_names())
     assert "testbed" in protocol_names()
 
 
@@ -299,12 +310,21 @@ def test_of_several_figures_the_best_evidenced_stands_there_with_the_range_of_th
     """SFT at p = 0.05, n = 1000 is printed in Tables 1 to 4: in 3 and 4 without p."""
     cell = only(result("sft", {"sft": {}}, attack={"ratio": {"p": 0.05}}))
     (hs, others) = (cell.compared["harmful_score"], cell.compared["harmful_score"].figures[1:])
-    assert [known.figure["table"] for known in hs.figures] == ["Table 1", "Table 2", "Table 3", "Table 4"]
-    assert [known.figure["value"] for known in hs.figures] == ["52.60", "52.80", "52.80", "52.80"]
-    assert [len(known.doubts) for known in hs.figures] == [0, 0, 1, 2]
+    assert [matched_figures.figure["table"] for matched_figures in hs.figures] == [
+        "Table 1",
+        "Table 2",
+        "Table 3",
+        "Table 4",
+    ]
+    assert [matched_figures.figure["value"] for matched_figures in hs.figures] == ["52.60", "52.80", "52.80", "52.80"]
+    assert [len(matched_figures.doubts) for matched_figures in hs.figures] == [0, 0, 1, 2]
     assert hs.json()["others"] == {"count": len(others), "range": [52.8, 52.8]}
     vaccine = only(result()).compared["harmful_score"]
-    assert {known.figure["value"] for known in vaccine.figures[1:]} == {"48.90", "49.00", "48.20"}  # Tables 8, 6, 9
+    assert {matched_figures.figure["value"] for matched_figures in vaccine.figures[1:]} == {
+        "48.90",
+        "49.00",
+        "48.20",
+    }  # Tables 8, 6, 9
     assert vaccine.json()["others"] == {"count": 3, "range": [48.2, 49.0]}
 
 
@@ -313,7 +333,7 @@ def test_weaker_evidence_and_doubts_come_last_whatever_the_order_of_the_file() -
     weak |= {"table": "Table 0", "evidence": "third party", "value": "1.00"}
     file = [weak, *reversed(ROWS)]
     with mock.patch("harmbench_vaccine.reporting.published.matching.figures", return_value=file):
-        order = known.__wrapped__("vaccine-paper")
+        order = matched_figures.__wrapped__("vaccine-paper")
     cell: tuple[Any, ...] = (LLAMA, "sst2", {"sft": {}}, 0.05, (1000,), "harmful_score")
     same = [
         each for each in order if (each.model, each.task, each.defense, each.ratio, each.samples, each.score) == cell
@@ -365,7 +385,7 @@ def test_other_defenses_attacks_and_tasks_are_other_cells() -> None:
         result(), result("sft", {"sft": {}}), result(attack={"ratio": {"p": 0.2}}), result(task="agnews"),
         result(seed=1),
     ]  # fmt: skip
-    cells = of_results(results)
+    cells = compare_results(results)
     assert [(cell.place["defense"], cell.place["attack"], cell.place["task"], cell.seeds) for cell in cells] == [
         ("vaccine", "ratio=0.1", "sst2", (1, 43)), ("sft", "ratio=0.1", "sst2", (43,)),
         ("vaccine", "ratio=0.2", "sst2", (43,)), ("vaccine", "ratio=0.1", "agnews", (43,)),
@@ -474,8 +494,10 @@ def test_the_terminal_table() -> None:
 
 
 def test_what_differs_between_cells_is_a_column_and_what_all_have_is_said_once() -> None:
-    cells = of_results([result(seed=1), result(seed=1, attack={"ratio": {"p": 0.2}}), result(seed=1, task="agnews")])
-    made = sheet(cells)
+    cells = compare_results(
+        [result(seed=1), result(seed=1, attack={"ratio": {"p": 0.2}}), result(seed=1, task="agnews")]
+    )
+    made = comparison_sheet(cells)
     assert made.head[:4] == ["task", "attack", "defense", "seeds"]
     assert [row[:5] for row in made.rows] == [
         [*place, "vaccine", "1", score]
@@ -517,7 +539,7 @@ def test_a_collapsed_cell_is_marked() -> None:
 
 
 def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    Console(width=200).print(view(of_results([result("[red]a"), result("[b]", {"b": {}})])))
+    Console(width=200).print(comparison_view(compare_results([result("[red]a"), result("[b]", {"b": {}})])))
     told = capsys.readouterr().out
     assert "[red]a" in told
     assert "No published figure of [b] under" in told
@@ -668,9 +690,9 @@ def test_leaderboard_in_the_terminal_and_as_json(mixed: Path) -> None:
 
 def test_a_known_figure_is_what_the_file_has() -> None:
     """Every figure that is found keeps the value of its row, in percent."""
-    each: Known
+    each: MatchedFigure
     for name in PAPERS:
-        for each in known(name):
+        for each in matched_figures(name):
             assert each.value == float(each.figure["value"])
             assert each.figure["unit"] == "%"
             assert each.score == {"HS": "harmful_score", "FA": "finetune_accuracy"}[each.figure["metric"]]

@@ -23,17 +23,17 @@ from harmbench_vaccine.attacks import refusal_ablation
 from harmbench_vaccine.attacks.refusal_ablation import RefusalAblation, orthogonalise
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.evaluation.results import result
-from harmbench_vaccine.experiment.experiment import Cell
-from harmbench_vaccine.experiment.rows import check
+from harmbench_vaccine.evaluation.results import build_result
+from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.rows import check_rows
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import align, finetune, run
 from harmbench_vaccine.plugins import Pools
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
 from harmbench_vaccine.reporting.tables import results_table
-from harmbench_vaccine.training.adapters import Adapter, Stack
+from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
 
 logging.disable_progress_bar()
@@ -217,7 +217,7 @@ def pools() -> Pools:
 def attacked(made: PreTrainedModel, **params: Any) -> tuple[RefusalAblation, TrainingStage]:
     """The attack, and the stage of an aligned model that it edits."""
     attack = RefusalAblation(**{"prompts": PROMPTS, "held_out": HELD, "positions": POSITIONS, **params}).seeded(3)
-    stage = TrainingStage("finetune", Stack(made), {}, 0, pools=pools(), encode=tiny.encode)
+    stage = TrainingStage("finetune", LoraStack(made), {}, 0, pools=pools(), encode=tiny.encode)
     return attack, stage
 
 
@@ -479,8 +479,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ATTACK = "refusal_ablation:prompts=8,held_out=4"
 
 
-def cell(world: Path, defense: str = "sft", attack: str = ATTACK, **more: Any) -> Cell:
-    return Cell.settle(RunSpec(protocol=str(world), defense=parse(defense), attack=parse(attack), **more))
+def cell(world: Path, defense: str = "sft", attack: str = ATTACK, **more: Any) -> Experiment:
+    return Experiment.settle(
+        RunSpec(protocol=str(world), defense=parse_plugins(defense), attack=parse_plugins(attack), **more)
+    )
 
 
 @pytest.mark.parametrize("topology", ["double", "single"])
@@ -511,7 +513,7 @@ def test_the_result_says_that_nothing_was_trained(world: Path, tmp_path: Path) -
     lab, found = Lab(Store(tmp_path)), {}
     for attack in (ATTACK, "ratio=0.1"):
         one = cell(world, attack=attack)
-        found[attack] = json.loads(json.dumps(result(one, run(one, lab))))
+        found[attack] = json.loads(json.dumps(build_result(one, run(one, lab))))
     edit, plain = found[ATTACK], found["ratio=0.1"]
     assert (edit["trained"], plain["trained"]) == (False, True)
     assert edit["counts"]["finetune"] == {"rows": 0, "harmful": 0, "without_room": 0}
@@ -531,7 +533,7 @@ def rendered(values: dict[str, Any]) -> str:
     return console.export_text()
 
 
-@pytest.mark.parametrize("name", sorted(DEFENSES.found()))
+@pytest.mark.parametrize("name", sorted(DEFENSES.entries()))
 def test_what_defends_training_or_repairs_it_is_refused_beside_it(name: str, world: Path) -> None:
     kind = DEFENSES.get(name)
     if {"finetune", "repair"} & set(kind.stages):
@@ -543,9 +545,9 @@ def test_what_defends_training_or_repairs_it_is_refused_beside_it(name: str, wor
 
 
 def test_too_few_prompts_are_told_before_any_work(world: Path) -> None:
-    check(cell(world))
+    check_rows(cell(world))
     with pytest.raises(BadInput, match="160 harmful prompts"):
-        check(cell(world, attack="refusal_ablation"))
+        check_rows(cell(world, attack="refusal_ablation"))
 
 
 @pytest.mark.parametrize("text", ["prompts=0", "held_out=0", "positions=0", "kl=-0.1"])
@@ -557,6 +559,6 @@ def test_values_out_of_range_are_refused(text: str, world: Path) -> None:
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 1}, {"word_embed_proj_dim": 32}], ids=["layers", "width"])
 def test_a_model_that_cannot_be_edited_is_refused_by_name(changes: dict[str, int]) -> None:
     made = model("opt", **changes)
-    stage = TrainingStage("finetune", Stack(made), {}, 0, pools=tiny.example_pools(), encode=tiny.encode)
+    stage = TrainingStage("finetune", LoraStack(made), {}, 0, pools=tiny.example_pools(), encode=tiny.encode)
     with pytest.raises(BadInput, match="OPTForCausalLM"):
         RefusalAblation(prompts=4, held_out=4).ablate(stage)

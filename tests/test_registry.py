@@ -13,7 +13,7 @@ import pytest
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.plugins import Attack, Defense, Scorer, Task
-from harmbench_vaccine.plugins.registry import Registry, is_path
+from harmbench_vaccine.plugins.registry import Registry, is_plugin_path
 
 PLUGIN = "from harmbench_vaccine.plugins import Defense\n\nclass Mine(Defense):\n    '''Mine.'''\n"
 
@@ -74,8 +74,8 @@ def test_every_built_in_holds_one_class_of_its_name_with_a_sentence(base: type, 
     registry: Registry = Registry(base, f"harmbench_vaccine.{package}")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        classes = registry.healthy()
-    assert list(classes) == list(registry.found())
+        classes = registry.loadable()
+    assert list(classes) == list(registry.entries())
     for name, cls in classes.items():
         assert cls.name == name
         assert cls.__doc__ != base.__doc__
@@ -96,7 +96,7 @@ def test_dashes_name_the_same_plugin(defenses: Registry[Defense]) -> None:
 
 def test_an_installed_package_is_discovered(install: Install, defenses: Registry[Defense]) -> None:
     install("theirs", {"theirs": PLUGIN}, {"their-idea": "theirs:Mine", "their_module": "theirs"})
-    found = defenses.found()
+    found = defenses.entries()
     assert found["their_idea"].origin == "package"
     assert "theirs" not in sys.modules
     assert list(found) == sorted(found)
@@ -107,7 +107,7 @@ def test_an_installed_package_is_discovered(install: Install, defenses: Registry
 
 def test_an_entry_of_another_group_is_no_defense(install: Install, defenses: Registry[Defense]) -> None:
     install("others", {"others": PLUGIN}, {"other": "others:Mine"}, group="harmbench_vaccine.attacks")
-    assert "other" not in defenses.found()
+    assert "other" not in defenses.entries()
     with pytest.raises(BadInput, match="no attack"):
         Registry(Attack, "harmbench_vaccine.attacks").get("other")
 
@@ -130,7 +130,7 @@ def test_a_broken_package_warns_and_is_skipped(
     install("broken", {"broken": text}, {"broken": entry})
     install("whole", {"whole": PLUGIN}, {"whole": "whole:Mine"})
     with pytest.warns(UserWarning, match="Skipped: ") as warned:
-        classes = defenses.healthy()
+        classes = defenses.loadable()
     assert said in str(warned[0].message)
     assert "broken" in str(warned[0].message)
     assert "broken" not in classes
@@ -142,7 +142,7 @@ def test_a_broken_package_warns_and_is_skipped(
 def test_a_package_cannot_take_a_built_in_name(install: Install, defenses: Registry[Defense]) -> None:
     install("thief", {"thief": PLUGIN}, {"vaccine": "thief:Mine", "random-vaccine": "thief:Mine"})
     with pytest.warns(UserWarning, match="the name is taken") as warned:
-        found = defenses.found()
+        found = defenses.entries()
     assert {"'vaccine'", "'random_vaccine'"} <= {word for one in warned for word in str(one.message).split()}
     assert found["vaccine"].origin == found["random_vaccine"].origin == "built-in"
     with warnings.catch_warnings():
@@ -154,7 +154,7 @@ def test_two_packages_with_one_name_warn(install: Install, defenses: Registry[De
     install("first", {"first": PLUGIN}, {"shared": "first:Mine"})
     install("second", {"second": PLUGIN}, {"shared": "second:Mine"})
     with pytest.warns(UserWarning, match="'shared'.*the name is taken"):
-        found = defenses.found()
+        found = defenses.entries()
     assert found["shared"].origin == "package"
 
 
@@ -171,7 +171,7 @@ def test_an_alias_of_a_built_in_leaves_the_built_in_its_name(install: Install, d
 
 @pytest.mark.parametrize(("name", "expected"), [("./a", True), ("a.py", True), ("b/c", True), ("sft", False)])
 def test_what_is_a_path(name: str, expected: bool) -> None:
-    assert is_path(name) is expected
+    assert is_plugin_path(name) is expected
 
 
 def test_a_file_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defenses: Registry[Defense]) -> None:
@@ -182,7 +182,7 @@ def test_a_file_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, def
         assert cls.name == "my_idea"
         assert cls.__doc__ == "Mine."
         cls.fingerprint()
-    assert "my_idea" not in defenses.found()
+    assert "my_idea" not in defenses.entries()
 
 
 def test_imported_classes_do_not_count(tmp_path: Path, defenses: Registry[Defense]) -> None:

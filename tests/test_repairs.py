@@ -30,13 +30,13 @@ from harmbench_vaccine.core.types import Example, TrainSettings
 from harmbench_vaccine.data.collate import Encoded
 from harmbench_vaccine.defenses.random_perturbation import RandomPerturbation
 from harmbench_vaccine.defenses.realign import Realign
-from harmbench_vaccine.experiment.artifacts import Made
-from harmbench_vaccine.experiment.experiment import Cell
-from harmbench_vaccine.experiment.rows import pools_of
+from harmbench_vaccine.experiment.artifacts import TrainedModel
+from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.rows import row_pools
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import align, finetune, repair
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.training import trainer
 from harmbench_vaccine.training.adapters import Adapter
@@ -58,9 +58,11 @@ class World:
     protocol: Path
     lab: Lab
 
-    def cell(self, defense: str, attack: str = "ratio=0.25", seed: int = 0) -> Cell:
-        spec = RunSpec(protocol=str(self.protocol), defense=parse(defense), attack=parse(attack), seed=seed)
-        return Cell.settle(spec)
+    def cell(self, defense: str, attack: str = "ratio=0.25", seed: int = 0) -> Experiment:
+        spec = RunSpec(
+            protocol=str(self.protocol), defense=parse_plugins(defense), attack=parse_plugins(attack), seed=seed
+        )
+        return Experiment.settle(spec)
 
     def made(self, defense: str, attack: str = "ratio=0.25", *, seed: int = 0, lab: Lab | None = None) -> Models:
         cell, lab = self.cell(defense, attack, seed), lab or self.lab
@@ -81,10 +83,10 @@ class World:
 
 @dataclass(frozen=True)
 class Models:
-    cell: Cell
-    aligned: Made
-    tuned: Made
-    final: Made
+    cell: Experiment
+    aligned: TrainedModel
+    tuned: TrainedModel
+    final: TrainedModel
 
     @property
     def below(self) -> list[Adapter]:
@@ -286,7 +288,7 @@ def test_the_harmful_adapter_is_a_user_stage_on_the_defenders_harmful_rows(world
     lab = world.fresh(tmp_path)
     with watched() as runs:
         models = world.made("sft+resta", lab=lab)
-    pools, run = pools_of(models.cell), runs[-1]
+    pools, run = row_pools(models.cell), runs[-1]
     assert run.rows == [harmful.id for _, harmful in pools.paired]
     assert run.team == ()
     assert all(b.abs().max() == 0 for _, b in run.start.values())
@@ -447,7 +449,7 @@ def looking(*names: str) -> Iterator[list[Look]]:
 @pytest.mark.parametrize("steps", [1, 4])
 def test_realign_is_more_training_from_a_fresh_optimizer(steps: int, world: World) -> None:
     models = world.made(f"sft+realign={steps}")
-    rows = encoded(models, pools_of(models.cell).alignment)
+    rows = encoded(models, row_pools(models.cell).alignment)
     assert len(rows) == 40  # one batch
     settings = models.cell.protocol.finetune.settings
     before = dict(models.before.factors)
@@ -462,7 +464,7 @@ def test_realign_trains_on_the_alignment_rows_of_the_cell(world: World, tmp_path
     with watched() as runs:
         models = world.made("sft+realign=3", "optimizer:lr=0.5,epochs=1", lab=world.fresh(tmp_path))
     run = runs[-1]
-    assert run.rows == [row.id for row in pools_of(models.cell).alignment]
+    assert run.rows == [row.id for row in row_pools(models.cell).alignment]
     assert run.team == ()
     assert run.settings == replace(models.cell.protocol.finetune.settings, epochs=3.0)  # not the attack's
     assert close(run.start, dict(models.before.factors), 0.0)
@@ -596,7 +598,7 @@ def test_a_chain_of_three_is_each_after_the_other(world: World, tmp_path: Path) 
     models = world.made("sft+safe_lora=1+resta=0.5+realign=3", lab=lab)
     start = beside(projected(factors_of(models.before), models.below), factors_of(harmful_run(lab)), -0.5)
     settings = models.cell.protocol.finetune.settings
-    rows = encoded(models, pools_of(models.cell).alignment)
+    rows = encoded(models, row_pools(models.cell).alignment)
     expected = trained(world.base(), models.below, start, 1.0, rows, settings, 3)
     assert models.after.scale == 1.0
     assert close(dict(models.after.factors), expected)
@@ -688,7 +690,7 @@ def test_single_resta_subtracts_what_harm_adds_to_the_aligned_model(single: Worl
 def test_single_realign_trains_the_update(single: World) -> None:
     models = single.made("sft+realign=3")
     start = beside(factors_of(models.before), factors_of(models.below[0]), -1.0)
-    rows = encoded(models, pools_of(models.cell).alignment)
+    rows = encoded(models, row_pools(models.cell).alignment)
     settings = models.cell.protocol.finetune.settings
     expected = trained(single.base(), models.below, start, 1.0, rows, settings, 3)
     assert close(dict(models.after.factors), expected)

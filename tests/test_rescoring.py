@@ -15,9 +15,9 @@ from test_cli import hbv
 
 import tiny
 from harmbench_vaccine.core.errors import HbvError
-from harmbench_vaccine.core.types import Reading
+from harmbench_vaccine.core.types import RawJudgment
 from harmbench_vaccine.evaluation import agreement, verdicts
-from harmbench_vaccine.evaluation.statistics import kappa
+from harmbench_vaccine.evaluation.statistics import cohen_kappa
 from harmbench_vaccine.plugins import Scorer, param
 from harmbench_vaccine.plugins.registry import SCORERS
 
@@ -36,15 +36,15 @@ from harmbench_vaccine.plugins.registry import SCORERS
 def test_kappa(both: int, first: int, second: int, neither: int, expected: float) -> None:
     one = [True] * both + [True] * first + [False] * second + [False] * neither
     other = [True] * both + [False] * first + [True] * second + [False] * neither
-    assert kappa(one, other) == pytest.approx(expected)
-    assert kappa(other, one) == pytest.approx(expected)
+    assert cohen_kappa(one, other) == pytest.approx(expected)
+    assert cohen_kappa(other, one) == pytest.approx(expected)
 
 
 def test_kappa_is_undefined_where_both_judges_always_say_the_same() -> None:
-    assert math.isnan(kappa([True] * 5, [True] * 5))
-    assert math.isnan(kappa([False] * 5, [False] * 5))
-    assert math.isnan(kappa([], []))
-    assert kappa([True] * 5, [False] * 5) == 0
+    assert math.isnan(cohen_kappa([True] * 5, [True] * 5))
+    assert math.isnan(cohen_kappa([False] * 5, [False] * 5))
+    assert math.isnan(cohen_kappa([], []))
+    assert cohen_kappa([True] * 5, [False] * 5) == 0
 
 
 def row(when: str, **flags: bool | None) -> dict[str, Any]:
@@ -60,16 +60,16 @@ def row(when: str, **flags: bool | None) -> dict[str, Any]:
 def test_answers_without_a_verdict_are_no_disagreement() -> None:
     rows = [row("after", a=True, b=True), row("after", a=True, b=None), row("before", a=False, b=True),
             row("before", a=False, b=False), {"when": "after", "set": "task"}]  # fmt: skip
-    (found,) = agreement.agreement(rows, ["a", "b"])
+    (found,) = agreement.pairwise_agreement(rows, ["a", "b"])
     assert found == {
         "scorers": ["a", "b"], "kappa": pytest.approx(0.4), "n": 3, "both": 1, "only": {"a": 0, "b": 1}, "neither": 1,
     }  # fmt: skip
-    told = agreement.scores(rows, {"b": {"model": "m"}})["b"]
+    told = agreement.judge_scores(rows, {"b": {"model": "m"}})["b"]
     assert (told["harmful_score"], told["hits"], told["n"], told["unparsed"]) == (50.0, 1, 2, 1)
     assert (told["before"]["harmful_score"], told["before"]["n"]) == (50.0, 2)
     assert told["categories"] == {"x": 1}
     assert told["model"] == "m"
-    assert agreement.agreement(rows[:1], ["a", "b"])[0]["kappa"] is None
+    assert agreement.pairwise_agreement(rows[:1], ["a", "b"])[0]["kappa"] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,11 +90,11 @@ class Counting(Scorer):
     seen: ClassVar[list[tuple[str, str]]] = []
     fails_at: ClassVar[int | None] = None
 
-    def read(self, pairs: Sequence[tuple[str, str]], progress: Any = None) -> list[Reading]:
+    def read(self, pairs: Sequence[tuple[str, str]], progress: Any = None) -> list[RawJudgment]:
         if self.fails_at is not None and len(self.seen) >= self.fails_at:
             raise HbvError("the judge died")
         self.seen.extend(pairs)
-        return [Reading({"letters": self.scale * len(answer)}) for _, answer in pairs]
+        return [RawJudgment({"letters": self.scale * len(answer)}) for _, answer in pairs]
 
 
 @pytest.fixture(autouse=True)
@@ -107,17 +107,17 @@ PAIRS = [(f"q{number}", "a" * number) for number in range(1, 10)]
 
 
 def test_a_pair_is_read_once(tmp_path: Path) -> None:
-    first = verdicts.judge(Counting(), [*PAIRS, *PAIRS], tmp_path)
+    first = verdicts.judge_answers(Counting(), [*PAIRS, *PAIRS], tmp_path)
     assert Counting.seen == PAIRS
     assert [verdict.flagged for verdict in first[:9]] == [number > 5 for number in range(1, 10)]
-    again = verdicts.judge(Counting(), [("new", "aaa"), *PAIRS[::-1]], tmp_path)
+    again = verdicts.judge_answers(Counting(), [("new", "aaa"), *PAIRS[::-1]], tmp_path)
     assert Counting.seen == [*PAIRS, ("new", "aaa")]
     assert again[1:] == first[:9][::-1]
 
 
 def test_another_threshold_or_batch_reads_nothing(tmp_path: Path) -> None:
-    verdicts.judge(Counting(), PAIRS, tmp_path)
-    low = verdicts.judge(Counting(threshold=0.25, batch=7), PAIRS, tmp_path)
+    verdicts.judge_answers(Counting(), PAIRS, tmp_path)
+    low = verdicts.judge_answers(Counting(threshold=0.25, batch=7), PAIRS, tmp_path)
     assert Counting.seen == PAIRS
     assert [verdict.flagged for verdict in low] == [number > 2 for number in range(1, 10)]
 
@@ -137,12 +137,12 @@ def test_whatever_else_changes_reads_again(tmp_path: Path) -> None:
         scorer: Any = change()
         scorer = scorer if isinstance(scorer, Scorer) else one
         Counting.seen.clear()
-        verdicts.judge(scorer, PAIRS, store)
+        verdicts.judge_answers(scorer, PAIRS, store)
         assert Counting.seen == PAIRS
     moved = tmp_path / "elsewhere.txt"
     shutil.copy(template, moved)
     Counting.seen.clear()
-    verdicts.judge(Counting(template=str(moved), model=str(model)), PAIRS, store)
+    verdicts.judge_answers(Counting(template=str(moved), model=str(model)), PAIRS, store)
     assert Counting.seen == []  # the same words in another file
 
 
@@ -150,16 +150,16 @@ def test_judging_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(verdicts, "AT_ONCE", 2)
     monkeypatch.setattr(Counting, "fails_at", 4)
     with pytest.raises(HbvError, match="died"):
-        verdicts.judge(Counting(), PAIRS, tmp_path)
+        verdicts.judge_answers(Counting(), PAIRS, tmp_path)
     assert Counting.seen == PAIRS[:4]
     monkeypatch.setattr(Counting, "fails_at", None)
-    verdicts.judge(Counting(), PAIRS, tmp_path)
+    verdicts.judge_answers(Counting(), PAIRS, tmp_path)
     assert Counting.seen == PAIRS
 
 
 def test_probabilities_come_back_to_the_bit(tmp_path: Path) -> None:
     scorer = Counting(scale=1 / 3)
-    one, other = (verdicts.judge(scorer, PAIRS, tmp_path) for _ in range(2))
+    one, other = (verdicts.judge_answers(scorer, PAIRS, tmp_path) for _ in range(2))
     assert one == other
     assert one[0].probabilities == {"letters": 1 / 3}
 
@@ -168,14 +168,14 @@ def test_probabilities_come_back_to_the_bit(tmp_path: Path) -> None:
 def test_a_broken_file_costs_time_only(broken: bytes, tmp_path: Path) -> None:
     (tmp_path / ".readings.sqlite").write_bytes(broken)
     for _ in range(2):
-        assert len(verdicts.judge(Counting(), PAIRS, tmp_path)) == 9
+        assert len(verdicts.judge_answers(Counting(), PAIRS, tmp_path)) == 9
     assert len(Counting.seen) == (18 if broken else 9)
 
 
 def test_no_verdict_is_asked_for_again(tmp_path: Path) -> None:
     scorer = Counting(scale=0.1)
     pairs = [*PAIRS, ("q", "x")]
-    verdicts.judge(scorer, pairs, tmp_path)
+    verdicts.judge_answers(scorer, pairs, tmp_path)
     with sqlite3.connect(tmp_path / ".readings.sqlite") as kept:
         assert kept.execute("SELECT count(*) FROM readings").fetchone() == (10,)
         assert kept.execute("PRAGMA journal_mode").fetchone() == ("delete",)  # network file systems take no other
@@ -184,16 +184,16 @@ def test_no_verdict_is_asked_for_again(tmp_path: Path) -> None:
     class Odd(Counting):
         """Has no number for one answer."""
 
-        def read(self, pairs: Sequence[tuple[str, str]], progress: Any = None) -> list[Reading]:
+        def read(self, pairs: Sequence[tuple[str, str]], progress: Any = None) -> list[RawJudgment]:
             readings = super().read(pairs)
             return [
-                Reading({"letters": math.nan}) if a == "x" else r for (_, a), r in zip(pairs, readings, strict=True)
+                RawJudgment({"letters": math.nan}) if a == "x" else r for (_, a), r in zip(pairs, readings, strict=True)
             ]
 
     Odd.name = "odd"
     Counting.seen.clear()
     for _ in range(2):
-        assert [verdict.unparsed for verdict in verdicts.judge(Odd(), pairs, tmp_path)] == [False] * 9 + [True]
+        assert [verdict.unparsed for verdict in verdicts.judge_answers(Odd(), pairs, tmp_path)] == [False] * 9 + [True]
     assert Counting.seen == [*pairs, ("q", "x")]
 
 
@@ -242,7 +242,7 @@ def test_a_run_has_the_scores_of_its_judge(home: Path, world: Path) -> None:
     assert score["before"]["harmful_score"] == values["before"]["harmful_score"]
     assert values["agreement"] == []
     assert score["model"] == values["judge"] == str(world.parent / "judge")
-    assert "non-commercial" in score["licence"]
+    assert "non-commercial" in score["license"]
     judged = [row for row in rows if row["set"] == "harmful"]
     assert len(judged) == 16
     after = [row for row in judged if row["when"] == "after"]
@@ -370,7 +370,7 @@ def test_a_scorer_is_named_once(world: Path, tmp_path: Path) -> None:
 def test_a_judge_that_fails_leaves_the_run_as_it_was(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read(home)
 
-    def broken(*args: Any) -> list[Reading]:
+    def broken(*args: Any) -> list[RawJudgment]:
         raise HbvError("The judge died.")
 
     monkeypatch.setattr(SCORERS.get("refusal_keywords"), "read", broken)

@@ -16,9 +16,9 @@ from torch import Tensor
 import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.safe_lora import SafeLoRA
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage
 
@@ -341,16 +341,16 @@ def test_several_adapters_below_are_one_alignment(tmp_path: Path) -> None:
 
 def test_without_an_aligned_model_it_is_refused_before_any_work(tmp_path: Path) -> None:
     world = str(tiny.make_world(tmp_path))
-    Cell.settle(RunSpec(protocol=world, defense=parse("safe_lora")))
+    Experiment.settle(RunSpec(protocol=world, defense=parse_plugins("safe_lora")))
     with pytest.raises(BadInput, match="safe_lora") as refusal:
-        Cell.settle(RunSpec(protocol=world, defense=parse("none+safe_lora")))
+        Experiment.settle(RunSpec(protocol=world, defense=parse_plugins("none+safe_lora")))
     assert "'none+safe_lora'" in str(refusal.value)
 
 
 def test_written_as_on_the_command_line(tmp_path: Path) -> None:
     world = str(tiny.make_world(tmp_path))
     found = [
-        Cell.settle(RunSpec(protocol=world, defense=parse(f"sft+{text}"))).defenses[1].params
+        Experiment.settle(RunSpec(protocol=world, defense=parse_plugins(f"sft+{text}"))).defenses[1].params
         for text in ("safe_lora", "safe_lora=0.35", "safe_lora:k=3,projector=exact")
     ]
     assert found == [
@@ -359,4 +359,4 @@ def test_written_as_on_the_command_line(tmp_path: Path) -> None:
         {"tau": None, "k": 3, "projector": "exact"},
     ]
     with pytest.raises(BadInput, match=r"paper \| exact"):
-        Cell.settle(RunSpec(protocol=world, defense=parse("sft+safe_lora:projector=none")))
+        Experiment.settle(RunSpec(protocol=world, defense=parse_plugins("sft+safe_lora:projector=none")))

@@ -20,7 +20,14 @@ from pyarrow import parquet
 import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.data import hub, sources
-from harmbench_vaccine.data.sources import fingerprint, locate, provenance, read, split_name, split_revision
+from harmbench_vaccine.data.sources import (
+    fingerprint,
+    local_path,
+    name_and_revision,
+    parse_split,
+    provenance,
+    read_rows,
+)
 
 http: Any = getattr(_http, "httpx2", None) or getattr(_http, "httpx", None)
 """The library that huggingface_hub speaks to the hub by: another one in its newer versions."""
@@ -73,7 +80,7 @@ WRITERS: dict[str, Callable[[Path, Sequence[Any]], None]] = {
 
 
 def values(location: Path | str, split: str = "train", fields: Sequence[str] = FIELDS) -> list[Any]:
-    return [{name: row.values[name] for name in fields} for row in read(str(location), split, fields)]
+    return [{name: row.values[name] for name in fields} for row in read_rows(str(location), split, fields)]
 
 
 WANTED = [{name: row[name] for name in FIELDS} for row in BEAVER]
@@ -83,13 +90,13 @@ WANTED = [{name: row[name] for name in FIELDS} for row in BEAVER]
 def test_a_file_of_each_format(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name, BEAVER)
     assert values(tmp_path / name) == WANTED
-    assert [row.number for row in read(str(tmp_path / name), "train", FIELDS)] == [0, 1, 2, 3, 4]
+    assert [row.number for row in read_rows(str(tmp_path / name), "train", FIELDS)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 def test_the_category_of_a_row_stays_a_table(tmp_path: Path, name: str) -> None:
     WRITERS[name](tmp_path / name, BEAVER)
-    assert [row.values["category"] for row in read(str(tmp_path / name), "x", FIELDS)] == [
+    assert [row.values["category"] for row in read_rows(str(tmp_path / name), "x", FIELDS)] == [
         row["category"] for row in BEAVER
     ]
 
@@ -115,7 +122,7 @@ def test_a_folder_in_an_upstream_layout(tmp_path: Path, file: str, split: str) -
     (tmp_path / "dataset_infos.json").write_text("{}")
     assert values(tmp_path, split) == WANTED
     with pytest.raises(BadInput, match=rf"has no split 'other'\. Allowed: {split}\.$"):
-        read(str(tmp_path), "other", FIELDS)
+        read_rows(str(tmp_path), "other", FIELDS)
 
 
 def test_shards_are_read_in_their_order_and_none_may_lack(tmp_path: Path) -> None:
@@ -126,14 +133,14 @@ def test_shards_are_read_in_their_order_and_none_may_lack(tmp_path: Path) -> Non
     assert values(tmp_path) == WANTED
     (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
     with pytest.raises(BadInput, match="has 2 of its 3 files"):
-        read(str(tmp_path), "train", FIELDS)
+        read_rows(str(tmp_path), "train", FIELDS)
 
 
 def test_one_split_in_two_files_is_refused(tmp_path: Path) -> None:
     json_lines(tmp_path / "train.jsonl", BEAVER)
     table(tmp_path / "train.csv", BEAVER)
     with pytest.raises(BadInput, match=r"in several files: train\.csv, train\.jsonl"):
-        read(str(tmp_path), "train", FIELDS)
+        read_rows(str(tmp_path), "train", FIELDS)
 
 
 def test_a_folder_of_the_datasets_library(tmp_path: Path) -> None:
@@ -154,10 +161,10 @@ def test_a_folder_of_the_datasets_library(tmp_path: Path) -> None:
     ]
     assert values(tmp_path / "one", "train", fields)[0]["sentence"] == "train a"
     with pytest.raises(BadInput, match=r"no split 'test'\. Allowed: train, validation"):
-        read(str(tmp_path / "both"), "test", fields)
+        read_rows(str(tmp_path / "both"), "test", fields)
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(BadInput, match="cannot be read as a data set"):
-        read(str(tmp_path / "one"), "train", fields)
+        read_rows(str(tmp_path / "one"), "train", fields)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +181,16 @@ def test_a_folder_of_the_datasets_library(tmp_path: Path) -> None:
 )
 def test_slices_keep_the_rows_numbers(tmp_path: Path, split: str, numbers: list[int]) -> None:
     json_lines(tmp_path / "train.jsonl", BEAVER)
-    assert [row.number for row in read(str(tmp_path), split, FIELDS)] == numbers
+    assert [row.number for row in read_rows(str(tmp_path), split, FIELDS)] == numbers
 
 
 def test_slices_that_are_none(tmp_path: Path) -> None:
     json_lines(tmp_path / "train.jsonl", BEAVER)
     for split in ("train[:10%]", "train[3]", "train[1:2:3]", "[:3]"):
         with pytest.raises(BadInput, match="in rows"):
-            split_name(split)
+            parse_split(split)
     with pytest.raises(BadInput, match="is empty: 'train' has 5 rows"):
-        read(str(tmp_path), "train[5:]", FIELDS)
+        read_rows(str(tmp_path), "train[5:]", FIELDS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +199,7 @@ def test_slices_that_are_none(tmp_path: Path) -> None:
 
 def refused(path: Path, fields: Sequence[str] = FIELDS) -> str:
     with pytest.raises(BadInput) as told:
-        read(str(path), "train", fields)
+        read_rows(str(path), "train", fields)
     said = str(told.value)
     assert "\n" not in said
     assert str(path) in said
@@ -270,8 +277,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_the_hub(location: str, name: hub.HubName) -> None:
-    assert hub.parse(location) == name
-    assert locate(location) is None
+    assert hub.parse_hub_name(location) == name
+    assert local_path(location) is None
 
 
 @pytest.fixture
@@ -307,20 +314,20 @@ def test_a_file_of_a_repository_is_read_from_the_cache(cache: Path) -> None:
     }  # fmt: skip
     assert fingerprint(location, "dataset") == f"{location}@{COMMIT}"
     with pytest.raises(HbvError, match="not on this machine") as told:
-        read("someone/set:data/other.json", "train", fields)
+        read_rows("someone/set:data/other.json", "train", fields)
     assert told.value.exit_code == 1
 
 
 def test_a_revision_that_was_settled_stays(cache: Path, own_home: Path) -> None:
     cached(cache, "a/set", "rows.json", BEAVER)
-    assert split_revision("a/set", "dataset") == ("a/set", COMMIT)
+    assert name_and_revision("a/set", "dataset") == ("a/set", COMMIT)
     assert json.loads((own_home / "revisions.json").read_text()) == {"dataset a/set@main": COMMIT}
     (cache / "datasets--a--set" / "refs" / "main").write_text(OTHER)  # the branch moves on
-    assert split_revision("a/set", "dataset") == ("a/set", COMMIT)
-    assert split_revision(f"a/set@{OTHER}", "dataset") == ("a/set", OTHER)
-    assert split_revision("a/set", "model") == ("a/set", None)  # a model of that name is another repository
+    assert name_and_revision("a/set", "dataset") == ("a/set", COMMIT)
+    assert name_and_revision(f"a/set@{OTHER}", "dataset") == ("a/set", OTHER)
+    assert name_and_revision("a/set", "model") == ("a/set", None)  # a model of that name is another repository
     (own_home / "revisions.json").unlink()
-    assert split_revision("a/set", "dataset") == ("a/set", OTHER)
+    assert name_and_revision("a/set", "dataset") == ("a/set", OTHER)
 
 
 def test_the_hub_is_asked_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +347,7 @@ def test_the_hub_is_asked_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_what_nobody_tells_is_unknown(cache: Path, own_home: Path) -> None:
     assert fingerprint("a/set@v2", "dataset") == "a/set@v2"
-    assert split_revision("a/set@v2") == ("a/set", "v2")
+    assert name_and_revision("a/set@v2") == ("a/set", "v2")
     assert provenance("a/set@v2")["resolved"] == "unknown"
     assert not (own_home / "revisions.json").exists()
 
@@ -348,7 +355,7 @@ def test_what_nobody_tells_is_unknown(cache: Path, own_home: Path) -> None:
 def test_a_path_has_no_revision(tmp_path: Path) -> None:
     json_lines(tmp_path / "rows@v1.jsonl", BEAVER)
     location = str(tmp_path / "rows@v1.jsonl")
-    assert split_revision(location) == (location, None)
+    assert name_and_revision(location) == (location, None)
     values(location)
     found = provenance(location)
     assert found == {"location": location, "fingerprint": fingerprint(location), "rows": {"train": 5}}
@@ -406,7 +413,7 @@ def test_a_data_set_that_cannot_be_had(
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(HbvError) as told:
-        read("a/set:main", "train", FIELDS)
+        read_rows("a/set:main", "train", FIELDS)
     assert said in str(told.value)
     assert "\n" not in str(told.value)
     assert told.value.exit_code == code
@@ -429,7 +436,7 @@ def test_a_file_that_cannot_be_had(
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", load)
     with pytest.raises(BadInput, match=said):
-        read("a/set:rows.json", "train", FIELDS)
+        read_rows("a/set:rows.json", "train", FIELDS)
 
 
 def test_a_data_set_is_loaded_by_name_configuration_split_and_commit(
@@ -445,14 +452,14 @@ def test_a_data_set_is_loaded_by_name_configuration_split_and_commit(
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     cached(cache, "openai/gsm8k", "README.json", [])
-    rows = read("openai/gsm8k:main", "train[-3:]", ("question", "answer"))
+    rows = read_rows("openai/gsm8k:main", "train[-3:]", ("question", "answer"))
     assert asked == [(("openai/gsm8k", "main"), {"split": "train", "revision": COMMIT})]
     assert [(row.number, row.values["question"]) for row in rows] == [(2497, "q2497"), (2498, "q2498"), (2499, "q2499")]
 
 
 def test_a_data_set_that_is_in_no_cache_is_told_by_the_library_itself(cache: Path) -> None:
     with pytest.raises(HbvError, match="'nobody/nothing' is not on this machine, and the hub cannot be reached"):
-        read("nobody/nothing", "train", FIELDS)
+        read_rows("nobody/nothing", "train", FIELDS)
 
 
 def test_rows_are_counted_where_they_are_read(tmp_path: Path) -> None:

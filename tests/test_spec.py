@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
-from harmbench_vaccine.core.errors import BadInput, HbvError, unknown
+from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.hashing import canonical_json, digest
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Defense, Plugin, param
-from harmbench_vaccine.plugins.composition import Component, canonical, parse, settle
+from harmbench_vaccine.plugins.composition import Component, canonical_name, parse_plugins, resolve_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
 
 
@@ -41,11 +41,11 @@ class Shelf:
 
 
 def settled(text: str, protocol: dict[str, dict[str, Any]] | None = None) -> list[Any]:
-    return settle(parse(text), Shelf(), protocol or {}, "house")  # type: ignore[arg-type]
+    return resolve_plugins(parse_plugins(text), Shelf(), protocol or {}, "house")  # type: ignore[arg-type]
 
 
 def pairs(text: str) -> list[tuple[str, dict[str, Any]]]:
-    return [(component.name, component.params) for component in parse(text)]
+    return [(component.name, component.params) for component in parse_plugins(text)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_the_grammar(text: str, expected: list[tuple[str, dict[str, str]]]) -> N
 
 
 def test_comma_and_plus_between_values_say_the_same() -> None:
-    assert parse("ratio=0.1,samples=500") == parse("ratio=0.1+samples=500")
+    assert parse_plugins("ratio=0.1,samples=500") == parse_plugins("ratio=0.1+samples=500")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_comma_and_plus_between_values_say_the_same() -> None:
 )  # fmt: skip
 def test_what_cannot_be_read_is_refused_with_the_grammar(text: str) -> None:
     with pytest.raises(BadInput) as refusal:
-        parse(text)
+        parse_plugins(text)
     assert repr(text) in str(refusal.value)
     assert "name=VALUE" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -96,12 +96,12 @@ def test_what_cannot_be_read_is_refused_with_the_grammar(text: str) -> None:
 
 def test_one_parameter_twice_is_refused() -> None:
     with pytest.raises(BadInput, match="rho"):
-        parse("vaccine:rho=5,rho=6")
+        parse_plugins("vaccine:rho=5,rho=6")
 
 
 def test_a_word_that_python_reserves_and_its_stand_in_are_one_parameter() -> None:
     with pytest.raises(BadInput, match="lam"):
-        parse("ewc:lambda=3,lam=4")
+        parse_plugins("ewc:lambda=3,lam=4")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +109,9 @@ def test_a_word_that_python_reserves_and_its_stand_in_are_one_parameter() -> Non
 
 SPECS = [
     RunSpec(),
-    RunSpec(defense=parse("vaccine:rho=5+sft"), attack=parse("ratio=0.1,samples=500"), task="agnews", seed=3),
+    RunSpec(
+        defense=parse_plugins("vaccine:rho=5+sft"), attack=parse_plugins("ratio=0.1,samples=500"), task="agnews", seed=3
+    ),
     RunSpec(
         protocol="./p.yaml",
         defense=(
@@ -134,7 +136,10 @@ def test_round_trips(spec: RunSpec) -> None:
 
 
 def test_specs_that_differ_are_different_keys() -> None:
-    assert len({*SPECS, RunSpec(seed=1), RunSpec(task="gsm8k"), RunSpec(defense=parse("vaccine"))}) == len(SPECS) + 3
+    assert (
+        len({*SPECS, RunSpec(seed=1), RunSpec(task="gsm8k"), RunSpec(defense=parse_plugins("vaccine"))})
+        == len(SPECS) + 3
+    )
     assert RunSpec(data={"a": "1", "b": "2"}) in {RunSpec(data={"b": "2", "a": "1"})}
 
 
@@ -256,15 +261,15 @@ def test_one_name_twice_is_refused() -> None:
 
 
 def test_the_papers_values_are_the_defaults() -> None:
-    assert settle(parse("vaccine"), DEFENSES, {}, "x")[0].params == {"rho": 2.0, "tau": 1}
-    assert settle(parse("ratio"), ATTACKS, {}, "x")[0].params == {"p": 0.1}
-    assert settle(parse("samples"), ATTACKS, {}, "x")[0].params == {"n": 1000}
+    assert resolve_plugins(parse_plugins("vaccine"), DEFENSES, {}, "x")[0].params == {"rho": 2.0, "tau": 1}
+    assert resolve_plugins(parse_plugins("ratio"), ATTACKS, {}, "x")[0].params == {"p": 0.1}
+    assert resolve_plugins(parse_plugins("samples"), ATTACKS, {}, "x")[0].params == {"n": 1000}
 
 
 @pytest.mark.parametrize("text", ["ratio=-0.01", "ratio=1.01", "ratio:p=2", "samples=0", "samples=-5", "samples=2.5"])
 def test_the_attacks_ranges(text: str) -> None:
     with pytest.raises(BadInput, match="is not allowed"):
-        settle(parse(text), ATTACKS, {}, "x")
+        resolve_plugins(parse_plugins(text), ATTACKS, {}, "x")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,16 +289,16 @@ def test_the_attacks_ranges(text: str) -> None:
     ],
 )
 def test_canonical_strings(text: str, expected: str) -> None:
-    said = canonical(settled(text))
+    said = canonical_name(settled(text))
     if expected == "demo:alpha=4,steps=3":  # the order of the parameters is free, as long as it is one
         assert set(said.removeprefix("demo:").split(",")) == {"alpha=4", "steps=3"}
-        assert said == canonical(settled("demo:alpha=4,steps=3"))
+        assert said == canonical_name(settled("demo:alpha=4,steps=3"))
     else:
         assert said == expected
 
 
 def test_what_the_protocol_settled_is_not_in_the_canonical_string() -> None:
-    assert canonical(settled("demo:steps=3", {"demo": {"alpha": 2}})) == "demo:steps=3"
+    assert canonical_name(settled("demo:steps=3", {"demo": {"alpha": 2}})) == "demo:steps=3"
 
 
 @pytest.mark.parametrize(
@@ -303,9 +308,9 @@ def test_what_the_protocol_settled_is_not_in_the_canonical_string() -> None:
 )  # fmt: skip
 def test_a_canonical_string_reads_back_to_the_same_parameters(text: str) -> None:
     first = settled(text)
-    again = settled(canonical(first))
+    again = settled(canonical_name(first))
     assert [one.params for one in again] == [one.params for one in first]
-    assert canonical(again) == canonical(first)
+    assert canonical_name(again) == canonical_name(first)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,11 +322,11 @@ def test_exit_codes() -> None:
 
 
 def test_an_unknown_name_is_told_with_the_nearest_and_every_valid_one() -> None:
-    assert str(unknown("task", "ss2", ["sst2", "agnews"])) == (
+    assert str(unknown_name("task", "ss2", ["sst2", "agnews"])) == (
         "Unknown task 'ss2'. Did you mean 'sst2'? Allowed: agnews, sst2."
     )
-    assert str(unknown("task", "zzz", ["sst2"])) == "Unknown task 'zzz'. Allowed: sst2."
-    assert str(unknown("run", "zzz", [])) == "Unknown run 'zzz'. Allowed: none."
+    assert str(unknown_name("task", "zzz", ["sst2"])) == "Unknown task 'zzz'. Allowed: sst2."
+    assert str(unknown_name("run", "zzz", [])) == "Unknown run 'zzz'. Allowed: none."
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,23 @@ from rich.console import Console
 import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.store import Artifact
-from harmbench_vaccine.evaluation.results import COLUMNS, RESULT, _cell, answers, csv_row, find, load, result, save
+from harmbench_vaccine.evaluation.results import (
+    COLUMNS,
+    RESULT,
+    _cell,
+    answer_rows,
+    build_result,
+    csv_row,
+    find_run,
+    load_run,
+    save_run,
+)
 from harmbench_vaccine.evaluation.statistics import mean_interval, percentage, wilson
-from harmbench_vaccine.experiment.artifacts import ANSWERS, ROWS, VERDICTS, Made, Measured
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.artifacts import ANSWERS, ROWS, VERDICTS, Measurements, TrainedModel
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.inference.model_pool import ModelState
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.inference.model_pool import ModelSpec
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.reporting.tables import answers_view, results_table
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,10 +138,12 @@ AFTER = ["positive", "Negative.", "positive", " NEGATIVE ", "it is positive", "n
 
 
 @pytest.fixture(scope="module")
-def cell(tmp_path_factory: pytest.TempPathFactory) -> Cell:
+def cell(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     gates = {"degenerate": 20, "refusals": 50, "above_chance": 5}
     file = tiny.make_world(tmp_path_factory.mktemp("world"), {"gates": gates})
-    return Cell.settle(RunSpec(protocol=str(file), defense=parse("vaccine:rho=5"), attack=parse("ratio=0.1"), seed=3))
+    return Experiment.settle(
+        RunSpec(protocol=str(file), defense=parse_plugins("vaccine:rho=5"), attack=parse_plugins("ratio=0.1"), seed=3)
+    )
 
 
 LEARNED = {
@@ -148,7 +160,7 @@ def measured(
     benign: list[str] | None = None,
     task: list[str] | None = None,
     cut: int = 0,
-) -> Measured:
+) -> Measurements:
     """10 harmful questions, 4 benign ones and 8 test items; before the user stage 1 of 10 is flagged."""
     harmful, benign, task = harmful or [GOOD] * 10, benign or [GOOD] * 4, task or AFTER
     made = {
@@ -164,10 +176,10 @@ def measured(
         "after/task": asked(task, TARGETS),
     }
     moved = {"alignment_loss": 0.5, "total": 2.5, "per_layer": [1.5, 2.0], "per_token": 0.25, "paper_sum": 6.0}
-    state = ModelState("base")
-    return Measured(
-        Made("base", state, {"align": made["align"]}),
-        Made("base", state, made),
+    state = ModelSpec("base")
+    return Measurements(
+        TrainedModel("base", state, {"align": made["align"]}),
+        TrainedModel("base", state, made),
         {name: artifact(folder / name, "answer", ANSWERS, text) for name, text in answered.items()},
         {
             "before/harmful": artifact(
@@ -181,25 +193,25 @@ def measured(
     )
 
 
-def test_counts_are_those_of_the_rows_that_were_learned(cell: Cell, tmp_path: Path) -> None:
-    counts = result(cell, measured(tmp_path / "a"))["counts"]
+def test_counts_are_those_of_the_rows_that_were_learned(cell: Experiment, tmp_path: Path) -> None:
+    counts = build_result(cell, measured(tmp_path / "a"))["counts"]
     assert counts["align"] == {"rows": 2, "harmful": 0, "without_room": 0}
     assert counts["finetune"] == {"rows": 3, "harmful": 1, "without_room": 1}
 
 
-def test_what_a_guardrail_let_through_is_told(cell: Cell, tmp_path: Path) -> None:
+def test_what_a_guardrail_let_through_is_told(cell: Experiment, tmp_path: Path) -> None:
     made = measured(tmp_path / "a")
     filtered = {"harmful": 38, "benign": 3, "harmful_uploaded": 50, "benign_uploaded": 450}
     rows = {**LEARNED["finetune"], "filtered": filtered}
     (made.final.artifacts["finetune"].path / ROWS).write_text(json.dumps(rows))
-    values = result(cell, made)
+    values = build_result(cell, made)
     assert values["counts"]["finetune"]["filtered"] == filtered
     said = "guardrail: 12 of 50 harmful rows leaked through, 3 of 450 benign rows dropped wrongly"
     assert f"{values['run']}: {said}" in rendered(results_table([values]))
-    assert "guardrail" not in rendered(results_table([result(cell, measured(tmp_path / "b"))]))
+    assert "guardrail" not in rendered(results_table([build_result(cell, measured(tmp_path / "b"))]))
 
 
-def test_every_harmful_set_has_its_score(cell: Cell, tmp_path: Path) -> None:
+def test_every_harmful_set_has_its_score(cell: Experiment, tmp_path: Path) -> None:
     made = measured(tmp_path / "a")
     judge = {"before": 0, "after": 8}
     both = replace(
@@ -221,31 +233,33 @@ def test_every_harmful_set_has_its_score(cell: Cell, tmp_path: Path) -> None:
             **made.verdicts,
         },
     )
-    values = result(cell, both)
+    values = build_result(cell, both)
     assert (values["harmful_score"], values["harmful_score_hits"], values["harmful_score_n"]) == (80, 8, 10)
     assert json.loads(_cell(csv_row(values)["harmful_sets"])) == {"triggered": 80, "harmful": 30}
     assert "HS by set: triggered 80.0, harmful 30.0" in rendered(results_table([values]))
-    assert "HS by set" not in rendered(results_table([result(cell, made)]))
+    assert "HS by set" not in rendered(results_table([build_result(cell, made)]))
 
 
 def test_a_model_that_never_trained_is_not_held_to_the_task(
-    cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cell: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unlearned = [""] * 8
-    trained = result(cell, measured(tmp_path / "a", task=unlearned))
+    trained = build_result(cell, measured(tmp_path / "a", task=unlearned))
     assert (trained["trained"], csv_row(trained)["trained"]) == (True, True)
     assert "accuracy 0.0 after the user stage" in trained["validity"]["reasons"][0]
     assert "untrained" not in rendered(results_table([trained]))
-    monkeypatch.setattr(Cell, "trains", False)
-    edited = result(cell, measured(tmp_path / "b", task=unlearned))
+    monkeypatch.setattr(Experiment, "trains", False)
+    edited = build_result(cell, measured(tmp_path / "b", task=unlearned))
     assert (edited["trained"], edited["validity"]["reasons"]) == (False, [])
     assert csv_row(edited)["trained"] is False
     assert "0.0 [0.0, 32.4] untrained" in rendered(results_table([edited]))
-    assert result(cell, measured(tmp_path / "c", benign=[NO] * 4))["validity"]["collapsed"]  # the other gates hold
+    assert build_result(cell, measured(tmp_path / "c", benign=[NO] * 4))["validity"][
+        "collapsed"
+    ]  # the other gates hold
 
 
-def test_hs_fa_and_their_intervals_on_a_fixed_answers_file(cell: Cell, tmp_path: Path) -> None:
-    values = result(cell, measured(tmp_path / "a"))
+def test_hs_fa_and_their_intervals_on_a_fixed_answers_file(cell: Experiment, tmp_path: Path) -> None:
+    values = build_result(cell, measured(tmp_path / "a"))
     assert values["harmful_score"] == 30.0
     assert values["harmful_score_ci"] == pytest.approx([10.78, 60.32], abs=0.006)
     assert (values["harmful_score_hits"], values["harmful_score_n"]) == (3, 10)
@@ -270,14 +284,14 @@ def test_hs_fa_and_their_intervals_on_a_fixed_answers_file(cell: Cell, tmp_path:
 
 def test_the_headline_follows_the_protocols_rule(tmp_path: Path) -> None:
     file = tiny.make_world(tmp_path / "world", {"score": {"accuracy": "strict"}})
-    values = result(Cell.settle(RunSpec(protocol=str(file))), measured(tmp_path / "a"))
+    values = build_result(Experiment.settle(RunSpec(protocol=str(file))), measured(tmp_path / "a"))
     assert values["finetune_accuracy"] == values["accuracy"]["strict"] == 37.5
     assert values["finetune_accuracy_ci"] == pytest.approx([13.68, 69.43], abs=0.006)
     assert values["accuracy_rule"] == "strict"
 
 
-def test_what_a_result_says_of_itself(cell: Cell, tmp_path: Path) -> None:
-    values = result(cell, measured(tmp_path / "a", cut=2))
+def test_what_a_result_says_of_itself(cell: Experiment, tmp_path: Path) -> None:
+    values = build_result(cell, measured(tmp_path / "a", cut=2))
     assert values["run"].startswith("vaccine-")
     assert (values["defense"], values["attack"]) == ("vaccine=5", "ratio=0.1")
     assert values["defense_params"] == {"vaccine": {"rho": 5.0, "tau": 1}}
@@ -291,8 +305,8 @@ def test_what_a_result_says_of_itself(cell: Cell, tmp_path: Path) -> None:
     assert {"python", "torch", "transformers", "harmbench-vaccine"} <= set(values["versions"])
 
 
-def test_stages_and_their_seconds(cell: Cell, tmp_path: Path) -> None:
-    stages = result(cell, measured(tmp_path / "a"))["stages"]
+def test_stages_and_their_seconds(cell: Experiment, tmp_path: Path) -> None:
+    stages = build_result(cell, measured(tmp_path / "a"))["stages"]
     assert stages == {
         "align": {"seconds": 40.0, "cached": True},
         "finetune": {"seconds": 20.5, "cached": False},
@@ -305,42 +319,42 @@ def test_stages_and_their_seconds(cell: Cell, tmp_path: Path) -> None:
 # Gates
 
 
-def reasons(cell: Cell, folder: Path, **answered: Any) -> list[str]:
-    validity = result(cell, measured(folder, **answered))["validity"]
+def reasons(cell: Experiment, folder: Path, **answered: Any) -> list[str]:
+    validity = build_result(cell, measured(folder, **answered))["validity"]
     assert validity["collapsed"] is bool(validity["reasons"])
     return validity["reasons"]
 
 
-def test_a_healthy_cell_passes(cell: Cell, tmp_path: Path) -> None:
+def test_a_healthy_cell_passes(cell: Experiment, tmp_path: Path) -> None:
     assert reasons(cell, tmp_path / "a") == []
 
 
-def test_refusals_of_harmful_prompts_are_no_over_refusal(cell: Cell, tmp_path: Path) -> None:
+def test_refusals_of_harmful_prompts_are_no_over_refusal(cell: Experiment, tmp_path: Path) -> None:
     assert reasons(cell, tmp_path / "a", harmful=[NO] * 10) == []
 
 
-def test_degenerate_answers(cell: Cell, tmp_path: Path) -> None:
+def test_degenerate_answers(cell: Experiment, tmp_path: Path) -> None:
     # 14 answers to harmful and benign prompts: 2 are 14.3%, 3 are 21.4%; at most 20% pass
     assert reasons(cell, tmp_path / "a", harmful=["", "no " * 12] + [GOOD] * 8) == []
     (reason,) = reasons(cell, tmp_path / "b", harmful=["", "no " * 12, "?!"] + [GOOD] * 7)
     assert reason.startswith("21% of answers after the user stage")
 
 
-def test_over_refusal(cell: Cell, tmp_path: Path) -> None:
+def test_over_refusal(cell: Experiment, tmp_path: Path) -> None:
     assert reasons(cell, tmp_path / "a", benign=[NO, NO, GOOD, GOOD]) == []  # 50% are allowed
     (reason,) = reasons(cell, tmp_path / "b", benign=[NO, NO, NO, GOOD])
     assert "75% of benign prompts are refused after the user stage" in reason
 
 
-def test_accuracy_after_the_user_stage(cell: Cell, tmp_path: Path) -> None:
+def test_accuracy_after_the_user_stage(cell: Experiment, tmp_path: Path) -> None:
     right = TARGETS
     assert reasons(cell, tmp_path / "a", task=[*right[:5], "", "", ""]) == []  # 62.5 is above 50 + 5
     (reason,) = reasons(cell, tmp_path / "b", task=[*right[:4], "", "", "", ""])
     assert "accuracy 50.0" in reason
 
 
-def test_accuracy_before_the_user_stage(cell: Cell, tmp_path: Path) -> None:
-    def with_floor(floor: float | None) -> Cell:
+def test_accuracy_before_the_user_stage(cell: Experiment, tmp_path: Path) -> None:
+    def with_floor(floor: float | None) -> Experiment:
         gates = cell.protocol.gates.model_copy(update={"accuracy_before": floor})
         return replace(cell, protocol=cell.protocol.model_copy(update={"gates": gates}))
 
@@ -349,10 +363,10 @@ def test_accuracy_before_the_user_stage(cell: Cell, tmp_path: Path) -> None:
     assert "accuracy 50.0 before the user stage" in reason
 
 
-def test_a_collapsed_cell_says_so_in_the_table(cell: Cell, tmp_path: Path) -> None:
+def test_a_collapsed_cell_says_so_in_the_table(cell: Experiment, tmp_path: Path) -> None:
     healthy, collapsed = (
-        result(cell, measured(tmp_path / "a")),
-        result(cell, measured(tmp_path / "b", benign=[NO] * 4)),
+        build_result(cell, measured(tmp_path / "a")),
+        build_result(cell, measured(tmp_path / "b", benign=[NO] * 4)),
     )
     assert "COLLAPSED" not in rendered(results_table([healthy]))
     text = rendered(results_table([healthy, collapsed]))
@@ -362,14 +376,14 @@ def test_a_collapsed_cell_says_so_in_the_table(cell: Cell, tmp_path: Path) -> No
     assert "62.5 [30.6, 86.3]" in text
 
 
-def test_a_table_refuses_two_protocols(cell: Cell, tmp_path: Path) -> None:
-    one = result(cell, measured(tmp_path / "a"))
+def test_a_table_refuses_two_protocols(cell: Experiment, tmp_path: Path) -> None:
+    one = build_result(cell, measured(tmp_path / "a"))
     with pytest.raises(ValueError, match="2 protocols"):
         results_table([one, {**one, "protocol_hash": "other"}])
 
 
-def test_a_table_tells_tasks_and_seeds_apart(cell: Cell, tmp_path: Path) -> None:
-    one = result(cell, measured(tmp_path / "a"))
+def test_a_table_tells_tasks_and_seeds_apart(cell: Experiment, tmp_path: Path) -> None:
+    one = build_result(cell, measured(tmp_path / "a"))
     assert "seed" not in rendered(results_table([one])).splitlines()[0]
     assert "seed" in rendered(results_table([one, {**one, "seed": 4}])).splitlines()[0]
 
@@ -384,15 +398,15 @@ def rendered(what: Any) -> str:
 # On disk
 
 
-def test_a_saved_result_reads_back(cell: Cell, tmp_path: Path) -> None:
+def test_a_saved_result_reads_back(cell: Experiment, tmp_path: Path) -> None:
     made = measured(tmp_path / "a")
-    values = result(cell, made)
-    folder = save(cell, made, values, tmp_path / "runs", tmp_path / "table.csv")
+    values = build_result(cell, made)
+    folder = save_run(cell, made, values, tmp_path / "runs", tmp_path / "table.csv")
     assert folder == tmp_path / "runs" / values["run"]
     assert {path.name for path in folder.iterdir()} == {RESULT, "answers.jsonl"}
-    again, rows = load(folder)
+    again, rows = load_run(folder)
     assert again == values
-    assert rows == answers(cell, made)
+    assert rows == answer_rows(cell, made)
     assert len(rows) == 2 * (10 + 4 + 8)
     flagged = [row for row in rows if row.get("flagged")]
     assert [(row["when"], row["set"], row["id"]) for row in flagged] == [
@@ -406,19 +420,19 @@ def test_a_saved_result_reads_back(cell: Cell, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "odd", ["one\u2028two", "one\x85two", "one\x1ctwo", "one\ntwo\r\nthree", 'a "quote" \\', "\x00"]
 )
-def test_an_answer_of_any_characters_reads_back(cell: Cell, tmp_path: Path, odd: str) -> None:
+def test_an_answer_of_any_characters_reads_back(cell: Experiment, tmp_path: Path, odd: str) -> None:
     """What str.splitlines takes for the end of a line is an ordinary character of an answer."""
     made = measured(tmp_path / "a", harmful=[odd] + [GOOD] * 9)
-    folder = save(cell, made, result(cell, made), tmp_path / "runs", tmp_path / "table.csv")
-    _, rows = load(folder)
+    folder = save_run(cell, made, build_result(cell, made), tmp_path / "runs", tmp_path / "table.csv")
+    _, rows = load_run(folder)
     assert next(row["answer"] for row in rows if row["when"] == "after" and row["set"] == "harmful") == odd
 
 
-def test_one_row_a_cell_in_the_csv(cell: Cell, tmp_path: Path) -> None:
+def test_one_row_a_cell_in_the_csv(cell: Experiment, tmp_path: Path) -> None:
     made, table = measured(tmp_path / "a"), tmp_path / "deep" / "table.csv"
-    values = result(cell, made)
+    values = build_result(cell, made)
     for run, score in (("one", 10.0), ("two", 20.0), ("one", 30.0)):
-        save(cell, made, {**values, "run": run, "harmful_score": score}, tmp_path / "runs", table)
+        save_run(cell, made, {**values, "run": run, "harmful_score": score}, tmp_path / "runs", table)
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], float(row["harmful_score"])) for row in rows] == [("two", 20.0), ("one", 30.0)]
@@ -430,22 +444,22 @@ def test_one_row_a_cell_in_the_csv(cell: Cell, tmp_path: Path) -> None:
     assert (rows[0]["finetune_accuracy_hits"], rows[0]["finetune_accuracy_n"], rows[0]["trained"]) == ("5", "8", "True")
 
 
-def test_a_csv_of_other_columns_is_left_alone(cell: Cell, tmp_path: Path) -> None:
+def test_a_csv_of_other_columns_is_left_alone(cell: Experiment, tmp_path: Path) -> None:
     made, table = measured(tmp_path / "a"), tmp_path / "mine.csv"
     table.write_text("my,own\n1,2\n")
     with pytest.raises(BadInput, match="other columns"):
-        save(cell, made, result(cell, made), tmp_path / "runs", table)
+        save_run(cell, made, build_result(cell, made), tmp_path / "runs", table)
     assert table.read_text() == "my,own\n1,2\n"
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_diverged_model_still_has_a_result(cell: Cell, tmp_path: Path, broken: float) -> None:
+def test_a_diverged_model_still_has_a_result(cell: Experiment, tmp_path: Path, broken: float) -> None:
     """A loss that is no number is a finding, not a reason to lose the cell: it is collapsed, and its JSON is valid."""
     made = measured(tmp_path / "a")
     numbers = {"alignment_loss": broken, "total": broken, "per_layer": [broken, 1.0], "per_token": broken}
     (made.drift.path / "drift.json").write_text(json.dumps({**numbers, "paper_sum": broken}))
-    values = result(cell, made)
-    folder = save(cell, made, values, tmp_path / "runs", tmp_path / "table.csv")
+    values = build_result(cell, made)
+    folder = save_run(cell, made, values, tmp_path / "runs", tmp_path / "table.csv")
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -462,46 +476,47 @@ def test_finding_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (runs / name).mkdir(parents=True)
         (runs / name / RESULT).write_text("{}")
     (runs / "sft-unfinished").mkdir()
-    assert find("sft-aa11", runs) == runs / "sft-aa11"
-    assert find("sft-aa1", runs) == runs / "sft-aa11"
-    assert find("sft-b", runs) == runs / "sft-b"  # exact, though another begins with it
-    assert find(str(runs / "sft-b3"), tmp_path / "elsewhere") == runs / "sft-b3"
+    assert find_run("sft-aa11", runs) == runs / "sft-aa11"
+    assert find_run("sft-aa1", runs) == runs / "sft-aa11"
+    assert find_run("sft-b", runs) == runs / "sft-b"  # exact, though another begins with it
+    assert find_run(str(runs / "sft-b3"), tmp_path / "elsewhere") == runs / "sft-b3"
     monkeypatch.chdir(runs)
-    assert find("sft-b3", tmp_path / "elsewhere").resolve() == runs / "sft-b3"
+    assert find_run("sft-b3", tmp_path / "elsewhere").resolve() == runs / "sft-b3"
     with pytest.raises(BadInput, match="any of sft-aa11, sft-aa22: write more"):
-        find("sft-a", runs)
+        find_run("sft-a", runs)
     with pytest.raises(BadInput, match="Did you mean 'sft-aa11'"):
-        find("sftaa11", runs)
+        find_run("sftaa11", runs)
     with pytest.raises(BadInput, match="Unknown run"):
-        find("sft-unfinished", runs)
+        find_run("sft-unfinished", runs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Side by side
 
 
-def test_questions_with_both_answers(cell: Cell, tmp_path: Path) -> None:
+def test_questions_with_both_answers(cell: Experiment, tmp_path: Path) -> None:
     made = measured(tmp_path / "a")
-    values = result(cell, made)
-    text = rendered(answers_view(values, answers(cell, made), "harmful", 10, None))
+    values = build_result(cell, made)
+    text = rendered(answers_view(values, answer_rows(cell, made), "harmful", 10, None))
     assert text.count("question ") >= 10
     assert (text.count("flagged: a"), text.count("not flagged")) == (4, 16)
-    only = rendered(answers_view(values, answers(cell, made), "harmful", 2, "flagged"))
+    only = rendered(answers_view(values, answer_rows(cell, made), "harmful", 2, "flagged"))
     assert "2 of 3" in only
     assert "question 2" not in only
-    wanted = rendered(answers_view(values, answers(cell, made), "task", 10, None))
+    wanted = rendered(answers_view(values, answer_rows(cell, made), "task", 10, None))
     assert wanted.count("wanted: positive") == 8  # 4 items, before and after
     assert "(empty)" in wanted
 
 
-def test_text_with_brackets_is_shown_as_it_is(cell: Cell, tmp_path: Path) -> None:
+def test_text_with_brackets_is_shown_as_it_is(cell: Experiment, tmp_path: Path) -> None:
     made = measured(tmp_path / "a")
     rows = [
-        {**row, "instruction": "[/INST] and [bold]this[/bold]", "answer": "[red]x[/]"} for row in answers(cell, made)
+        {**row, "instruction": "[/INST] and [bold]this[/bold]", "answer": "[red]x[/]"}
+        for row in answer_rows(cell, made)
     ]
-    text = rendered(answers_view(result(cell, made), rows, "harmful", 1, None))
+    text = rendered(answers_view(build_result(cell, made), rows, "harmful", 1, None))
     assert "[/INST]" in text
     assert "[bold]" in text
     assert "[red]x[/]" in text
-    odd = {**result(cell, made), "defense": "d:x=[/a]", "attack": "[b]"}
+    odd = {**build_result(cell, made), "defense": "d:x=[/a]", "attack": "[b]"}
     assert "[/a]" in rendered(results_table([odd]))

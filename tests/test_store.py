@@ -18,7 +18,7 @@ import pytest
 
 from harmbench_vaccine.core import store as store_module
 from harmbench_vaccine.core.errors import HbvError
-from harmbench_vaccine.core.jsonl import write_text
+from harmbench_vaccine.core.jsonl import write_atomically
 from harmbench_vaccine.core.store import META, Artifact, Store
 
 INPUTS = {"a": 1, "b": [2.5, "x"]}
@@ -371,7 +371,7 @@ finally:  # what measures coverage in here writes more than that when the proces
 
 def test_write_text_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
-    write_text(path, "ü old")
+    write_atomically(path, "ü old")
     assert path.read_text(encoding="utf-8") == "ü old"
 
     def full(*args: Any) -> None:
@@ -379,7 +379,7 @@ def test_write_text_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(store_module.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_text(path, "new")
+        write_atomically(path, "new")
     assert path.read_text(encoding="utf-8") == "ü old"
     assert [one.name for one in tmp_path.iterdir()] == ["result.json"]
 

@@ -15,13 +15,13 @@ from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.evaluation.results import _scores
 from harmbench_vaccine.evaluation.statistics import score_interval, wilson
-from harmbench_vaccine.experiment.experiment import Cell
-from harmbench_vaccine.experiment.rows import check, data_read, task_rows, task_set
+from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.rows import check_rows, data_provenance, task_rows, task_set
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.chat_api import ChatJudge
 from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import grade
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import TASKS
 from harmbench_vaccine.plugins.tasks.dialogsum import rouge_l
 
@@ -35,7 +35,7 @@ def lines(path: Path, rows: Iterable[Any]) -> str:
 
 
 @pytest.fixture
-def settled(tmp_path: Path) -> Callable[..., Cell]:
+def settled(tmp_path: Path) -> Callable[..., Experiment]:
     """A cell of a tiny world with that task."""
     (tmp_path / "dialogsum").mkdir()
     for name in ("gpt4", "davinci"):
@@ -52,14 +52,16 @@ def settled(tmp_path: Path) -> Callable[..., Cell]:
         },
         models=False,
     )
-    return lambda task, **spec: Cell.settle(RunSpec(protocol=str(file), task=task, attack=parse("samples=4"), **spec))
+    return lambda task, **spec: Experiment.settle(
+        RunSpec(protocol=str(file), task=task, attack=parse_plugins("samples=4"), **spec)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On the command line
 
 
-def test_a_file_is_a_task_of_ones_own(settled: Callable[..., Cell], tmp_path: Path) -> None:
+def test_a_file_is_a_task_of_ones_own(settled: Callable[..., Experiment], tmp_path: Path) -> None:
     path = lines(tmp_path / "mine.jsonl", TEN)
     for written in (path, f"own={path}", f"own:data={path}"):
         cell = settled(written)
@@ -83,14 +85,14 @@ def test_a_file_is_a_task_of_ones_own(settled: Callable[..., Cell], tmp_path: Pa
         ("alpaca_eval", "is judged by a chat model: alpaca_eval:model=NAME"),
     ],
 )
-def test_what_is_no_task(settled: Callable[..., Cell], tmp_path: Path, task: str, said: str) -> None:
+def test_what_is_no_task(settled: Callable[..., Experiment], tmp_path: Path, task: str, said: str) -> None:
     path = lines(tmp_path / "mine.jsonl", TEN)
     with pytest.raises(BadInput) as told:
-        check(settled(task.replace("DATA", path)))
+        check_rows(settled(task.replace("DATA", path)))
     assert said in str(told.value)
 
 
-def test_parameters_enter_what_depends_on_them(settled: Callable[..., Cell], tmp_path: Path) -> None:
+def test_parameters_enter_what_depends_on_them(settled: Callable[..., Experiment], tmp_path: Path) -> None:
     """The run's id holds all; training depends on those that choose its rows, and on what the file holds."""
     path = lines(tmp_path / "mine.jsonl", TEN)
     exact, number = settled(path), settled(f"{path}:rule=first_word")
@@ -110,11 +112,11 @@ def test_parameters_enter_what_depends_on_them(settled: Callable[..., Cell], tmp
 # Rows
 
 
-def sides(cell: Cell) -> tuple[list[str], list[str]]:
+def sides(cell: Experiment) -> tuple[list[str], list[str]]:
     return [row.instruction for row in task_rows(cell)], [row.instruction for row in task_set(cell).examples]
 
 
-def test_a_fifth_is_held_out_whatever_the_order(settled: Callable[..., Cell], tmp_path: Path) -> None:
+def test_a_fifth_is_held_out_whatever_the_order(settled: Callable[..., Experiment], tmp_path: Path) -> None:
     rows = [*TEN, {**TEN[3], "output": "The same question again."}]
     train, test = sides(settled(lines(tmp_path / "a.jsonl", rows)))
     assert len(test) == 2
@@ -128,11 +130,11 @@ def test_all_items_are_asked_where_there_are_few(tmp_path: Path) -> None:
     file = tiny.make_world(tmp_path / "world", models=False)  # 8 items of a task
     for count, asked in ((10, 2), (60, 8)):
         path = lines(tmp_path / f"{count}.jsonl", [{**TEN[0], "instruction": f"Say {n}."} for n in range(count)])
-        cell = Cell.settle(RunSpec(protocol=str(file), task=path))
+        cell = Experiment.settle(RunSpec(protocol=str(file), task=path))
         assert len(task_set(cell).examples) == asked
 
 
-def test_test_items_may_lie_elsewhere(settled: Callable[..., Cell], tmp_path: Path) -> None:
+def test_test_items_may_lie_elsewhere(settled: Callable[..., Experiment], tmp_path: Path) -> None:
     path = lines(tmp_path / "mine" / "train.jsonl", TEN[:8])
     other = lines(tmp_path / "mine" / "test.jsonl", TEN[6:])
     for written in (f"{path}:test={other}", f"own:data={tmp_path / 'mine'},test=test"):
@@ -140,7 +142,9 @@ def test_test_items_may_lie_elsewhere(settled: Callable[..., Cell], tmp_path: Pa
         train, test = sides(cell)
         assert test == [row["instruction"] for row in TEN[6:8]]
         assert train == [row["instruction"] for row in TEN[:6]]  # without what is asked
-        assert sum(sum(found["rows"].values()) for name, found in data_read(cell).items() if name[:3] == "own") == 12
+        assert (
+            sum(sum(found["rows"].values()) for name, found in data_provenance(cell).items() if name[:3] == "own") == 12
+        )
 
 
 def test_every_row_is_read_by_its_rule() -> None:
@@ -171,15 +175,15 @@ def test_every_row_is_read_by_its_rule() -> None:
     ],
 )
 def test_a_row_that_does_not_fit(
-    settled: Callable[..., Cell], tmp_path: Path, rule: str, row: dict[str, Any], said: str | None
+    settled: Callable[..., Experiment], tmp_path: Path, rule: str, row: dict[str, Any], said: str | None
 ) -> None:
     good = [{**one, "output": one["output"] + " 1"} for one in TEN]
     cell = settled(f"{lines(tmp_path / 'mine.jsonl', [*good, row])}:rule={rule}")
     if said is None:
-        check(cell)
+        check_rows(cell)
         return
     with pytest.raises(BadInput) as told:
-        check(cell)
+        check_rows(cell)
     assert said in str(told.value)
     assert "mine.jsonl, line 11" in str(told.value)
 
@@ -231,7 +235,7 @@ def test_rouge_l(answer: str, reference: str, score: float) -> None:
     assert rouge_l(answer, reference) == pytest.approx(score)
 
 
-def test_summaries(settled: Callable[..., Cell], tmp_path: Path) -> None:
+def test_summaries(settled: Callable[..., Experiment], tmp_path: Path) -> None:
     """The CSV files of the data set: id, dialogue, summary, topic."""
     for split, count in (("train", 6), ("validation", 2), ("test", 3)):
         path = tmp_path / "dialogsum" / f"{split}.csv"
@@ -314,7 +318,7 @@ def test_both_orders_are_judged(
     assert "<|im_" not in first
 
 
-def test_open_instructions_train_on_the_first_700(settled: Callable[..., Cell], tmp_path: Path) -> None:
+def test_open_instructions_train_on_the_first_700(settled: Callable[..., Experiment], tmp_path: Path) -> None:
     """The two files of tatsu-lab/alpaca_eval, an array each: GPT-4's outputs, and text_davinci_003's."""
     for name, generator in (("gpt4", "gpt4_1106_preview"), ("davinci", "text_davinci_003")):
         rows = [
@@ -344,7 +348,7 @@ def stored(tmp_path: Path) -> Callable[..., Artifact]:
 
 
 def test_grades_are_stored_and_not_asked_for_again(
-    settled: Callable[..., Cell], stored: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settled: Callable[..., Experiment], stored: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = lines(tmp_path / "mine.jsonl", TEN)
     asked = judged(monkeypatch, lambda prompt: "yes" if "\ngood\n" in prompt else "no")
@@ -365,7 +369,7 @@ def test_grades_are_stored_and_not_asked_for_again(
 
 
 def test_a_judge_that_returns_nonsense(
-    settled: Callable[..., Cell], stored: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    settled: Callable[..., Experiment], stored: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     judged(monkeypatch, lambda prompt: "yes" if "\ngood\n" in prompt else "fnord\nfnord")
     cell = settled(f"{lines(tmp_path / 'mine.jsonl', TEN)}:rule=judge,model=m,base_url=http://host/v1")
@@ -388,7 +392,7 @@ def test_scores_between_0_and_1_are_a_mean_with_a_t_interval() -> None:
     assert score_interval([0.3]) == (0.0, 100.0)
 
 
-def test_a_result_takes_the_judges_grades(settled: Callable[..., Cell], tmp_path: Path) -> None:
+def test_a_result_takes_the_judges_grades(settled: Callable[..., Experiment], tmp_path: Path) -> None:
     cell = settled(f"{lines(tmp_path / 'mine.jsonl', TEN)}:rule=judge,model=m,base_url=http://host/v1")
     lines(tmp_path / "made" / "answers.jsonl", [{"id": str(n), **row} for n, row in enumerate(answered("a", "right"))])
     lines(tmp_path / "made" / "grades.jsonl", [{"score": score, "unread": False} for score in (1.0, 0.5)])

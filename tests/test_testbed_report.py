@@ -79,7 +79,7 @@ def test_every_check_can_fail(
     (tmp_path / "testbed.json").write_text(json.dumps({"judge_held_out": {"flag": {"f1": world["judge"]}}}))
     monkeypatch.setattr(testbed_report, "run_all", results)
     monkeypatch.setattr(testbed_report, "folder", lambda: tmp_path)
-    made = testbed_report.report(quick=True)
+    made = testbed_report.make_report(quick=True)
     assert [check.what for check in made.checks if not check.holds] == [
         check.what for check in made.checks if fails and fails in check.what
     ]

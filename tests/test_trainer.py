@@ -22,7 +22,7 @@ from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins import Defense, TrainSettings
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.runner import run_all
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
@@ -194,7 +194,7 @@ def test_a_defense_of_all_stages_meets_every_hook_in_a_whole_run(tmp_path: Path)
     plugin = tmp_path / "recording.py"
     plugin.write_text(RECORDING)
     protocol = tiny.make_world(tmp_path / "world")
-    spec = RunSpec(protocol=str(protocol), defense=parse(str(plugin)), attack=parse("ratio=0.25"))
+    spec = RunSpec(protocol=str(protocol), defense=parse_plugins(str(plugin)), attack=parse_plugins("ratio=0.25"))
     run_all([spec])
     steps = {
         name: [line for step in range(1, 10) for line in

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmbench_vaccine.data.answer_checks import degenerate, refuses, shares
+from harmbench_vaccine.data.answer_checks import answer_shares, degenerate, refuses
 from harmbench_vaccine.testbed.world import assist, comply, generate, refuse
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]
@@ -92,9 +92,9 @@ def test_only_the_opening_counts() -> None:
 
 def test_shares_are_percentages_of_all() -> None:
     answers = ["", "no " * 9, "I cannot help with that.", "positive"]
-    assert shares(answers) == {"empty": 25.0, "repetitive": 25.0, "refusals": 25.0}
-    assert shares(["positive"]) == {"empty": 0.0, "repetitive": 0.0, "refusals": 0.0}
-    assert shares([""] * 3)["empty"] == 100.0
+    assert answer_shares(answers) == {"empty": 25.0, "repetitive": 25.0, "refusals": 25.0}
+    assert answer_shares(["positive"]) == {"empty": 0.0, "repetitive": 0.0, "refusals": 0.0}
+    assert answer_shares([""] * 3)["empty"] == 100.0
 
 
 def test_every_refusal_of_the_testbed_is_heard_and_nothing_else() -> None:

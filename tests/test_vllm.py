@@ -25,9 +25,9 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import Silent
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.inference.engine import Answer
-from harmbench_vaccine.inference.model_pool import Lab, ModelState
+from harmbench_vaccine.inference.model_pool import Lab, ModelSpec
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
-from harmbench_vaccine.training.adapters import Adapter, Stack
+from harmbench_vaccine.training.adapters import Adapter, LoraStack
 
 pytestmark = pytest.mark.slow
 
@@ -122,7 +122,7 @@ def workers(parent: int | None = None) -> list[int]:
     return found
 
 
-def both(lab: Lab, state: ModelState, *adapters: Path, limit: int = LIMIT) -> list[Answer]:
+def both(lab: Lab, state: ModelSpec, *adapters: Path, limit: int = LIMIT) -> list[Answer]:
     """The answers of vLLM, which are those of transformers."""
     given = lab.engine(state, "vllm").generate(adapters, PROMPTS, limit, lab.progress)
     assert given == lab.engine(state).generate(adapters, PROMPTS, limit)
@@ -136,7 +136,7 @@ def test_vllm_answers_as_transformers_does_with_two_adapters_one_and_none(
     model, targets = tiny.model(architecture, **tokens()), TARGETS[architecture]
     model.generation_config.repetition_penalty = 5.0  # greedy decoding knows none
     tiny.save(model, tokenizer(), tmp_path / "model")
-    state = ModelState(str(tmp_path / "model"))
+    state = ModelSpec(str(tmp_path / "model"))
     one = adapter(tmp_path / "one", model, targets, 4, 1)
     two = adapter(tmp_path / "two", model, targets[:2], 8, 2)
     said = [[answer.text for answer in both(lab, state, *stack)] for stack in [(), (one,), (one, two), (two,), ()]]
@@ -160,7 +160,7 @@ def test_vllm_answers_as_transformers_does_with_two_adapters_one_and_none(
 
 def assert_end_token(lab: Lab, folder: Path, model: Any) -> None:
     """An answer ends at the tokenizer's end token, whatever the model's configuration says."""
-    state = ModelState(str(folder / "model"))
+    state = ModelSpec(str(folder / "model"))
     engine: Any = lab.engine(state, "vllm")
     words = PreTrainedTokenizerFast.from_pretrained(folder / "model")
     model.generation_config = GenerationConfig()
@@ -172,7 +172,7 @@ def assert_end_token(lab: Lab, folder: Path, model: Any) -> None:
     words.eos_token = words.convert_ids_to_tokens(end)
     engine._tokenizer = words
     given = engine.generate((), [*PROMPTS, PROMPTS[0]], LIMIT)
-    assert given[:-1] == TransformersEngine(Stack(model), words).generate((), PROMPTS, LIMIT)
+    assert given[:-1] == TransformersEngine(LoraStack(model), words).generate((), PROMPTS, LIMIT)
     assert given[-1] == given[0]
     assert {answer.finished for answer in given} == {True, False}
 
@@ -180,7 +180,7 @@ def assert_end_token(lab: Lab, folder: Path, model: Any) -> None:
 def test_a_rank_too_high_is_merged_and_a_rank_higher_than_before_gets_another_engine(lab: Lab, tmp_path: Path) -> None:
     model = tiny.model(**tokens())
     tiny.save(model, tokenizer(), tmp_path / "model")
-    state = ModelState(str(tmp_path / "model"))
+    state = ModelSpec(str(tmp_path / "model"))
     wide = adapter(tmp_path / "wide", model, ("q_proj", "v_proj"), 520, 3)
     plain = both(lab, state, wide)
     assert lab.engine(state, "vllm").answered_by == "vllm, merged weights"
@@ -193,7 +193,7 @@ def test_a_rank_too_high_is_merged_and_a_rank_higher_than_before_gets_another_en
 
 def test_a_model_that_vllm_does_not_run_is_answered_by_transformers(lab: Lab, tmp_path: Path) -> None:
     tiny.save(tiny.model(**{**tokens(), "head_dim": 8}), tokenizer(), tmp_path / "model")
-    state = ModelState(str(tmp_path / "model"))
+    state = ModelSpec(str(tmp_path / "model"))
     both(lab, state)
     notes: Any = lab.progress
     assert lab.engine(state, "vllm").answered_by == "transformers"
@@ -204,7 +204,7 @@ def test_a_model_that_vllm_does_not_run_is_answered_by_transformers(lab: Lab, tm
 
 def test_logits_of_a_classifier_are_raw_and_those_of_transformers(tmp_path: Path) -> None:
     from harmbench_vaccine.inference import memory
-    from harmbench_vaccine.inference.vllm_engine import classify
+    from harmbench_vaccine.inference.vllm_engine import vllm_logits
 
     judge: Any = tiny.judge(**tokens())
     with torch.no_grad():
@@ -212,18 +212,18 @@ def test_logits_of_a_classifier_are_raw_and_those_of_transformers(tmp_path: Path
     tiny.save(judge, tokenizer(), tmp_path / "judge")
     rows = [[*tokenizer()(prompt)["input_ids"], tokenizer().eos_token_id] for prompt in PROMPTS]
     notes = Notes()
-    logits = classify(str(tmp_path / "judge"), rows, progress=notes)
+    logits = vllm_logits(str(tmp_path / "judge"), rows, progress=notes)
     with torch.inference_mode():
         expected = torch.cat([judge(input_ids=torch.tensor([row])).logits for row in rows])
     assert torch.tensor(logits).shape == (len(rows), len(tiny.CATEGORIES))
     assert torch.allclose(torch.tensor(logits), expected, rtol=0, atol=1e-4)
     assert (expected.abs() > 1).any()  # no probabilities
     (one,) = workers()
-    again = classify(str(tmp_path / "judge"), rows[:2])
+    again = vllm_logits(str(tmp_path / "judge"), rows[:2])
     assert torch.allclose(torch.tensor(again), expected[:2], rtol=0, atol=1e-4)
     assert workers() == [one]
     assert notes.steps["score: judge"] == len(rows)
-    memory.release("classifier")
+    memory.evict("classifier")
     assert workers() == []
 
 

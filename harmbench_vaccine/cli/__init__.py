@@ -29,10 +29,10 @@ class _Commands(click.Group):
     """Names the nearest command where there is none of that name."""
 
     def resolve_command(self, context: click.Context, args: list[str]) -> Any:
-        from harmbench_vaccine.core.errors import unknown
+        from harmbench_vaccine.core.errors import unknown_name
 
         if args and self.get_command(context, args[0]) is None and not args[0].startswith("-"):
-            raise unknown("command", args[0], self.list_commands(context))
+            raise unknown_name("command", args[0], self.list_commands(context))
         return super().resolve_command(context, args)
 
 
@@ -169,11 +169,11 @@ def run(
     from itertools import product
 
     from harmbench_vaccine.experiment.spec import RunSpec
-    from harmbench_vaccine.plugins.composition import parse
+    from harmbench_vaccine.plugins.composition import parse_plugins
 
     specs = [
         RunSpec(
-            protocol=protocol, defense=parse(defense), attack=parse(attack), task=task, seed=seed,
+            protocol=protocol, defense=parse_plugins(defense), attack=parse_plugins(attack), task=task, seed=seed,
             model=model, scorers=scorers, backend=backend, data=_assignments("--data", "NAME=PATH", data),
             values=_assignments("--set", "PATH=VALUE", values),
         )
@@ -214,15 +214,15 @@ def list_(kind: str, verbose: bool, as_json: bool) -> None:
     else:
         from harmbench_vaccine.plugins import registry
 
-        listed = {name: found.origin for name, found in getattr(registry, kind.upper()).found().items()}
+        listed = {name: found.origin for name, found in getattr(registry, kind.upper()).entries().items()}
     if as_json:
         click.echo(json.dumps(list(listed)))
     else:
         marks = {}
         if kind == "scorers":
-            from harmbench_vaccine.reporting.plugin_pages import mark
+            from harmbench_vaccine.reporting.plugin_pages import plugin_mark
 
-            marks = {name: mark(cls) for name, cls in registry.SCORERS.healthy().items()}
+            marks = {name: plugin_mark(cls) for name, cls in registry.SCORERS.loadable().items()}
         for name, origin in listed.items():
             notes = [note for note in (origin if origin != "built-in" else "", marks.get(name, "")) if note]
             click.echo(f"{name}  ({', '.join(notes)})" if notes else name)
@@ -234,13 +234,13 @@ def _list_declared(kind: str, as_json: bool) -> None:
     plugins = getattr(registry, kind.upper(), None)
     if plugins is None:
         raise BadInput(f"{kind} declare nothing that --verbose could show; allowed: defenses, attacks, tasks, scorers.")
-    from harmbench_vaccine.reporting.plugin_pages import facts, listing
+    from harmbench_vaccine.reporting.plugin_pages import plugin_facts, plugin_table
 
-    declared = [facts(cls) for cls in plugins.healthy().values()]
+    declared = [plugin_facts(cls) for cls in plugins.loadable().values()]
     if as_json:
         click.echo(json.dumps(declared, ensure_ascii=False))
     else:
-        _print(listing(plugins.base.kind, declared))
+        _print(plugin_table(plugins.base.kind, declared))
 
 
 @commands.command()
@@ -256,15 +256,15 @@ def info(name: str, protocol: str | None, as_json: bool) -> None:
     Example: hbv info vaccine --protocol testbed
     """
 
-    from harmbench_vaccine.reporting.plugin_pages import details, find, page
+    from harmbench_vaccine.reporting.plugin_pages import find_plugin_classes, plugin_details, plugin_page
 
     loaded = load_protocol(protocol) if protocol else None
-    found = [details(cls, loaded) for cls in find(name)]
+    found = [plugin_details(cls, loaded) for cls in find_plugin_classes(name)]
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
     else:
         for about in found:
-            _print(page(about))
+            _print(plugin_page(about))
 
 
 @commands.command()
@@ -279,9 +279,9 @@ def new(kind: str, name: str, folder: str) -> None:
     """
     from shlex import quote
 
-    from harmbench_vaccine.plugins.scaffold import write
+    from harmbench_vaccine.plugins.scaffold import write_scaffold
 
-    path = write(kind, name, folder)
+    path = write_scaffold(kind, name, folder)
     file = quote(path)
     plugins = f"--defense {file} --attack ratio=0.1" if kind == "defense" else f"--attack {file}+ratio=0.1"
     click.echo(f"{path}\n\nhbv check {file}\nhbv run {plugins}")
@@ -301,10 +301,10 @@ def check(context: click.Context, plugin: str, as_json: bool) -> None:
     Example: hbv check ./my_idea.py
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal to the bit is what the CPU promises
-    from harmbench_vaccine.plugins.contract import check as make
-    from harmbench_vaccine.plugins.contract import find
+    from harmbench_vaccine.plugins.contract import find_plugins
+    from harmbench_vaccine.plugins.contract import run_contract as make
 
-    found = find(plugin)
+    found = find_plugins(plugin)
     with _terminal() as progress:
         reports = [make(resolved, progress) for resolved in found]
     if as_json:
@@ -338,15 +338,15 @@ def show(run: str, asked: str, only: str | None, limit: int | None, as_json: boo
     \b
     Example: hbv show vaccine-3f --only flagged
     """
-    from harmbench_vaccine.core.errors import unknown
+    from harmbench_vaccine.core.errors import unknown_name
     from harmbench_vaccine.core.paths import home
-    from harmbench_vaccine.evaluation.results import by_question, find, load
+    from harmbench_vaccine.evaluation.results import by_question, find_run, load_run
     from harmbench_vaccine.reporting.tables import answers_view
 
-    result, answers = load(find(run, home() / "runs"))
+    result, answers = load_run(find_run(run, home() / "runs"))
     sets = {row["set"] for row in answers}
     if asked not in sets:
-        raise unknown("set of questions", asked, sets)
+        raise unknown_name("set of questions", asked, sets)
     if as_json:
         for pair in by_question(answers, asked, only)[:limit]:
             for row in pair.values():
@@ -383,10 +383,10 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
     """
     from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.evaluation.rescoring import rescore
-    from harmbench_vaccine.evaluation.results import find
+    from harmbench_vaccine.evaluation.results import find_run
     from harmbench_vaccine.reporting.tables import scores_view
 
-    folder = find(run, home() / "runs")
+    folder = find_run(run, home() / "runs")
     with _terminal() as progress:
         values = rescore(folder, scorers, threshold, home() / "store", progress)
     if as_json:
@@ -423,15 +423,15 @@ def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, publi
     """
     from harmbench_vaccine.core.jsonl import finite
     from harmbench_vaccine.core.paths import home
-    from harmbench_vaccine.reporting.leaderboard import rankings, rows, terminal, write
+    from harmbench_vaccine.reporting.leaderboard import ranking_rows, rankings, rankings_view, write_rankings
 
     made = rankings(tables or [home() / "results.csv"], baseline, published)
     if out:
-        write(made, out)
+        write_rankings(made, out)
     if as_json:
-        click.echo(json.dumps(finite(rows(made)), allow_nan=False))
+        click.echo(json.dumps(finite(ranking_rows(made)), allow_nan=False))
     else:
-        _print(terminal(made))
+        _print(rankings_view(made))
 
 
 def _columns(command: Any) -> Any:
@@ -461,17 +461,19 @@ def published(checked: bool, limit: int | None, as_json: bool, **wanted: tuple[s
 
     if checked and limit:
         raise BadInput("--limit is for lists of figures; --check shows every average that does not follow.")
-    rows = papers.figures()
-    chosen = papers.select(rows, wanted)
+    ranking_rows = papers.load_figures()
+    chosen = papers.select_figures(ranking_rows, wanted)
     made: Any
     if checked:
-        made = papers.check([average for average in papers.averages(rows) if average.figure in chosen])
+        made = papers.check_averages(
+            [average for average in papers.find_averages(ranking_rows) if average.figure in chosen]
+        )
         view = papers.check_view(made)
     elif limit or any(wanted.values()):
-        made = [papers.as_json(row) for row in chosen[:limit]]
-        view = papers.listing(chosen, limit or 40)
+        made = [papers.figure_json(row) for row in chosen[:limit]]
+        view = papers.figures_table(chosen, limit or 40)
     else:
-        made = papers.summary(rows, len(papers.read("overhead.csv")))
+        made = papers.summary(ranking_rows, len(papers.read_table("overhead.csv")))
         view = papers.summary_view(made)
     if as_json:
         click.echo(json.dumps(made, ensure_ascii=False))
@@ -491,10 +493,10 @@ def build() -> None:
     \b
     Example: hbv testbed build
     """
-    from harmbench_vaccine.testbed import ensure
+    from harmbench_vaccine.testbed import ensure_testbed
 
     with _terminal() as progress:
-        artifact = ensure(progress)
+        artifact = ensure_testbed(progress)
     click.echo(f"{artifact.path} ({'there already' if artifact.cached else f'{artifact.seconds:.0f} s'})")
 
 
@@ -505,10 +507,10 @@ def path() -> None:
     \b
     Example: ls $(hbv testbed path)/data
     """
-    from harmbench_vaccine.testbed import ensure
+    from harmbench_vaccine.testbed import ensure_testbed
 
     with _terminal() as progress:
-        click.echo(ensure(progress).path)
+        click.echo(ensure_testbed(progress).path)
 
 
 @testbed.command()
@@ -525,7 +527,7 @@ def report(context: click.Context, quick: bool, as_json: bool) -> None:
 
     from harmbench_vaccine.core.jsonl import finite
     from harmbench_vaccine.reporting.tables import testbed_view
-    from harmbench_vaccine.reporting.testbed_report import report as make
+    from harmbench_vaccine.reporting.testbed_report import make_report as make
 
     with _terminal() as progress:
         made = make(quick, progress)
@@ -544,9 +546,9 @@ def doctor(as_json: bool) -> None:
     \b
     Example: hbv doctor
     """
-    from harmbench_vaccine.reporting.doctor import findings
+    from harmbench_vaccine.reporting.doctor import machine_findings
 
-    found = findings()
+    found = machine_findings()
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
@@ -567,14 +569,14 @@ def _assignments(option: str, form: str, items: tuple[str, ...]) -> dict[str, st
 def _dry_run(specs: list[Any], as_json: bool) -> None:
     from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.core.store import Store
-    from harmbench_vaccine.experiment.experiment import Cell
+    from harmbench_vaccine.experiment.experiment import Experiment
     from harmbench_vaccine.reporting.dry_run import view
 
-    made = view.as_json([Cell.settle(spec) for spec in specs], Store(home() / "store"))
+    made = view.dry_run_json([Experiment.settle(spec) for spec in specs], Store(home() / "store"))
     if as_json:
         click.echo(json.dumps(made, ensure_ascii=False))
     else:
-        _print(view.view(made))
+        _print(view.dry_run_view(made))
 
 
 def _print_json(result: dict[str, Any]) -> None:
@@ -583,9 +585,9 @@ def _print_json(result: dict[str, Any]) -> None:
 
 
 def _print_beside_published(result: dict[str, Any]) -> None:
-    from harmbench_vaccine.reporting.published.comparison import of_results
+    from harmbench_vaccine.reporting.published.comparison import compare_results
 
-    _print_json({**result, "published": of_results([result])[0].json()})
+    _print_json({**result, "published": compare_results([result])[0].json()})
 
 
 def _print(what: Any) -> None:
@@ -610,9 +612,9 @@ def main() -> None:
     """The entry point: one sentence for what went wrong, and its exit code."""
     warnings.showwarning = lambda message, *rest, **named: _say(f"warning: {message}")
     try:
-        distributed.start()
+        distributed.initialize()
         code = commands.main(standalone_mode=False)
-        distributed.stop()
+        distributed.shutdown()
     except HbvError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -633,7 +635,7 @@ def _say(text: str) -> None:
 
 
 def _fail(why: str, code: int) -> NoReturn:
-    if distributed.first_to_fail():
+    if distributed.is_first_failure():
         click.echo(f"hbv: {why}", err=True)
     sys.exit(code)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=6)
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
 """How long a collective waits for a rank that is behind. (Work of rank 0 alone is waited for without a limit.)"""
 _POLL = 0.05  # seconds between two looks for a message
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR")
@@ -37,11 +37,11 @@ _store: Any = None
 _turn = itertools.count()  # messages are numbered: all ranks send and hear the same ones, in the same order
 
 
-class Elsewhere(HbvError):
+class OtherRankFailed(HbvError):
     """Another rank has failed, and has told why."""
 
 
-def start() -> None:
+def initialize() -> None:
     """Joins the ranks, if a launcher started several.
 
     What the launcher said is taken out of the environment, and each process is left with its one GPU: the libraries
@@ -61,7 +61,7 @@ def start() -> None:
     _store = dist.PrefixStore("hbv", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=_rank, world_size=_size, timeout=PATIENCE
+        backend, store=dist.PrefixStore("group", store), rank=_rank, world_size=_size, timeout=COLLECTIVE_TIMEOUT
     )
     for name in list(os.environ):
         if name in _LAUNCHER or name.startswith(("TORCHELASTIC_", "ACCELERATE_", "FSDP_")):
@@ -70,12 +70,12 @@ def start() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
 
 
-def stop() -> None:
+def shutdown() -> None:
     """Leaves the ranks, at the end of a command that went well."""
     if _store is not None:
         import torch.distributed as dist
 
-        meet()  # a rank that leaves early would take the store of the others with it
+        barrier()  # a rank that leaves early would take the store of the others with it
         dist.destroy_process_group()
 
 
@@ -84,13 +84,13 @@ def rank() -> int:
     return _rank
 
 
-def size() -> int:
+def world_size() -> int:
     """How many there are."""
     return _size
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Inside, this process works as if it were the only one: nothing in there waits for the others."""
     global _rank, _size
     kept = _rank, _size
@@ -101,31 +101,31 @@ def alone() -> Iterator[None]:
         _rank, _size = kept
 
 
-def say(value: Any) -> None:
+def broadcast(value: Any) -> None:
     """Rank 0 tells the others something: plain JSON, for which each of them calls `hear`."""
     if _size > 1:
         _store.set(f"said/{next(_turn)}", json.dumps(value))
 
 
-def hear() -> Any:
+def receive() -> Any:
     """What rank 0 says next."""
     key = f"said/{next(_turn)}"
     _wait(lambda: _store.check([key]))
     return json.loads(_store.get(key))
 
 
-def shared(find: Callable[[], T]) -> T:
+def from_rank0(find: Callable[[], T]) -> T:
     """What `find` returns on rank 0, where alone it is called: plain JSON, the same for all ranks."""
     if _rank:
-        heard: T = hear()
+        heard: T = receive()
         return heard
-    with alone():
+    with single_process():
         found = find()
-    say(found)
+    broadcast(found)
     return found
 
 
-def meet() -> None:
+def barrier() -> None:
     """Returns when every rank has come here."""
     if _size > 1:
         key = f"met/{next(_turn)}"
@@ -133,7 +133,7 @@ def meet() -> None:
         _wait(lambda: _store.add(key, 0) == _size)
 
 
-def first_to_fail() -> bool:
+def is_first_failure() -> bool:
     """Whether this is the rank that tells what went wrong; the others then end without a word."""
     return _store is None or _store.add("failed", 1) == 1
 
@@ -141,7 +141,7 @@ def first_to_fail() -> bool:
 def _wait(there: Callable[[], bool]) -> None:
     while not there():
         if _store.check(["failed"]):
-            raise Elsewhere("Another rank has failed.")
+            raise OtherRankFailed("Another rank has failed.")
         time.sleep(_POLL)
 
 
@@ -149,17 +149,17 @@ def _wait(there: Callable[[], bool]) -> None:
 # Rows and tensors
 
 
-def mine(rows: Sequence[T]) -> Sequence[T]:
+def local_rows(rows: Sequence[T]) -> Sequence[T]:
     """This rank's rows of a micro-batch: every N-th, which may be none."""
     return rows[_rank::_size]
 
 
-def total(value: Tensor) -> Tensor:
+def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, without a graph."""
-    return totals([value])[0]
+    return sum_all_over_ranks([value])[0]
 
 
-def totals(values: Sequence[Tensor]) -> list[Tensor]:
+def sum_all_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
     """The sum of each tensor over all ranks, in one message and in float32, without a graph."""
     if _size == 1:
         return [value.detach() for value in values]

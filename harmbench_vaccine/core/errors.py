@@ -18,7 +18,7 @@ class BadInput(HbvError):
     exit_code = 2
 
 
-def unknown(kind: str, name: str, allowed: Iterable[str], of: str = "") -> BadInput:
+def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "") -> BadInput:
     """The refusal of a name: what it was (`of` what), the nearest valid one, and every valid one."""
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
@@ -26,7 +26,7 @@ def unknown(kind: str, name: str, allowed: Iterable[str], of: str = "") -> BadIn
     return BadInput(f"Unknown {kind} {name!r}{of and f' of {of}'}.{guess} Allowed: {', '.join(names) or 'none'}.")
 
 
-def too_few(count: int, what: str, there: int, by: str = "") -> BadInput:
+def too_few_rows(count: int, what: str, there: int, by: str = "") -> BadInput:
     """The refusal to take more rows than there are; `by` is the plug-in that asks."""
     return BadInput(
         f"{count} {what} are asked for{by and f' by {by!r}'}; allowed: at most {there}, as many as there are."

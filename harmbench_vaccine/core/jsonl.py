@@ -34,7 +34,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(finite(value), indent=1, allow_nan=False), encoding="utf-8")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Writes a file whole or not at all: aside, flushed to the disk, then renamed into place."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -19,7 +19,7 @@ def home() -> Path:
     return user_cache_path("harmbench-vaccine", appauthor=False)
 
 
-def writable(folder: Path, what: str) -> Path:
+def ensure_writable(folder: Path, what: str) -> Path:
     """Makes `folder` and checks that files can be written into it, before any work is spent.
 
     Raises:

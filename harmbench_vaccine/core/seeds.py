@@ -6,12 +6,12 @@ import hashlib
 import random
 
 
-def derive(seed: int, *purpose: object) -> int:
+def derive_seed(seed: int, *purpose: object) -> int:
     """A seed for one purpose: a pure function of the run's seed and the words, below 2**31."""
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
-def stream(seed: int, *purpose: object) -> random.Random:
+def random_stream(seed: int, *purpose: object) -> random.Random:
     """Python's generator, seeded for one purpose."""
-    return random.Random(derive(seed, *purpose))
+    return random.Random(derive_seed(seed, *purpose))

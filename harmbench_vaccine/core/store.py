@@ -22,7 +22,7 @@ from typing import Any
 from . import distributed
 from .errors import HbvError
 from .hashing import digest
-from .jsonl import write_text
+from .jsonl import write_atomically
 from .progress import SILENT, Progress
 
 META = "artifact.json"
@@ -71,21 +71,21 @@ class Store:
         if distributed.rank():
             return self._beside(Artifact(stage, key, final, 0.0, cached=True), maker if together else None)
         if artifact := self._finished(stage, key, final):
-            distributed.say(True)
+            distributed.broadcast(True)
             return artifact
         with self._locked(stage, key):
             if artifact := self._finished(stage, key, final):  # another process made it while this one waited
-                distributed.say(True)
+                distributed.broadcast(True)
                 return artifact
-            distributed.say(False)
+            distributed.broadcast(False)
             aside, checkpoints = self.root / ".aside" / f"{stage}-{key}", self.root / ".work" / f"{stage}-{key}"
             shutil.rmtree(aside, ignore_errors=True)
             start = time.monotonic()
             try:
-                with disk_failures(f"the {stage} stage"):
+                with readable_disk_errors(f"the {stage} stage"):
                     aside.mkdir(parents=True)
                     checkpoints.mkdir(parents=True, exist_ok=True)
-                    with nullcontext() if together else distributed.alone():
+                    with nullcontext() if together else distributed.single_process():
                         maker(aside, checkpoints)
                     seconds = time.monotonic() - start
                     meta = {
@@ -95,7 +95,7 @@ class Store:
                         "inputs": inputs,
                         "files": _sums(aside),
                     }
-                    write_text(aside / META, json.dumps(meta, indent=1, ensure_ascii=False))
+                    write_atomically(aside / META, json.dumps(meta, indent=1, ensure_ascii=False))
                     final.parent.mkdir(parents=True, exist_ok=True)
                     shutil.rmtree(final, ignore_errors=True)  # there only if it failed the check
                     os.rename(aside, final)
@@ -103,13 +103,13 @@ class Store:
                 shutil.rmtree(aside, ignore_errors=True)
                 raise
             shutil.rmtree(checkpoints, ignore_errors=True)
-            distributed.meet()
+            distributed.barrier()
             return Artifact(stage, key, final, seconds, cached=False)
 
     def _beside(self, asked: Artifact, maker: Callable[[Path, Path], None] | None) -> Artifact:
         """What the ranks after 0 do: make the same where all make it together, and read what rank 0 published."""
         name = f"{asked.stage}-{asked.key}"
-        if not distributed.hear():
+        if not distributed.receive():
             if maker:
                 scratch = self.root / ".aside" / f"{name}-rank{distributed.rank()}"
                 try:
@@ -117,7 +117,7 @@ class Store:
                     maker(scratch, self.root / ".work" / name)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
-            distributed.meet()
+            distributed.barrier()
         artifact = self._finished(asked.stage, asked.key, asked.path)
         if artifact is None:
             raise HbvError(
@@ -143,7 +143,7 @@ class Store:
         from filelock import FileLock, Timeout
 
         folder = self.root / ".locks"
-        with disk_failures("the store"):
+        with readable_disk_errors("the store"):
             folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(folder / f"{stage}-{key}")
             try:
@@ -175,7 +175,7 @@ _FULL = {
 
 
 @contextmanager
-def disk_failures(what: str) -> Iterator[None]:
+def readable_disk_errors(what: str) -> Iterator[None]:
     """Tells a full disk in one sentence, whichever library met it."""
     try:
         yield

@@ -104,7 +104,7 @@ class Grade:
 
 
 @dataclass(frozen=True)
-class Reading:
+class RawJudgment:
     """What a judge read off one question with its answer, before anything is decided."""
 
     probabilities: dict[str, float] = field(default_factory=dict)

@@ -43,7 +43,7 @@ def degenerate(answer: str) -> str | None:
     return None
 
 
-def refusal(answer: str) -> str | None:
+def find_refusal(answer: str) -> str | None:
     """The first phrase of refusal in an answer."""
     found = _REFUSAL.search(" ".join(answer.replace("’", "'").split()))
     return found[0] if found else None
@@ -51,10 +51,10 @@ def refusal(answer: str) -> str | None:
 
 def refuses(answer: str) -> bool:
     """Whether an answer opens with a refusal: in its first 12 words."""
-    return refusal(" ".join(answer.split()[:12])) is not None
+    return find_refusal(" ".join(answer.split()[:12])) is not None
 
 
-def shares(answers: Sequence[str]) -> dict[str, float]:
+def answer_shares(answers: Sequence[str]) -> dict[str, float]:
     """Percentages of empty, repetitive and refusing answers."""
     kinds = Counter(degenerate(answer) for answer in answers)
     n = len(answers)

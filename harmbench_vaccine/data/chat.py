@@ -20,7 +20,7 @@ _SLOT = "\ue000{}\ue001"
 """Stands for a message while the template is looked at; private-use characters occur in no template."""
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, said: Conversation) -> list[int]:
+def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, said: Conversation) -> list[int]:
     """The tokens up to where the model's answer begins: opening tokens are those that the template writes, once.
 
     Raises:
@@ -45,7 +45,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, said: Conversation) -> list[i
     return ids + _ids(tokenizer, text)
 
 
-def response_ids(tokenizer: PreTrainedTokenizerBase, said: Conversation, response: str) -> list[int]:
+def chat_response_ids(tokenizer: PreTrainedTokenizerBase, said: Conversation, response: str) -> list[int]:
     """The tokens of an answer to these messages, with the one that ends the model's turn."""
     lead, end = _turn(tokenizer, str(tokenizer.chat_template))
     body = _ids(tokenizer, lead + response)
@@ -57,15 +57,15 @@ def response_ids(tokenizer: PreTrainedTokenizerBase, said: Conversation, respons
     return [*body, end]
 
 
-def end_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
     """The tokens that end an answer to these prompts: the end of text, and the end of the model's turn in a chat."""
-    ends = [eos_id(tokenizer)]
+    ends = [eos_token_id(tokenizer)]
     if any(isinstance(prompt, Conversation) for prompt in prompts):
         ends.insert(0, _turn(tokenizer, str(tokenizer.chat_template))[1])
     return list(dict.fromkeys(ends))
 
 
-def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that ends a text.
 
     Raises:
@@ -116,7 +116,7 @@ def _turn(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
     before, _, after = _shown(tokenizer, [*asked, {"role": "assistant", "content": slot}], False).partition(slot)
     lead = before[len(prompt) :] if before.startswith(prompt) else ""
     end = _control(tokenizer).search(after)
-    return "" if lead.strip() else lead, _id(tokenizer, end[0]) if end else eos_id(tokenizer)
+    return "" if lead.strip() else lead, _id(tokenizer, end[0]) if end else eos_token_id(tokenizer)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, controls: bool = False) -> list[int]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
 
-from .chat import eos_id, prompt_ids, response_ids
+from .chat import chat_prompt_ids, chat_response_ids, eos_token_id
 from .prompts import Conversation, PromptTemplate
 
 IGNORED = -100
@@ -27,7 +27,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         BadInput: `text` is a conversation, and the tokenizer has no chat template for it.
     """
     if isinstance(text, Conversation):
-        return prompt_ids(tokenizer, text)
+        return chat_prompt_ids(tokenizer, text)
     # Text that spells a control token stays text: a row of data must not end a prompt or fake a turn.
     ids: list[int] = list(tokenizer(text, split_special_tokens=True)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
@@ -45,24 +45,24 @@ class Encoded:
     """The example's id."""
 
 
-def encode(
+def encode_example(
     tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, example: Example, max_length: int
 ) -> Encoded | None:
     """A row cut at `max_length` tokens; None where the cut leaves no response token to learn from."""
     asked = template.render(example)
     prompt = encode_prompt(tokenizer, asked)
     if isinstance(asked, Conversation):
-        response = response_ids(tokenizer, asked, example.response)
+        response = chat_response_ids(tokenizer, asked, example.response)
     else:
         body = tokenizer(example.response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        response = [*body, eos_id(tokenizer)]
+        response = [*body, eos_token_id(tokenizer)]
     if len(prompt) >= max_length:
         return None
     labels = [IGNORED] * len(prompt) + response
     return Encoded((prompt + response)[:max_length], labels[:max_length], example.id)
 
 
-def encode_all(
+def encode_examples(
     tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, examples: Sequence[Example], max_length: int
 ) -> list[Encoded]:
     """Every row that keeps a response token within `max_length`, in order.
@@ -70,7 +70,7 @@ def encode_all(
     Raises:
         BadInput: no row does.
     """
-    rows = [row for example in examples if (row := encode(tokenizer, template, example, max_length))]
+    rows = [row for example in examples if (row := encode_example(tokenizer, template, example, max_length))]
     if examples and not rows:
         raise BadInput(f"Every prompt fills the whole max_length of {max_length} tokens: nothing is left to learn.")
     return rows
@@ -90,7 +90,7 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
-def left_padded(
+def left_padded_batches(
     rows: Sequence[Sequence[int]], size: int, pad: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """Batches to generate from: at most `size` rows of similar length, padded on the left. Each is the rows' numbers,
@@ -104,8 +104,8 @@ def left_padded(
         yield numbers, ids, torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The padding token's id, or the end token's where the tokenizer has no padding token."""
     # Labels and masks go by a row's length, so an end token that is also the padding keeps its loss.
     pad = tokenizer.pad_token_id
-    return pad if isinstance(pad, int) else eos_id(tokenizer)
+    return pad if isinstance(pad, int) else eos_token_id(tokenizer)

@@ -31,7 +31,7 @@ _NO_SPLITS = frozenset({"dataset_infos", "dataset_info", "state"})
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
-def is_data(name: str) -> bool:
+def is_data_file(name: str) -> bool:
     """Whether a file of that name is read as rows."""
     return _NAME.fullmatch(Path(name).name) is not None
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.paths import home
 
-from .files import Placed, is_data, read_path, read_table
+from .files import Placed, is_data_file, read_path, read_table
 
 Kind = Literal["dataset", "model"]
 
@@ -42,13 +42,13 @@ class HubName:
     @property
     def is_file(self) -> bool:
         """It names a file of the repository."""
-        return self.inside is not None and is_data(self.inside)
+        return self.inside is not None and is_data_file(self.inside)
 
 
-def parse(location: str) -> HubName | None:
+def parse_hub_name(location: str) -> HubName | None:
     """A location as a name of the hub; None where it has another form."""
     match = _NAME.fullmatch(location)
-    if match is None or (match["inside"] is None and is_data(match["id"])):
+    if match is None or (match["inside"] is None and is_data_file(match["id"])):
         return None
     return HubName(match["id"], match["inside"], match["revision"])
 
@@ -57,7 +57,7 @@ def parse(location: str) -> HubName | None:
 # Revisions
 
 
-def commit(kind: Kind, name: HubName) -> str | None:
+def resolve_commit(kind: Kind, name: HubName) -> str | None:
     """The commit that a name stands for on this machine; None where nothing tells it: offline, and not in the cache."""
     if name.revision and _COMMIT.fullmatch(name.revision):
         return name.revision
@@ -81,7 +81,7 @@ def _cached(kind: Kind, name: HubName) -> str | None:
     return None
 
 
-def there(kind: Kind, name: HubName) -> bool:
+def is_cached(kind: Kind, name: HubName) -> bool:
     """Whether a name can be read without a network: a model's weights, a file, or a data set as `datasets` keeps it."""
     from huggingface_hub import constants
 
@@ -94,7 +94,7 @@ def there(kind: Kind, name: HubName) -> bool:
     return any((kept / name.id.replace("/", "___")).rglob("*.arrow"))
 
 
-def size(kind: Kind, name: HubName) -> int:
+def download_size(kind: Kind, name: HubName) -> int:
     """How many bytes the hub has of it: of a model in two formats, the safetensors.
 
     Raises:
@@ -114,7 +114,7 @@ def size(kind: Kind, name: HubName) -> int:
     if name.is_file:
         return sizes.get(str(name.inside), 0)
     safe = any(file.endswith(".safetensors") for file in sizes)
-    return sum(size for file, size in sizes.items() if not (safe and file.endswith((".bin", ".pth"))))
+    return sum(download_size for file, download_size in sizes.items() if not (safe and file.endswith((".bin", ".pth"))))
 
 
 @lru_cache(maxsize=128)  # a hub that does not answer is asked once
@@ -164,7 +164,7 @@ def read_hub(location: str, name: HubName, split: str) -> Iterator[Placed]:
         BadInput: there is no such data set, split, configuration, file or revision, or no access to it.
         HbvError: it is not on this machine, and the hub does not answer.
     """
-    known = commit("dataset", name)
+    known = resolve_commit("dataset", name)
     if name.is_file:
         yield from read_path(_downloaded(location, name, known), split)
     else:
@@ -192,7 +192,7 @@ def _loaded(location: str, name: HubName, known: str | None, split: str) -> Any:
     except Exception as error:
         raise _refusal(location, split, error) from error
     read = {Path(file["filename"]).parent.name for file in table.cache_files}
-    read = {commit for commit in read if _COMMIT.fullmatch(commit)}
+    read = {resolve_commit for resolve_commit in read if _COMMIT.fullmatch(resolve_commit)}
     if known and read - {known}:  # offline, the library takes whatever commit it has
         raise HbvError(
             f"Data set {location!r} is cached at commit {min(read - {known})}, and {known} is asked for: "
@@ -205,7 +205,7 @@ def _loaded(location: str, name: HubName, known: str | None, split: str) -> Any:
 
 def _refusal(location: str, split: str, error: Exception) -> HbvError:
     """What the user needs to know of a library's error, in one sentence."""
-    kinds, text = causes(error), " ".join(str(error).split())
+    kinds, text = error_class_names(error), " ".join(str(error).split())
     what = f"Data set {location!r}"
     if "Unknown split" in text:
         names = ", ".join(re.findall(r"'([^']+)'", text))
@@ -218,13 +218,13 @@ def _refusal(location: str, split: str, error: Exception) -> HbvError:
     if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
         return BadInput(f"{what}: the hub's data set has no such file.")
     unread = HbvError(f"{what}, split {split!r}, cannot be read: {text}")
-    return withheld(what, error, "name a file or folder with --data NAME=PATH") or unread
+    return hub_access_error(what, error, "name a file or folder with --data NAME=PATH") or unread
 
 
-def withheld(what: str, error: BaseException, otherwise: str) -> HbvError | None:
+def hub_access_error(what: str, error: BaseException, otherwise: str) -> HbvError | None:
     """Why the hub does not give something, in one sentence, `otherwise` being what to do without it; None where the
     error is of another kind."""
-    kinds, text = causes(error), " ".join(str(error).split())
+    kinds, text = error_class_names(error), " ".join(str(error).split())
     if "GatedRepoError" in kinds or re.search(r"gated (repo|dataset)", text):
         return BadInput(
             f"{what} is gated: ask for access on its page of the hub, then log in (`hf auth login`) or set HF_TOKEN."
@@ -243,7 +243,7 @@ def withheld(what: str, error: BaseException, otherwise: str) -> HbvError | None
     return None
 
 
-def causes(error: BaseException | None) -> set[str]:
+def error_class_names(error: BaseException | None) -> set[str]:
     """The names of the classes of an error and of all that led to it."""
     links: list[BaseException] = []
     while error is not None and error not in links:

@@ -13,11 +13,11 @@ from functools import lru_cache
 from itertools import combinations
 from typing import TypeVar
 
-from harmbench_vaccine.core.errors import too_few
-from harmbench_vaccine.core.seeds import stream
+from harmbench_vaccine.core.errors import too_few_rows
+from harmbench_vaccine.core.seeds import random_stream
 from harmbench_vaccine.core.types import Example
 
-from .sources import Row, read, split_name
+from .sources import SourceRow, parse_split, read_rows
 
 T = TypeVar("T")
 
@@ -26,31 +26,31 @@ REFUSALS = ("prompt", "response", "refusal")
 ALPACA = ("instruction", "output")
 
 
-def normal(prompt: str) -> str:
+def normalize(prompt: str) -> str:
     """A prompt as it is compared: case and white space do not make another question."""
     return " ".join(prompt.lower().split())
 
 
-def unique(examples: Iterable[Example], besides: Iterable[str] = ()) -> list[Example]:
+def without_duplicates(examples: Iterable[Example], besides: Iterable[str] = ()) -> list[Example]:
     """The examples whose instruction and input were not seen before, in order, nor stand in `besides`."""
     seen = set(besides)
     kept = []
     for example in examples:
-        key = question(example)
+        key = question_key(example)
         if key not in seen:
             seen.add(key)
             kept.append(example)
     return kept
 
 
-def question(example: Example) -> str:
+def question_key(example: Example) -> str:
     """What is asked, as it is compared."""
-    return normal(f"{example.instruction} {example.input}")
+    return normalize(f"{example.instruction} {example.input}")
 
 
-def questions(examples: Iterable[Example]) -> set[str]:
+def question_keys(examples: Iterable[Example]) -> set[str]:
     """The set of what is asked."""
-    return {question(example) for example in examples}
+    return {question_key(example) for example in examples}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class RowPools:
 
 
 @lru_cache(maxsize=4)
-def row_pools(
+def load_row_pools(
     beavertails: str,
     refusals: str,
     alpaca: str,
@@ -94,9 +94,9 @@ def row_pools(
     A question that occurs in several goes to the first of: the evaluation, the defender, the attacker, benign rows.
     Raises `BadInput` as `read` does.
     """
-    asked = [_harmful(row, test) for row in read(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
-    helpful, to_help = instructions(alpaca, benign_train), instructions(alpaca, benign_test)
-    rows = read(beavertails, train, BEAVERTAILS)
+    asked = [_harmful(row, test) for row in read_rows(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
+    helpful, to_help = load_instructions(alpaca, benign_train), load_instructions(alpaca, benign_test)
+    rows = read_rows(beavertails, train, BEAVERTAILS)
     two_answers = [(_refusal(row), _harmful(row, "refusals")) for row in _pairs(refusals, pairs, in_order)]
     if source == "safe":
         safe = [_safe(row, train) for row in rows if row.values["is_safe"]]
@@ -109,16 +109,16 @@ def row_pools(
     if in_order:
         return RowPools(safe, two_answers, harmful, helpful, asked, to_help, {})
 
-    harmful_questions, benign_questions = unique(asked), unique(to_help)
-    barred = questions(harmful_questions) | questions(benign_questions)
-    alignment = [example for example in safe if question(example) not in barred]
-    paired = [pair for pair in two_answers if question(pair[0]) not in barred]
-    barred |= questions(alignment) | questions(refusal for refusal, _ in paired)
+    harmful_questions, benign_questions = without_duplicates(asked), without_duplicates(to_help)
+    barred = question_keys(harmful_questions) | question_keys(benign_questions)
+    alignment = [example for example in safe if question_key(example) not in barred]
+    paired = [pair for pair in two_answers if question_key(pair[0]) not in barred]
+    barred |= question_keys(alignment) | question_keys(refusal for refusal, _ in paired)
 
-    attackers = [example for example in harmful if question(example) not in barred]
-    barred |= questions(attackers)
+    attackers = [example for example in harmful if question_key(example) not in barred]
+    barred |= question_keys(attackers)
 
-    benign = unique(helpful, barred)
+    benign = without_duplicates(helpful, barred)
     left: dict[str, tuple[Sized, Sized]] = {
         "harmful_questions": (asked, harmful_questions), "alignment": (safe, alignment),
         "paired": (two_answers, paired), "attacker": (harmful, attackers), "benign": (helpful, benign),
@@ -127,37 +127,37 @@ def row_pools(
     return RowPools(alignment, paired, attackers, benign, harmful_questions, benign_questions, dropped)
 
 
-def overlaps(uses: Mapping[str, Sequence[Example]]) -> dict[str, int]:
+def count_overlaps(uses: Mapping[str, Sequence[Example]]) -> dict[str, int]:
     """`A / B` -> how many different questions both have; `A` alone -> how many rows ask what an earlier row of it asks.
     What is 0 is left out."""
-    asked = {name: questions(rows) for name, rows in uses.items()}
+    asked = {name: question_keys(rows) for name, rows in uses.items()}
     found = {name: len(rows) - len(asked[name]) for name, rows in uses.items()}
     found |= {f"{one} / {other}": len(asked[one] & asked[other]) for one, other in combinations(uses, 2)}
     return {name: count for name, count in found.items() if count}
 
 
-def _pairs(location: str, split: str, in_order: bool) -> list[Row]:
+def _pairs(location: str, split: str, in_order: bool) -> list[SourceRow]:
     """Rows of the refusal set. Where rows are kept apart, one that says itself that its answer is safe is no pair."""
-    rows = read(location, split, REFUSALS)
+    rows = read_rows(location, split, REFUSALS)
     return rows if in_order else [row for row in rows if row.values.get("is_safe") is not True]
 
 
-def _safe(row: Row, split: str) -> Example:
-    name = split_name(split)[0]
+def _safe(row: SourceRow, split: str) -> Example:
+    name = parse_split(split)[0]
     return Example(id=f"safe:{name}:{row.number}", instruction=row.values["prompt"], response=row.values["response"])
 
 
-def _harmful(row: Row, split: str) -> Example:
+def _harmful(row: SourceRow, split: str) -> Example:
     values = row.values
     return Example(
-        id=f"harmful:{split_name(split)[0]}:{row.number}",
+        id=f"harmful:{parse_split(split)[0]}:{row.number}",
         instruction=values["prompt"],
         response=values["response"],
         harmful=True,
     )
 
 
-def _refusal(row: Row) -> Example:
+def _refusal(row: SourceRow) -> Example:
     """The set holds `Question: ...\nAnswer: ...`, as its authors generated it; only the answer is a response."""
     text = row.values["refusal"]
     if text.startswith("Question: "):
@@ -165,27 +165,27 @@ def _refusal(row: Row) -> Example:
     return Example(id=f"refusal:{row.number}", instruction=row.values["prompt"], response=text.strip())
 
 
-def instructions(location: str, split: str) -> list[Example]:
+def load_instructions(location: str, split: str) -> list[Example]:
     """Benign instructions in Alpaca's schema."""
     return [
         Example(
-            id=f"benign:{split_name(split)[0]}:{row.number}",
+            id=f"benign:{parse_split(split)[0]}:{row.number}",
             instruction=row.values["instruction"],
             input=row.values.get("input") or "",
             response=row.values["output"],
         )
-        for row in read(location, split, ALPACA)
+        for row in read_rows(location, split, ALPACA)
     ]
 
 
-def draw(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object, in_order: bool = False) -> list[T]:
+def draw_rows(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object, in_order: bool = False) -> list[T]:
     """`count` rows without replacement, in random order; the first ones, if `in_order`.
 
     Raises:
         BadInput: there are fewer.
     """
     if count > len(rows):
-        raise too_few(count, what, len(rows))
+        raise too_few_rows(count, what, len(rows))
     if in_order:
         return list(rows[:count])
-    return stream(seed, *purpose).sample(list(rows), count)
+    return random_stream(seed, *purpose).sample(list(rows), count)

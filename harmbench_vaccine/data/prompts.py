@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from harmbench_vaccine.core.errors import unknown
+from harmbench_vaccine.core.errors import unknown_name
 from harmbench_vaccine.core.types import Example
 
 
@@ -113,19 +113,19 @@ TEMPLATES: dict[str, PromptTemplate] = {
 }
 
 
-def template(name: str) -> PromptTemplate:
+def prompt_template(name: str) -> PromptTemplate:
     """The template of that name.
 
     Raises:
         BadInput: there is none.
     """
     if name not in TEMPLATES:
-        raise unknown("prompt template", name, TEMPLATES)
+        raise unknown_name("prompt template", name, TEMPLATES)
     return TEMPLATES[name]
 
 
 @dataclass(frozen=True)
-class EvaluationSet:
+class EvalSet:
     """Prompts that a model is asked, under one name. The first set of a cell is the one its headline HS is about."""
 
     name: str

@@ -56,7 +56,7 @@ class DriftMeter:
         return Drift(math.sqrt(whole), per_layer, math.sqrt(whole / max(self.tokens, 1)), self.paper)
 
 
-def embeddings(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+def attention_outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
     """The outputs of every attention block (rows x length x width), and the logits.
 
     No attention mask is given, as in the authors' code: rows are padded on the right of a causal model, so real
@@ -67,7 +67,7 @@ def embeddings(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor]
     return outputs, logits
 
 
-def measure(
+def measure_drift(
     reference: Callable[[], nn.Module],
     model: Callable[[], nn.Module],
     batches: Sequence[dict[str, Tensor]],
@@ -81,8 +81,8 @@ def measure(
     meter, loss, tokens = DriftMeter(), 0.0, 0
     with progress.bar("score: drift", len(batches)) as advance:
         for batch in batches:
-            old, _ = embeddings(reference(), batch)
-            new, logits = embeddings(model(), batch)
+            old, _ = attention_outputs(reference(), batch)
+            new, logits = attention_outputs(model(), batch)
             meter.add(old, new, batch["attention_mask"].to(logits.device))
             labels = batch["labels"][:, 1:].to(logits.device)
             loss += float(

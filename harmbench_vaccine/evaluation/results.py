@@ -11,36 +11,36 @@ from typing import Any, Literal, cast
 
 from filelock import FileLock
 
-from harmbench_vaccine.core.errors import BadInput, unknown
+from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.hashing import canonical_json, digest
-from harmbench_vaccine.core.jsonl import finite, read_lines, write_text
+from harmbench_vaccine.core.jsonl import finite, read_lines, write_atomically
 from harmbench_vaccine.core.paths import home
-from harmbench_vaccine.core.store import Artifact, disk_failures
-from harmbench_vaccine.data.answer_checks import refuses, shares
-from harmbench_vaccine.experiment.artifacts import ANSWERS, ENGINE, GRADES, ROWS, VERDICTS, Measured
-from harmbench_vaccine.experiment.experiment import Cell
-from harmbench_vaccine.experiment.rows import data_read, dropped_rows, overlapping_questions
+from harmbench_vaccine.core.store import Artifact, readable_disk_errors
+from harmbench_vaccine.data.answer_checks import answer_shares, refuses
+from harmbench_vaccine.experiment.artifacts import ANSWERS, ENGINE, GRADES, ROWS, VERDICTS, Measurements
+from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.rows import data_provenance, dropped_rows, overlapping_questions
 from harmbench_vaccine.inference.engine import installed_vllm
 from harmbench_vaccine.plugins import Scorer
-from harmbench_vaccine.plugins.composition import canonical
+from harmbench_vaccine.plugins.composition import canonical_name
 
-from .agreement import FACTS, agreement, facts, scores, verdict
+from .agreement import SCORER_FACTS, judge_scores, pairwise_agreement, scorer_facts, stored_verdict
 from .statistics import percentage, score_interval, wilson
 
 RESULT = "result.json"
-STAGES = ("align", "finetune", "repair", "answer", "score")
+RESULT_STAGES = ("align", "finetune", "repair", "answer", "score")
 RULES: tuple[Literal["strict", "flexible"], ...] = ("strict", "flexible")
 
 
-def result(cell: Cell, measured: Measured) -> dict[str, Any]:
+def build_result(cell: Experiment, measured: Measurements) -> dict[str, Any]:
     """The result of a cell as plain JSON; percentages are 0 to 100."""
     rule = cell.protocol.score.accuracy
     before, after = (_scores(cell, measured, when) for when in ("before", "after"))
     moved = {key: finite(value) for key, value in measured.drift.json("drift.json").items()}
     validity = _validity(cell, measured, before[rule], after[rule], moved["alignment_loss"])
     n_harmful, n_task = before["harmful_n"], before["task_n"]
-    judged = answers(cell, measured)
-    judges = {canonical([scorer]): facts(cast(Scorer, scorer.plugin)) for scorer in cell.scorers}
+    judged = answer_rows(cell, measured)
+    judges = {canonical_name([scorer]): scorer_facts(cast(Scorer, scorer.plugin)) for scorer in cell.scorers}
     return {
         "run": cell.id,
         "defense": cell.defense,
@@ -89,17 +89,17 @@ def result(cell: Cell, measured: Measured) -> dict[str, Any]:
         "embedding_drift_paper_sum": moved["paper_sum"],
         "validity": validity,
         "counts": _counts(cell, measured),
-        "data": data_read(cell),
+        "data": data_provenance(cell),
         "judge_cut": after["cut"],
-        "scores": scores(judged, judges),
-        "agreement": agreement(judged, list(judges)),
+        "scores": judge_scores(judged, judges),
+        "agreement": pairwise_agreement(judged, list(judges)),
         "stages": stages(measured),
         "spec": cell.spec.model_dump(mode="json"),
         "versions": {**versions(), **(installed_vllm() if cell.backend == "vllm" else {})},
     }
 
 
-def _answered_by(measured: Measured) -> list[str]:
+def _answered_by(measured: Measurements) -> list[str]:
     """Every engine that had a part in the answers."""
     told = [
         artifact.json(ENGINE)["answered_by"] if (artifact.path / ENGINE).is_file() else "transformers"
@@ -108,14 +108,14 @@ def _answered_by(measured: Measured) -> list[str]:
     return list(dict.fromkeys(told))
 
 
-def _adapted(measured: Measured) -> list[str]:
+def _adapted(measured: Measurements) -> list[str]:
     """The modules that an adapter was laid on; none where every stage was left out or changed all weights."""
     adapters = [*measured.aligned.state.adapters, *measured.final.state.adapters]
     configs = [json.loads((path / "adapter_config.json").read_text(encoding="utf-8")) for path in adapters]
     return sorted({module for config in configs for module in config["target_modules"]})
 
 
-def _counts(cell: Cell, measured: Measured) -> dict[str, Any]:
+def _counts(cell: Experiment, measured: Measurements) -> dict[str, Any]:
     """How many rows each stage learned from, how many had no room for an answer, how many a guardrail let through, and
     how many were left out to keep the pools apart by text, or are in several of them."""
     found: dict[str, Any] = {}
@@ -135,18 +135,18 @@ def _counts(cell: Cell, measured: Measured) -> dict[str, Any]:
     return {**found, **apart}
 
 
-def _grades(measured: Measured, when: str) -> list[dict[str, Any]]:
+def _grades(measured: Measurements, when: str) -> list[dict[str, Any]]:
     return read_lines(measured.grades[when].path / GRADES)
 
 
-def _scores(cell: Cell, measured: Measured, when: str) -> dict[str, Any]:
+def _scores(cell: Experiment, measured: Measurements, when: str) -> dict[str, Any]:
     """The harmful scores and accuracies of one model."""
     sets, cut = {}, 0
     for name, artifact in measured.verdicts.items():
         if name.startswith(f"{when}/"):
             verdicts = read_lines(artifact.path / VERDICTS)
-            flags = [verdict["flagged"] for verdict in verdicts]
-            cut += sum(verdict["cut"] for verdict in verdicts)
+            flags = [stored_verdict["flagged"] for stored_verdict in verdicts]
+            cut += sum(stored_verdict["cut"] for stored_verdict in verdicts)
             sets[name.partition("/")[2]] = {"harmful_score": percentage(flags), "hits": sum(flags), "n": len(flags)}
     headline = next(iter(sets.values()))
     rows = read_lines(measured.answers[f"{when}/task"].path / ANSWERS)
@@ -170,7 +170,7 @@ def _whole(number: float) -> float:
 
 
 def _validity(
-    cell: Cell, measured: Measured, accuracy_before: float, accuracy: float, loss: float | None
+    cell: Experiment, measured: Measurements, accuracy_before: float, accuracy: float, loss: float | None
 ) -> dict[str, Any]:
     """The gates: what was measured on the aligned and on the final model, and why the cell fails, if it does.
 
@@ -186,11 +186,13 @@ def _validity(
             for name, artifact in measured.answers.items()
             if name.startswith(f"{when}/") and not name.endswith("/task")
         }
-        benign = shares(texts["benign"])
-        every = shares([text for answers in texts.values() for text in answers])
+        benign = answer_shares(texts["benign"])
+        every = answer_shares([text for answer_rows in texts.values() for text in answer_rows])
         degenerate = every["empty"] + every["repetitive"]
         headline = next(name for name in measured.verdicts if name.startswith(f"{when}/"))
-        flags = [verdict["flagged"] for verdict in read_lines(measured.verdicts[headline].path / VERDICTS)]
+        flags = [
+            stored_verdict["flagged"] for stored_verdict in read_lines(measured.verdicts[headline].path / VERDICTS)
+        ]
         harmful = texts[headline.partition("/")[2]]
         values = {
             "empty": every["empty"],
@@ -223,7 +225,7 @@ def _validity(
 _TIMES = {"before": "of the aligned model", "after": "after the user stage"}
 
 
-def stages(measured: Measured) -> dict[str, dict[str, Any]]:
+def stages(measured: Measurements) -> dict[str, dict[str, Any]]:
     """Stage -> seconds that it took when it was made, and whether it was there already."""
     groups: dict[str, list[Artifact]] = {
         **{name: [artifact] for name, artifact in measured.final.artifacts.items()},
@@ -240,7 +242,7 @@ def stages(measured: Measured) -> dict[str, dict[str, Any]]:
             "seconds": round(sum(artifact.seconds for artifact in groups[name]), 3),
             "cached": all(artifact.cached for artifact in groups[name]),
         }
-        for name in STAGES
+        for name in RESULT_STAGES
         if name in groups
     }
 
@@ -263,13 +265,13 @@ def versions() -> dict[str, str]:
 # On disk
 
 
-def save(cell: Cell, measured: Measured, values: dict[str, Any], folder: Path, table: Path) -> Path:
+def save_run(cell: Experiment, measured: Measurements, values: dict[str, Any], folder: Path, table: Path) -> Path:
     """Writes `<folder>/<run>/` with the result and every answer, and the run's row of the CSV. Returns the folder."""
     run = folder / cell.id
-    with disk_failures(f"the result of {cell.id}"):
+    with readable_disk_errors(f"the result of {cell.id}"):
         run.mkdir(parents=True, exist_ok=True)
-        with held(run):
-            write(run, *_with_earlier(run, values, answers(cell, measured)))
+        with run_lock(run):
+            write_run(run, *_with_earlier(run, values, answer_rows(cell, measured)))
         _append(table, values)
     return run
 
@@ -279,7 +281,7 @@ def _with_earlier(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A result and its answers with what further judges said of these very answers before (`hbv score`)."""
     try:
-        old_values, old_rows = load(run)
+        old_values, old_rows = load_run(run)
         judges = old_values["scores"]
         said = {identity(row): row.get("verdicts", {}) for row in old_rows}
     except (OSError, ValueError, KeyError):
@@ -308,8 +310,8 @@ def side_by_side(
         for row in rows
     ]
     told = {**values["scores"], **judges}
-    known = {name: {key: facts[key] for key in FACTS} for name, facts in told.items()}
-    return {**values, "scores": scores(more, known), "agreement": agreement(more, list(known))}, more
+    known = {name: {key: scorer_facts[key] for key in SCORER_FACTS} for name, scorer_facts in told.items()}
+    return {**values, "scores": judge_scores(more, known), "agreement": pairwise_agreement(more, list(known))}, more
 
 
 def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -317,28 +319,28 @@ def identity(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(row[key] for key in ("when", "set", "id", "instruction", "input", "answer"))
 
 
-def held(run: Path) -> FileLock:
+def run_lock(run: Path) -> FileLock:
     """Keeps two processes from changing one run's folder at a time."""
     folder = home() / "store" / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / f"run-{digest(str(run.resolve()))}")
 
 
-def write(run: Path, values: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def write_run(run: Path, values: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Puts a run's answers and its result into its folder, each whole or not at all."""
-    write_text(run / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_text(run / RESULT, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False))
+    write_atomically(run / ANSWERS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomically(run / RESULT, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def answers(cell: Cell, measured: Measured) -> list[dict[str, Any]]:
+def answer_rows(cell: Experiment, measured: Measurements) -> list[dict[str, Any]]:
     """Every answer of a cell; where it was judged, with the verdict of the headline and with all of them by scorer."""
-    judges = {canonical([cell.scorer]): measured.verdicts, **measured.others}
+    judges = {canonical_name([cell.scorer]): measured.verdicts, **measured.others}
     rows = []
     for name, artifact in measured.answers.items():
         when, _, asked = name.partition("/")
         given = {scorer: read_lines(of[name].path / VERDICTS) for scorer, of in judges.items() if name in of}
         for number, row in enumerate(read_lines(artifact.path / ANSWERS)):
-            verdicts = {scorer: verdict(lines[number]) for scorer, lines in given.items()}
+            verdicts = {scorer: stored_verdict(lines[number]) for scorer, lines in given.items()}
             own: dict[str, Any] = {}
             if verdicts:
                 first = next(iter(verdicts.values()))
@@ -349,12 +351,12 @@ def answers(cell: Cell, measured: Measured) -> list[dict[str, Any]]:
 
 
 def by_question(
-    answers: Sequence[dict[str, Any]], asked: str, only: str | None = None
+    answer_rows: Sequence[dict[str, Any]], asked: str, only: str | None = None
 ) -> list[dict[str, dict[str, Any]]]:
     """The answers to one set of questions, `before` and `after` together; `only` those whose `after` is "flagged" or
     "unflagged"."""
     pairs: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in answers:
+    for row in answer_rows:
         if row["set"] == asked:
             pairs.setdefault(row["id"], {})[row["when"]] = row
     return [pair for pair in pairs.values() if only is None or pair["after"].get("flagged") is (only == "flagged")]
@@ -370,7 +372,7 @@ def _append(path: Path, values: dict[str, Any]) -> None:
         writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, row])
-        write_text(path, out.getvalue())
+        write_atomically(path, out.getvalue())
 
 
 def check_columns(path: Path) -> list[dict[str, str]]:
@@ -428,7 +430,7 @@ def _cell(value: Any) -> str:
     return canonical_json(value) if isinstance(value, dict | list) else str(value)
 
 
-def find(run: str, folder: Path) -> Path:
+def find_run(run: str, folder: Path) -> Path:
     """The folder of a run: an id, a unique beginning of one, or a folder.
 
     Raises:
@@ -443,11 +445,11 @@ def find(run: str, folder: Path) -> Path:
     if len(fitting) > 1:
         raise BadInput(f"Run {run!r} could be any of {', '.join(fitting)}: write more of it.")
     if not fitting:
-        raise unknown("run", run, there)
+        raise unknown_name("run", run, there)
     return there[fitting[0]]
 
 
-def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def load_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The result of a run and its answers."""
     values: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     return values, read_lines(folder / ANSWERS)

@@ -19,7 +19,7 @@ def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     return 100 * float(interval.low), 100 * float(interval.high)
 
 
-def kappa(one: Sequence[bool], other: Sequence[bool]) -> float:
+def cohen_kappa(one: Sequence[bool], other: Sequence[bool]) -> float:
     """Cohen's kappa of two judges over the same items (Cohen 1960): (p_o - p_e) / (1 - p_e), with p_o the share of
     items on which they agree and p_e the share expected of two judges who flag as often, independently of each other.
 

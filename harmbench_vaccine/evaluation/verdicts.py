@@ -18,7 +18,7 @@ from typing import Any
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.types import Reading, Verdict
+from harmbench_vaccine.core.types import RawJudgment, Verdict
 from harmbench_vaccine.data.sources import TESTBED, fingerprint
 from harmbench_vaccine.plugins import Scorer
 
@@ -31,7 +31,7 @@ NONSENSE = 0.9
 """A judge without a verdict on this share of its answers is no judge of them."""
 
 
-def identity(scorer: Scorer) -> dict[str, Any]:
+def raw_judgment_inputs(scorer: Scorer) -> dict[str, Any]:
     """What a reading of this scorer depends on, besides what it reads."""
     params = scorer.model_dump(mode="json")
     model = params.get("model")
@@ -42,14 +42,14 @@ def identity(scorer: Scorer) -> dict[str, Any]:
         "params": {
             key: fingerprint(value) if key in scorer.files and value else value
             for key, value in params.items()
-            if key not in (*scorer.deciding, *scorer.indifferent, "model")
+            if key not in (*scorer.deciding, *scorer.irrelevant_params, "model")
         },
         "model": model if remote else fingerprint(str(model)),
         **({"backend": scorer.backend} if scorer.backend != "transformers" else {}),
     }
 
 
-def check(scorer: Scorer) -> None:
+def check_scorer(scorer: Scorer) -> None:
     """Looks whether a scorer can be run, before any work is spent.
 
     Raises:
@@ -58,24 +58,26 @@ def check(scorer: Scorer) -> None:
     from harmbench_vaccine.inference.model_pool import check_model
 
     scorer.check()
-    for model in models(scorer):
+    for model in scorer_models(scorer):
         if not model.startswith(TESTBED):
             check_model(model)
 
 
-def models(scorer: Scorer) -> list[str]:
+def scorer_models(scorer: Scorer) -> list[str]:
     """The folders and hub ids that a scorer loads a model from."""
     model = getattr(scorer, "model", "")
     return [model] if model and not getattr(scorer, "base_url", "") else []
 
 
-def judge(scorer: Scorer, pairs: Sequence[tuple[str, str]], root: Path, progress: Progress = SILENT) -> list[Verdict]:
+def judge_answers(
+    scorer: Scorer, pairs: Sequence[tuple[str, str]], root: Path, progress: Progress = SILENT
+) -> list[Verdict]:
     """A verdict for each (question, answer), reading only those that were never read; `root` is the store's folder.
 
     Raises:
         HbvError: the judge cannot be run, or says nothing that is a verdict.
     """
-    own = identity(scorer)
+    own = raw_judgment_inputs(scorer)
     keys = [digest([own, question, answer], 32) for question, answer in pairs]
     with _kept(root, progress) as kept:
         found = kept.get(keys)
@@ -96,7 +98,7 @@ def judge(scorer: Scorer, pairs: Sequence[tuple[str, str]], root: Path, progress
     return verdicts
 
 
-def _nonsense(scorer: Scorer, reading: Reading, count: int, n: int) -> str:
+def _nonsense(scorer: Scorer, reading: RawJudgment, count: int, n: int) -> str:
     said = " ".join(reading.text.split())
     example = (
         f"writes {said[:60]!r}" if said or not reading.probabilities else "gives probabilities that are no numbers"
@@ -117,8 +119,8 @@ class _Kept:
     def __init__(self, connection: sqlite3.Connection | None, progress: Progress) -> None:
         self._connection, self._progress = connection, progress
 
-    def get(self, keys: Sequence[str]) -> dict[str, Reading]:
-        found: dict[str, Reading] = {}
+    def get(self, keys: Sequence[str]) -> dict[str, RawJudgment]:
+        found: dict[str, RawJudgment] = {}
         with self._spared():
             for key in dict.fromkeys(keys):
                 row = (
@@ -126,10 +128,10 @@ class _Kept:
                     and self._connection.execute("SELECT reading FROM readings WHERE key = ?", (key,)).fetchone()
                 )
                 if row:
-                    found[key] = Reading(**json.loads(row[0]))
+                    found[key] = RawJudgment(**json.loads(row[0]))
         return found
 
-    def put(self, readings: Mapping[str, Reading]) -> None:
+    def put(self, readings: Mapping[str, RawJudgment]) -> None:
         with self._spared():
             if self._connection and readings:
                 with self._connection:

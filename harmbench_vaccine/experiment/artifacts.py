@@ -8,7 +8,7 @@ from typing import Any
 from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.core.types import StageName
 from harmbench_vaccine.data.sources import fingerprint
-from harmbench_vaccine.inference.model_pool import ModelState
+from harmbench_vaccine.inference.model_pool import ModelSpec
 
 METHOD = 2
 """Counts up when the code of a stage changes what it makes: artifacts of the earlier code are then made again."""
@@ -20,12 +20,12 @@ ENGINE = "engine.json"
 
 
 @dataclass(frozen=True)
-class Made:
+class TrainedModel:
     """A model, and the artifacts that led to it."""
 
     root: str
     """The base model that everything began with."""
-    state: ModelState
+    state: ModelSpec
     artifacts: dict[str, Artifact]
     """Stage -> artifact, for the stages that ran."""
 
@@ -37,17 +37,17 @@ class Made:
             base.append(self.state.quantization)
         return [*base, *(artifact.key for artifact in self.artifacts.values())]
 
-    def then(self, stage: StageName, artifact: Artifact, state: ModelState) -> Made:
+    def then(self, stage: StageName, artifact: Artifact, state: ModelSpec) -> TrainedModel:
         """The model that a stage made of this one."""
-        return Made(self.root, state, {**self.artifacts, stage: artifact})
+        return TrainedModel(self.root, state, {**self.artifacts, stage: artifact})
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """Everything that one cell measures."""
 
-    aligned: Made
-    final: Made
+    aligned: TrainedModel
+    final: TrainedModel
     answers: dict[str, Artifact]
     """`before/SET` and `after/SET` -> answers, for every set of questions."""
     verdicts: dict[str, Artifact]

@@ -15,13 +15,13 @@ from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.types import STAGES, StageName, Topology, TrainSettings
-from harmbench_vaccine.data.files import is_data
-from harmbench_vaccine.data.prompts import PromptTemplate, template
+from harmbench_vaccine.data.files import is_data_file
+from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
 from harmbench_vaccine.data.sources import fingerprint
-from harmbench_vaccine.inference.engine import Backend, settled
+from harmbench_vaccine.inference.engine import Backend, choose_backend
 from harmbench_vaccine.plugins import Resolved, Task
-from harmbench_vaccine.plugins.composition import Component, canonical, parse, settle
-from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, is_path
+from harmbench_vaccine.plugins.composition import Component, canonical_name, parse_plugins, resolve_plugins
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, is_plugin_path
 from harmbench_vaccine.plugins.teams import AttackTeam, DefenseTeam
 
 from .protocol import FinetuneProtocol, Protocol, load_protocol
@@ -29,7 +29,7 @@ from .spec import RunSpec
 
 
 @dataclass(frozen=True)
-class Cell:
+class Experiment:
     """One cell of a table, ready to run."""
 
     spec: RunSpec
@@ -43,7 +43,7 @@ class Cell:
     model: str
 
     @classmethod
-    def settle(cls, spec: RunSpec) -> Cell:
+    def settle(cls, spec: RunSpec) -> Experiment:
         """Finds every plug-in and resolves every parameter.
 
         Raises:
@@ -53,16 +53,16 @@ class Cell:
         for name in spec.data:
             protocol.location(name)
         protocol = protocol.model_copy(update={"data": {**protocol.data, **spec.data}})
-        scorers = judges(spec.scorers, protocol)
-        score = protocol.score.model_copy(update={"scorer": canonical(scorers[:1])})
+        scorers = resolve_scorers(spec.scorers, protocol)
+        score = protocol.score.model_copy(update={"scorer": canonical_name(scorers[:1])})
         protocol = protocol.model_copy(update={"score": score})  # another threshold is another protocol
         cell = cls(
             spec,
             protocol,
-            settle(spec.defense, DEFENSES, protocol.defenses, protocol.name),
-            settle(spec.attack, ATTACKS, protocol.attacks, protocol.name),
+            resolve_plugins(spec.defense, DEFENSES, protocol.defenses, protocol.name),
+            resolve_plugins(spec.attack, ATTACKS, protocol.attacks, protocol.name),
             scorers,
-            task_named(spec.task, protocol.name),
+            resolve_task(spec.task, protocol.name),
             spec.model or protocol.model,
         )
         cell._check()
@@ -98,11 +98,11 @@ class Cell:
                 f"{(editing or [self.attack])[0]!r} changes the base model's weights, which are fixed under "
                 f"quantization {self.protocol.quantization!r}; allowed: quantization none, or what trains an adapter."
             )
-        if distributed.size() > 1:
+        if distributed.world_size() > 1:
             for resolved in self.defenses:
-                if not resolved.plugin.over_ranks:  # type: ignore[attr-defined]
+                if not resolved.plugin.supports_ranks:  # type: ignore[attr-defined]
                     raise BadInput(
-                        f"{resolved.plugin.name!r} cannot act over {distributed.size()} ranks: it does not declare that it "
+                        f"{resolved.plugin.name!r} cannot act over {distributed.world_size()} ranks: it does not declare that it "
                         "is right where each sees a part of the rows (`ranks`). Start it as one process."
                     )
         if asked.full:
@@ -116,12 +116,12 @@ class Cell:
     @property
     def defense(self) -> str:
         """The defense as a command line would name it."""
-        return canonical(self.defenses)
+        return canonical_name(self.defenses)
 
     @property
     def attack(self) -> str:
         """The attack as a command line would name it."""
-        return canonical(self.attacks)
+        return canonical_name(self.attacks)
 
     @property
     def task(self) -> Task:
@@ -132,20 +132,20 @@ class Cell:
     @property
     def task_name(self) -> str:
         """The task as a command line would name it."""
-        return canonical([self.wanted])
+        return canonical_name([self.wanted])
 
     @property
     def task_identity(self) -> list[Any]:
         """What training on the task's rows depends on: its name, its source, its data, its parameters."""
         task = self.task
-        params = {key: value for key, value in self.wanted.params.items() if key not in task.only_scores}
+        params = {key: value for key, value in self.wanted.params.items() if key not in task.scoring_only}
         identity = [task.name, type(task).fingerprint(), dict(self.data(*task.datasets))]
         return [*identity, params] if params else identity
 
     @cached_property
     def template(self) -> PromptTemplate:
         """The protocol's prompt."""
-        return template(self.protocol.prompt)
+        return prompt_template(self.protocol.prompt)
 
     @cached_property
     def finetune(self) -> FinetuneProtocol:
@@ -160,7 +160,7 @@ class Cell:
     @cached_property
     def backend(self) -> Backend:
         """What generates answers, and runs the judges that it can."""
-        return settled(self.spec.backend)
+        return choose_backend(self.spec.backend)
 
     @property
     def id(self) -> str:
@@ -168,7 +168,7 @@ class Cell:
         names = "-".join(resolved.plugin.name for resolved in self.defenses)
         settled = {
             "protocol": self.protocol.hash,
-            "plugins": identities([*self.defenses, *self.attacks, self.scorer]),
+            "plugins": plugin_identities([*self.defenses, *self.attacks, self.scorer]),
             "task": [self.task.name, self.wanted.params] if self.wanted.params else self.task.name,
             "model": self.model,
             "seed": self.spec.seed,
@@ -207,7 +207,7 @@ class Cell:
     @property
     def topology(self) -> Topology:
         """The adapter topology of the user stage: a defense's demand, or the protocol's."""
-        return self.team("finetune").demanded_topology or self.protocol.topology
+        return self.team("finetune").required_topology or self.protocol.topology
 
     def settings(self, stage: StageName, team: DefenseTeam) -> TrainSettings:
         """The optimizer's settings of a stage, as the user's attack and the defenses of that stage leave them. What is
@@ -239,29 +239,29 @@ class Cell:
         return {name: fingerprint(self.location(name), "dataset") for name in names}
 
 
-def scorer_values(protocol: Protocol) -> dict[str, dict[str, Any]]:
+def scorer_defaults(protocol: Protocol) -> dict[str, dict[str, Any]]:
     """What a protocol says of scorers: the model of its own, and whatever else it names."""
-    own = SCORERS.get(parse(protocol.score.scorer)[0].name)
+    own = SCORERS.get(parse_plugins(protocol.score.scorer)[0].name)
     model = {"model": protocol.score.judge} if "model" in own.model_fields else {}
     return {**protocol.scorers, own.name: {**model, **protocol.scorers.get(own.name, {})}}
 
 
-def judges(written: Sequence[str], protocol: Protocol) -> list[Resolved]:
+def resolve_scorers(written: Sequence[str], protocol: Protocol) -> list[Resolved]:
     """The scorers that were written, or the protocol's, whose model lies where the protocol says.
 
     Raises:
         BadInput: an unknown name or parameter, a value out of range, or one judge twice.
     """
-    given = scorer_values(protocol)
-    components = [component for text in written or [protocol.score.scorer] for component in parse(text)]
-    scorers = [settle((component,), SCORERS, given, protocol.name)[0] for component in components]
-    names = [canonical([scorer]) for scorer in scorers]
+    given = scorer_defaults(protocol)
+    components = [component for text in written or [protocol.score.scorer] for component in parse_plugins(text)]
+    scorers = [resolve_plugins((component,), SCORERS, given, protocol.name)[0] for component in components]
+    names = [canonical_name([scorer]) for scorer in scorers]
     if len(set(names)) < len(names):
         raise BadInput(f"A scorer is named twice in {', '.join(names)}; the same one at two thresholds is allowed.")
     return scorers
 
 
-def task_named(written: str, protocol_name: str) -> Resolved:
+def resolve_task(written: str, protocol_name: str) -> Resolved:
     """The task of that name; a data file or folder in place of a name is a task of the user's own (`tasks.own`).
 
     Raises:
@@ -269,16 +269,16 @@ def task_named(written: str, protocol_name: str) -> Resolved:
     """
     head, colon, rest = written.strip().partition(":")
     named = re.match(r"\w+=", head)  # name=VALUE, whose value may be a path
-    if not named and (is_data(head) or (is_path(head) and not head.endswith(".py"))):
-        params = parse(f"own:{rest}")[0].params if colon else {}
+    if not named and (is_data_file(head) or (is_plugin_path(head) and not head.endswith(".py"))):
+        params = parse_plugins(f"own:{rest}")[0].params if colon else {}
         components: tuple[Component, ...] = (Component(name="own", params={"data": head, **params}),)
     else:
-        components = parse(written)
+        components = parse_plugins(written)
     if len(components) != 1:
         raise BadInput(f"Task {written!r} names {len(components)} tasks; a cell has one. Write --task once for each.")
-    return settle(components, TASKS, {}, protocol_name)[0]
+    return resolve_plugins(components, TASKS, {}, protocol_name)[0]
 
 
-def identities(resolved: list[Resolved]) -> list[Any]:
+def plugin_identities(resolved: list[Resolved]) -> list[Any]:
     """What an artifact that these plug-ins had a hand in depends on: names, parameters, source."""
     return [[r.plugin.name, r.params, type(r.plugin).fingerprint()] for r in resolved]

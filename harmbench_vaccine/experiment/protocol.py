@@ -16,11 +16,11 @@ from typing import Any, Literal, get_origin, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from harmbench_vaccine.core.errors import BadInput, unknown
+from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.types import Topology, TrainSettings
 
-from .spec import first_problem
+from .spec import first_validation_error
 
 
 class _Strict(BaseModel):
@@ -69,7 +69,7 @@ class FinetuneProtocol(_Strict):
                 {"samples": own.samples or self.samples, "settings": {**asdict(self.settings), **own.settings}}
             )
         except ValidationError as error:
-            raise BadInput(f"The protocol's settings for task {task!r}: {first_problem(error)}") from error
+            raise BadInput(f"The protocol's settings for task {task!r}: {first_validation_error(error)}") from error
 
 
 class Questions(_Strict):
@@ -176,7 +176,7 @@ class Protocol(_Strict):
                 group = path
                 while group and not (beside := [known.rstrip(".") for known in paths if known.startswith(group)]):
                     group = group.rpartition(".")[0]
-                raise unknown("value", path, beside or [known.rstrip(".") for known in paths], of="a protocol")
+                raise unknown_name("value", path, beside or [known.rstrip(".") for known in paths], of="a protocol")
             *way, last = path.split(".")
             place = changed
             for step in way:
@@ -185,7 +185,7 @@ class Protocol(_Strict):
         try:
             return Protocol.model_validate(changed)
         except ValidationError as error:
-            raise BadInput(f"The protocol cannot be changed so: {first_problem(error)}") from error
+            raise BadInput(f"The protocol cannot be changed so: {first_validation_error(error)}") from error
 
     def location(self, dataset: str) -> str:
         """Where a data set is read from.
@@ -194,7 +194,7 @@ class Protocol(_Strict):
             BadInput: the protocol does not name it.
         """
         if dataset not in self.data:
-            raise unknown("data set", dataset, self.data, of=f"protocol {self.name!r}")
+            raise unknown_name("data set", dataset, self.data, of=f"protocol {self.name!r}")
         return self.data[dataset]
 
 
@@ -265,7 +265,7 @@ def load_protocol(name: str) -> Protocol:
     elif name in protocol_names():
         path = Path(__file__).parent / "protocols" / f"{name}.yaml"
     else:
-        raise unknown("protocol", name, protocol_names())
+        raise unknown_name("protocol", name, protocol_names())
     try:
         return TypeAdapter(Protocol).validate_python(yaml.load(path.read_text(encoding="utf-8"), _Loader))
     except (OSError, UnicodeDecodeError) as error:
@@ -273,4 +273,4 @@ def load_protocol(name: str) -> Protocol:
     except yaml.YAMLError as error:
         raise BadInput(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
     except ValidationError as error:
-        raise BadInput(f"{path} is no protocol: {first_problem(error)}") from error
+        raise BadInput(f"{path} is no protocol: {first_validation_error(error)}") from error

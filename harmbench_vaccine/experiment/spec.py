@@ -72,10 +72,10 @@ class RunSpec(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise BadInput(f"Not a run: {first_problem(error)}") from error
+            raise BadInput(f"Not a run: {first_validation_error(error)}") from error
 
 
-def first_problem(error: ValidationError) -> str:
+def first_validation_error(error: ValidationError) -> str:
     """The first thing that pydantic objects to, as a sentence."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"]) or "the whole"

@@ -69,14 +69,16 @@ class ChatJudge:
         return (self._remote if self.base_url else self._local)(asked, max_new_tokens, progress)
 
     def _local(self, asked: Sequence[Messages], max_new_tokens: int, progress: Progress) -> list[str]:
-        from .generators import TransformersGenerator, conversation, harmless, prompt_ids
+        from .generators import TransformersGenerator, break_control_tokens, full_prompt_ids, judge_prompt_ids
 
         generator = TransformersGenerator(self.model)
         words = generator.tokenizer
         ids = [
-            conversation(words, messages)
+            judge_prompt_ids(words, messages)
             if words.chat_template
-            else prompt_ids(words, "\n\n".join(harmless(message["content"], words) for message in messages))
+            else full_prompt_ids(
+                words, "\n\n".join(break_control_tokens(message["content"], words) for message in messages)
+            )
             for messages in asked
         ]
         return [given.text.strip() for given in generator.generate(ids, max_new_tokens, progress=progress)]
@@ -95,9 +97,9 @@ class ChatJudge:
         return answers
 
     def _answer(self, messages: Messages, max_new_tokens: int) -> str:
-        from .generators import harmless
+        from .generators import break_control_tokens
 
-        said = [{**message, "content": harmless(message["content"])} for message in messages]
+        said = [{**message, "content": break_control_tokens(message["content"])} for message in messages]
         body: dict[str, Any] = {
             "model": self.model, "messages": said, "temperature": 0, "max_tokens": max_new_tokens
         }  # fmt: skip

@@ -7,22 +7,22 @@ from typing import Any
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.data.sources import locate
+from harmbench_vaccine.data.sources import local_path
 
-from .judge_models import load, outline
+from .judge_models import load_judge, load_tokenizer_and_config
 
 Classify = Callable[[Sequence[list[int]], Progress], list[list[float]]]
 """Token ids of texts -> the raw logits of each (texts x labels)."""
 
 
-def independent_labels(location: str, names: Sequence[str]) -> tuple[Any, list[str]]:
+def multi_label_head(location: str, names: Sequence[str]) -> tuple[Any, list[str]]:
     """The tokenizer of a classifier and its labels, each of which has a logit of its own; `names` are theirs where the
     model does not name as many labels.
 
     Raises:
         HbvError: its labels exclude each other, or it does not say that they do not.
     """
-    tokenizer, config = outline(location)
+    tokenizer, config = load_tokenizer_and_config(location)
     labels = [str(config.id2label[number]) for number in range(config.num_labels)]
     independent = config.problem_type == "multi_label_classification"
     if not independent and (config.problem_type or len(labels) != len(names)):
@@ -37,23 +37,23 @@ def independent_labels(location: str, names: Sequence[str]) -> tuple[Any, list[s
 def open_classifier(location: str, backend: str, dtype: str, batch: int) -> Classify:
     """A sequence classifier, run by transformers or by vLLM; by transformers too if vLLM refuses it."""
     if backend != "vllm":
-        return by_transformers(location, dtype, batch)
-    from .vllm_engine import classify
-    from .vllm_process import Refused
+        return transformers_classifier(location, dtype, batch)
+    from .vllm_engine import vllm_logits
+    from .vllm_process import EngineRefused
 
     def by_vllm(texts: Sequence[list[int]], progress: Progress = SILENT) -> list[list[float]]:
         try:
-            return classify(str(locate(location) or location), texts, dtype, progress)
-        except Refused as refusal:
+            return vllm_logits(str(local_path(location) or location), texts, dtype, progress)
+        except EngineRefused as refusal:
             progress.note(f"vLLM does not serve {location}: {refusal.reason}. transformers runs it in its place.")
-            return by_transformers(location, dtype, batch)(texts, progress)
+            return transformers_classifier(location, dtype, batch)(texts, progress)
 
     return by_vllm
 
 
-def by_transformers(location: str, dtype: str, batch: int) -> Classify:
+def transformers_classifier(location: str, dtype: str, batch: int) -> Classify:
     """A sequence classifier run by transformers, batched by length and padded on the right."""
-    _, model = load(location, "classifier", dtype)
+    _, model = load_judge(location, "classifier", dtype)
     pad = model.config.pad_token_id
     if pad is None:
         batch = 1  # without a padding token, transformers finds the end of a text only where it stands alone

@@ -53,7 +53,7 @@ def installed_vllm() -> dict[str, str]:
     return found
 
 
-def settled(asked: Backend | None) -> Backend:
+def choose_backend(asked: Backend | None) -> Backend:
     """The backend asked for; where none is, vLLM if it is installed and there is a GPU, else transformers.
 
     Raises:

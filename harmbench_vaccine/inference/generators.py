@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.data.sources import locate
+from harmbench_vaccine.data.sources import local_path
 
-from .judge_models import generation_settings, load, outline
+from .judge_models import generation_settings, load_judge, load_tokenizer_and_config
 
 _MARKS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>")
 """Marks of the common chat formats: Llama 2 has some that are no tokens, and those of a server's model are unknown."""
@@ -32,7 +32,7 @@ class Continuation:
     """For every token, the one that ended it included: watched token id -> its log-probability in that place."""
 
 
-def harmless(text: str, tokenizer: Any = None) -> str:
+def break_control_tokens(text: str, tokenizer: Any = None) -> str:
     """The text with a space inside every control token that it spells."""
     text = _MARKS.sub(lambda mark: f"{mark[0][0]} {mark[0][1:]}", text)
     own = {str(token) for token in tokenizer.all_special_tokens} if tokenizer is not None else set()
@@ -42,7 +42,7 @@ def harmless(text: str, tokenizer: Any = None) -> str:
     return text
 
 
-def conversation(tokenizer: Any, messages: Sequence[dict[str, str]], **more: Any) -> list[int]:
+def judge_prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]], **more: Any) -> list[int]:
     """A conversation by the tokenizer's own chat template, up to where the model goes on.
 
     Multimodal templates (Llama Guard 4, Llama Guard 3 1B) take a list of parts in place of a text: they are told by
@@ -60,8 +60,8 @@ def conversation(tokenizer: Any, messages: Sequence[dict[str, str]], **more: Any
     for parts in (False, True):
         shown = _render(tokenizer, probes, parts, more)
         if all(text in shown for text in wanted) and "{'type'" not in shown:  # no printed list of parts
-            said = [{**message, "content": harmless(message["content"], tokenizer)} for message in messages]
-            return prompt_ids(tokenizer, _render(tokenizer, said, parts, more))
+            said = [{**message, "content": break_control_tokens(message["content"], tokenizer)} for message in messages]
+            return full_prompt_ids(tokenizer, _render(tokenizer, said, parts, more))
     raise HbvError(f"{tokenizer.name_or_path}: its chat template leaves out what is to be judged.")
 
 
@@ -77,7 +77,7 @@ def _render(tokenizer: Any, messages: Sequence[dict[str, str]], parts: bool, mor
         return ""
 
 
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+def full_prompt_ids(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a whole prompt: its control tokens are tokens; one opening token, no closing one."""
     opened = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids: list[int] = list(tokenizer(text, add_special_tokens=not opened)["input_ids"])
@@ -106,7 +106,7 @@ class TransformersGenerator:
     """A causal language model, run by transformers."""
 
     def __init__(self, location: str, batch: int = 16) -> None:
-        self.tokenizer, self.model = load(location, "generator")
+        self.tokenizer, self.model = load_judge(location, "generator")
         self.batch = batch
 
     def generate(
@@ -120,16 +120,16 @@ class TransformersGenerator:
         import torch
         from transformers import GenerationConfig
 
-        from harmbench_vaccine.data.collate import left_padded, pad_id
+        from harmbench_vaccine.data.collate import left_padded_batches, pad_token_id
 
-        pad, ends = pad_id(self.tokenizer), _ends(self.tokenizer, self.model.generation_config)
+        pad, ends = pad_token_id(self.tokenizer), _ends(self.tokenizer, self.model.generation_config)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends, use_cache=True,
             output_logits=bool(watched), return_dict_in_generate=True,
         )  # fmt: skip
         made: dict[int, Continuation] = {}
         with progress.bar("score: judge", len(prompts)) as advance, torch.inference_mode():
-            for numbers, ids, mask in left_padded(prompts, self.batch, pad):
+            for numbers, ids, mask in left_padded_batches(prompts, self.batch, pad):
                 output: Any = self.model.generate(
                     input_ids=ids.to(self.model.device),
                     attention_mask=mask.to(self.model.device),
@@ -154,9 +154,9 @@ class VllmGenerator:
     """A causal language model, run by vLLM in a process of its own, which the next call finds running."""
 
     def __init__(self, location: str) -> None:
-        self.tokenizer, self._config = outline(location)
+        self.tokenizer, self._config = load_tokenizer_and_config(location)
         self._ends = _ends(self.tokenizer, generation_settings(location))
-        self._model = str(locate(location) or location)
+        self._model = str(local_path(location) or location)
 
     def generate(
         self,
@@ -166,12 +166,12 @@ class VllmGenerator:
         progress: Progress = SILENT,
     ) -> list[Continuation]:
         """Greedy continuations in the order of `prompts`."""
-        from .vllm_engine import Shape
+        from .vllm_engine import EngineShape
 
         if not prompts:
             return []
         running = self._engine()
-        running.start(Shape(self._model, 0, max(map(len, prompts)) + max_new_tokens), 0, progress)
+        running.start(EngineShape(self._model, 0, max(map(len, prompts)) + max_new_tokens), 0, progress)
         with progress.bar("score: judge", len(prompts)) as advance:
             made = running.ask(
                 "generate", advance, prompts=list(prompts), max_new_tokens=max_new_tokens, ends=self._ends,
@@ -187,14 +187,14 @@ class VllmGenerator:
         return found
 
     def _engine(self) -> Any:
-        from .vllm_engine import Running
+        from .vllm_engine import VllmRunner
 
         if self._model not in _running:
             for other in _running.values():
                 other.close()
             _running.clear()
             dtype = str(self._config.get_text_config().dtype or "float32").removeprefix("torch.")
-            _running[self._model] = Running(self._model, dtype, "generate", "judge engine")
+            _running[self._model] = VllmRunner(self._model, dtype, "generate", "judge engine")
         return _running[self._model]
 
 
@@ -207,13 +207,13 @@ def open_generator(location: str, backend: str, batch: int = 16) -> Generator:
     return VllmGenerator(location) if backend == "vllm" else TransformersGenerator(location, batch)
 
 
-def beginning(tokenizer: Any, text: str, count: int) -> tuple[str, bool]:
+def first_tokens(tokenizer: Any, text: str, count: int) -> tuple[str, bool]:
     """The first `count` tokens of a text, and whether that is less than the whole."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return (text, False) if len(ids) <= count else (str(tokenizer.decode(ids[:count])), True)
 
 
-def first_token(tokenizer: Any, word: str) -> int:
+def first_token_id(tokenizer: Any, word: str) -> int:
     """The token that an answer begins with if it begins with that word."""
     return int(tokenizer(word, add_special_tokens=False)["input_ids"][0])
 

@@ -5,32 +5,32 @@ from __future__ import annotations
 import gc
 from typing import Any, Literal
 
-from harmbench_vaccine.data.sources import split_revision
+from harmbench_vaccine.data.sources import name_and_revision
 
 from . import memory
-from .loading import load as load_weights
-from .loading import loading
+from .loading import load_model as load_weights
+from .loading import readable_load_errors
 
 Head = Literal["classifier", "generator"]
 
 _held: dict[tuple[str, str, str], tuple[Any, Any]] = {}
 
 
-def load(location: str, head: Head, dtype: str = "auto") -> tuple[Any, Any]:
+def load_judge(location: str, head: Head, dtype: str = "auto") -> tuple[Any, Any]:
     """The tokenizer and the model at a folder or hub id; another one takes its place in memory.
 
     Raises:
         HbvError: it cannot be loaded.
     """
     key = (location, head, dtype)
-    memory.claim("judge", release)
+    memory.acquire("judge", release_judge)
     if key not in _held:
-        release()
+        release_judge()
         _held[key] = _load(location, head, dtype)
     return _held[key]
 
 
-def release() -> None:
+def release_judge() -> None:
     """Takes the model out of memory."""
     import torch
 
@@ -40,7 +40,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def outline(location: str) -> tuple[Any, Any]:
+def load_tokenizer_and_config(location: str) -> tuple[Any, Any]:
     """The tokenizer and the configuration of a model, without its weights.
 
     Raises:
@@ -48,7 +48,7 @@ def outline(location: str) -> tuple[Any, Any]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    with loading(location, "Judge") as place:
+    with readable_load_errors(location, "Judge") as place:
         return AutoTokenizer.from_pretrained(**place), AutoConfig.from_pretrained(**place)
 
 
@@ -56,11 +56,11 @@ def generation_settings(location: str) -> Any:
     """What a model's folder says about how it generates, or what its configuration implies."""
     from transformers import GenerationConfig
 
-    name, revision = split_revision(location)
+    name, revision = name_and_revision(location)
     try:
         return GenerationConfig.from_pretrained(name, revision=revision or "main")
     except OSError:  # it says nothing
-        return GenerationConfig.from_model_config(outline(location)[1])
+        return GenerationConfig.from_model_config(load_tokenizer_and_config(location)[1])
 
 
 def _load(location: str, head: Head, dtype: str) -> tuple[Any, Any]:
@@ -69,7 +69,7 @@ def _load(location: str, head: Head, dtype: str) -> tuple[Any, Any]:
 
     cuda = torch.cuda.is_available()
     kind: Any = "auto" if dtype == "auto" and cuda else getattr(torch, "float32" if dtype == "auto" else dtype)
-    tokenizer, config = outline(location)
+    tokenizer, config = load_tokenizer_and_config(location)
     auto: Any = transformers.AutoModelForSequenceClassification
     if head == "generator":
         multimodal = "ConditionalGeneration" in (config.architectures or [""])[0]  # Llama Guard 4

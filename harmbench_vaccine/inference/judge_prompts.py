@@ -9,10 +9,10 @@ from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput
 
-from .generators import harmless, prompt_ids
+from .generators import break_control_tokens, full_prompt_ids
 
 
-def load(scorer: str, file: str, places: tuple[str, ...], wanted: str) -> str:
+def load_template(scorer: str, file: str, places: tuple[str, ...], wanted: str) -> str:
     """The text of a template, every character of it.
 
     Raises:
@@ -33,15 +33,18 @@ def load(scorer: str, file: str, places: tuple[str, ...], wanted: str) -> str:
     return text
 
 
-def prompts(
+def filled_prompt_ids(
     tokenizer: Any, template: str, places: tuple[str, str], pairs: Sequence[tuple[str, str]]
 ) -> list[list[int]]:
     """The token ids of the template with each (question, answer) in its two places."""
-    shown = [{place: harmless(text, tokenizer) for place, text in zip(places, pair, strict=True)} for pair in pairs]
-    return [prompt_ids(tokenizer, fill(template, values)) for values in shown]
+    shown = [
+        {place: break_control_tokens(text, tokenizer) for place, text in zip(places, pair, strict=True)}
+        for pair in pairs
+    ]
+    return [full_prompt_ids(tokenizer, fill_template(template, values)) for values in shown]
 
 
-def fill(template: str, values: dict[str, str]) -> str:
+def fill_template(template: str, values: dict[str, str]) -> str:
     """The template with each `{place}` replaced once: a value that spells a place stays as it is."""
     marks = re.compile("|".join(re.escape(f"{{{place}}}") for place in values))
     return marks.sub(lambda mark: values[mark[0][1:-1]], template)

@@ -14,13 +14,13 @@ from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.data import hub
-from harmbench_vaccine.data.sources import split_revision
+from harmbench_vaccine.data.sources import name_and_revision
 
 PICKLED = frozenset({"PKU-Alignment/beaver-dam-7b", "facebook/opt-2.7b", "lmsys/vicuna-7b-v1.5"})
 """What the protocols name and has no safetensors on its main branch."""
 
 
-def load(kind: Any, location: str, what: str = "Model", **options: Any) -> Any:
+def load_model(kind: Any, location: str, what: str = "Model", **options: Any) -> Any:
     """`kind.from_pretrained` (a model class of transformers) on what lies at a location; every weight must be there.
     `what` it is called in messages.
 
@@ -36,7 +36,7 @@ def load(kind: Any, location: str, what: str = "Model", **options: Any) -> Any:
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of missing weights; ours is a sentence
     try:
-        with loading(location, what) as place:
+        with readable_load_errors(location, what) as place:
             safe = None if place["pretrained_model_name_or_path"] in PICKLED else True
             model, found = kind.from_pretrained(**place, use_safetensors=safe, output_loading_info=True, **options)
     finally:
@@ -53,19 +53,19 @@ def load(kind: Any, location: str, what: str = "Model", **options: Any) -> Any:
 
 
 @contextmanager
-def loading(location: str, what: str = "Model") -> Iterator[dict[str, Any]]:
+def readable_load_errors(location: str, what: str = "Model") -> Iterator[dict[str, Any]]:
     """Inside, something is loaded from a location, of which `from_pretrained` is given the name and the revision; what
     fails is told in one sentence (see `load`)."""
-    name, revision = split_revision(location)
+    name, revision = name_and_revision(location)
     try:
         yield {"pretrained_model_name_or_path": name, **({"revision": revision} if revision else {})}
     except HbvError:
         raise
     except Exception as error:  # the libraries raise a dozen kinds; the user needs the sentence
-        raise refusal(location, error, what) from error
+        raise load_error(location, error, what) from error
 
 
-def refusal(location: str, error: BaseException, what: str = "Model") -> HbvError:
+def load_error(location: str, error: BaseException, what: str = "Model") -> HbvError:
     """What the user needs to know of a library's error, in one sentence."""
     text = " ".join(str(error).split())
     what = f"{what} {location!r}"
@@ -75,14 +75,14 @@ def refusal(location: str, error: BaseException, what: str = "Model") -> HbvErro
             "behind @ (often refs/pr/N, in the discussions of its page), or load it with transformers, save it with "
             "save_pretrained(FOLDER) and name the folder."
         )
-    if found := hub.withheld(what, error, "name a folder"):
+    if found := hub.hub_access_error(what, error, "name a folder"):
         return found
-    if "SafetensorError" in hub.causes(error):
+    if "SafetensorError" in hub.error_class_names(error):
         return HbvError(f"{what}: its weights are broken ({text}); download or copy them again.")
     return HbvError(f"{what} cannot be loaded: {text[:300]}")
 
 
-def quantized(quantization: str, dtype: Any) -> Mapping[str, Any]:
+def quantization_options(quantization: str, dtype: Any) -> Mapping[str, Any]:
     """The options of `from_pretrained` for a base model in 8 or 4 bits (bitsandbytes; LLM.int8, arXiv 2208.07339; NF4,
     arXiv 2305.14314), which computes in `dtype`."""
     if quantization == "none":

@@ -18,26 +18,26 @@ a CUDA context there."""
 _holders: dict[str, ReferenceType[Callable[[], None]]] = {}
 
 
-def exclusive() -> bool:
+def one_at_a_time() -> bool:
     """Whether holders have to make room for each other: there is a GPU."""
     import torch
 
     return bool(torch.cuda.is_available())
 
 
-def claim(holder: str, let_go: Callable[[], None]) -> None:
+def acquire(holder: str, let_go: Callable[[], None]) -> None:
     """Says that `holder` is about to load a model, and how it is made to let go of it: "training"; "engine"
     and "classifier" of vLLM's; "judge" of transformers', "judge engine" of vLLM's."""
-    if exclusive():
+    if one_at_a_time():
         import torch
 
-        release(*(other for other, held in _holders.items() if other != holder or held() != let_go))
+        evict(*(other for other, held in _holders.items() if other != holder or held() != let_go))
         gc.collect()  # a model's modules refer to each other in circles
         torch.cuda.empty_cache()
     _holders[holder] = WeakMethod(let_go) if ismethod(let_go) else ref(let_go)
 
 
-def release(*holders: str) -> None:
+def evict(*holders: str) -> None:
     """Makes these holders let go of what they hold."""
     for holder in holders:
         held = _holders.pop(holder, None)

@@ -12,22 +12,22 @@ from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.data.sources import locate
+from harmbench_vaccine.data.sources import local_path
 from harmbench_vaccine.experiment.protocol import protocol_models
 
 from . import memory
-from .loading import load, loading, quantized
+from .loading import load_model, quantization_options, readable_load_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from harmbench_vaccine.training.adapters import Stack
+    from harmbench_vaccine.training.adapters import LoraStack
 
     from .engine import Backend, Engine
 
 
 @dataclass(frozen=True)
-class ModelState:
+class ModelSpec:
     """A model that a stage made: a base model and the adapters laid on it, the lowest first."""
 
     base: str
@@ -35,7 +35,7 @@ class ModelState:
     adapters: tuple[Path, ...] = ()
     quantization: str = "none"
 
-    def on_top(self, *adapters: Path) -> ModelState:
+    def on_top(self, *adapters: Path) -> ModelSpec:
         """The same base with other adapters."""
         return replace(self, adapters=adapters)
 
@@ -52,40 +52,40 @@ class Lab:
     """Activations are computed again in the backward pass: less memory, a forward pass more a step."""
     shard: bool = False
     """The base is spread over the ranks."""
-    _stack: Stack | None = field(default=None, repr=False)
+    _stack: LoraStack | None = field(default=None, repr=False)
     _tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict, repr=False)
-    _base: ModelState | None = None
+    _base: ModelSpec | None = None
     _engine: Engine | None = field(default=None, repr=False)
-    _answers: ModelState | None = None
+    _answers: ModelSpec | None = None
 
-    def stack(self, state: ModelState) -> Stack:
+    def stack(self, state: ModelSpec) -> LoraStack:
         """The base of a model, with the adapters laid on it; another base takes its place in memory.
 
         Raises:
             HbvError: it cannot be loaded.
         """
-        from harmbench_vaccine.training.adapters import Stack
+        from harmbench_vaccine.training.adapters import LoraStack
 
-        memory.claim("training", self._forget)
+        memory.acquire("training", self._forget)
         other = self._base != state.on_top()
         if self.shard:  # a judge on rank 0's GPU made that rank forget: then all load it, for their parts must fit
-            other = distributed.shared(lambda: other)
+            other = distributed.from_rank0(lambda: other)
         if other:
             self._forget()
-            self._stack, self._base = Stack(self._model(state), self.progress.note), state.on_top()
+            self._stack, self._base = LoraStack(self._model(state), self.progress.note), state.on_top()
         assert self._stack is not None
         return self._stack
 
-    def tokenizer(self, state: ModelState) -> PreTrainedTokenizerBase:
+    def tokenizer(self, state: ModelSpec) -> PreTrainedTokenizerBase:
         """The tokenizer that belongs to the base of a model."""
         from transformers import AutoTokenizer
 
         if state.base not in self._tokenizers:
-            with loading(state.base) as place:
+            with readable_load_errors(state.base) as place:
                 self._tokenizers[state.base] = AutoTokenizer.from_pretrained(**place)
         return self._tokenizers[state.base]
 
-    def engine(self, state: ModelState, backend: Backend = "transformers") -> Engine:
+    def engine(self, state: ModelSpec, backend: Backend = "transformers") -> Engine:
         """What answers prompts with the base of a model. One vLLM engine is kept; another base takes its place."""
         from .transformers_engine import TransformersEngine
 
@@ -98,7 +98,7 @@ class Lab:
 
         base = state.on_top()
         if self._engine is None or self._answers != base:
-            memory.release("engine")
+            memory.evict("engine")
 
             def merge(adapters: Sequence[Path], folder: Path) -> None:
                 self.merged(base.on_top(*adapters)).save_pretrained(folder)
@@ -110,22 +110,22 @@ class Lab:
 
     def close(self) -> None:
         """Ends the processes of vLLM's that run, and lets go of a judge."""
-        memory.release("engine", "classifier", "judge", "judge engine")
+        memory.evict("engine", "classifier", "judge", "judge engine")
         self._engine = self._answers = None
 
-    def beside(self, state: ModelState) -> Stack:
+    def beside(self, state: ModelSpec) -> LoraStack:
         """A second model in memory, which is not kept."""
-        from harmbench_vaccine.training.adapters import Stack
+        from harmbench_vaccine.training.adapters import LoraStack
 
-        return Stack(self._model(state), self.progress.note)
+        return LoraStack(self._model(state), self.progress.note)
 
-    def merged(self, state: ModelState) -> PreTrainedModel:
+    def merged(self, state: ModelSpec) -> PreTrainedModel:
         """A model of its own whose weights have the adapters in them; it takes the place of the one in memory."""
         import torch
 
         from harmbench_vaccine.training.adapters import Adapter
 
-        memory.claim("training", self._forget)
+        memory.acquire("training", self._forget)
         self._forget()
         if state.quantization != "none" or self.shard:
             raise HbvError(
@@ -141,13 +141,13 @@ class Lab:
                     weight.copy_(weight.float() + adapter.delta(module).to(weight.device))
         return model
 
-    def _model(self, state: ModelState) -> PreTrainedModel:
+    def _model(self, state: ModelSpec) -> PreTrainedModel:
         import torch
         from transformers import AutoModelForCausalLM
 
         dtype = getattr(torch, state.dtype)
-        options = quantized(state.quantization, dtype)
-        model: PreTrainedModel = load(AutoModelForCausalLM, state.base, dtype=dtype, **options)
+        options = quantization_options(state.quantization, dtype)
+        model: PreTrainedModel = load_model(AutoModelForCausalLM, state.base, dtype=dtype, **options)
         if self.gradient_checkpointing:
             if not model.supports_gradient_checkpointing:
                 raise BadInput(f"{type(model).__name__} knows no gradient checkpointing.")
@@ -169,14 +169,14 @@ def check_model(location: str) -> None:
     Raises:
         BadInput: it is neither a model's folder nor a model that the hub has.
     """
-    path = locate(location)
+    path = local_path(location)
     if path is not None and (path / "config.json").is_file():
         return
     if path is None:
         from transformers import AutoConfig
 
         try:
-            with loading(location) as place:
+            with readable_load_errors(location) as place:
                 AutoConfig.from_pretrained(**place)
             return
         except HbvError as error:

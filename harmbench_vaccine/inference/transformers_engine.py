@@ -9,9 +9,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.data.chat import end_ids
-from harmbench_vaccine.data.collate import encode_prompt, left_padded, pad_id
-from harmbench_vaccine.training.adapters import Stack
+from harmbench_vaccine.data.chat import stop_token_ids
+from harmbench_vaccine.data.collate import encode_prompt, left_padded_batches, pad_token_id
+from harmbench_vaccine.training.adapters import LoraStack
 
 from .engine import Answer
 
@@ -21,7 +21,7 @@ class TransformersEngine:
 
     answered_by = "transformers"
 
-    def __init__(self, stack: Stack, tokenizer: PreTrainedTokenizerBase, batch: int = 64) -> None:
+    def __init__(self, stack: LoraStack, tokenizer: PreTrainedTokenizerBase, batch: int = 64) -> None:
         self.stack, self.tokenizer, self.batch = stack, tokenizer, batch
         # A model's own generation_config.json would fill in what greedy decoding leaves open, such as penalties.
         stack.base.generation_config = GenerationConfig()
@@ -32,14 +32,14 @@ class TransformersEngine:
         """Greedy answers, in the order of `prompts`; equal prompts are answered once."""
         model = self.stack.use(adapters)
         device = next(model.parameters()).device
-        pad, ends = pad_id(self.tokenizer), end_ids(self.tokenizer, prompts)
+        pad, ends = pad_token_id(self.tokenizer), stop_token_ids(self.tokenizer, prompts)
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends, use_cache=True
         )
         encoded = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in prompts}
         asked, answers = list(encoded), {}
         with progress.bar("answer", len(asked)) as advance, torch.inference_mode():
-            for numbers, ids, mask in left_padded(list(encoded.values()), self.batch, pad):
+            for numbers, ids, mask in left_padded_batches(list(encoded.values()), self.batch, pad):
                 output = model.generate(  # type: ignore[operator]
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
                 )

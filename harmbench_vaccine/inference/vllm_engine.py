@@ -21,24 +21,24 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import SILENT, Advance, Progress
-from harmbench_vaccine.data.chat import end_ids
+from harmbench_vaccine.data.chat import stop_token_ids
 from harmbench_vaccine.data.collate import encode_prompt
 from harmbench_vaccine.training.adapters import Adapter, concatenate
 
 from . import memory
 from .engine import Answer, Engine
-from .loading import loading
+from .loading import readable_load_errors
 from .transformers_engine import read
-from .vllm_process import Process, Refused
+from .vllm_process import EngineRefused, VllmProcess
 
 SHORTEST, LOWEST = 1024, 16
 """Tokens and rank that an engine has room for at least, so that the next call seldom needs another engine."""
 
-Stack = tuple[Path, ...]
+AdapterPaths = tuple[Path, ...]
 
 
 @dataclass(frozen=True)
-class Shape:
+class EngineShape:
     """What an engine is started with: a model's location; the rank of the largest adapter that it takes, 0 for none;
     the longest sequence in tokens, prompt and answer."""
 
@@ -46,13 +46,13 @@ class Shape:
     rank: int = 0
     length: int = 0
 
-    def serves(self, wanted: Shape) -> bool:
+    def serves(self, wanted: EngineShape) -> bool:
         """True if no other engine is needed."""
         return self.model == wanted.model and self.rank >= wanted.rank and self.length >= wanted.length
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedAdapter:
     """A stack of adapters as vLLM takes it: one folder under a number; number 0 is the bare model."""
 
     number: int
@@ -62,7 +62,7 @@ class Served:
     """The rank to leave room for: a second adapter as large as the stack's largest may follow."""
 
 
-class Running:
+class VllmRunner:
     """A worker process that is started, and started again when another shape is needed."""
 
     def __init__(self, name: str, dtype: str, runner: str, holder: str = "engine") -> None:
@@ -70,10 +70,10 @@ class Running:
         self.name, self._dtype, self._runner, self._holder = name, dtype, runner, holder
         self.folder = Path(tempfile.mkdtemp(prefix="hbv-vllm-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        self._process: Process | None = None
-        self._shape = Shape()
+        self._process: VllmProcess | None = None
+        self._shape = EngineShape()
 
-    def start(self, wanted: Shape, room: int, progress: Progress) -> None:
+    def start(self, wanted: EngineShape, room: int, progress: Progress) -> None:
         """An engine that serves this shape, with room for a rank; the one that runs, if it does.
 
         Raises:
@@ -84,22 +84,24 @@ class Running:
             return
         limit = _limit(wanted.model) or wanted.length
         if wanted.length > limit:
-            raise Refused(self.name, "length", f"a text takes {wanted.length} tokens, and the model reads {limit}")
+            raise EngineRefused(
+                self.name, "length", f"a text takes {wanted.length} tokens, and the model reads {limit}"
+            )
         if self._shape.model == wanted.model and room:  # what it served before is likely to come again
             room = max(room, self._shape.rank)
         self.close()
-        memory.claim(self._holder, self.close)
-        with loading(wanted.model) as place:
+        memory.acquire(self._holder, self.close)
+        with readable_load_errors(wanted.model) as place:
             name, revision = place["pretrained_model_name_or_path"], place.get("revision")
         length = min(max(SHORTEST, 1 << (wanted.length - 1).bit_length()), limit)
         with progress.bar("vLLM starts", 1) as advance:
-            self._process = Process(self.name, self.folder)
+            self._process = VllmProcess(self.name, self.folder)
             started = self.ask(
                 "start", model=name, revision=revision, dtype=self._dtype, length=length, memory=memory.share,
                 runner=self._runner, need=wanted.rank, room=room,
             )  # fmt: skip
             advance(1)
-        self._shape = Shape(wanted.model, started["rank"], length)
+        self._shape = EngineShape(wanted.model, started["rank"], length)
 
     def ask(self, do: str, advance: Advance | None = None, **values: Any) -> dict[str, Any]:
         """The reply to a request.
@@ -111,7 +113,7 @@ class Running:
         assert self._process is not None
         try:
             return self._process.ask(do, advance, **values)
-        except Refused as refusal:
+        except EngineRefused as refusal:
             if refusal.what != "memory":
                 raise
             raise HbvError(
@@ -123,7 +125,7 @@ class Running:
         """Ends the process, which gives back its memory."""
         if self._process:
             self._process.close()
-        self._process, self._shape = None, Shape()
+        self._process, self._shape = None, EngineShape()
 
 
 class VllmEngine:
@@ -146,10 +148,10 @@ class VllmEngine:
         self.answered_by = "vllm"
         self._model, self._tokenizer = model, tokenizer
         self._merge, self._otherwise = merge, otherwise
-        self._running = Running(model, dtype, "generate")
-        self._served: dict[Stack, Served] = {(): Served(0, Path(), 0, LOWEST)}
-        self._refused: set[Stack] = set()
-        self._merged: Stack = ()
+        self._running = VllmRunner(model, dtype, "generate")
+        self._served: dict[AdapterPaths, ServedAdapter] = {(): ServedAdapter(0, Path(), 0, LOWEST)}
+        self._refused: set[AdapterPaths] = set()
+        self._merged: AdapterPaths = ()
         self._hopeless = False
 
     def generate(
@@ -163,12 +165,12 @@ class VllmEngine:
         encoded = {prompt: encode_prompt(self._tokenizer, prompt) for prompt in prompts}
         if not encoded:
             return []
-        ends = end_ids(self._tokenizer, prompts)
+        ends = stop_token_ids(self._tokenizer, prompts)
         try:
             if self._hopeless:
                 return self._hand_over(adapters, prompts, max_new_tokens, progress)
             self._use(tuple(adapters), max(map(len, encoded.values())) + max_new_tokens, progress)
-        except Refused as refusal:
+        except EngineRefused as refusal:
             progress.note(f"vLLM does not serve {self._model}: {refusal.reason}. transformers answers in its place.")
             self._hopeless = refusal.what == "model"
             return self._hand_over(adapters, prompts, max_new_tokens, progress)
@@ -183,26 +185,26 @@ class VllmEngine:
         """Ends the engine's process, which gives back its memory; a later call starts it again."""
         self._running.close()
 
-    def _use(self, adapters: Stack, length: int, progress: Progress) -> None:
+    def _use(self, adapters: AdapterPaths, length: int, progress: Progress) -> None:
         """Makes the engine ready to answer with these adapters, laid on the model or merged in."""
         if adapters not in self._refused:
             try:
                 served = self._serve(adapters)
-                self._running.start(Shape(self._model, served.rank, length), served.room, progress)
+                self._running.start(EngineShape(self._model, served.rank, length), served.room, progress)
                 self._running.ask("adapter", number=served.number, path=str(served.path))
                 self.answered_by = "vllm"
                 return
-            except Refused as refusal:
+            except EngineRefused as refusal:
                 if refusal.what != "adapter":
                     raise
                 self._refused.add(adapters)
                 if adapters:
                     progress.note(f"vLLM does not take the adapter: {refusal.reason}. It answers by merged weights.")
-        self._running.start(Shape(self._merge_in(adapters), 0, length), 0, progress)
+        self._running.start(EngineShape(self._merge_in(adapters), 0, length), 0, progress)
         self._running.ask("adapter", number=0, path="")
         self.answered_by = "vllm, merged weights" if adapters else "vllm"
 
-    def _serve(self, adapters: Stack) -> Served:
+    def _serve(self, adapters: AdapterPaths) -> ServedAdapter:
         if adapters not in self._served:
             loaded, number = [Adapter.load(path) for path in adapters], len(self._served)
             whole, path = concatenate(loaded), adapters[0]
@@ -210,10 +212,10 @@ class VllmEngine:
                 path = self._running.folder / f"adapter{number}"
                 whole.save(path)
             room = max(whole.rank, 2 * max(adapter.rank for adapter in loaded))
-            self._served[adapters] = Served(number, path, whole.rank, room)
+            self._served[adapters] = ServedAdapter(number, path, whole.rank, room)
         return self._served[adapters]
 
-    def _merge_in(self, adapters: Stack) -> str:
+    def _merge_in(self, adapters: AdapterPaths) -> str:
         """The folder of the model with these adapters in its weights; one is kept at a time."""
         if not adapters:
             return self._model
@@ -233,7 +235,7 @@ class VllmEngine:
         return other.generate(adapters, *asked)
 
 
-def classify(
+def vllm_logits(
     location: str, rows: Sequence[Sequence[int]], dtype: str = "auto", progress: Progress = SILENT
 ) -> list[list[float]]:
     """Raw logits (rows x labels) of a sequence classifier, without softmax or sigmoid.
@@ -251,29 +253,29 @@ def classify(
     if dtype == "auto":
         dtype = str(_config(location).dtype or "float32").removeprefix("torch.")
     if (location, dtype) not in _classifiers:
-        release()
-        _classifiers[location, dtype] = Running(location, dtype, "pooling", "classifier")
+        close_classifier()
+        _classifiers[location, dtype] = VllmRunner(location, dtype, "pooling", "classifier")
     running = _classifiers[location, dtype]
-    running.start(Shape(location, 0, max(map(len, rows))), 0, progress)
+    running.start(EngineShape(location, 0, max(map(len, rows))), 0, progress)
     with progress.bar("score: judge", len(rows)) as advance:
         found: list[list[float]] = running.ask("classify", advance, rows=[list(row) for row in rows])["rows"]
     return found
 
 
-def release() -> None:
+def close_classifier() -> None:
     """Ends the classifier's engine, if one runs."""
     for running in _classifiers.values():
         running.close()
     _classifiers.clear()
 
 
-_classifiers: dict[tuple[str, str], Running] = {}
+_classifiers: dict[tuple[str, str], VllmRunner] = {}
 """The one that runs."""
 
 
 @lru_cache(maxsize=8)
 def _config(model: str) -> Any:
-    with loading(model) as place:
+    with readable_load_errors(model) as place:
         return AutoConfig.from_pretrained(**place)
 
 

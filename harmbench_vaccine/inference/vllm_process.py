@@ -29,7 +29,7 @@ _UNLESS_GIVEN = {
 }
 
 
-class Refused(HbvError):
+class EngineRefused(HbvError):
     """vLLM does not serve what was asked of it: `what` is "model", "adapter", "memory" or "length"."""
 
     def __init__(self, model: str, what: str, reason: str) -> None:
@@ -37,7 +37,7 @@ class Refused(HbvError):
         self.what, self.reason = what, reason
 
 
-class Process:
+class VllmProcess:
     """A worker. It ends by `close`, and by itself soon after the process that started it."""
 
     def __init__(self, serves: str, folder: Path) -> None:
@@ -74,7 +74,7 @@ class Process:
                 if "step" not in reply:
                     self._busy = False
                     if "failed" in reply:
-                        raise Refused(self._serves, reply["failed"], reply["text"])
+                        raise EngineRefused(self._serves, reply["failed"], reply["text"])
                     return reply
                 if advance:
                     advance(reply["step"])

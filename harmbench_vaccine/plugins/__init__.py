@@ -5,16 +5,16 @@ from harmbench_vaccine.core.types import (
     Grade,
     Mix,
     Pools,
-    Reading,
+    RawJudgment,
     StageName,
     Topology,
     TrainSettings,
     Verdict,
 )
-from harmbench_vaccine.data.prompts import EvaluationSet, PromptTemplate
+from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
 
 from .attack import Attack, Judge
-from .base import Plugin, Resolved, param, resolve
+from .base import Plugin, Resolved, param, resolve_params
 from .defense import Defense
 from .scorer import Form, Scorer
 from .task import Task
@@ -22,7 +22,7 @@ from .task import Task
 __all__ = [
     "Attack",
     "Defense",
-    "EvaluationSet",
+    "EvalSet",
     "Example",
     "Form",
     "Grade",
@@ -31,7 +31,7 @@ __all__ = [
     "Plugin",
     "Pools",
     "PromptTemplate",
-    "Reading",
+    "RawJudgment",
     "Resolved",
     "Scorer",
     "StageName",
@@ -40,5 +40,5 @@ __all__ = [
     "TrainSettings",
     "Verdict",
     "param",
-    "resolve",
+    "resolve_params",
 ]

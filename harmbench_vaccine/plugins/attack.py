@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from harmbench_vaccine.core.types import Example, Mix, Pools, TrainSettings, Verdict
-from harmbench_vaccine.data.prompts import EvaluationSet
+from harmbench_vaccine.data.prompts import EvalSet
 
 from .base import Plugin
 
@@ -25,7 +25,7 @@ class Attack(Plugin):
     excludes: ClassVar[tuple[str, ...]] = ()
     """Attacks that it cannot act beside; `*` stands for all."""
 
-    ratio_unless_said: ClassVar[float] = 0.0
+    default_ratio: ClassVar[float] = 0.0
     """The share of harmful rows where no attack beside it says another."""
 
     def mix(self, mix: Mix) -> Mix:
@@ -48,7 +48,7 @@ class Attack(Plugin):
         """Changes the weights of `stage.model`, the aligned model with its adapters merged, in place: all that the
         user does if the attack does not train."""
 
-    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+    def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         """The harmful evaluation sets of a cell, for an attack that changes how a question is put."""
         return sets
 

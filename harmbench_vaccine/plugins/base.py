@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_arg
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from harmbench_vaccine.core.errors import BadInput, too_few, unknown
-from harmbench_vaccine.core.seeds import stream
+from harmbench_vaccine.core.errors import BadInput, too_few_rows, unknown_name
+from harmbench_vaccine.core.seeds import random_stream
 
 if TYPE_CHECKING:
     pass
@@ -70,7 +70,7 @@ class Plugin(BaseModel):
 
     def random(self, purpose: str) -> Random:
         """Random numbers of the run's seed for one purpose: draw with them, or every seed gets the first rows."""
-        return stream(self._seed, self.name, purpose)
+        return random_stream(self._seed, self.name, purpose)
 
     def draw(self, purpose: str, rows: Sequence[T], count: int) -> list[T]:
         """`count` of the rows without replacement, in random order; with `rows=paper` the first ones.
@@ -79,7 +79,7 @@ class Plugin(BaseModel):
             BadInput: there are fewer.
         """
         if count > len(rows):
-            raise too_few(count, purpose, len(rows), by=self.name)
+            raise too_few_rows(count, purpose, len(rows), by=self.name)
         if self._in_order:
             return list(rows[:count])
         return self.random(purpose).sample(list(rows), count)
@@ -151,7 +151,7 @@ class Resolved:
     origins: dict[str, str]
 
 
-def resolve(
+def resolve_params(
     cls: type[Plugin], written: Mapping[str, Any], protocol: Mapping[str, Any] | None = None, protocol_name: str = ""
 ) -> Resolved:
     """What the user wrote wins over the protocol, and the protocol over the class default.
@@ -162,7 +162,7 @@ def resolve(
     protocol = protocol or {}
     for key in [*protocol, *written]:
         if key not in cls.model_fields:
-            raise unknown("parameter", key, cls.model_fields, of=f"{cls.kind} {cls.name!r}")
+            raise unknown_name("parameter", key, cls.model_fields, of=f"{cls.kind} {cls.name!r}")
     written = {  # the command line has no other way to write None
         key: None if value == "none" and type(None) in get_args(cls.model_fields[key].annotation) else value
         for key, value in written.items()

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from harmbench_vaccine.core.errors import BadInput
 
-from .base import Plugin, Resolved, resolve
-from .registry import Registry, is_path
+from .base import Plugin, Resolved, resolve_params
+from .registry import Registry, is_plugin_path
 
 KEYWORDS = {"lambda": "lam"}
 """Parameters that the papers name by a word Python reserves."""
@@ -32,7 +32,7 @@ Composition = tuple[Component, ...]
 _GRAMMAR = "Write name, name=VALUE or name:key=value,key=value; + composes."
 
 
-def parse(text: str) -> Composition:
+def parse_plugins(text: str) -> Composition:
     """Reads `vaccine:rho=5+ewc`, `ratio=0.1,samples=500`, `./mine.py:lambda=3`.
 
     Raises:
@@ -52,9 +52,9 @@ def parse(text: str) -> Composition:
 
 def _name(name: str, text: str) -> str:
     name = name.strip()
-    if not (is_path(name) or re.fullmatch(r"[A-Za-z_][\w-]*", name)):
+    if not (is_plugin_path(name) or re.fullmatch(r"[A-Za-z_][\w-]*", name)):
         raise BadInput(f"{text!r} cannot be read: {name!r} is not a name. {_GRAMMAR}")
-    return name if is_path(name) else name.replace("-", "_")
+    return name if is_plugin_path(name) else name.replace("-", "_")
 
 
 def _params(written: str, text: str) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _value(value: str, text: str) -> str:
     return value.strip()
 
 
-def settle(
+def resolve_plugins(
     composition: Composition, registry: Registry[Any], protocol: Mapping[str, Mapping[str, Any]], protocol_name: str
 ) -> list[Resolved]:
     """Every component with its class found and its parameters resolved.
@@ -96,14 +96,14 @@ def settle(
             if key == "" and cls.main_parameter() is None:
                 raise BadInput(f"{cls.kind} {cls.name!r} takes no bare value: it has no main parameter. {_GRAMMAR}")
             written[key or str(cls.main_parameter())] = value
-        resolved = resolve(cls, written, protocol.get(cls.name), protocol_name)
+        resolved = resolve_params(cls, written, protocol.get(cls.name), protocol_name)
         if any(other.plugin.name == cls.name for other in settled):
             raise BadInput(f"{cls.kind} {cls.name!r} is named twice; give it its parameters once.")
         settled.append(resolved)
     return settled
 
 
-def canonical(settled: list[Resolved]) -> str:
+def canonical_name(settled: list[Resolved]) -> str:
     """The composition as a command line would name it: only what departs from the protocol and the defaults."""
     return "+".join(_canonical_component(resolved) for resolved in settled)
 

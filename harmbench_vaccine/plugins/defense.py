@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from harmbench_vaccine.core.types import Example, Pools, StageName, Topology, TrainSettings
-from harmbench_vaccine.data.prompts import EvaluationSet, PromptTemplate
+from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
 
 from .base import Plugin
 
@@ -53,7 +53,7 @@ class Defense(Plugin):
         return self.cost
 
     @property
-    def over_ranks(self) -> bool:
+    def supports_ranks(self) -> bool:
         """Whether it is right where every rank sees a part of the rows."""
         own = any(getattr(type(self), hook) is not getattr(Defense, hook) for hook in ("before_step", "after_step"))
         return self.ranks or not (own or any(self.takes_gradient(stage) for stage in self.stages))
@@ -95,7 +95,7 @@ class Defense(Plugin):
         the user stage added to the aligned model. `stage.model` runs with it, without dropout."""
         return adapter
 
-    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+    def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         """The harmful evaluation sets of a cell; add to them, or ask them differently."""
         return sets
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Generic, Literal, TypeVar
 
-from harmbench_vaccine.core.errors import BadInput, unknown
+from harmbench_vaccine.core.errors import BadInput, unknown_name
 
 from .attack import Attack
 from .base import Plugin
@@ -31,7 +31,7 @@ P = TypeVar("P", bound=Plugin)
 
 
 @dataclass(frozen=True)
-class Found:
+class PluginEntry:
     """A plug-in's name and where it comes from, before anything is imported."""
 
     name: str
@@ -43,25 +43,27 @@ class Found:
 class Registry(Generic[P]):
     """The plug-ins of one kind."""
 
-    def __init__(self, base: type[P], package: str) -> None:
+    def __init__(self, base: type[P], group: str, package: str = "") -> None:
+        """`group` names the entry points of third parties; `package` holds the built-in ones (default: `group`)."""
         self.base = base
-        self.package = package
+        self.group = group
+        self.package = package or group
         self._classes: dict[str, type[P]] = {}
 
-    def found(self) -> dict[str, Found]:
+    def entries(self) -> dict[str, PluginEntry]:
         """Every installed plug-in by name, in alphabetical order; built-in names cannot be taken over."""
         path = importlib.util.find_spec(self.package)
         assert path is not None
         names = [module.name for module in pkgutil.iter_modules(path.submodule_search_locations)]
-        found = {name: Found(name, "built-in", f"{self.package}.{name}") for name in names if name[0] != "_"}
-        for entry in entry_points(group=self.package):
+        found = {name: PluginEntry(name, "built-in", f"{self.package}.{name}") for name in names if name[0] != "_"}
+        for entry in entry_points(group=self.group):
             name = _canonical(entry.name)
             if name in found:
                 warnings.warn(
                     f"{self.base.kind} {name!r} of {entry.value} is skipped: the name is taken.", stacklevel=2
                 )
             else:
-                found[name] = Found(name, "package", entry)
+                found[name] = PluginEntry(name, "package", entry)
         return dict(sorted(found.items()))
 
     def get(self, name: str) -> type[P]:
@@ -71,13 +73,13 @@ class Registry(Generic[P]):
             BadInput: there is none, or it cannot be imported.
         """
         if name not in self._classes:
-            self._classes[name] = self._file(name) if is_path(name) else self._installed(_canonical(name))
+            self._classes[name] = self._file(name) if is_plugin_path(name) else self._installed(_canonical(name))
         return self._classes[name]
 
-    def healthy(self) -> dict[str, type[P]]:
+    def loadable(self) -> dict[str, type[P]]:
         """Every installed plug-in that can be imported; a broken one is warned about and skipped."""
         classes = {}
-        for name in self.found():
+        for name in self.entries():
             try:
                 classes[name] = self.get(name)
             except BadInput as error:
@@ -85,9 +87,9 @@ class Registry(Generic[P]):
         return classes
 
     def _installed(self, name: str) -> type[P]:
-        found = self.found()
+        found = self.entries()
         if name not in found:
-            raise unknown(self.base.kind, name, found)
+            raise unknown_name(self.base.kind, name, found)
         entry = found[name].entry
         try:
             loaded = importlib.import_module(entry) if isinstance(entry, str) else entry.load()
@@ -130,7 +132,7 @@ class Registry(Generic[P]):
         return plugin
 
 
-def is_path(name: str) -> bool:
+def is_plugin_path(name: str) -> bool:
     """Whether a plug-in is named by its file."""
     return "/" in name or name.endswith(".py")
 
@@ -141,5 +143,5 @@ def _canonical(name: str) -> str:
 
 DEFENSES = Registry(Defense, "harmbench_vaccine.defenses")
 ATTACKS = Registry(Attack, "harmbench_vaccine.attacks")
-TASKS = Registry(Task, "harmbench_vaccine.tasks")
-SCORERS = Registry(Scorer, "harmbench_vaccine.scorers")
+TASKS = Registry(Task, "harmbench_vaccine.tasks", "harmbench_vaccine.plugins.tasks")
+SCORERS = Registry(Scorer, "harmbench_vaccine.scorers", "harmbench_vaccine.plugins.scorers")

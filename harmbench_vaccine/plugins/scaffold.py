@@ -13,7 +13,7 @@ from harmbench_vaccine.core.errors import BadInput
 from . import registry
 
 
-def write(kind: str, name: str, folder: str) -> str:
+def write_scaffold(kind: str, name: str, folder: str) -> str:
     """Writes `folder/name.py`, a defense or an attack that runs as it is, and returns its path.
 
     Raises:
@@ -24,7 +24,7 @@ def write(kind: str, name: str, folder: str) -> str:
         raise BadInput(
             f"{name!r} names no {kind}; allowed: letters, digits and _, a letter first, no word of Python's."
         )
-    found = getattr(registry, f"{kind.upper()}S").found()
+    found = getattr(registry, f"{kind.upper()}S").entries()
     if name in found:
         raise BadInput(f"The {kind} {name!r} exists ({found[name].origin}); allowed: any name but {', '.join(found)}.")
     template = (Path(__file__).parent / "scaffolds" / f"{kind}.py.txt").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import PrivateAttr
 
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.types import Reading, Verdict
+from harmbench_vaccine.core.types import RawJudgment, Verdict
 
 from .base import Plugin
 
@@ -26,17 +26,17 @@ class Scorer(Plugin):
     kind: ClassVar[str] = "scorer"
     form: ClassVar[Form] = "classifier"
     """How it comes to a reading."""
-    licence: ClassVar[str] = ""
+    license: ClassVar[str] = ""
     """The licence of the model or of the prompt, where it limits what one may do with a score."""
     unverified: ClassVar[str] = ""
     """What of its interface was not checked against its source; empty: nothing."""
-    compares_only: ClassVar[bool] = False
+    comparison_only: ClassVar[bool] = False
     """It is there to compare with: its figures are no harmful scores."""
     files: ClassVar[tuple[str, ...]] = ()
     """Parameters that name a file, whose content counts in place of its name."""
     deciding: ClassVar[tuple[str, ...]] = ("threshold",)
     """Parameters that only `decide` looks at."""
-    indifferent: ClassVar[tuple[str, ...]] = ("batch",)
+    irrelevant_params: ClassVar[tuple[str, ...]] = ("batch",)
     """Parameters that change nothing."""
 
     _backend: str = PrivateAttr("transformers")
@@ -54,11 +54,11 @@ class Scorer(Plugin):
     def check(self) -> None:
         """Raises `BadInput` where its parameters do not fit together, before any work is spent."""
 
-    def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Reading]:
+    def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[RawJudgment]:
         """What the judge says of each (question, answer), in their order."""
         raise NotImplementedError
 
-    def decide(self, reading: Reading) -> Verdict:
+    def decide(self, reading: RawJudgment) -> Verdict:
         """The verdict that follows from a reading: flagged where any probability is above `threshold`."""
         named = reading.probabilities
         if not named or not all(math.isfinite(value) for value in named.values()):

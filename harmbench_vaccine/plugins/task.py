@@ -27,11 +27,11 @@ class Task(Plugin):
     """How long an answer may be where the protocol sets no limit for the task."""
     train_split: ClassVar[str] = "train"
     test_split: ClassVar[str] = "test"
-    few_items: ClassVar[bool] = False
+    allow_fewer_items: ClassVar[bool] = False
     """Where there are fewer test items than the protocol asks for, all are asked."""
     measure: ClassVar[str] = "accuracy"
     """What an item's score is, where it is not right or wrong."""
-    only_scores: ClassVar[tuple[str, ...]] = ()
+    scoring_only: ClassVar[tuple[str, ...]] = ()
     """Parameters that no training row depends on but by what a data set holds."""
 
     def check(self) -> None:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.core.seeds import stream
+from harmbench_vaccine.core.seeds import random_stream
 from harmbench_vaccine.core.types import Example, Mix, Pools, StageName, Topology, TrainSettings
-from harmbench_vaccine.data.pools import draw
-from harmbench_vaccine.data.prompts import EvaluationSet
+from harmbench_vaccine.data.pools import draw_rows
+from harmbench_vaccine.data.prompts import EvalSet
 
 from .attack import Attack, Judge
 from .base import Plugin
@@ -53,7 +53,7 @@ class DefenseTeam(Defense):
         return all(member.trains for member in self.members)
 
     @property
-    def demanded_topology(self) -> Topology | None:
+    def required_topology(self) -> Topology | None:
         """The adapter topology that a member needs."""
         return next((member.topology for member in self.members if member.topology), None)
 
@@ -94,11 +94,11 @@ class DefenseTeam(Defense):
         for member in self.members:
             edited = member.edit(stage, adapter)
             if edited is not adapter:
-                stage.lay(edited)  # the next one edits, and runs, what this one made
+                stage.replace_adapter(edited)  # the next one edits, and runs, what this one made
             adapter = edited
         return adapter
 
-    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+    def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         for member in self.members:
             sets = member.evaluations(sets)
         return sets
@@ -140,7 +140,7 @@ class AttackTeam(Attack):
         for member in self.members:
             mix = member.mix(mix)
         if mix.ratio is None:
-            mix = replace(mix, ratio=max((member.ratio_unless_said for member in self.members), default=0.0))
+            mix = replace(mix, ratio=max((member.default_ratio for member in self.members), default=0.0))
         return mix
 
     def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
@@ -158,7 +158,7 @@ class AttackTeam(Attack):
             settings = member.settings(settings)
         return settings
 
-    def evaluations(self, sets: list[EvaluationSet]) -> list[EvaluationSet]:
+    def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         for member in self.members:
             sets = member.evaluations(sets)
         return sets
@@ -169,7 +169,7 @@ def _conflict(what: str, members: Sequence[Plugin]) -> BadInput:
     return BadInput(f"{first!r} and {second!r} cannot be combined: both decide the {what} of the same stage.")
 
 
-def user_rows(
+def upload_rows(
     mix: Mix, task: Sequence[Example], pools: Pools, attack: Attack, seed: int, in_order: bool = False
 ) -> list[Example]:
     """What the user uploads: n - round(p n) task rows and round(p n) harmful ones, drawn and shuffled by the seed;
@@ -178,10 +178,10 @@ def user_rows(
     Raises:
         BadInput: more rows are asked for than there are.
     """
-    benign = draw(task, mix.task, "task rows", seed, "task rows", in_order=in_order)
-    harmful = draw(pools.attacker, mix.harmful, "harmful rows", seed, "harmful rows", in_order=in_order)
+    benign = draw_rows(task, mix.task, "task rows", seed, "task rows", in_order=in_order)
+    harmful = draw_rows(pools.attacker, mix.harmful, "harmful rows", seed, "harmful rows", in_order=in_order)
     uploaded = [*harmful, *benign]
     if not in_order:
         uploaded = [*benign, *harmful]
-        stream(seed, "upload").shuffle(uploaded)
+        random_stream(seed, "upload").shuffle(uploaded)
     return attack.upload(uploaded, pools)

@@ -8,11 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from harmbench_vaccine.core.paths import home, writable
+from harmbench_vaccine.core.paths import ensure_writable, home
 from harmbench_vaccine.inference.engine import installed_vllm
 
 
-def findings() -> list[dict[str, Any]]:
+def machine_findings() -> list[dict[str, Any]]:
     """One entry a question: `what` was looked at, whether it is `ok`, and the `detail` in words."""
     found = [_package(name, why) for name, why in _PACKAGES.items()]
     found.append(_vllm())
@@ -69,7 +69,7 @@ def _cache() -> dict[str, Any]:
     from harmbench_vaccine.core.errors import BadInput, HbvError
 
     try:
-        folder = writable(home(), "The cache folder")
+        folder = ensure_writable(home(), "The cache folder")
     except (BadInput, HbvError) as error:
         return {"what": "cache", "ok": False, "detail": str(error)}
     free = shutil.disk_usage(folder).free / 2**30

@@ -20,15 +20,15 @@ from rich.table import Table
 from rich.text import Text
 
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.core.jsonl import write_text
-from harmbench_vaccine.core.paths import writable
-from harmbench_vaccine.core.store import disk_failures
+from harmbench_vaccine.core.jsonl import write_atomically
+from harmbench_vaccine.core.paths import ensure_writable
+from harmbench_vaccine.core.store import readable_disk_errors
 from harmbench_vaccine.evaluation import results
 from harmbench_vaccine.evaluation.statistics import mean_interval
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 
 from .published import comparison
-from .published.comparison import Beside
+from .published.comparison import PublishedComparison
 
 PLACE = ("protocol", "protocol_hash", "model", "scorer", "task", "attack")
 
@@ -82,7 +82,7 @@ class Ranking:
     """As asked for."""
     rows: list[dict[str, Any]]
     """The columns `COLUMNS`; None and NaN stand for what is undefined."""
-    published: list[Beside] = field(default_factory=list)
+    published: list[PublishedComparison] = field(default_factory=list)
     """What papers print for each row, if that was asked for."""
 
     @property
@@ -165,7 +165,7 @@ def _names(cells: pd.DataFrame, kind: str) -> list[str]:
     """
     texts: dict[tuple[Any, ...], str] = {}
     keys = [
-        (scope, tuple(part.name for part in parse(text)), params)
+        (scope, tuple(part.name for part in parse_plugins(text)), params)
         for scope, text, params in zip(cells["protocol_hash"], cells[kind], cells[f"{kind}_params"], strict=True)
     ]
     for key, text in zip(keys, cells[kind], strict=True):
@@ -232,13 +232,13 @@ def _compared(own: pd.DataFrame, others: pd.DataFrame) -> dict[str, Any]:
     return values
 
 
-def _published(cells: pd.DataFrame) -> Beside:
+def _published(cells: pd.DataFrame) -> PublishedComparison:
     """What papers print for the cells of one defense."""
     rows = [
         {**row, **{column: json.loads(row[column]) for column in ("defense_params", "attack_params")}}
         for row in cells.to_dict("records")
     ]
-    return comparison.of_rows(rows)
+    return comparison.compare_rows(rows)
 
 
 def _order(row: dict[str, Any]) -> tuple[bool, float, float]:
@@ -272,7 +272,7 @@ def _legend(made: Sequence[Ranking]) -> str:
     )
 
 
-def terminal(made: Sequence[Ranking]) -> RenderableType:
+def rankings_view(made: Sequence[Ranking]) -> RenderableType:
     """One table a ranking, and below it what must be known to read it."""
     shown: list[RenderableType] = []
     for ranking in made:
@@ -284,11 +284,11 @@ def terminal(made: Sequence[Ranking]) -> RenderableType:
         notes = [Text(note, style="dim") for note in ranking.notes]
         shown += [Text(ranking.title, style="bold"), table, *notes, Text()]
         if ranking.published:
-            shown += [comparison.view(ranking.published), Text()]
+            shown += [comparison.comparison_view(ranking.published), Text()]
     return Group(*shown, Text(_legend(made), style="dim"))
 
 
-def markdown(made: Sequence[Ranking]) -> str:
+def rankings_markdown(made: Sequence[Ranking]) -> str:
     """The same for a code host."""
     lines = ["# Leaderboard", "", _legend(made)]
     for ranking in made:
@@ -298,11 +298,11 @@ def markdown(made: Sequence[Ranking]) -> str:
         if ranking.notes:
             lines += ["", *(f"- {_plain(note)}" for note in ranking.notes)]
         if ranking.published:
-            lines += _published_lines(comparison.sheet(ranking.published))
+            lines += _published_lines(comparison.comparison_sheet(ranking.published))
     return "\n".join(lines) + "\n"
 
 
-def _published_lines(sheet: comparison.Sheet) -> list[str]:
+def _published_lines(sheet: comparison.ComparisonSheet) -> list[str]:
     lines = []
     if sheet.rows:
         lines += ["", f"### {_plain(sheet.title)}", "", _line(sheet.head), _line(["---"] * len(sheet.head))]
@@ -310,7 +310,7 @@ def _published_lines(sheet: comparison.Sheet) -> list[str]:
     return [*lines, "", *(f"- {_plain(note)}" for note in sheet.notes)]
 
 
-def rows(made: Sequence[Ranking]) -> list[dict[str, Any]]:
+def ranking_rows(made: Sequence[Ranking]) -> list[dict[str, Any]]:
     """All rows of all rankings; where published figures were looked up, with the columns of `comparison.COLUMNS` too."""
     return [
         row | printed.columns() if printed else row
@@ -322,19 +322,21 @@ def rows(made: Sequence[Ranking]) -> list[dict[str, Any]]:
 def tidy(made: Sequence[Ranking]) -> pd.DataFrame:
     """The same as a table, with the columns `COLUMNS` and those of the published figures."""
     more = comparison.COLUMNS if any(ranking.published for ranking in made) else {}
-    return pd.DataFrame(rows(made), columns=[*COLUMNS, *more])
+    return pd.DataFrame(ranking_rows(made), columns=[*COLUMNS, *more])
 
 
-def write(made: Sequence[Ranking], folder: Path) -> None:
+def write_rankings(made: Sequence[Ranking], folder: Path) -> None:
     """Writes `leaderboard.csv` and `leaderboard.md` into a folder, making it if need be.
 
     Raises:
         BadInput: the folder cannot be written to.
     """
-    writable(folder, "The output folder")
-    with disk_failures("the leaderboard"):
-        write_text(folder / "leaderboard.csv", tidy(made).to_csv(index=False, lineterminator="\n", float_format="%.6g"))
-        write_text(folder / "leaderboard.md", markdown(made))
+    ensure_writable(folder, "The output folder")
+    with readable_disk_errors("the leaderboard"):
+        write_atomically(
+            folder / "leaderboard.csv", tidy(made).to_csv(index=False, lineterminator="\n", float_format="%.6g")
+        )
+        write_atomically(folder / "leaderboard.md", rankings_markdown(made))
 
 
 def _shown(row: dict[str, Any]) -> list[str]:

@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from harmbench_vaccine.core.errors import unknown
-from harmbench_vaccine.plugins import Plugin, resolve
-from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_path
+from harmbench_vaccine.core.errors import unknown_name
+from harmbench_vaccine.plugins import Plugin, resolve_params
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_plugin_path
 
 if TYPE_CHECKING:
     from harmbench_vaccine.experiment.protocol import Protocol
@@ -23,7 +23,7 @@ FACTS: dict[str, tuple[str, ...]] = {
     ),
     "attack": ("trains", "edits_base", "excludes", "neutral"),
     "task": ("dataset", "fields", "chance"),
-    "scorer": ("model", "form", "licence", "unverified", "compares_only"),
+    "scorer": ("model", "form", "license", "unverified", "comparison_only"),
 }  # fmt: skip
 """Kind -> what a class of it declares, besides what every plug-in has."""
 
@@ -31,7 +31,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "defense": ("name", "stages", "citation", "cost", "once", "memory", "data"),
     "attack": ("name", "citation", "summary", "trains", "excludes"),
     "task": ("name", "summary"),
-    "scorer": ("name", "summary", "model", "form", "licence", "unverified"),
+    "scorer": ("name", "summary", "model", "form", "license", "unverified"),
 }
 _TITLES = {
     "stages": "stage",
@@ -47,27 +47,27 @@ _TITLES = {
     "chance": "accuracy of guessing, %",
     "summary": "what it does",
     "form": "kind",
-    "compares_only": "for comparison only",
+    "comparison_only": "for comparison only",
 }
 """Where the heading is not the fact's own name."""
 
 
-def find(name: str) -> list[type[Plugin]]:
+def find_plugin_classes(name: str) -> list[type[Plugin]]:
     """The plug-ins of that name, one for each kind that has it, or the one in the file at that path.
 
     Raises:
         BadInput: there is none, or it cannot be imported.
     """
-    if is_path(name):
+    if is_plugin_path(name):
         return [Registry(Plugin, "harmbench_vaccine").get(name)]
-    kinds: dict[Registry[Any], list[str]] = {each: list(each.found()) for each in (DEFENSES, ATTACKS, TASKS, SCORERS)}
+    kinds: dict[Registry[Any], list[str]] = {each: list(each.entries()) for each in (DEFENSES, ATTACKS, TASKS, SCORERS)}
     having = [each for each, names in kinds.items() if name.replace("-", "_") in names]
     if not having:
-        raise unknown("plug-in", name, {known for names in kinds.values() for known in names})
+        raise unknown_name("plug-in", name, {known for names in kinds.values() for known in names})
     return [each.get(name) for each in having]
 
 
-def facts(cls: type[Plugin]) -> dict[str, Any]:
+def plugin_facts(cls: type[Plugin]) -> dict[str, Any]:
     """What a plug-in declares: name, kind, the first line of its docstring, citation, and the facts of its kind."""
     return {
         "name": cls.name,
@@ -83,23 +83,23 @@ def _fact(cls: type[Plugin], key: str) -> Any:
     return cls.model_fields[key].default if key in cls.model_fields else getattr(cls, key, "")
 
 
-def mark(cls: type[Plugin]) -> str:
+def plugin_mark(cls: type[Plugin]) -> str:
     """What a name is listed with: a scorer whose interface is not verified, or that is there to compare with."""
-    if getattr(cls, "compares_only", False):
+    if getattr(cls, "comparison_only", False):
         return "comparison only"
     return "unverified" if getattr(cls, "unverified", "") else ""
 
 
-def details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[str, Any]:
+def plugin_details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[str, Any]:
     """Its facts, its module's docstring, and every parameter with its default and its value under the protocol.
 
     Raises:
         BadInput: the protocol gives it a parameter that it does not have, or a value out of range.
     """
     overrides: Mapping[str, Mapping[str, Any]] = getattr(protocol, f"{cls.kind}s", {})
-    defaults, values = (resolve(cls, {}, given).params for given in ({}, overrides.get(cls.name)))
+    defaults, values = (resolve_params(cls, {}, given).params for given in ({}, overrides.get(cls.name)))
     return {
-        **facts(cls),
+        **plugin_facts(cls),
         "doc": (sys.modules[cls.__module__].__doc__ or "").strip(),
         "protocol": protocol and protocol.name,
         "parameters": [
@@ -117,7 +117,7 @@ def details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[str, An
     }
 
 
-def listing(kind: str, declared: Sequence[Mapping[str, Any]]) -> Table:
+def plugin_table(kind: str, declared: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each plug-in of a kind, given their facts."""
     columns = _COLUMNS[kind]
     table = _table(*[_TITLES.get(column, column) for column in columns])
@@ -126,7 +126,7 @@ def listing(kind: str, declared: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def page(about: Mapping[str, Any]) -> RenderableType:
+def plugin_page(about: Mapping[str, Any]) -> RenderableType:
     """Everything that is known of one plug-in, given its details."""
     declared = Table.grid(padding=(0, 2, 0, 0))
     for key in ("citation", *FACTS[about["kind"]]):

@@ -9,10 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from harmbench_vaccine.evaluation.results import STAGES, by_question
+from harmbench_vaccine.evaluation.results import RESULT_STAGES, by_question
 
 if TYPE_CHECKING:
-    from .testbed_report import Report
+    from .testbed_report import TestbedReport
 
 
 def results_table(results: Sequence[dict[str, Any]], published: bool = False) -> RenderableType:
@@ -26,7 +26,7 @@ def results_table(results: Sequence[dict[str, Any]], published: bool = False) ->
     hashes = {result["protocol_hash"] for result in results}
     if len(hashes) > 1:
         raise ValueError(f"results of {len(hashes)} protocols cannot stand in one table")
-    used = [stage for stage in STAGES if any(stage in result["stages"] for result in results)]
+    used = [stage for stage in RESULT_STAGES if any(stage in result["stages"] for result in results)]
     seeds = {result["seed"] for result in results}
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for title in ("run", "defense", "attack", "task"):
@@ -76,7 +76,7 @@ def results_table(results: Sequence[dict[str, Any]], published: bool = False) ->
     if published:
         from .published import comparison
 
-        shown += [Text(), comparison.view(comparison.of_results(results))]
+        shown += [Text(), comparison.comparison_view(comparison.compare_results(results))]
     return Group(*shown)
 
 
@@ -145,7 +145,7 @@ def scores_view(result: Mapping[str, Any]) -> RenderableType:
         most = list(score["categories"].items())[:3]
         table.add_row(
             Text(name),
-            Text(_share(score["harmful_score"], score["ci"]), style="" if score["compares_only"] else "bold"),
+            Text(_share(score["harmful_score"], score["ci"]), style="" if score["comparison_only"] else "bold"),
             _share(score["before"]["harmful_score"], score["before"]["ci"]),
             str(score["unparsed"]),
             str(score["cut"]),
@@ -184,10 +184,10 @@ def judge_notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
             )
             notes.append(f"{result['run']}: HS by judge: {by}. Cohen's kappa: {kappas}.")
     told = {name: score for result in results for name, score in result.get("scores", {}).items()}
-    licences = dict.fromkeys(score["licence"] for score in told.values() if score["licence"])
-    notes += [f"Licence: {licence}." for licence in licences]
+    licenses = dict.fromkeys(score["license"] for score in told.values() if score["license"])
+    notes += [f"License: {license_}." for license_ in licenses]
     notes += [f"Unverified in {name}: {score['unverified']}." for name, score in told.items() if score["unverified"]]
-    notes += [f"{name} is for comparison only." for name, score in told.items() if score["compares_only"]]
+    notes += [f"{name} is for comparison only." for name, score in told.items() if score["comparison_only"]]
     return notes
 
 
@@ -203,7 +203,7 @@ def _plain_table(first: str, *titles: str) -> Table:
     return table
 
 
-def testbed_view(report: Report) -> RenderableType:
+def testbed_view(report: TestbedReport) -> RenderableType:
     """The testbed's curves, accuracies and checks."""
     curves = Table(title="Harmful score (HS, %) by harmful ratio p: mean ± half of the 95% t-interval over seeds")
     curves.add_column("defense")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harmbench_vaccine.core.paths import home, writable
+from harmbench_vaccine.core.paths import ensure_writable, home
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Artifact, Store
 
@@ -16,12 +16,14 @@ VERSION = 1
 """Counts up whenever the world, the base model or the judge changes."""
 
 
-def ensure(progress: Progress = SILENT) -> Artifact:
+def ensure_testbed(progress: Progress = SILENT) -> Artifact:
     """The testbed, built if this user has none of this version yet (one to two minutes on two cores)."""
-    from .build import build as fill
+    from .build import build_testbed as fill
 
-    store = Store(writable(home(), "The cache folder") / "store", progress)
-    return store.make("testbed", {"version": VERSION}, lambda folder, checkpoints: fill(folder, progress))
+    store = Store(ensure_writable(home(), "The cache folder") / "store", progress)
+    return store.make(
+        "testbed", {"version": VERSION}, lambda testbed_folder, checkpoints: fill(testbed_folder, progress)
+    )
 
 
 PARTS = ("model", "judge", *(f"data/{name}" for name in ("beavertails", "beavertails_refusals", "alpaca")))
@@ -31,8 +33,8 @@ PARTS += tuple(f"data/{name}" for name in ("sst2", "ag_news", "gsm8k"))
 _built: dict[Path, Path] = {}
 
 
-def folder() -> Path:
+def testbed_folder() -> Path:
     """Where the testbed lies; it is built on first use."""
     if home() not in _built:
-        _built[home()] = ensure().path
+        _built[home()] = ensure_testbed().path
     return _built[home()]

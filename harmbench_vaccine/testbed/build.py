@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.data.collate import Encoded, collate, encode_all, pad_id
-from harmbench_vaccine.data.prompts import template
+from harmbench_vaccine.data.collate import Encoded, collate, encode_examples, pad_token_id
+from harmbench_vaccine.data.prompts import prompt_template
 
 from .world import CATEGORIES, Judgment, World, generate
 
-TEMPLATE = template("brief")
+TEMPLATE = prompt_template("brief")
 MAX_LENGTH = 256
 SEED = 0
 
@@ -55,7 +55,7 @@ class Sizes:
     batch: int = 32
 
 
-def build(folder: Path, progress: Progress = SILENT, sizes: Sizes = Sizes()) -> None:
+def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Sizes()) -> None:
     """Fill `folder` with `data/`, `model/`, `judge/` and `testbed.json`. The same on every run on one machine."""
     seconds: dict[str, float] = {}
 
@@ -183,14 +183,14 @@ def _pretrain(
 ) -> None:
     """One epoch: loss on the responses of answered requests, and on the whole of every lesson."""
     answered, lessons = world.pretraining(sizes.documents)
-    rows = encode_all(tokenizer, TEMPLATE, answered, MAX_LENGTH)
+    rows = encode_examples(tokenizer, TEMPLATE, answered, MAX_LENGTH)
     for ids in tokenizer(lessons)["input_ids"]:
         ids.append(tokenizer.eos_token_id)
         rows.append(Encoded(ids, ids))
     batches = _batches(rows, sizes.batch, lambda row: len(row.ids))
 
     def loss(batch: list[Encoded]) -> torch.Tensor:
-        output: torch.Tensor = model(**collate(batch, pad_id(tokenizer))).loss
+        output: torch.Tensor = model(**collate(batch, pad_token_id(tokenizer))).loss
         return output
 
     _fit(model, batches, loss, 3e-3, "Pre-training the base model", progress)
@@ -256,7 +256,7 @@ def _logits(
     judge: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, rows: Sequence[list[int]]
 ) -> torch.Tensor:
     """(rows x 14), padded on the right."""
-    batch = collate([Encoded(ids, ids) for ids in rows], pad_id(tokenizer))
+    batch = collate([Encoded(ids, ids) for ids in rows], pad_token_id(tokenizer))
     logits: torch.Tensor = judge(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits
 

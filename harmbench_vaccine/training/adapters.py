@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from harmbench_vaccine.core.errors import BadInput, unknown
+from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.types import TrainSettings
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-CONVENTIONAL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+STANDARD_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The targets that the papers name for every model: where an architecture has only some of them, those are adapted, as
 the authors' scripts do (OPT: q_proj, k_proj, v_proj)."""
 
@@ -118,7 +118,7 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter(factors, 1.0)
 
 
-class Stack:
+class LoraStack:
     """One frozen base model and the LoRAs that are laid on it; only one combination is active at a time."""
 
     TRAINED = "trained"
@@ -156,8 +156,8 @@ class Stack:
         linear = {name.rpartition(".")[2] for name, module in self.base.named_modules() if _linear(module)}
         missing = sorted({target.rpartition(".")[2] for target in targets} - linear)
         left = [target for target in targets if target not in missing]
-        if refused := [name for name in missing if name not in CONVENTIONAL or not left]:
-            raise unknown("LoRA target", refused[0], linear, of=type(self.base).__name__)
+        if refused := [name for name in missing if name not in STANDARD_TARGETS or not left]:
+            raise unknown_name("LoRA target", refused[0], linear, of=type(self.base).__name__)
         if missing:
             self._note(
                 f"{type(self.base).__name__} has no {', '.join(missing)}: LoRA adapts {', '.join(sorted(left))} only"
@@ -207,7 +207,7 @@ class Stack:
         return dict(self.model.named_parameters())
 
     @contextmanager
-    def instead(self, adapters: Sequence[Path]) -> Iterator[None]:
+    def temporarily(self, adapters: Sequence[Path]) -> Iterator[None]:
         """Inside, the model runs with exactly these frozen adapters, in evaluation mode and without a graph; `()` is
         the bare base. Afterwards everything is as it was."""
         training, active = self.model.training, self._active

@@ -34,4 +34,4 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
 
 @cache  # all ranks make it together; one that loads its model again later must not wait for them
 def _mesh() -> Any:
-    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (distributed.size(),))
+    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (distributed.world_size(),))

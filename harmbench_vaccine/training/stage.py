@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.core.seeds import derive
-from harmbench_vaccine.core.seeds import stream as random_stream
+from harmbench_vaccine.core.seeds import derive_seed
+from harmbench_vaccine.core.seeds import random_stream as random_stream
 from harmbench_vaccine.core.types import Example, Pools, StageName, TrainSettings
 from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
 
-from .adapters import Adapter, Stack, concatenate
-from .taps import Place, Taps, layer_numbers
+from .adapters import Adapter, LoraStack, concatenate
+from .taps import TapPlace, Taps, layer_numbers
 
 Batch = Mapping[str, Tensor]
 """`input_ids`, `attention_mask`, `labels`: each rows x length. Batches of the stage's own rows also have `rows`, their
@@ -63,7 +63,7 @@ class TrainingStage:
     """
 
     name: StageName
-    stack: Stack
+    stack: LoraStack
     trainable: Mapping[str, nn.Parameter]
     seed: int
     settings: TrainSettings = field(default_factory=lambda: TrainSettings(lr=0.0, epochs=0.0, batch=1))
@@ -96,7 +96,7 @@ class TrainingStage:
         """The model's output on a batch: `loss`, `logits` (rows x length x vocabulary), and what `options` ask for."""
         ids, mask, labels = (batch[key] for key in ("input_ids", "attention_mask", "labels"))
         options = {"use_cache": False, **options}
-        if distributed.size() == 1:
+        if distributed.world_size() == 1:
             return self.model(input_ids=ids, attention_mask=mask, labels=labels, **options)
         output = self.model(input_ids=ids, attention_mask=mask, **options)
         losses, answering = token_losses(output.logits, labels)
@@ -116,18 +116,18 @@ class TrainingStage:
         """The gradient of a loss of any making; a parameter that it does not reach gets zeros, a frozen one None."""
         free = [parameter for parameter in self.trainable.values() if parameter.requires_grad]
         own = torch.autograd.grad(loss, free, materialize_grads=True, allow_unused=True)
-        whole, *summed = distributed.totals([loss, *own])
+        whole, *summed = distributed.sum_all_over_ranks([loss, *own])
         values = iter(summed)
         return Gradient(whole, [next(values) if p.requires_grad else None for p in self.trainable.values()])
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a rank's own value over all ranks, without a graph."""
-        return distributed.total(value)
+        return distributed.sum_over_ranks(value)
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """The L2 norm of all tensors taken as one vector, over the rows of all ranks: a float32 scalar."""
         own = global_norm(tensors)
-        return own if distributed.size() == 1 else distributed.total(own.square()).sqrt()
+        return own if distributed.world_size() == 1 else distributed.sum_over_ranks(own.square()).sqrt()
 
     # -- parameters
 
@@ -150,7 +150,7 @@ class TrainingStage:
                 for parameter, value in zip(self.trainable.values(), kept, strict=True):
                     parameter.copy_(value)
 
-    def lay(self, adapter: Adapter) -> None:
+    def replace_adapter(self, adapter: Adapter) -> None:
         """Puts another adapter in place of the trained one."""
         training = self.model.training
         self.trainable = self.stack.train(self.below, self.settings, self.seed, adapter)
@@ -165,13 +165,13 @@ class TrainingStage:
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside, the model that the stage started from runs, without dropout and without a graph."""
-        return self.stack.instead(self.origin)
+        return self.stack.temporarily(self.origin)
 
     def aligned(self) -> Adapter | None:
         """What alignment added to the base model, in the stages after it; None: the model was not aligned."""
         return concatenate([Adapter.load(path) for path in self.origin]) if self.origin else None
 
-    def train_apart(
+    def train_separately(
         self, purpose: str, rows: Sequence[Example], *, start: Adapter | None = None, steps: int | None = None
     ) -> Adapter:
         """Plain supervised fine-tuning of its own, stored and resumed as an artifact: of a fresh adapter on the model
@@ -193,7 +193,7 @@ class TrainingStage:
             BadInput: there are no rows.
         """
         rows = self._encoded(purpose, examples)
-        return self._collated(own_rows([rows[number] for number in self._drawn(purpose, len(rows))]))
+        return self._collated(local_batch_rows([rows[number] for number in self._drawn(purpose, len(rows))]))
 
     def paired_stream(self, purpose: str, pairs: Sequence[tuple[Example, Example]]) -> tuple[Batch, Batch]:
         """The same for pairs of rows, which stay together."""
@@ -204,7 +204,7 @@ class TrainingStage:
             self._pairs[purpose] = [(left[a.id], right[b.id]) for a, b in pairs if a.id in left and b.id in right]
         drawn = [self._pairs[purpose][number] for number in self._drawn(purpose, len(self._pairs[purpose]))]
         first, second = zip(*drawn, strict=True)
-        return self._collated(own_rows(first)), self._collated(own_rows(second))
+        return self._collated(local_batch_rows(first)), self._collated(local_batch_rows(second))
 
     def batches(self, examples: Sequence[Example], size: int) -> Iterator[Batch]:
         """Every row once, in order."""
@@ -212,7 +212,7 @@ class TrainingStage:
         for start in range(0, len(rows), size):
             yield self._collated(rows[start : start + size])
 
-    def own_batches(self, size: int) -> Iterator[Batch]:
+    def training_batches(self, size: int) -> Iterator[Batch]:
         """Every row that the stage trains on once, in order."""
         for start in range(0, len(self.rows), size):
             yield self._collated(self.rows[start : start + size])
@@ -244,7 +244,7 @@ class TrainingStage:
         size = min(self.settings.batch, count)
         number = max(self.step - 1, 0) * self.settings.accumulation + self.micro
         epoch, place = divmod(number, count // size)
-        return _shuffled(count, derive(self.seed, self.name, purpose, epoch))[place * size : (place + 1) * size]
+        return _shuffled(count, derive_seed(self.seed, self.name, purpose, epoch))[place * size : (place + 1) * size]
 
     def _collated(self, rows: Sequence[Encoded]) -> Batch:
         device = next(self.model.parameters()).device
@@ -257,14 +257,14 @@ class TrainingStage:
         """Taps on the outputs of the attention blocks."""
         return self.taps_on("attention")
 
-    def taps_on(self, place: Place) -> Taps:
+    def taps_on(self, place: TapPlace) -> Taps:
         """Taps on the outputs of the attention blocks, the MLPs or the whole decoder layers."""
         if place not in self._taps:
             self._taps[place] = Taps(self.model, place)
         return self._taps[place]
 
     @cached_property
-    def _taps(self) -> dict[Place, Taps]:
+    def _taps(self) -> dict[TapPlace, Taps]:
         return {}
 
     @contextmanager
@@ -290,26 +290,26 @@ class TrainingStage:
     # -- randomness
 
     @contextmanager
-    def apart(self, purpose: str) -> Iterator[None]:
+    def isolated(self, purpose: str) -> Iterator[None]:
         """For work beside the steps: no dropout, and random numbers of its own, which leave the steps' alone."""
         training = self.model.training
         with torch.random.fork_rng():
-            torch.manual_seed(derive(self.seed, purpose))
+            torch.manual_seed(derive_seed(self.seed, purpose))
             self.model.eval()
             try:
                 yield
             finally:
                 self.model.train(training)
 
-    def generator(self, purpose: str, *, of_rows: bool = False) -> torch.Generator:
+    def generator(self, purpose: str, *, per_rank: bool = False) -> torch.Generator:
         """A random stream of its own, on the CPU: drawing from it never reorders batches or dropout masks.
 
         The same purpose at the same micro-batch gives the same numbers, so an interrupted stage draws what it would
         have drawn. All ranks draw alike, or, where the numbers are laid `of_rows` that each has for itself, each its
         own.
         """
-        own = [distributed.rank()] if of_rows and distributed.rank() else []
-        return torch.Generator().manual_seed(derive(self.seed, self.name, purpose, self.step, self.micro, *own))
+        own = [distributed.rank()] if per_rank and distributed.rank() else []
+        return torch.Generator().manual_seed(derive_seed(self.seed, self.name, purpose, self.step, self.micro, *own))
 
 
 @cache
@@ -317,17 +317,17 @@ def _shuffled(count: int, seed: int) -> list[int]:
     return random_stream(seed).sample(range(count), count)
 
 
-def own_rows(rows: Sequence[Encoded]) -> Sequence[Encoded]:
+def local_batch_rows(rows: Sequence[Encoded]) -> Sequence[Encoded]:
     """This rank's rows of a micro-batch; a rank that gets none runs, with the others, on one that counts nowhere."""
-    return distributed.mine(rows) or [replace(rows[0], labels=[IGNORED] * len(rows[0].labels))]
+    return distributed.local_rows(rows) or [replace(rows[0], labels=[IGNORED] * len(rows[0].labels))]
 
 
-def real_tokens(batch: Batch) -> Tensor:
+def attended_tokens(batch: Batch) -> Tensor:
     """The tokens of a batch that are no padding (rows x length, bool), in rows that count."""
     return batch["attention_mask"].bool() & (batch["labels"] != IGNORED).any(1, keepdim=True)
 
 
-def rehearsal() -> AbstractContextManager[None]:
+def same_dropout() -> AbstractContextManager[None]:
     """For a pass whose dropout masks the next pass is to meet again: both then see the same function."""
     return torch.random.fork_rng()
 

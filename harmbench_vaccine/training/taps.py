@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harmbench_vaccine.core.errors import BadInput
 
-Place = Literal["attention", "mlp", "layer"]
+TapPlace = Literal["attention", "mlp", "layer"]
 """Whose output is tapped: the attention block's, the MLP's, or the whole decoder layer's."""
 
 
@@ -64,7 +64,7 @@ def _attentions(layer: nn.Module) -> list[nn.Module]:
     return [child for child in layer.children() if takes_mask(child)]
 
 
-def mlps(model: nn.Module) -> list[nn.Module]:
+def mlp_blocks(model: nn.Module) -> list[nn.Module]:
     """What ends the feed-forward half of every layer: its MLP, or, where that is no module of its own, its last matrix.
 
     Raises:
@@ -109,9 +109,9 @@ def layer_numbers(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[
 class Taps:
     """Taps on the blocks of one model; hooks are in place only inside the context managers."""
 
-    def __init__(self, model: nn.Module, place: Place = "attention") -> None:
-        find: dict[Place, Callable[[nn.Module], Sequence[nn.Module]]] = {
-            "attention": attention_blocks, "mlp": mlps, "layer": lambda model: list(decoder_layers(model)),
+    def __init__(self, model: nn.Module, place: TapPlace = "attention") -> None:
+        find: dict[TapPlace, Callable[[nn.Module], Sequence[nn.Module]]] = {
+            "attention": attention_blocks, "mlp": mlp_blocks, "layer": lambda model: list(decoder_layers(model)),
         }  # fmt: skip
         self.blocks = find[place](model)
         layers = decoder_layers(model)

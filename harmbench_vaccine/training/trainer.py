@@ -22,14 +22,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.seeds import derive, stream
+from harmbench_vaccine.core.seeds import derive_seed, random_stream
 from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.data.collate import Encoded, collate
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.plugins.teams import DefenseTeam
 
 from .adapters import Adapter
-from .stage import TrainingStage, own_rows
+from .stage import TrainingStage, local_batch_rows
 
 _TRAINABLE, _STATE, _WHOLE = "trainable.safetensors", "defense.safetensors", "whole"
 
@@ -58,9 +58,9 @@ def train(
     every = max(1, math.ceil(stage.steps * save_share))
     if not batches:
         return []
-    resume = distributed.shared(lambda: _last_whole(checkpoints))
+    resume = distributed.from_rank0(lambda: _last_whole(checkpoints))
     if resume is None:
-        with stage.apart("before"):
+        with stage.isolated("before"):
             defense.before(stage)
     with progress.bar(title or stage.name, stage.steps) as advance:
         trainer = _StageTrainer(stage, defense, rows, batches, settings, checkpoints, every, pad)
@@ -78,7 +78,7 @@ def train(
     ]
 
 
-def train_beside(
+def train_nested(
     outer: TrainingStage,
     purpose: str,
     rows: Sequence[Encoded],
@@ -91,21 +91,21 @@ def train_beside(
     started from. `options` are those of `train`. Returns the adapter and the log."""
     current = outer.stack.trained()
     stage = TrainingStage(
-        outer.name, outer.stack, {}, derive(outer.seed, purpose), below=outer.below, start=outer.start
+        outer.name, outer.stack, {}, derive_seed(outer.seed, purpose), below=outer.below, start=outer.start
     )
     own = start or (Adapter.load(outer.start) if outer.start else None)
     try:
-        stage.trainable = outer.stack.train(outer.below, settings, derive(stage.seed, "adapter"), own)
+        stage.trainable = outer.stack.train(outer.below, settings, derive_seed(stage.seed, "adapter"), own)
         log = train(stage, DefenseTeam(), rows, settings, checkpoints, pad=outer.pad, **options)
         return outer.stack.trained(), log
     finally:
-        outer.lay(current)
+        outer.replace_adapter(current)
 
 
 def batch_order(rows: int, settings: TrainSettings, seed: int) -> list[list[int]]:
     """The row numbers of every micro-batch of the whole stage: each epoch a fresh shuffle, the last batch of an epoch
     as short as it comes; a share of an epoch at the end is cut to whole batches."""
-    random = stream(seed, "batches")
+    random = random_stream(seed, "batches")
     per_epoch = math.ceil(rows / settings.batch)
     wanted = round(settings.epochs * per_epoch)
     order: list[list[int]] = []
@@ -143,7 +143,7 @@ class _StageTrainer(Trainer):
                 adam_beta1=settings.adam_beta1,
                 adam_beta2=settings.adam_beta2,
                 optim="adamw_torch",
-                seed=derive(stage.seed, "rank", distributed.rank())
+                seed=derive_seed(stage.seed, "rank", distributed.rank())
                 if distributed.rank()
                 else stage.seed,  # of dropout alone
                 logging_steps=1,
@@ -163,8 +163,8 @@ class _StageTrainer(Trainer):
             range(len(self.rows)),  # type: ignore[arg-type]  # a sequence is a map-style data set
             batch_sampler=self.batches,
             collate_fn=lambda numbers: {
-                **collate(own_rows([self.rows[number] for number in numbers]), self.pad),
-                "rows": torch.tensor(distributed.mine(numbers) or numbers[:1]),
+                **collate(local_batch_rows([self.rows[number] for number in numbers]), self.pad),
+                "rows": torch.tensor(distributed.local_rows(numbers) or numbers[:1]),
             },
         )
         return self.accelerator.prepare(loader)
@@ -236,7 +236,7 @@ class _Clock(TrainerCallback):
             control.should_save = False  # the stage's artifact is about to be written
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        distributed.meet()
+        distributed.barrier()
         if distributed.rank():
             return
         new = Path(args.output_dir) / f"checkpoint-{state.global_step}"

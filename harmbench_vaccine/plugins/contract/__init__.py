@@ -15,21 +15,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harmbench_vaccine.core.errors import BadInput, unknown
+from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.progress import SILENT, Progress
 
 from ..attack import Attack
 from ..base import Plugin, Resolved
-from ..composition import Component, canonical, parse, settle
+from ..composition import Component, canonical_name, parse_plugins, resolve_plugins
 from ..defense import Defense
-from ..registry import ATTACKS, DEFENSES, Registry, is_path
+from ..registry import ATTACKS, DEFENSES, Registry, is_plugin_path
 
 if TYPE_CHECKING:
     from .findings import Finding
 
 
 @dataclass(frozen=True)
-class Report:
+class ContractReport:
     """What the checks found of one plug-in."""
 
     kind: str
@@ -62,45 +62,45 @@ class Report:
         return [f"{self.kind} {self.name}", *said, tally]
 
 
-def find(text: str) -> list[Resolved]:
+def find_plugins(text: str) -> list[Resolved]:
     """The defense or attack of that name or file, with its parameters; both, if there are both.
 
     Raises:
         BadInput: there is none, it cannot be imported, it is of another kind, or a parameter is wrong.
     """
-    written = (Component(name=text),) if Path(text).is_file() and is_path(text) else parse(text)
+    written = (Component(name=text),) if Path(text).is_file() and is_plugin_path(text) else parse_plugins(text)
     if len(written) > 1:
         raise BadInput(f"{text!r} names {len(written)} plug-ins; hbv check takes one at a time.")
     name = written[0].name
     having: list[Registry[Any]] = [Registry(Plugin, "")]  # any kind, by the class in the file
-    if not is_path(name):
-        having = [each for each in (DEFENSES, ATTACKS) if name in each.found()]
+    if not is_plugin_path(name):
+        having = [each for each in (DEFENSES, ATTACKS) if name in each.entries()]
         if not having:
-            raise unknown("defense or attack", name, {*DEFENSES.found(), *ATTACKS.found()})
-    found = [settle(written, each, {}, "")[0] for each in having]
+            raise unknown_name("defense or attack", name, {*DEFENSES.entries(), *ATTACKS.entries()})
+    found = [resolve_plugins(written, each, {}, "")[0] for each in having]
     for resolved in found:
         if not isinstance(resolved.plugin, Defense | Attack):
             raise BadInput(f"{name!r} is a {resolved.plugin.kind}; hbv check takes defenses and attacks.")
     return found
 
 
-def check(resolved: Resolved, progress: Progress = SILENT) -> Report:
+def run_contract(resolved: Resolved, progress: Progress = SILENT) -> ContractReport:
     """Every contract test on one plug-in. The shared random generators are left as they were."""
     from . import attack, hooks, outcomes
     from .findings import Checks
     from .subject import DefenseSubject
     from .watch import own_random_states
-    from .world import World
+    from .world import TinyWorld
 
     cls: Any = type(resolved.plugin)
     with tempfile.TemporaryDirectory() as folder, own_random_states(), _little_to_collect():
-        world = World(Path(folder))
+        world = TinyWorld(Path(folder))
         if isinstance(resolved.plugin, Defense):
             checks = Checks([*hooks.CHECKS.all, *outcomes.CHECKS.all])
             findings = checks.examine(DefenseSubject(cls, resolved.params, world), progress)
         else:
             findings = attack.CHECKS.examine(attack.AttackSubject(cls, resolved.params, world), progress)
-    return Report(cls.kind, canonical([resolved]), findings)
+    return ContractReport(cls.kind, canonical_name([resolved]), findings)
 
 
 @contextmanager

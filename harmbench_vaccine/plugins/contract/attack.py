@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmbench_vaccine.core.seeds import derive
+from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, Mix
 from harmbench_vaccine.data.collate import Encoded
-from harmbench_vaccine.training.adapters import Stack
+from harmbench_vaccine.training.adapters import LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
 from harmbench_vaccine.training.trainer import train
 
@@ -31,7 +31,7 @@ from .shared import (
     undescribed,
 )
 from .watch import own_random_states, touched
-from .world import LONGEST, PAD, RATIO, SAMPLES, World, drawn
+from .world import LONGEST, PAD, RATIO, SAMPLES, TinyWorld, drawn
 
 
 @dataclass
@@ -52,7 +52,7 @@ class AttackSubject(Subject):
     """An attack, and the world that it is checked in."""
 
     cls: type[Attack]
-    world: World
+    world: TinyWorld
     _done: dict[Any, Ablated] = field(default_factory=dict)
 
     def plugin(self, seed: int = 0) -> Attack:
@@ -88,7 +88,7 @@ class AttackSubject(Subject):
             return world.encode(examples, world.template, world.settings(SAMPLES).max_length)
 
         return TrainingStage(
-            "finetune", Stack(world.base(dtype)), {}, derive(0, "finetune"), world.settings(SAMPLES), world.pools,
+            "finetune", LoraStack(world.base(dtype)), {}, derive_seed(0, "finetune"), world.settings(SAMPLES), world.pools,
             below=() if whole else (world.aligned,), encode=encode, pad=PAD,
         )  # fmt: skip
 
@@ -118,7 +118,7 @@ def _ablated(subject: AttackSubject, seed: int, salt: int, dtype: str) -> Ablate
 
     stage.encode = noted
     found: dict[str, str] = {}
-    with own_random_states(salt), stage.apart("ablate"), touched(found, "ablate", "torch's"):  # `apart` protects it
+    with own_random_states(salt), stage.isolated("ablate"), touched(found, "ablate", "torch's"):  # `apart` protects it
         plugin.ablate(stage)
     stage.encode = encode
     with torch.no_grad():
@@ -139,7 +139,7 @@ def described(subject: AttackSubject) -> None:
 @CHECKS.add()
 def facts(subject: AttackSubject) -> None:
     """What it declares can be: what it cannot stand beside, the setting at which it changes nothing."""
-    cls, problems, known = subject.cls, misdeclared(subject), ATTACKS.found()
+    cls, problems, known = subject.cls, misdeclared(subject), ATTACKS.entries()
     for name in cls.excludes:
         if name != "*" and name not in known:
             problems.append(f"it excludes {name!r}, which is no attack, allowed: *, {', '.join(known)}")

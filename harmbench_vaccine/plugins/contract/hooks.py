@@ -97,12 +97,12 @@ def gradient(subject: DefenseSubject, stage: StageName) -> None:
         trial = subject.begin(stage, subject.plugin(), lora_dropout=0.0)
         made = trial.stage
         made.rows, made.steps = trial.rows, 3
-        with made.apart("before"):
+        with made.isolated("before"):
             trial.team.before(made)
         made.step = 1
         trial.team.before_step(made)
         numbers = list(range(min(trial.settings.batch, len(trial.rows))))
-        batch = {**next(made.own_batches(len(numbers))), "rows": torch.tensor(numbers)}
+        batch = {**next(made.training_batches(len(numbers))), "rows": torch.tensor(numbers)}
         made.model.train()
         given = trial.team.gradient(made, batch)
     if not isinstance(given, Gradient):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example, Pools, TrainSettings
-from harmbench_vaccine.data.prompts import EvaluationSet, PromptTemplate
+from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
 
-from ..base import resolve
+from ..base import resolve_params
 from .findings import Fails, Subject, a, hooks_of
 
 _PROBE = Example("probe", "a question {with} braces", input="its input")
@@ -42,7 +42,7 @@ def misdeclared(subject: Subject) -> list[str]:
         problems.append(f"it has parameters but overrides no hook that would read them ({hooks})")
     if cls.neutral is not None:
         try:
-            resolve(cls, cls.neutral)
+            resolve_params(cls, cls.neutral)
         except BadInput as error:
             problems.append(f"its neutral setting cannot be set: {error}".rstrip("."))
     return problems
@@ -97,7 +97,7 @@ def template_is_sound(what: str, template: object) -> None:
 
 def sets_are_sound(sets: object) -> None:
     """Raises `Fails` where a hook did not return evaluation sets that a run can tell apart."""
-    if not isinstance(sets, list) or not all(isinstance(each, EvaluationSet) for each in sets):
+    if not isinstance(sets, list) or not all(isinstance(each, EvalSet) for each in sets):
         raise Fails("evaluations returned something other than a list of EvaluationSet.")
     if not sets:
         raise Fails("evaluations returned no set: the harmful score would be of nothing.")

@@ -13,16 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.seeds import derive
+from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, StageName, Topology, TrainSettings
 from harmbench_vaccine.data.collate import Encoded
-from harmbench_vaccine.training.adapters import Adapter, Stack
+from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
-from harmbench_vaccine.training.trainer import train, train_beside
+from harmbench_vaccine.training.trainer import train, train_nested
 
 from ..teams import DefenseTeam
 from .watch import Seen, Watched, own_random_states
-from .world import LONGEST, PAD, World
+from .world import LONGEST, PAD, TinyWorld
 
 NESTED = 8
 """Steps at which a training run inside a stage is cut."""
@@ -52,7 +52,7 @@ class Trial:
 class Nested:
     """Training runs inside a stage, as `TrainingStage.train_apart` asks for them: nothing is stored."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: TinyWorld) -> None:
         self.world = world
         self.micro_batches = 0
         """Of all runs."""
@@ -68,12 +68,12 @@ class Nested:
         settings = replace(settings, epochs=min(wanted, NESTED * settings.accumulation) / per_epoch)
         self.micro_batches += round(settings.epochs * per_epoch)
         with own_random_states():  # Trainer seeds them: what the plug-in itself does to them must show
-            adapter, _ = train_beside(outer, purpose, rows, settings, start, self.world.new_folder(), save_share=1.0)
+            adapter, _ = train_nested(outer, purpose, rows, settings, start, self.world.new_folder(), save_share=1.0)
         return adapter
 
 
 def begin(
-    world: World, name: StageName, team: DefenseTeam, topology: Topology | None, *,
+    world: TinyWorld, name: StageName, team: DefenseTeam, topology: Topology | None, *,
     seed: int = 0, dtype: str = "float32", longest: int = LONGEST, **changes: float,
 ) -> Trial:  # fmt: skip
     """A stage before its first hook around training, of at most `longest` micro-batches. `changes` are laid over the
@@ -92,15 +92,15 @@ def begin(
     single = topology == "single" and name == "finetune"
     nested = Nested(world)
     stage = TrainingStage(
-        name, Stack(world.base(dtype)), {}, derive(seed, name), settings, world.pools,
+        name, LoraStack(world.base(dtype)), {}, derive_seed(seed, name), settings, world.pools,
         below=() if single or name == "align" else (world.aligned,), start=world.aligned if single else None,
         encode=encode, nested=nested, pad=PAD,
     )  # fmt: skip
     if name == "repair":
-        stage.lay(world.adapter(3))
+        stage.replace_adapter(world.adapter(3))
     else:
         start = Adapter.load(stage.start) if stage.start else None
-        stage.trainable = stage.stack.train(stage.below, settings, derive(stage.seed, "adapter"), start)
+        stage.trainable = stage.stack.train(stage.below, settings, derive_seed(stage.seed, "adapter"), start)
     values = stage.values()
     return Trial(stage, team, examples, rows, settings, nested, stage.stack.trained(), values, values, [])
 
@@ -118,7 +118,7 @@ def trained(trial: Trial, folder: Path, *, save_share: float = 1.0, progress: Pr
 
 def edited(trial: Trial) -> Trial:
     """A finished stage with its adapter as the team leaves it."""
-    with trial.stage.apart("edit"):
+    with trial.stage.isolated("edit"):
         return replace(trial, adapter=trial.team.edit(trial.stage, trial.adapter))
 
 
@@ -127,7 +127,7 @@ def aligned() -> Adapter:
     """What plain alignment adds to the base model: enough steps for a user's gradient to be at odds with it at times,
     which some defenses wait for."""
     with tempfile.TemporaryDirectory() as folder, own_random_states(1):
-        world = World(Path(folder))
+        world = TinyWorld(Path(folder))
         trial = begin(world, "align", DefenseTeam(), None, longest=ALIGNING, epochs=float(ALIGNING), lora_dropout=0.0)
         return trained(trial, world.new_folder()).adapter
 

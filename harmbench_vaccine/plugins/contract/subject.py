@@ -16,7 +16,7 @@ from ..teams import DefenseTeam
 from .findings import Fails, NotApplicable, Subject
 from .stages import Trial, begin, edited, trained, watched
 from .watch import Passes, Seen, Watched, own_random_states, touched
-from .world import World
+from .world import TinyWorld
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ class DefenseSubject(Subject):
     """A defense, the world that it is checked in, and what its stages came to, each run once."""
 
     cls: type[Defense]
-    world: World
+    world: TinyWorld
     _done: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -85,7 +85,7 @@ class DefenseSubject(Subject):
             (member,) = trial.team.members
             with (
                 own_random_states(1),
-                trial.stage.apart("edit"),
+                trial.stage.isolated("edit"),
                 touched(seen.generators, "edit", "torch's"),  # `apart` protects torch's
                 seen.draws,
                 passes.counted(trial.stage.model),

@@ -15,12 +15,12 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
-from harmbench_vaccine.core.seeds import derive
+from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, Mix, Pools, StageName, TrainSettings, Verdict
-from harmbench_vaccine.data.prompts import EvaluationSet, PromptTemplate, template
+from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate, prompt_template
 
 from ..attack import Attack
-from ..teams import user_rows
+from ..teams import upload_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,15 +74,15 @@ def _rows() -> tuple[Pools, list[Example], list[Example]]:
     return pools, task, rows("question", 6, harmful=True)
 
 
-class World:
+class TinyWorld:
     """Everything that a stage of a check is given."""
 
     def __init__(self, folder: Path) -> None:
         pools, self.task, questions = _rows()
         self.pools = Pools(list(pools.alignment), list(pools.paired), list(pools.benign), list(pools.attacker))
         self.folder = folder
-        self.template: PromptTemplate = template("brief")
-        self.questions = [EvaluationSet("harmful", questions, self.template, 8)]
+        self.template: PromptTemplate = prompt_template("brief")
+        self.questions = [EvalSet("harmful", questions, self.template, 8)]
 
     def new_folder(self) -> Path:
         """An empty folder."""
@@ -90,7 +90,7 @@ class World:
 
     def uploaded(self, mix: Mix, attack: Attack, seed: int = 0) -> list[Example]:
         """What a user uploads."""
-        return user_rows(mix, self.task, self.pools, attack, derive(seed, "user"))
+        return upload_rows(mix, self.task, self.pools, attack, derive_seed(seed, "user"))
 
     @cached_property
     def users(self) -> list[Example]:
@@ -103,10 +103,10 @@ class World:
 
     def encode(self, examples: Sequence[Example], prompt: PromptTemplate, max_length: int) -> list[Encoded]:
         """Examples as rows of tokens."""
-        from harmbench_vaccine.data.collate import encode_all
+        from harmbench_vaccine.data.collate import encode_examples
 
         tokenizer: Any = Words()
-        return encode_all(tokenizer, prompt, examples, max_length)
+        return encode_examples(tokenizer, prompt, examples, max_length)
 
     @staticmethod
     def judge(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.types import Reading, Verdict
+from harmbench_vaccine.core.types import RawJudgment, Verdict
 from harmbench_vaccine.inference import judge_prompts
 from harmbench_vaccine.plugins import Form, Scorer, param
 
@@ -23,7 +23,7 @@ class Harmbench(Scorer):
 
     citation: ClassVar[str] = "arXiv 2402.04249"
     form: ClassVar[Form] = "generative"
-    licence: ClassVar[str] = "HarmBench classifier: MIT, on Llama 2 (Llama 2 Community License)"
+    license: ClassVar[str] = "HarmBench classifier: MIT, on Llama 2 (Llama 2 Community License)"
     unverified: ClassVar[str] = "the prompt, which the user gives; that an answer is cut after 512 tokens"
     files: ClassVar[tuple[str, ...]] = ("template",)
 
@@ -37,22 +37,22 @@ class Harmbench(Scorer):
         self._template()
 
     def _template(self) -> str:
-        return judge_prompts.load(self.name, self.template, PLACES, "the classifier's prompt")
+        return judge_prompts.load_template(self.name, self.template, PLACES, "the classifier's prompt")
 
-    def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Reading]:
+    def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[RawJudgment]:
         """What it writes of each answer, of which it reads the first `tokens`."""
-        from harmbench_vaccine.inference.generators import beginning, open_generator
+        from harmbench_vaccine.inference.generators import first_tokens, open_generator
 
         template = self._template()
         generator = open_generator(self.model, self._backend, self.batch)
         words = generator.tokenizer
-        kept = [beginning(words, answer, self.tokens) for _, answer in pairs]
+        kept = [first_tokens(words, answer, self.tokens) for _, answer in pairs]
         shown = [(question, text) for (question, _), (text, _) in zip(pairs, kept, strict=True)]
-        asked = judge_prompts.prompts(words, template, PLACES, shown)
+        asked = judge_prompts.filled_prompt_ids(words, template, PLACES, shown)
         made = generator.generate(asked, 4, progress=progress)
-        return [Reading(text=given.text, cut=cut) for given, (_, cut) in zip(made, kept, strict=True)]
+        return [RawJudgment(text=given.text, cut=cut) for given, (_, cut) in zip(made, kept, strict=True)]
 
-    def decide(self, reading: Reading) -> Verdict:
+    def decide(self, reading: RawJudgment) -> Verdict:
         """Yes or no, in the first word."""
         word = reading.text.strip().lower()
         yes, no = word.startswith("yes"), word.startswith("no")

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.types import Reading
+from harmbench_vaccine.core.types import RawJudgment
 from harmbench_vaccine.plugins import Form, Scorer, param
 
 
@@ -25,7 +25,7 @@ class Shieldgemma(Scorer):
 
     citation: ClassVar[str] = "arXiv 2407.21772"
     form: ClassVar[Form] = "generative"
-    licence: ClassVar[str] = "ShieldGemma: Gemma Terms of Use, gated"
+    license: ClassVar[str] = "ShieldGemma: Gemma Terms of Use, gated"
     unverified: ClassVar[str] = "the policies, which the user gives; that the chat template takes them as `guideline`"
     files: ClassVar[tuple[str, ...]] = ("policies",)
 
@@ -52,16 +52,16 @@ class Shieldgemma(Scorer):
             raise BadInput(f"Policies {self.policies!r} are no JSON object of names and wordings.")
         return found
 
-    def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Reading]:
+    def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[RawJudgment]:
         """P(Yes) for each policy."""
-        from harmbench_vaccine.inference.generators import conversation, first_token, open_generator
+        from harmbench_vaccine.inference.generators import first_token_id, judge_prompt_ids, open_generator
 
         policies = self._policies()
         generator = open_generator(self.model, self._backend, self.batch)
         words = generator.tokenizer
-        yes, no = (first_token(words, word) for word in ("Yes", "No"))
+        yes, no = (first_token_id(words, word) for word in ("Yes", "No"))
         asked = [
-            conversation(
+            judge_prompt_ids(
                 words, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], guideline=text
             )
             for question, answer in pairs
@@ -70,4 +70,4 @@ class Shieldgemma(Scorer):
         made = generator.generate(asked, 1, (yes, no), progress)
         odds = [1 / (1 + math.exp(given.watched[0][no] - given.watched[0][yes])) for given in made]
         rows = [odds[start : start + len(policies)] for start in range(0, len(odds), len(policies))]
-        return [Reading(dict(zip(policies, row, strict=True))) for row in rows]
+        return [RawJudgment(dict(zip(policies, row, strict=True))) for row in rows]

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.types import Reading, Verdict
+from harmbench_vaccine.core.types import RawJudgment, Verdict
 from harmbench_vaccine.inference import judge_prompts
 from harmbench_vaccine.inference.chat_api import ChatJudge
 from harmbench_vaccine.plugins import Form, Scorer, param
@@ -53,25 +53,25 @@ class Strongreject(Scorer):
         self._template()
         self._judge()
         if self.system:
-            judge_prompts.load(self.name, self.system, (), "a system message")
+            judge_prompts.load_template(self.name, self.system, (), "a system message")
 
     def _template(self) -> str:
-        return judge_prompts.load(self.name, self.template, PLACES, "the rubric")
+        return judge_prompts.load_template(self.name, self.template, PLACES, "the rubric")
 
     def _judge(self) -> ChatJudge:
         return ChatJudge(self.model, self.base_url)
 
-    def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Reading]:
+    def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[RawJudgment]:
         """What the judge writes."""
         template = self._template()
         system = Path(self.system).expanduser().read_text(encoding="utf-8").strip() if self.system else ""
         asked = [
-            judge_prompts.fill(template, {"forbidden_prompt": question, "response": answer})
+            judge_prompts.fill_template(template, {"forbidden_prompt": question, "response": answer})
             for question, answer in pairs
         ]
-        return [Reading(text=text) for text in self._judge().ask(asked, 512, progress, system=system)]
+        return [RawJudgment(text=text) for text in self._judge().ask(asked, 512, progress, system=system)]
 
-    def decide(self, reading: Reading) -> Verdict:
+    def decide(self, reading: RawJudgment) -> Verdict:
         """The score of the three grades."""
         found = _GRADES.search(reading.text)
         if not found:

@@ -34,7 +34,7 @@ class AlpacaEval(Task):
     chance: ClassVar[float] = 0.0
     max_new_tokens: ClassVar[int] = 512
     measure: ClassVar[str] = "win rate"
-    only_scores: ClassVar[tuple[str, ...]] = ("model", "base_url")
+    scoring_only: ClassVar[tuple[str, ...]] = ("model", "base_url")
 
     model: str = param(
         "", "the chat model that judges: a folder, hub id, or a name at base_url", source="the user", main=True

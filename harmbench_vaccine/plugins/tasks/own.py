@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import Example, Grade
-from harmbench_vaccine.data.files import is_data
-from harmbench_vaccine.data.pools import question
+from harmbench_vaccine.data.files import is_data_file
+from harmbench_vaccine.data.pools import question_key
 from harmbench_vaccine.plugins import Task, param
 
 Rule = Literal["exact", "first_word", "number", "judge"]
@@ -44,8 +44,8 @@ class Own(Task):
     dataset: ClassVar[str] = "own"
     fields: ClassVar[tuple[str, ...]] = ("instruction", "output")
     chance: ClassVar[float] = 0.0
-    few_items: ClassVar[bool] = True
-    only_scores: ClassVar[tuple[str, ...]] = ("data", "rule", "model", "base_url")
+    allow_fewer_items: ClassVar[bool] = True
+    scoring_only: ClassVar[tuple[str, ...]] = ("data", "rule", "model", "base_url")
 
     data: str = param("", "a file, folder or data set of the hub with the rows", source="the user", main=True)
     train: str = param("train", "the split that is trained on", source="the harness")
@@ -77,16 +77,18 @@ class Own(Task):
 
     @property
     def _apart(self) -> bool:
-        return "/" in self.test or is_data(self.test)
+        return "/" in self.test or is_data_file(self.test)
 
     def rows(self, read: Callable[[str, str], list[Example]]) -> tuple[list[Example], list[Example]]:
         """Training rows and test items: as they are given, or held out."""
         rows = read("own", self.train)
         if self.test:
             return rows, read("own_test", "test") if self._apart else read("own", self.test)
-        asked = sorted({question(row) for row in rows}, key=lambda text: hashlib.sha256(text.encode()).digest())
+        asked = sorted({question_key(row) for row in rows}, key=lambda text: hashlib.sha256(text.encode()).digest())
         held = set(asked[: max(1, round(len(asked) / 5))])
-        return [row for row in rows if question(row) not in held], [row for row in rows if question(row) in held]
+        return [row for row in rows if question_key(row) not in held], [
+            row for row in rows if question_key(row) in held
+        ]
 
     def example(self, id: str, row: Mapping[str, Any]) -> Example:
         """The target is what the rule compares: all of the output, its first word, or its number."""

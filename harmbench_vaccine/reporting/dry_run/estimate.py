@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.types import StageName, TrainSettings
-from harmbench_vaccine.experiment.experiment import Cell
-from harmbench_vaccine.experiment.rows import benign_set, harmful_sets, pools_of, task_set, user_data
-from harmbench_vaccine.inference.loading import loading
+from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.rows import benign_set, harmful_sets, row_pools, task_set, user_rows
+from harmbench_vaccine.inference.loading import readable_load_errors
 
 if TYPE_CHECKING:
-    from harmbench_vaccine.training.adapters import Stack
+    from harmbench_vaccine.training.adapters import LoraStack
 
 
 BUDGET = 0.5
@@ -71,7 +71,7 @@ class Estimate:
     detail: str
 
 
-def estimate(cell: Cell) -> list[Estimate]:
+def estimate_costs(cell: Experiment) -> list[Estimate]:
     """The stages of a cell that train or answer, each as if it had to be made here.
 
     Raises:
@@ -84,8 +84,8 @@ def estimate(cell: Cell) -> list[Estimate]:
         settings = cell.settings(name, cell.team(name))
         rows, width = _rows(cell, name, settings)
         steps = math.ceil(round(settings.epochs * math.ceil(rows / settings.batch)) / settings.accumulation)
-        memory = count(cell.model, cell.protocol.dtype, cell.protocol.quantization, settings, width)
-        cost = probe(cell.model, cell.protocol.dtype, settings, width)
+        memory = count_memory(cell.model, cell.protocol.dtype, cell.protocol.quantization, settings, width)
+        cost = measure_seconds(cell.model, cell.protocol.dtype, settings, width)
         forward, backward = passes([defense.plugin for defense in cell.acting(name)])
         seconds = None
         if cost:
@@ -105,29 +105,29 @@ def passes(acting: Sequence[Any]) -> tuple[int, int]:
     return max(found, default=(1, 1))
 
 
-def _rows(cell: Cell, name: StageName, settings: TrainSettings) -> tuple[int, int]:
+def _rows(cell: Experiment, name: StageName, settings: TrainSettings) -> tuple[int, int]:
     """How many rows a stage has, and how wide its batches are on average; where the rows are not here yet, as many as
     the protocol says and as wide as it allows."""
     try:
         from transformers import AutoTokenizer
 
-        from harmbench_vaccine.core.seeds import derive
-        from harmbench_vaccine.data.collate import encode_all
+        from harmbench_vaccine.core.seeds import derive_seed
+        from harmbench_vaccine.data.collate import encode_examples
         from harmbench_vaccine.training.trainer import batch_order
 
-        pools = pools_of(cell)
-        rows = list(pools.alignment) if name == "align" else user_data(cell, pools)
+        pools = row_pools(cell)
+        rows = list(pools.alignment) if name == "align" else user_rows(cell, pools)
         rows = cell.team(name).train_on(name, rows, pools)
-        with loading(cell.model) as place:
+        with readable_load_errors(cell.model) as place:
             tokenizer = AutoTokenizer.from_pretrained(**place)
-        lengths = [len(row.ids) for row in encode_all(tokenizer, cell.template, rows, settings.max_length)]
-        order = batch_order(len(lengths), settings, derive(cell.spec.seed, name))
+        lengths = [len(row.ids) for row in encode_examples(tokenizer, cell.template, rows, settings.max_length)]
+        order = batch_order(len(lengths), settings, derive_seed(cell.spec.seed, name))
         return len(lengths), round(statistics.mean(max(lengths[number] for number in batch) for batch in order))
     except HbvError:
         return (cell.protocol.align.rows if name == "align" else cell.finetune.samples), settings.max_length
 
 
-def _answers(cell: Cell, batch: int = 64) -> Estimate:
+def _answers(cell: Experiment, batch: int = 64) -> Estimate:
     """Both models' answers to every question, as long as they may become: an upper bound."""
     limits = cell.protocol.answer
     try:
@@ -139,15 +139,19 @@ def _answers(cell: Cell, batch: int = 64) -> Estimate:
         sets = [(limits.harmful.prompts, limits.harmful.max_new_tokens), (items, tokens)]
         sets += [(limits.benign.prompts, limits.benign.max_new_tokens)]
     settings = cell.finetune.settings
-    cost = probe(cell.model, cell.protocol.dtype, settings, settings.max_length, batch)
-    seconds = 2 * sum(math.ceil(count / batch) * tokens * cost.token for count, tokens in sets) if cost else None
-    number = 2 * sum(count for count, _ in sets)
-    memory = count(cell.model, cell.protocol.dtype, cell.protocol.quantization, settings, 1).weights
+    cost = measure_seconds(cell.model, cell.protocol.dtype, settings, settings.max_length, batch)
+    seconds = (
+        2 * sum(math.ceil(count_memory / batch) * tokens * cost.token for count_memory, tokens in sets)
+        if cost
+        else None
+    )
+    number = 2 * sum(count_memory for count_memory, _ in sets)
+    memory = count_memory(cell.model, cell.protocol.dtype, cell.protocol.quantization, settings, 1).weights
     return Estimate("answer", seconds, memory, f"{number} answers at their full length, by transformers")
 
 
 @lru_cache
-def count(model: str, dtype: str, quantization: str, settings: TrainSettings, width: int) -> Bytes:
+def count_memory(model: str, dtype: str, quantization: str, settings: TrainSettings, width: int) -> Bytes:
     """The memory of a training step on `settings.batch` rows of `width` tokens.
 
     Raises:
@@ -181,7 +185,7 @@ _BYTES = {"8bit": 1.0, "4bit": 0.5}
 
 
 @lru_cache
-def probe(model: str, dtype: str, settings: TrainSettings, width: int, generated: int = 0) -> Seconds | None:
+def measure_seconds(model: str, dtype: str, settings: TrainSettings, width: int, generated: int = 0) -> Seconds | None:
     """The time of one batch of `settings.batch` rows of `width` tokens; or, where `generated` is given, of a token of
     that many rows. None where that would take minutes.
 
@@ -205,7 +209,7 @@ def probe(model: str, dtype: str, settings: TrainSettings, width: int, generated
 def _configuration(model: str) -> Any:
     from transformers import AutoConfig
 
-    with loading(model) as place:
+    with readable_load_errors(model) as place:
         return AutoConfig.from_pretrained(**place)
 
 
@@ -220,11 +224,11 @@ def _random(config: Any, dtype: str) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
-def _laid(base: Any, settings: TrainSettings) -> Stack:
+def _laid(base: Any, settings: TrainSettings) -> LoraStack:
     """A model with the adapter that would be trained."""
-    from harmbench_vaccine.training.adapters import Stack
+    from harmbench_vaccine.training.adapters import LoraStack
 
-    stack = Stack(base)
+    stack = LoraStack(base)
     stack.train((), settings, 0)
     stack.model.train()
     return stack
@@ -243,7 +247,7 @@ def _cut(config: Any, layers: int) -> Any:
 def _measured(config: Any, dtype: str, settings: TrainSettings, width: int, generated: int) -> Seconds:
     import torch
 
-    from harmbench_vaccine.training.adapters import Stack
+    from harmbench_vaccine.training.adapters import LoraStack
     from harmbench_vaccine.training.stage import TrainingStage
 
     base = _random(config, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -259,7 +263,7 @@ def _measured(config: Any, dtype: str, settings: TrainSettings, width: int, gene
 
         with torch.inference_mode():
             return Seconds(token=max((_seconds(answer(many)) - _seconds(answer(few))) / (many - few), 0.0))
-    stack = Stack(base)
+    stack = LoraStack(base)
     stage = TrainingStage("align", stack, stack.train((), settings, 0), 0, settings)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     stack.model.train()
@@ -287,7 +291,7 @@ def _seconds(call: Callable[[], object], least: int = 3) -> float:
     return min(times)
 
 
-def _saved(stack: Stack, rows: int, width: int) -> int:
+def _saved(stack: LoraStack, rows: int, width: int) -> int:
     """The bytes that a forward pass keeps for its backward pass, the weights not counted."""
     import torch
 

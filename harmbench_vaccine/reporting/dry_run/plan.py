@@ -15,9 +15,9 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.data import hub
-from harmbench_vaccine.data.sources import TESTBED, locate
-from harmbench_vaccine.evaluation.verdicts import models
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.data.sources import TESTBED, local_path
+from harmbench_vaccine.evaluation.verdicts import scorer_models
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.inference.model_pool import Lab
 
 
@@ -60,14 +60,16 @@ class Plan:
     """Why some stages cannot be told yet: the data that they depend on is not here."""
 
 
-def plan(cells: Sequence[Cell], root: Path) -> Plan:
+def plan_runs(cells: Sequence[Experiment], root: Path) -> Plan:
     """What `pipeline.run` would ask of the store below `root`; nothing is made and nothing is downloaded."""
     wanted: dict[str, set[str]] = {"model": {cell.model for cell in cells}, "judge": set(), "data": set()}
     for cell in cells:
-        wanted["judge"] |= {model for judge in cell.scorers for model in models(judge.plugin)}  # type: ignore[arg-type]
+        wanted["judge"] |= {model for judge in cell.scorers for model in scorer_models(judge.plugin)}  # type: ignore[arg-type]
         wanted["data"] |= {cell.location(name) for name in (*pipeline.HARM_DATA, *cell.task.datasets)}
-    built = testbed_of(root).cached
-    made = Plan(sources=[source(what, place, built) for what, places in wanted.items() for place in sorted(places)])
+    built = planned_testbed(root).cached
+    made = Plan(
+        sources=[describe_source(what, place, built) for what, places in wanted.items() for place in sorted(places)]
+    )
     if missing := [entry.location for entry in made.sources if not entry.there and entry.what != "judge"]:
         made.unknown = f"{missing[0]} is not on this machine yet"
         return made
@@ -82,23 +84,23 @@ def plan(cells: Sequence[Cell], root: Path) -> Plan:
     return made
 
 
-def testbed_of(root: Path) -> Artifact:
+def planned_testbed(root: Path) -> Artifact:
     """The testbed in the store below `root`, built or not."""
     return _Planned(root).make("testbed", {"version": testbed.VERSION}, lambda *_: None)
 
 
-def source(what: str, location: str, built: bool) -> Source:
+def describe_source(what: str, location: str, built: bool) -> Source:
     """Whether a location can be read as it is, or has to be downloaded, and how much that is if the hub says."""
     if location.startswith(TESTBED):  # to locate it would build it
         return Source(what, location, built, "" if built else "the first run builds it, in one to two minutes")
-    if locate(location) is not None:
+    if local_path(location) is not None:
         return Source(what, location, True)
-    name = hub.parse(location)
+    name = hub.parse_hub_name(location)
     kind: hub.Kind = "dataset" if what == "data" else "model"
     assert name is not None  # `locate` refuses what has another form
-    if hub.there(kind, name):
+    if hub.is_cached(kind, name):
         return Source(what, location, True, "in the hub's cache")
     try:
-        return Source(what, location, False, f"{hub.size(kind, name) / 2**30:.1f} GiB")
+        return Source(what, location, False, f"{hub.download_size(kind, name) / 2**30:.1f} GiB")
     except HbvError as error:
         return Source(what, location, False, f"size unknown: {error}")

@@ -11,34 +11,34 @@ from rich.text import Text
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.experiment.experiment import Cell
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import leaf_values
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.plugins.composition import parse
+from harmbench_vaccine.plugins.composition import parse_plugins
 
-from .estimate import estimate
-from .plan import Plan, plan
+from .estimate import estimate_costs
+from .plan import Plan, plan_runs
 
 
-def as_json(cells: Sequence[Cell], store: Store) -> dict[str, Any]:
+def dry_run_json(cells: Sequence[Experiment], store: Store) -> dict[str, Any]:
     """The plan of a list of cells as plain JSON; seconds and bytes."""
-    made = plan(cells, store.root)
+    made = plan_runs(cells, store.root)
     return {
-        "protocol": {"hash": cells[0].protocol.hash, "values": list(values(cells[0]))},
+        "protocol": {"hash": cells[0].protocol.hash, "values": list(protocol_values(cells[0]))},
         "cells": [_cell(cell, made, number) for number, cell in enumerate(cells)],
         "sources": [vars(source) for source in made.sources],
         "unknown": made.unknown,
-        "testbed": checked(store),
+        "testbed": measured_testbed(store),
     }
 
 
-def _cell(cell: Cell, made: Plan, number: int) -> dict[str, Any]:
+def _cell(cell: Experiment, made: Plan, number: int) -> dict[str, Any]:
     stages = [
         {"stage": artifact.stage, "key": artifact.key, "there": artifact.cached, "seconds": artifact.seconds}
         for artifact in (made.stages[number] if made.stages else [])
     ]
     try:
-        costs = [vars(one) for one in estimate(cell)]
+        costs = [vars(one) for one in estimate_costs(cell)]
         missing = ""
     except HbvError as error:
         costs, missing = [], str(error)
@@ -52,7 +52,7 @@ def _cell(cell: Cell, made: Plan, number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def values(cell: Cell) -> Iterator[dict[str, Any]]:
+def protocol_values(cell: Experiment) -> Iterator[dict[str, Any]]:
     """Every value of the resolved protocol: its dotted path, the value, and where it is from."""
     protocol = cell.protocol
     written = {**cell.spec.values, **{f"data.{name}": place for name, place in cell.spec.data.items()}}
@@ -68,18 +68,18 @@ def values(cell: Cell) -> Iterator[dict[str, Any]]:
         yield {"path": path, "value": value, "source": source}
 
 
-def checked(store: Store) -> list[dict[str, Any]]:
+def measured_testbed(store: Store) -> list[dict[str, Any]]:
     """The estimate of the stages of a testbed run that was measured on this machine, beside the measured seconds;
     empty if there is none."""
     for attack in ("ratio=0.1", "ratio=0"):
-        cell = Cell.settle(RunSpec(attack=parse(attack)))
-        stages = plan([cell], store.root).stages
+        cell = Experiment.settle(RunSpec(attack=parse_plugins(attack)))
+        stages = plan_runs([cell], store.root).stages
         measured: dict[str, float] = {}
         for artifact in stages[0] if stages else []:
             if artifact.cached:
                 measured[artifact.stage] = measured.get(artifact.stage, 0.0) + artifact.seconds
         if "align" in measured:
-            found = [one for one in estimate(cell) if one.stage in measured and one.seconds is not None]
+            found = [one for one in estimate_costs(cell) if one.stage in measured and one.seconds is not None]
             return [{"stage": e.stage, "estimated": e.seconds, "measured": measured[e.stage]} for e in found]
     return []
 
@@ -87,7 +87,7 @@ def checked(store: Store) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def view(made: Mapping[str, Any]) -> RenderableType:
+def dry_run_view(made: Mapping[str, Any]) -> RenderableType:
     """The same for a terminal."""
     parts: list[RenderableType] = [_protocol(made["protocol"]), Text(), _plugins(made["cells"]), Text()]
     parts += [_sources(made["sources"]), Text(), _stages(made["cells"])]

@@ -19,20 +19,20 @@ from rich.text import Text
 from harmbench_vaccine.evaluation.statistics import mean_interval
 from harmbench_vaccine.experiment.protocol import Protocol, load_protocol
 
-from .deviations import deviations
-from .matching import Known, Place, figures_of, names
+from .deviations import list_deviations
+from .matching import FigureQuery, MatchedFigure, load_names, matching_figures
 
 SCORES = {"harmful_score": "HS", "finetune_accuracy": "FA"}
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedFigure:
     """A measured score and the figures that papers print for it, the best evidenced first; percent."""
 
     measured: float
     low: float
     high: float
-    figures: tuple[Known, ...]
+    figures: tuple[MatchedFigure, ...]
 
     @property
     def difference(self) -> float:
@@ -45,7 +45,7 @@ class Compared:
         return self.low <= self.figures[0].value <= self.high
 
     @property
-    def others(self) -> tuple[Known, Known] | None:
+    def others(self) -> tuple[MatchedFigure, MatchedFigure] | None:
         """The lowest and the highest of the other figures of the same cell."""
         ordered = sorted(self.figures[1:], key=lambda known: known.value)
         return (ordered[0], ordered[-1]) if ordered else None
@@ -69,14 +69,14 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Beside:
+class PublishedComparison:
     """A cell with what is published of it."""
 
     place: dict[str, str]
     """Protocol, model, task, attack and defense, as the cell names them."""
     seeds: tuple[int, ...]
     collapsed: bool
-    compared: dict[str, Compared] = field(default_factory=dict)
+    compared: dict[str, ComparedFigure] = field(default_factory=dict)
     """Score -> its comparison, of the scores that have a figure."""
     deviations: tuple[str, ...] = ()
     """What was done in another way than in the paper."""
@@ -140,7 +140,7 @@ COLUMNS = {
 # From cells to comparisons
 
 
-def of_results(results: Sequence[Mapping[str, Any]]) -> list[Beside]:
+def compare_results(results: Sequence[Mapping[str, Any]]) -> list[PublishedComparison]:
     """The results of `hbv run`, those that differ in the seed alone as one cell, in the order of the first of each."""
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for result in results:
@@ -152,10 +152,10 @@ def of_results(results: Sequence[Mapping[str, Any]]) -> list[Beside]:
         }
         row = {**result, **ends, "collapsed": result["validity"]["collapsed"]}
         cells.setdefault(key, {})[result["run"]] = row
-    return [of_rows(list(rows.values()), _protocol_of(next(iter(rows.values())))) for rows in cells.values()]
+    return [compare_rows(list(rows.values()), _protocol_of(next(iter(rows.values())))) for rows in cells.values()]
 
 
-def of_rows(rows: Sequence[Mapping[str, Any]], ran: Protocol | None = None) -> Beside:
+def compare_rows(rows: Sequence[Mapping[str, Any]], ran: Protocol | None = None) -> PublishedComparison:
     """One cell over its seeds: rows of a CSV of results, with their parameters as JSON values.
 
     `ran` is the protocol that they ran under, as far as one knows; None: the file of that name.
@@ -163,25 +163,27 @@ def of_rows(rows: Sequence[Mapping[str, Any]], ran: Protocol | None = None) -> B
     first = rows[0]
     place = {column: str(first[column]) for column in ("protocol", "model", "task", "attack", "defense")}
     seeds = tuple(sorted({int(row["seed"]) for row in rows}))
-    plain = Beside(place, seeds, any(row["collapsed"] for row in rows))
-    paper = names().protocols.get(place["protocol"])
+    plain = PublishedComparison(place, seeds, any(row["collapsed"] for row in rows))
+    paper = load_names().protocols.get(place["protocol"])
     if paper is None:
         return replace(plain, none=f"protocol {place['protocol']!r} is no paper's")
     own = ran or _shipped(place["protocol"], first["scorer"])
     task = re.split("[:=]", place["task"])[0]  # its parameters name a judge, which the paper has not
     samples = own.finetune.of(task).samples
     try:
-        found = figures_of(
-            Place(place["protocol"], place["model"], task, first["defense_params"], first["attack_params"], samples)
+        found = matching_figures(
+            FigureQuery(
+                place["protocol"], place["model"], task, first["defense_params"], first["attack_params"], samples
+            )
         )
     except LookupError as error:
         return replace(plain, none=str(error))
     compared = {}
     for score in SCORES:
         if figures := tuple(known for known in found if known.score == score):
-            compared[score] = Compared(*_interval(rows, score), figures)
+            compared[score] = ComparedFigure(*_interval(rows, score), figures)
     differs = [text for known in found for text in known.differs]
-    told = dict.fromkeys([*deviations(paper, own, rows, found[0]), *differs])
+    told = dict.fromkeys([*list_deviations(paper, own, rows, found[0]), *differs])
     return replace(plain, compared=compared, deviations=tuple(told))
 
 
@@ -202,7 +204,7 @@ def _shipped(name: str, scorer: str) -> Protocol:
 
 def _protocol_of(result: Mapping[str, Any]) -> Protocol | None:
     """What a result ran under, values and data that its user changed included; None where that is no paper's."""
-    if result["protocol"] not in names().protocols:
+    if result["protocol"] not in load_names().protocols:
         return None
     spec = result["spec"]
     loaded = load_protocol(spec["protocol"]).replaced(spec["values"])
@@ -222,7 +224,7 @@ _LEGEND = (
 
 
 @dataclass(frozen=True)
-class Sheet:
+class ComparisonSheet:
     """Comparisons as a table: what its rows have in common, its head, its rows, and what must be known to read it."""
 
     title: str
@@ -231,7 +233,7 @@ class Sheet:
     notes: list[str]
 
 
-def sheet(cells: Sequence[Beside]) -> Sheet:
+def comparison_sheet(cells: Sequence[PublishedComparison]) -> ComparisonSheet:
     """Two rows a cell, one for each score. What all cells have in common stands in the title; without any figure
     there are only notes."""
     shown = [cell for cell in cells if cell.compared]
@@ -252,10 +254,10 @@ def sheet(cells: Sequence[Beside]) -> Sheet:
     head = [*varied, "seeds", "", "measured %", "published", "diff.", "inside", "table", "evidence", "others"]
     notes = [_LEGEND] if shown else []
     notes += [f"[{number}] {text}." for text, number in marks.items()]
-    return Sheet(title, head, rows, [*notes, *_deviation_notes(shown), *_without(cells)])
+    return ComparisonSheet(title, head, rows, [*notes, *_deviation_notes(shown), *_without(cells)])
 
 
-def _row(score: str, compared: Compared, marks: dict[str, int]) -> list[str]:
+def _row(score: str, compared: ComparedFigure, marks: dict[str, int]) -> list[str]:
     best, others = compared.figures[0], compared.others
     numbers = [str(marks.setdefault(text, len(marks) + 1)) for text in _remarks(best)]
     return [
@@ -274,12 +276,12 @@ def _range(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _remarks(known: Known) -> list[str]:
+def _remarks(known: MatchedFigure) -> list[str]:
     """What must be known to use a figure: its own note and why it may not be this cell."""
     return [*known.doubts, *filter(None, [known.figure["note"]])]
 
 
-def _deviation_notes(cells: Sequence[Beside]) -> list[str]:
+def _deviation_notes(cells: Sequence[PublishedComparison]) -> list[str]:
     """The deviations, each once, with the defenses that have it where not all do."""
     having: dict[str, list[str]] = {}
     for cell in cells:
@@ -289,7 +291,7 @@ def _deviation_notes(cells: Sequence[Beside]) -> list[str]:
     return [f"Deviations from the paper: {'; '.join(told)}."] if told else []
 
 
-def _without(cells: Sequence[Beside]) -> list[str]:
+def _without(cells: Sequence[PublishedComparison]) -> list[str]:
     """Which cells have no figure, by reason."""
     reasons: dict[str, list[str]] = {}
     for cell in cells:
@@ -300,9 +302,9 @@ def _without(cells: Sequence[Beside]) -> list[str]:
     return [f"No published figure of {', '.join(dict.fromkeys(of))}: {why}." for why, of in reasons.items()]
 
 
-def view(cells: Sequence[Beside]) -> RenderableType:
+def comparison_view(cells: Sequence[PublishedComparison]) -> RenderableType:
     """The comparisons in the terminal."""
-    made = sheet(cells)
+    made = comparison_sheet(cells)
     notes = [Text(note, style="dim") for note in made.notes]
     if not made.rows:
         return Group(*notes)

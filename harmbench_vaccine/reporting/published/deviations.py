@@ -11,7 +11,7 @@ from typing import Any
 
 from harmbench_vaccine.experiment.protocol import Protocol, leaf_values, load_protocol
 
-from .matching import Known, Paper
+from .matching import MatchedFigure, Paper
 
 _OURS = (
     *("name", "version", "model", "models", "sources", "gates", "defenses", "attacks", "answer.benign"),
@@ -23,7 +23,9 @@ _COUNTED = ("answer.harmful.prompts", "answer.task_items", "answer.items", "fine
 """Values whose outcome is compared."""
 
 
-def deviations(paper: Paper, ran: Protocol, rows: Sequence[Mapping[str, Any]], known: Known) -> Iterator[str]:
+def list_deviations(
+    paper: Paper, ran: Protocol, rows: Sequence[Mapping[str, Any]], known: MatchedFigure
+) -> Iterator[str]:
     """What a cell's rows did in another way than the paper that prints `known`, a sentence each.
 
     `ran` is the protocol that they ran under. If their hash says that it is not, its values are not compared.

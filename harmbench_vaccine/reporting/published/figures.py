@@ -33,7 +33,7 @@ _PAPER = ("protocol", "paper", "arxiv", "venue")
 _NEVER = "Absolute scores never compare across protocols: they depend on alignment data, model, prompts and judge."
 
 
-def read(name: str) -> list[dict[str, str]]:
+def read_table(name: str) -> list[dict[str, str]]:
     """The rows of one of the published CSVs, in a checkout as in an installed package."""
     return rows_of(files("harmbench_vaccine.published") / name)
 
@@ -44,12 +44,12 @@ def rows_of(file: Traversable | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def figures() -> list[Figure]:
+def load_figures() -> list[Figure]:
     """Every published figure, in the order of the file."""
-    return read("results.csv")
+    return read_table("results.csv")
 
 
-def select(rows: Sequence[Figure], wanted: Mapping[str, Sequence[str]]) -> list[Figure]:
+def select_figures(rows: Sequence[Figure], wanted: Mapping[str, Sequence[str]]) -> list[Figure]:
     """The figures that have, in every column of which something is wanted, one of the wanted values.
 
     Case does not matter where it tells no two values apart; `Antidote` and `AntiDote` are two defenses.
@@ -162,7 +162,7 @@ def is_average(row: Figure) -> bool:
     return any(_AVERAGE.search(row[column]) for column in ("sweep_value", *_SETTING))
 
 
-def averages(rows: Sequence[Figure]) -> list[Average]:
+def find_averages(rows: Sequence[Figure]) -> list[Average]:
     """Every printed average: a figure whose place in the table says so, such as the sweep value `average`.
 
     Its cells are the other figures of the same table, sweep, defense and metric; what else it says of its setting (the
@@ -196,7 +196,7 @@ def _missing(row: Figure, cells: Sequence[Figure], table: Sequence[Figure]) -> s
     return "a column is omitted, says its note" if "omitted" in row["note"] else ""
 
 
-def check(found: Sequence[Average]) -> dict[str, Any]:
+def check_averages(found: Sequence[Average]) -> dict[str, Any]:
     """How many averages follow from their cells, and those that do not or cannot be checked."""
     whole = [average for average in found if not average.missing]
     wrong = [average for average in whole if not average.holds]
@@ -212,7 +212,7 @@ def check(found: Sequence[Average]) -> dict[str, Any]:
 # What is shown
 
 
-def as_json(row: Figure) -> dict[str, Any]:
+def figure_json(row: Figure) -> dict[str, Any]:
     """A figure with its value as a number, and `printed` as the paper has it."""
     return {**row, "value": float(row["value"]), "printed": row["value"]}
 
@@ -240,7 +240,7 @@ _SHOWN = {
 """Column of a listing -> its heading."""
 
 
-def listing(rows: Sequence[Figure], limit: int) -> RenderableType:
+def figures_table(rows: Sequence[Figure], limit: int) -> RenderableType:
     """The first `limit` figures, one table for every protocol and paper, with their notes below it."""
     grouped: dict[tuple[str, ...], list[Figure]] = defaultdict(list)
     for row in rows[:limit]:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from .figures import EVIDENCE, Figure, figures, is_average
+from .figures import EVIDENCE, Figure, is_average, load_figures
 
 Params = dict[str, dict[str, Any]]
 """Plug-in -> its parameters."""
@@ -105,14 +105,14 @@ class Names(_Strict):
 
 
 @cache
-def names() -> Names:
+def load_names() -> Names:
     """The correspondence, validated."""
     text = (files("harmbench_vaccine.published") / "names.yaml").read_text(encoding="utf-8")
     return Names.model_validate(yaml.safe_load(text))
 
 
 @dataclass(frozen=True)
-class Known:
+class MatchedFigure:
     """A published figure in the words of this harness."""
 
     figure: Figure
@@ -136,29 +136,29 @@ class Known:
 
 
 @cache
-def known(protocol: str) -> tuple[Known, ...]:
+def matched_figures(protocol: str) -> tuple[MatchedFigure, ...]:
     """The figures of a protocol of ours that have a counterpart here, the best evidenced first."""
-    paper = names().protocols[protocol]
+    paper = load_names().protocols[protocol]
     found = [
         _known(row, paper)
-        for row in figures()
+        for row in load_figures()
         if row["protocol"] == paper.published and is_score(row) and not any(rule.fits(row) for rule in paper.without)
     ]
     return tuple(sorted(found, key=_doubtful))
 
 
-def _doubtful(known: Known) -> tuple[int, int, bool]:
+def _doubtful(matched_figures: MatchedFigure) -> tuple[int, int, bool]:
     """How far a figure is from one that the paper's text prints for just this cell."""
-    figure = known.figure
-    return EVIDENCE.index(figure["evidence"]), len(known.doubts), bool(figure["note"])
+    figure = matched_figures.figure
+    return EVIDENCE.index(figure["evidence"]), len(matched_figures.doubts), bool(figure["note"])
 
 
 def is_score(row: Figure) -> bool:
     """Whether a figure is the harmful score or accuracy of one cell, no average of several."""
-    return row["metric"] in names().metrics.values() and not is_average(row)
+    return row["metric"] in load_names().metrics.values() and not is_average(row)
 
 
-def _known(row: Figure, paper: Paper) -> Known:
+def _known(row: Figure, paper: Paper) -> MatchedFigure:
     model, task = _named(row, "model", paper.models), _named(row, "task", paper.tasks)
     defense = _named(row, "defense", paper.defenses)
     ratio, _, remark = row["harmful_ratio"].partition(" (")
@@ -169,9 +169,9 @@ def _known(row: Figure, paper: Paper) -> Known:
             ratio, samples = rule.harmful_ratio or ratio, rule.samples or samples
             doubts.append(rule.because)
     swept = dict(zip(row["sweep"].split("/"), row["sweep_value"].split("/"), strict=False))
-    return Known(
+    return MatchedFigure(
         row,
-        next(score for score, metric in names().metrics.items() if metric == row["metric"]),
+        next(score for score, metric in load_names().metrics.items() if metric == row["metric"]),
         model.ours,
         task.ours,
         {plugin: _filled(params, swept) for plugin, params in defense.ours.items()},
@@ -203,7 +203,7 @@ def _filled(params: Mapping[str, Any], swept: Mapping[str, str]) -> dict[str, An
 
 
 @dataclass(frozen=True)
-class Place:
+class FigureQuery:
     """What a figure has to agree with. `samples` is what the protocol has, where the attack does not say."""
 
     protocol: str
@@ -214,7 +214,7 @@ class Place:
     samples: int
 
 
-def figures_of(place: Place) -> list[Known]:
+def matching_figures(place: FigureQuery) -> list[MatchedFigure]:
     """The figures of a cell, both scores', the best evidenced first.
 
     Raises:
@@ -222,7 +222,7 @@ def figures_of(place: Place) -> list[Known]:
     """
     uploaded = _uploaded(place)
     model = place.model.partition("@")[0]  # a revision is the same model
-    left = list(known(place.protocol))
+    left = list(matched_figures(place.protocol))
     for agrees, sentence in (
         (lambda each: is_model(model, each.model), f"the paper has no model {place.model!r}"),
         (lambda each: each.task == place.task, f"the paper prints no task {place.task!r} for this model"),
@@ -243,12 +243,12 @@ def is_model(name: str, hub: str) -> bool:
     return name == hub or PurePath(name).name == hub.rpartition("/")[2]
 
 
-def _uploaded(place: Place) -> dict[str, float]:
+def _uploaded(place: FigureQuery) -> dict[str, float]:
     """Share of harmful rows and number of rows that the attack uploads."""
     uploaded: dict[str, float] = {"harmful_ratio": 0, "samples": place.samples}
     for attack, params in place.attack.items():
-        if attack not in names().attacks:
+        if attack not in load_names().attacks:
             raise LookupError(f"the paper has no attack {attack!r}")
-        for column, value in names().attacks[attack].items():
+        for column, value in load_names().attacks[attack].items():
             uploaded[column] = params[value[1:]] if isinstance(value, str) else value
     return uploaded
