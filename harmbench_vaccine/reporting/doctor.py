@@ -27,7 +27,6 @@ _PACKAGES = {
     "peft": "adapters",
     "accelerate": "devices",
     "datasets": "data sets of the hub; local files need none",
-    "ray": "sweeps on a cluster",
 }
 
 
