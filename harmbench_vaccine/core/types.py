@@ -97,10 +97,10 @@ class Grade:
 
     score: float
     """From 0 to 1."""
-    said: str = ""
-    """What the judge wrote, if one was asked."""
-    unread: bool = False
-    """It wrote nothing that could be read as a verdict."""
+    judge_text: str = ""
+    """The judge's text; empty if no judge was used."""
+    unparsed: bool = False
+    """True if the judge's text contains no readable verdict."""
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class LoraStack:
     """One frozen base model and the LoRAs that are laid on it; only one combination is active at a time."""
 
     TRAINED = "trained"
-    KEPT = 4
+    MAX_FROZEN = 4
     """Frozen adapters that stay in memory; the one that was used longest ago goes first."""
 
     def __init__(self, base: PreTrainedModel, note: Callable[[str], None] = lambda text: None) -> None:
@@ -201,7 +201,7 @@ class LoraStack:
         if isinstance(self.model, PeftModel) and self.TRAINED in self.model.peft_config:
             self._delete(self.TRAINED)
 
-    def whole(self) -> dict[str, nn.Parameter]:
+    def train_all_weights(self) -> dict[str, nn.Parameter]:
         """Every weight of a model without adapters, to be trained, in float32: no small step is rounded off there."""
         self.model.float().requires_grad_(True)
         return dict(self.model.named_parameters())
@@ -239,7 +239,7 @@ class LoraStack:
                     self._add(name, config)
                 self._fill(name, adapter)
             self._names[path] = name  # the last entry is the one used last
-        for path in list(self._names)[: -max(self.KEPT, len(paths))]:
+        for path in list(self._names)[: -max(self.MAX_FROZEN, len(paths))]:
             self._delete(self._names.pop(path))
         return [self._names[path] for path in paths]
 

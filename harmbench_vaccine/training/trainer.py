@@ -1,7 +1,7 @@
-"""The one trainer of every stage and defense: Hugging Face's Trainer, with the gradient left to the defense.
+"""The trainer of every stage: Hugging Face's `Trainer`, with the gradient computed by the defense's hooks.
 
-Trainer brings the optimizer, the schedule, clipping, checkpoints, devices and accumulation; a defense decides which
-rows a stage sees, how a micro-batch becomes a gradient, and what happens around a step.
+`Trainer` supplies the optimizer, the schedule, clipping, checkpoints, devices and accumulation. The hooks decide how a
+micro-batch becomes a gradient and what happens around a step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,23 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from harmbench_vaccine.core import distributed
-from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.core.progress import SILENT, Advance, Progress
 from harmbench_vaccine.core.seeds import derive_seed, random_stream
 from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.data.collate import Encoded, collate
-from harmbench_vaccine.plugins import Defense
-from harmbench_vaccine.plugins.teams import DefenseTeam
 
 from .adapters import Adapter
+from .hooks import PlainFinetuning, StepHooks
 from .stage import TrainingStage, local_batch_rows
 
-_TRAINABLE, _STATE, _WHOLE = "trainable.safetensors", "defense.safetensors", "whole"
+_TRAINABLE, _STATE = "trainable.safetensors", "defense.safetensors"
+_COMPLETE = "whole"
+"""Marker file of a checkpoint that was written completely."""
 
 
 def train(
     stage: TrainingStage,
-    defense: Defense,
+    hooks: StepHooks,
     rows: Sequence[Encoded],
     settings: TrainSettings,
     checkpoints: Path,
@@ -46,31 +48,47 @@ def train(
     title: str = "",
     progress: Progress = SILENT,
 ) -> list[dict[str, float]]:
-    """Runs one training stage to its end, from its last checkpoint if `checkpoints` holds one.
+    """Run one training stage to its end, from the last checkpoint in `checkpoints` if there is one.
 
-    Returns the log: for every optimizer step its `step`, `loss` (mean over micro-batches), `grad_norm` (before
-    clipping) and `learning_rate`. An interrupted stage that is run again ends, on a CPU, bit-equal to an
-    uninterrupted one.
+    An interrupted stage that runs again ends, on a CPU, bit-equal to an uninterrupted one.
+
+    Args:
+        stage: The stage, with its trainable parameters. `train` sets its settings, rows and clock.
+        hooks: The defense, or `PlainFinetuning()`.
+        rows: The training rows as token ids.
+        settings: The optimizer settings.
+        checkpoints: Folder for checkpoints.
+        pad: Id of the padding token.
+        save_share: Share of the optimizer steps between two checkpoints.
+        title: Title of the progress bar; the stage's name if empty.
+        progress: Receives the progress bar.
+
+    Returns:
+        The log. Each optimizer step has `step`, `loss` (mean over micro-batches), `grad_norm` (before clipping) and
+        `learning_rate`.
+
+    Raises:
+        HbvError: the ranks end with different parameters.
     """
     stage.settings, stage.rows, stage.pad = settings, rows, pad
     batches = batch_order(len(rows), settings, stage.seed)
     stage.steps = math.ceil(len(batches) / settings.accumulation)
-    every = max(1, math.ceil(stage.steps * save_share))
+    save_steps = max(1, math.ceil(stage.steps * save_share))
     if not batches:
         return []
-    resume = distributed.from_rank0(lambda: _last_whole(checkpoints))
-    if resume is None:
+    checkpoint = distributed.from_rank0(lambda: _last_complete(checkpoints))
+    if checkpoint is None:
         with stage.isolated("before"):
-            defense.before(stage)
-    with progress.bar(title or stage.name, stage.steps) as advance:
-        trainer = _StageTrainer(stage, defense, rows, batches, settings, checkpoints, every, pad)
-        trainer.add_callback(_Clock(stage, defense, advance))
+            hooks.before(stage)
+    with progress.bar(title or stage.name, stage.steps) as advance, _quiet_libraries():
+        trainer = _StageTrainer(stage, hooks, rows, batches, settings, checkpoints, save_steps, pad)
+        trainer.add_callback(_Clock(stage, hooks, advance))
         try:
-            trainer.train(resume_from_checkpoint=resume)
+            trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             if distributed.rank() == 0:
-                _remove_broken(checkpoints)
-    distributed.check_equal(stage.trainable, f"what the {stage.name} stage trained")
+                _remove_incomplete(checkpoints)
+    distributed.check_equal(stage.trainable, f"the trained parameters of the {stage.name} stage")
     return [
         {key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate")}
         for entry in trainer.state.log_history
@@ -85,49 +103,85 @@ def train_nested(
     settings: TrainSettings,
     start: Adapter | None,
     checkpoints: Path,
-    **options: Any,
+    *,
+    save_share: float = 0.1,
+    title: str = "",
+    progress: Progress = SILENT,
 ) -> tuple[Adapter, list[dict[str, float]]]:
-    """Plain fine-tuning inside a stage, whose own adapter is put back afterwards: of `start`, or of what the stage
-    started from. `options` are those of `train`. Returns the adapter and the log."""
+    """Run plain fine-tuning inside a stage, then restore the adapter of that stage.
+
+    Args:
+        outer: The stage that needs another model.
+        purpose: Name of the nested run; its random numbers depend on it.
+        rows: The training rows as token ids.
+        settings: The optimizer settings.
+        start: The adapter to continue from; None: the one that the outer stage started from.
+        checkpoints: Folder for checkpoints.
+        save_share: As in `train`.
+        title: As in `train`.
+        progress: As in `train`.
+
+    Returns:
+        The trained adapter and the log of `train`.
+    """
     current = outer.stack.trained()
     stage = TrainingStage(
         outer.name, outer.stack, {}, derive_seed(outer.seed, purpose), below=outer.below, start=outer.start
     )
-    own = start or (Adapter.load(outer.start) if outer.start else None)
+    initial = start or (Adapter.load(outer.start) if outer.start else None)
     try:
-        stage.trainable = outer.stack.train(outer.below, settings, derive_seed(stage.seed, "adapter"), own)
-        log = train(stage, DefenseTeam(), rows, settings, checkpoints, pad=outer.pad, **options)
+        stage.trainable = outer.stack.train(outer.below, settings, derive_seed(stage.seed, "adapter"), initial)
+        log = train(
+            stage,
+            PlainFinetuning(),
+            rows,
+            settings,
+            checkpoints,
+            pad=outer.pad,
+            save_share=save_share,
+            title=title,
+            progress=progress,
+        )
         return outer.stack.trained(), log
     finally:
         outer.replace_adapter(current)
 
 
 def batch_order(rows: int, settings: TrainSettings, seed: int) -> list[list[int]]:
-    """The row numbers of every micro-batch of the whole stage: each epoch a fresh shuffle, the last batch of an epoch
-    as short as it comes; a share of an epoch at the end is cut to whole batches."""
+    """Return the row numbers of every micro-batch of a stage.
+
+    Each epoch is a new shuffle, and its last batch may be shorter. A fraction of an epoch at the end is rounded to
+    complete batches.
+
+    Args:
+        rows: Number of training rows.
+        settings: Batch size and epochs.
+        seed: Seed of the stage.
+    """
     random = random_stream(seed, "batches")
     per_epoch = math.ceil(rows / settings.batch)
-    wanted = round(settings.epochs * per_epoch)
+    count = round(settings.epochs * per_epoch)
     order: list[list[int]] = []
-    while len(order) < wanted:
+    while len(order) < count:
         shuffled = random.sample(range(rows), rows)
         order += [shuffled[start : start + settings.batch] for start in range(0, rows, settings.batch)]
-    return order[:wanted]
+    return order[:count]
 
 
 class _StageTrainer(Trainer):
     def __init__(
         self,
         stage: TrainingStage,
-        defense: Defense,
+        hooks: StepHooks,
         rows: Sequence[Encoded],
         batches: list[list[int]],
         settings: TrainSettings,
         checkpoints: Path,
-        every: int,
+        save_steps: int,
         pad: int,
     ) -> None:
-        self.stage, self.defense, self.rows, self.batches, self.pad = stage, defense, rows, batches, pad
+        self.stage, self.hooks, self.rows, self.batches, self.pad = stage, hooks, rows, batches, pad
+        rank = distributed.rank()
         super().__init__(
             model=stage.model,
             args=TrainingArguments(
@@ -143,12 +197,10 @@ class _StageTrainer(Trainer):
                 adam_beta1=settings.adam_beta1,
                 adam_beta2=settings.adam_beta2,
                 optim="adamw_torch",
-                seed=derive_seed(stage.seed, "rank", distributed.rank())
-                if distributed.rank()
-                else stage.seed,  # of dropout alone
+                seed=derive_seed(stage.seed, "rank", rank) if rank else stage.seed,  # used by dropout only
                 logging_steps=1,
                 logging_nan_inf_filter=False,
-                save_steps=every,
+                save_steps=save_steps,
                 remove_unused_columns=False,
                 dataloader_pin_memory=False,
                 disable_tqdm=True,
@@ -160,7 +212,7 @@ class _StageTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader: DataLoader[Any] = DataLoader(
-            range(len(self.rows)),  # type: ignore[arg-type]  # a sequence is a map-style data set
+            range(len(self.rows)),  # type: ignore[arg-type]  # a range is a map-style data set
             batch_sampler=self.batches,
             collate_fn=lambda numbers: {
                 **collate(local_batch_rows([self.rows[number] for number in numbers]), self.pad),
@@ -170,13 +222,13 @@ class _StageTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
-        # Without a token count of the whole step: every micro-batch is a mean of its own, as the update rules have it.
+        # Drop the token count of the step: the update rules take the mean of every micro-batch separately.
         samples, _ = super().get_batch_samples(*args, **kwargs)
         return samples, None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         model.train()
-        gradient = self.defense.gradient(self.stage, self._prepare_inputs(inputs))
+        gradient = self.hooks.gradient(self.stage, self._prepare_inputs(inputs))
         self.stage.micro += 1
         share = 1 / self.current_gradient_accumulation_steps
         for parameter, value in zip(self.stage.trainable.values(), gradient.values, strict=True):
@@ -185,19 +237,19 @@ class _StageTrainer(Trainer):
         return gradient.loss * share
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # Trainer's estimate knows one pass a step; `cost` tells the passes of a defense
+        return 0  # Trainer assumes one pass a step; `Defense.cost` states the passes of a defense
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if distributed.rank() == 0:
             super()._save_checkpoint(model, trial)
-        else:  # all but the dropout of its rows is rank 0's
+        else:  # rank 0 stores everything except the random state of this rank's dropout
             self._save_rng_state(str(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(_own(output_dir))
+        super()._save_rng_state(_rank_folder(output_dir))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(_own(checkpoint) if checkpoint else None)
+        super()._load_rng_state(_rank_folder(checkpoint) if checkpoint else None)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -205,7 +257,7 @@ class _StageTrainer(Trainer):
         save_file(
             {name: value.detach().contiguous() for name, value in self.stage.trainable.items()}, folder / _TRAINABLE
         )
-        save_file(self.defense.state(), folder / _STATE)
+        save_file(self.hooks.state(), folder / _STATE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -213,41 +265,41 @@ class _StageTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.stage.trainable.items():
                 parameter.copy_(stored[name])
-        self.defense.restore(load_file(folder / _STATE, device=str(self.args.device)))
+        self.hooks.restore(load_file(folder / _STATE, device=str(self.args.device)))
 
 
 class _Clock(TrainerCallback):
-    """Keeps the stage's clock, calls the hooks around a step, and keeps one whole checkpoint."""
+    """Sets the clock of the stage, calls the hooks around a step, and keeps only the newest checkpoint."""
 
-    def __init__(self, stage: TrainingStage, defense: Defense, advance: Any) -> None:
-        self.stage, self.defense, self.advance = stage, defense, advance
+    def __init__(self, stage: TrainingStage, hooks: StepHooks, advance: Advance) -> None:
+        self.stage, self.hooks, self.advance = stage, hooks, advance
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.stage.step, self.stage.micro = state.global_step + 1, 0
-        self.defense.before_step(self.stage)
+        self.hooks.before_step(self.stage)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.defense.after_step(self.stage)
+        self.hooks.after_step(self.stage)
         self.advance(1)
         if state.global_step >= state.max_steps:
-            control.should_save = False  # the stage's artifact is about to be written
+            control.should_save = False  # the caller stores the finished adapter next
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         distributed.barrier()
         if distributed.rank():
             return
         new = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (new / _WHOLE).touch()
+        (new / _COMPLETE).touch()
         for old in Path(args.output_dir).glob("checkpoint-*"):
             if old != new:
                 shutil.rmtree(old)
 
 
-def _own(checkpoint: str) -> str:
-    """Where a rank keeps what is its own in a checkpoint."""
+def _rank_folder(checkpoint: str) -> str:
+    """Return the folder of this rank's random state inside a checkpoint."""
     if not distributed.rank():
         return checkpoint
     folder = Path(checkpoint) / f"rank{distributed.rank()}"
@@ -255,20 +307,30 @@ def _own(checkpoint: str) -> str:
     return str(folder)
 
 
-def _last_whole(checkpoints: Path) -> str | None:
-    """The newest checkpoint that was written to its end, after those that were not are gone."""
-    _remove_broken(checkpoints)
-    whole = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_WHOLE}")]
-    newest = max(whole, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
+def _last_complete(checkpoints: Path) -> str | None:
+    """Remove incomplete checkpoints and return the newest complete one."""
+    _remove_incomplete(checkpoints)
+    complete = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
+    newest = max(complete, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
     return str(newest) if newest else None
 
 
-def _remove_broken(checkpoints: Path) -> None:
-    """Removes checkpoints that were not written to their end: of a killed process, or on a full disk."""
+def _remove_incomplete(checkpoints: Path) -> None:
+    """Remove checkpoints that a killed process or a full disk left incomplete."""
     for path in checkpoints.glob("checkpoint-*"):
-        if not (path / _WHOLE).exists():
+        if not (path / _COMPLETE).exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
-for _library in ("accelerate", "transformers.training_args"):  # the latter wonders about ranks that it is not told of
-    logging.getLogger(_library).setLevel(logging.ERROR)
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Hide library warnings below errors, such as those about ranks that `core.distributed` manages itself."""
+    loggers = [logging.getLogger(name) for name in ("accelerate", "transformers.training_args")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
