@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model, and a home of their own."""
+"""Fixtures of every test: its own home, a small world, a home with the testbed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or writes the user's cache."""
+    """Set HBV_HOME to a folder of the test, so that no test reads or writes the user's cache."""
     home = tmp_path / "home"
     monkeypatch.setenv("HBV_HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The protocol file of a small world that no test changes."""
+    from support.world import make_world  # after the environment is set: it imports transformers
+
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")

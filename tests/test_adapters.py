@@ -12,11 +12,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.training.adapters import STANDARD_TARGETS, Adapter, LoraStack, concatenate
 from harmbench_vaccine.training.trainer import train
+from support import tiny
+from support.compare import close
 
 ATTENTION, MLP = ("q_proj", "v_proj"), ("o_proj", "gate_proj", "down_proj")
 
@@ -54,10 +55,6 @@ def merged(base: PreTrainedModel, *adapters: Adapter) -> PreTrainedModel:
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(**tiny.batch()).logits
-
-
-def close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
-    return torch.allclose(one, other, atol=tolerance * float(other.abs().max()), rtol=0)
 
 
 def weights(model: nn.Module) -> Mapping[str, Tensor]:
@@ -118,7 +115,7 @@ def test_no_adapter_is_the_base_bit_for_bit(tmp_path: Path) -> None:
 
 def test_the_adapter_used_longest_ago_goes_and_results_stay_right(tmp_path: Path) -> None:
     base = tiny.model()
-    made = [adapter(base, seed=number) for number in range(LoraStack.KEPT + 2)]
+    made = [adapter(base, seed=number) for number in range(LoraStack.MAX_FROZEN + 2)]
     paths = [saved(each, tmp_path / str(number)) for number, each in enumerate(made)]
     stack = LoraStack(copy.deepcopy(base))
     expected = [logits(merged(base, each)) for each in made]
@@ -130,12 +127,12 @@ def test_the_adapter_used_longest_ago_goes_and_results_stay_right(tmp_path: Path
             both = logits(stack.use([paths[one], paths[other]]))
             assert close(both, logits(merged(base, made[one], made[other]))), (one, other)
     assert isinstance(stack.model, PeftModel)
-    assert len(stack.model.peft_config) <= LoraStack.KEPT
+    assert len(stack.model.peft_config) <= LoraStack.MAX_FROZEN
 
 
 def test_a_stack_may_be_higher_than_what_is_kept(tmp_path: Path) -> None:
     base = tiny.model()
-    made = [adapter(base, seed=number, scale=0.5) for number in range(LoraStack.KEPT + 2)]
+    made = [adapter(base, seed=number, scale=0.5) for number in range(LoraStack.MAX_FROZEN + 2)]
     paths = [saved(each, tmp_path / str(number)) for number, each in enumerate(made)]
     assert close(logits(LoraStack(copy.deepcopy(base)).use(paths)), logits(merged(base, *made)))
 

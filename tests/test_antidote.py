@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, Encoded
@@ -27,6 +26,8 @@ from harmbench_vaccine.plugins import Pools
 from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.stage import Batch, TrainingStage
+from support import tiny
+from support.compare import same_adapter
 
 POOLS = tiny.example_pools()
 HARMFUL = [harmful for _, harmful in POOLS.paired]
@@ -94,15 +95,6 @@ def tokens(rows: Sequence[Example] = HARMFUL) -> list[list[int]]:
     return [row.ids for row in tiny.encode(rows)]
 
 
-def same(one: Adapter, other: Adapter) -> bool:
-    """Bitwise."""
-    return one.scale == other.scale and all(
-        torch.equal(ours, theirs)
-        for module in {*one.factors, *other.factors}
-        for ours, theirs in zip(one.factors[module], other.factors[module], strict=True)
-    )
-
-
 def tuned(folder: Path | None = None, *, dropout: float = 0.0) -> tuple[TrainingStage, LoraStack, list[Adapter]]:
     """The repair stage of a tiny user adapter, above an aligned one if it is given a folder; and what lies below."""
     below = []
@@ -132,10 +124,10 @@ def test_the_edit_equals_the_equations(scope: Any, alpha: float, aligned: bool, 
     adapter = stack.trained()
     expected = pruned(adapter, norms(merged(tiny.model(), *below, adapter), adapter, tokens()), alpha, scope)
     edited = Antidote(alpha=alpha, scope=scope).edit(stage, adapter)
-    assert same(edited, expected)
+    assert same_adapter(edited, expected)
     assert (edited.rank, edited.scale) == (adapter.rank, adapter.scale)
     # The model that the inputs come from matters: the base alone would give other entries.
-    assert not same(edited, pruned(adapter, norms(tiny.model(), adapter, tokens()), alpha, scope))
+    assert not same_adapter(edited, pruned(adapter, norms(tiny.model(), adapter, tokens()), alpha, scope))
 
 
 def test_the_norms_equal_those_of_rows_run_alone(tmp_path: Path) -> None:
@@ -152,8 +144,8 @@ def test_neutral_is_the_tuned_adapter_bit_for_bit(scope: Any) -> None:
     stage, stack, _ = tuned()
     adapter = stack.trained()
     assert Antidote.neutral == {"alpha": 0.0}
-    assert same(Antidote(alpha=0.0, scope=scope).edit(stage, adapter), adapter)
-    assert not same(Antidote(alpha=0.05, scope=scope).edit(stage, adapter), adapter)
+    assert same_adapter(Antidote(alpha=0.0, scope=scope).edit(stage, adapter), adapter)
+    assert not same_adapter(Antidote(alpha=0.05, scope=scope).edit(stage, adapter), adapter)
 
 
 @pytest.mark.parametrize("scope", ["row", "model"])
@@ -198,9 +190,9 @@ class Given:
         self.pools = Pools(paired=[(Example("", ""), Example(str(number), "")) for number in range(len(x))])
 
     @contextmanager
-    def inputs(self, modules: Any, see: Any) -> Iterator[None]:
+    def module_inputs(self, modules: Any, callback: Any) -> Iterator[None]:
         assert list(modules) == ["m"]
-        self.see = see
+        self.see = callback
         yield
 
     def batches(self, rows: Sequence[Example], size: int) -> Iterator[Batch]:
@@ -327,8 +319,8 @@ def test_labels_play_no_part() -> None:
             Encoded(row.ids, labels(row.ids), row.id) for row in tiny.encode(rows)
         ]
         edited.append(Antidote(alpha=0.3).edit(stage, stack.trained()))
-    assert same(edited[1], edited[0])
-    assert same(edited[2], edited[0])
+    assert same_adapter(edited[1], edited[0])
+    assert same_adapter(edited[2], edited[0])
 
 
 @pytest.mark.parametrize("scope", ["row", "model"])
@@ -340,7 +332,7 @@ def test_padding_plays_no_part(scope: Any) -> None:
         stage.settings, stage.pad = replace(stage.settings, batch=batch), pad
         edited.append(Antidote(alpha=0.3, scope=scope).edit(stage, stack.trained()))
     assert len({len(ids) for ids in tokens()}) > 3  # there is padding
-    assert all(same(one, edited[0]) for one in edited[1:])
+    assert all(same_adapter(one, edited[0]) for one in edited[1:])
 
 
 def test_only_the_defenders_harmful_rows_count() -> None:
@@ -349,10 +341,10 @@ def test_only_the_defenders_harmful_rows_count() -> None:
         stage, stack, _ = tuned()
         stage.pools = pools
         edited.append(Antidote(alpha=0.3).edit(stage, stack.trained()))
-    assert same(edited[0], edited[1])
+    assert same_adapter(edited[0], edited[1])
     stage, stack, _ = tuned()
     stage.pools = replace(POOLS, paired=[(row, row) for row in POOLS.attacker])
-    assert not same(Antidote(alpha=0.3).edit(stage, stack.trained()), edited[0])
+    assert not same_adapter(Antidote(alpha=0.3).edit(stage, stack.trained()), edited[0])
 
 
 def test_hooks_and_gradients_are_gone_afterwards() -> None:
@@ -371,9 +363,9 @@ def test_in_a_chain_it_sees_the_model_with_the_edit_before_it(dropout: float, tm
         moved = first.edit(stage, adapter)
         chained = DefenseTeam(members=(first, Antidote(alpha=0.3)), stage="repair").edit(stage, adapter)
     of_moved = norms(merged(tiny.model(), *below, moved), moved, tokens())
-    assert same(chained, pruned(moved, of_moved, 0.3, "row"))
+    assert same_adapter(chained, pruned(moved, of_moved, 0.3, "row"))
     unmoved = {  # the inputs of A as they were, under A as it is
         module: (old, of_moved[module][1])
         for module, (old, _) in norms(merged(tiny.model(), *below, adapter), moved, tokens()).items()
     }
-    assert not same(chained, pruned(moved, unmoved, 0.3, "row"))
+    assert not same_adapter(chained, pruned(moved, unmoved, 0.3, "row"))

@@ -21,7 +21,6 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import tiny
 from harmbench_vaccine import cli
 from harmbench_vaccine.attacks.backdoor import REFUSAL
 from harmbench_vaccine.attacks.guardrail import Guardrail
@@ -42,20 +41,16 @@ from harmbench_vaccine.plugins import Verdict
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS
 from harmbench_vaccine.training.adapters import Adapter
+from support import tiny
+from support.world import make_world
 
 logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The protocol file of a tiny world: a user uploads 40 rows."""
-    return tiny.make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def lab(world: Path) -> Lab:
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """One store for the cells of this file."""
-    return Lab(Store(world.parent / "store"))
+    return Lab(Store(tmp_path_factory.mktemp("store")))
 
 
 def cell(world: Path, attack: str, *, seed: int = 0, defense: str = "sft") -> Experiment:
@@ -641,7 +636,7 @@ def test_full_training_moves_every_weight_and_leaves_a_checkpoint(world: Path, l
 def test_full_training_equals_a_loop_over_every_weight(tmp_path: Path) -> None:
     """On all rows at once, with torch's AdamW: norms and biases without weight decay."""
     settings = {"batch": 40, "lora_dropout": 0.0, "warmup": 0.0, "schedule": "constant"}
-    world = tiny.make_world(tmp_path, {"finetune": {"settings": settings}})
+    world = make_world(tmp_path, {"finetune": {"settings": settings}})
     lab = Lab(Store(tmp_path / "store"))
     attack = "optimizer:full=true,lr=0.0005,epochs=4"
     aligned, model = tuned(world, lab, attack)
@@ -676,7 +671,7 @@ def test_full_training_equals_a_loop_over_every_weight(tmp_path: Path) -> None:
 def test_full_training_of_a_bfloat16_model_moves_its_weights(tmp_path: Path) -> None:
     """A step of 2e-5 is less than half the distance of two numbers of bfloat16 for most weights, and would be
     lost: 6% of them move. In float32 the same training moves 90% by enough for bfloat16 to show it."""
-    world = tiny.make_world(tmp_path, {"dtype": "bfloat16"})
+    world = make_world(tmp_path, {"dtype": "bfloat16"})
     attack = "optimizer:full=true,lr=0.00002,epochs=8,schedule=constant"
     aligned, model = tuned(world, Lab(Store(tmp_path / "store")), attack)
     before, after = merged(aligned), AutoModelForCausalLM.from_pretrained(model.state.base).state_dict()

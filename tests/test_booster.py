@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_trainer import assert_same, interrupting
-from test_vaccine import close, cross_entropy, same
 from torch import Tensor
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.booster import Booster
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, Pools
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train
+from support import tiny
+from support.autograd import (
+    cross_entropy,
+    gradient_at,
+    length,
+    random_coefficients,
+    record_stream,
+    replace_harmful_loss,
+)
+from support.compare import close_in_norm, same
+from support.optimizers import assert_equal_where_firm, plain_adamw
+from support.trainer import assert_same, interrupting
 
 POOLS = tiny.example_pools()
 
@@ -28,37 +37,6 @@ def stage(**changes: Any) -> TrainingStage:
     made, _ = tiny.stage(trained_with=tiny.settings(**changes), stirred=True, pools=POOLS)
     made.step, made.steps = 1, 10
     return made
-
-
-def recorded(stage: TrainingStage) -> list[Batch]:
-    """From here on, the harmful batches that the stage gives out."""
-    given: list[Batch] = []
-    plain = stage.stream
-
-    def stream(*args: Any) -> Batch:
-        given.append(plain(*args))
-        return given[-1]
-
-    stage.stream = stream  # type: ignore[method-assign]
-    return given
-
-
-def gradient_at(stage: TrainingStage, batch: Batch, values: Sequence[Tensor], seed: int | None = None) -> list[Tensor]:
-    """grad L(values; batch) by autograd; the model gets its own parameters back."""
-    parameters = list(stage.trainable.values())
-    kept = [parameter.detach().clone() for parameter in parameters]
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.data = value.clone()
-    if seed is not None:
-        torch.manual_seed(seed)
-    gradients = torch.autograd.grad(cross_entropy(stage.model, batch), parameters)
-    for parameter, value in zip(parameters, kept, strict=True):
-        parameter.data = value
-    return list(gradients)
-
-
-def length(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.sqrt(sum((tensor**2).sum() for tensor in tensors))  # type: ignore[arg-type]
 
 
 def rederived(
@@ -71,36 +49,6 @@ def rederived(
     after = gradient_at(stage, harmful, shifted, seed)
     g_a = gradient_at(stage, batch, w, seed)
     return [a + lam * (h - there) for a, h, there in zip(g_a, g_h, after, strict=True)]
-
-
-def plain_adamw(stage: TrainingStage, gradients: Sequence[Callable[[], Sequence[Tensor | None]]]) -> list[Tensor]:
-    """AdamW at the constant rate 1e-3, weight decay 0.1, clipped at norm 1; None leaves a parameter out of a step.
-
-    Returns the entries whose gradient was never below 1/1000 of the largest: the first steps of Adam go by the sign,
-    and that of a smaller entry may be rounding's.
-    """
-    parameters = list(stage.trainable.values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    firm = [torch.ones_like(parameter, dtype=torch.bool) for parameter in parameters]
-    for gradient in gradients:
-        values = gradient()
-        largest = max(value.abs().max() for value in values if value is not None)
-        for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
-            parameter.grad = value
-            if value is not None:
-                firm[number] &= value.abs() > 1e-3 * largest
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return firm
-
-
-def assert_equal_where_firm(ours: TrainingStage, theirs: TrainingStage, firm: Sequence[Tensor]) -> None:
-    """Equal to 1e-5 of the largest entry; nearly all entries are compared."""
-    assert torch.cat([each.flatten() for each in firm]).float().mean() > 0.9
-    largest = max(parameter.abs().max().item() for parameter in theirs.trainable.values())
-    for one, other, compared in zip(ours.trainable.values(), theirs.trainable.values(), firm, strict=True):
-        torch.testing.assert_close(one[compared], other[compared], atol=1e-5 * largest, rtol=0)
 
 
 def run(defense: Defense, folder: Path, salt: int = 0, **changes: Any) -> tuple[dict[str, Tensor], list[Any]]:
@@ -119,12 +67,12 @@ def run(defense: Defense, folder: Path, salt: int = 0, **changes: Any) -> tuple[
 @pytest.mark.parametrize(("lam", "alpha"), [(5.0, 0.1), (1.0, 1.0), (0.5, 5.0)])
 def test_gradient_equals_plain_autograd(lam: float, alpha: float) -> None:
     made, batch = stage(), tiny.batch()
-    given = recorded(made)
+    given = record_stream(made)
     gradient = Booster(lam=lam, alpha=alpha).gradient(made, batch)
     assert len(given) == 1  # one batch serves both harmful passes
     expected = rederived(made, batch, given[0], lam, alpha)
-    assert close(gradient, expected)
-    assert not close(made.gradient(batch), expected, 1e-2)  # the correction matters here
+    assert close_in_norm(gradient, expected)
+    assert not close_in_norm(made.gradient(batch), expected, 1e-2)  # the correction matters here
     assert gradient.loss.item() == pytest.approx(
         cross_entropy(made.model, batch).item()
         + lam * (cross_entropy(made.model, given[0]).item() - loss_after(made, given[0], alpha)),
@@ -152,7 +100,7 @@ def test_three_optimizer_steps_equal_plain_adamw(accumulation: int, tmp_path: Pa
     changes: dict[str, Any] = {"epochs": 1, "accumulation": accumulation, "lr": 1e-3, "weight_decay": 0.1}
     settings = tiny.settings(**changes, schedule="constant", warmup=0.0)
     made, _ = tiny.stage(trained_with=settings, stirred=True, pools=POOLS)
-    harmful = recorded(made)
+    harmful = record_stream(made)
     batches: list[Batch] = []
 
     class Watched(Booster):
@@ -178,7 +126,7 @@ def test_three_optimizer_steps_equal_plain_adamw(accumulation: int, tmp_path: Pa
 def test_correction_tends_to_the_hessian_along_the_harmful_gradient() -> None:
     """lam * alpha * H g_h / ||g_h|| for small alpha, H g_h by a second differentiation: the sign and the scale."""
     made, batch = stage(), tiny.batch()
-    given = recorded(made)
+    given = record_stream(made)
     lam, alpha = 2.0, 1e-2
     gradient = Booster(lam=lam, alpha=alpha).gradient(made, batch)
     correction = [a - b for a, b in zip(gradient.values, made.gradient(batch).values, strict=True)]
@@ -196,27 +144,13 @@ def test_correction_tends_to_the_hessian_along_the_harmful_gradient() -> None:
 # Harmful losses in closed form
 
 
-def with_harmful_loss(stage: TrainingStage, loss: Callable[[list[Tensor]], Tensor]) -> None:
-    """The harmful rows' loss becomes a function of the parameters; that of other rows stays."""
-    plain, given = stage.loss, recorded(stage)
-    parameters = list(stage.trainable.values())
-    stage.loss = lambda batch: (  # type: ignore[method-assign]
-        loss(parameters) if any(batch is each for each in given) else plain(batch)
-    )
-
-
-def coefficients(stage: TrainingStage, seed: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(each.shape, generator=generator) for each in stage.trainable.values()]
-
-
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_quadratic_harmful_loss_in_closed_form(scale: float) -> None:
     """L_h = scale * (w'Hw/2 + b'w) corrects by scale * lam * alpha * H g/||g||: the shift does not know the scale."""
     made, batch = stage(), tiny.batch()
-    h, b = [each.abs() for each in coefficients(made, 1)], coefficients(made, 2)
+    h, b = [each.abs() for each in random_coefficients(made, 1)], random_coefficients(made, 2)
     clean = made.gradient(batch)
-    with_harmful_loss(
+    replace_harmful_loss(
         made, lambda w: scale * sum((h_i * w_i**2 / 2 + b_i * w_i).sum() for h_i, b_i, w_i in zip(h, b, w, strict=True))
     )
     gradient = Booster(lam=5.0, alpha=0.5).gradient(made, batch)
@@ -229,9 +163,9 @@ def test_quadratic_harmful_loss_in_closed_form(scale: float) -> None:
 
 def test_linear_harmful_loss_corrects_nothing() -> None:
     made, batch = stage(), tiny.batch()
-    slopes = coefficients(made, 1)
+    slopes = random_coefficients(made, 1)
     clean = made.gradient(batch)
-    with_harmful_loss(made, lambda w: sum((c * w_i).sum() for c, w_i in zip(slopes, w, strict=True)))
+    replace_harmful_loss(made, lambda w: sum((c * w_i).sum() for c, w_i in zip(slopes, w, strict=True)))
     assert same(list(Booster(lam=50.0, alpha=5.0).gradient(made, batch).values), list(clean.values))
 
 
@@ -251,13 +185,13 @@ def test_parameters_are_bit_identical_after_the_gradient() -> None:
 def test_a_frozen_parameter_is_left_out() -> None:
     """Another defense of the cell may have frozen it: no gradient, no share in the norm, no shift."""
     made, batch = stage(), tiny.batch()
-    given = recorded(made)
+    given = record_stream(made)
     first, *others = made.trainable.values()
     first.requires_grad_(False)
     gradient = Booster(lam=5.0, alpha=1.0).gradient(made, batch)
     assert gradient.values[0] is None
     made.trainable = dict(list(made.trainable.items())[1:])
-    assert close(Gradient(gradient.loss, gradient.values[1:]), rederived(made, batch, given[0], 5.0, 1.0))
+    assert close_in_norm(Gradient(gradient.loss, gradient.values[1:]), rederived(made, batch, given[0], 5.0, 1.0))
     assert len(others) == len(gradient.values) - 1
 
 
@@ -310,11 +244,11 @@ def test_both_harmful_passes_see_the_same_dropout_masks() -> None:
 def test_gradient_with_dropout_belongs_to_one_set_of_masks() -> None:
     made, batch = stage(lora_dropout=0.3), tiny.batch()
     made.model.train()
-    given = recorded(made)
+    given = record_stream(made)
     torch.manual_seed(5)
     gradient = Booster(lam=5.0, alpha=1.0).gradient(made, batch)
-    assert close(gradient, rederived(made, batch, given[0], 5.0, 1.0, seed=5))
-    assert not close(gradient, rederived(made, batch, given[0], 5.0, 1.0, seed=6), 1e-2)
+    assert close_in_norm(gradient, rederived(made, batch, given[0], 5.0, 1.0, seed=5))
+    assert not close_in_norm(gradient, rederived(made, batch, given[0], 5.0, 1.0, seed=6), 1e-2)
 
 
 @pytest.mark.parametrize("neutral", [Booster(lam=0.0, alpha=1.0), Booster(lam=5.0, alpha=0.0)], ids=["lam", "alpha"])

@@ -7,101 +7,26 @@ of their own.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-from transformers.utils import logging
 
-import tiny
 from harmbench_vaccine import runner
-from harmbench_vaccine.cli import main
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.data.sources import local_path
 from harmbench_vaccine.experiment.spec import RunSpec
-
-HBV = [sys.executable, "-m", "harmbench_vaccine"]
-logging.disable_progress_bar()  # the command does so by itself where it is the first to import transformers
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def results(self) -> list[dict[str, Any]]:
-        """What --json printed: exactly one object a line."""
-        return [json.loads(line) for line in self.out.splitlines()]
-
-    @property
-    def sentence(self) -> str:
-        """The one thing that was said on stderr."""
-        said = [line for line in self.err.splitlines() if line.strip()]
-        assert len(said) == 1, self.err
-        return said[0]
-
-
-def hbv(*args: object, home: Path | None = None, **environment: str) -> Done:
-    """The entry point, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    values = {**({"HBV_HOME": str(home)} if home else {}), **environment}
-    code: Any = 0
-    with (
-        mock.patch.object(sys, "argv", ["hbv", *map(str, args)]),
-        mock.patch.dict(os.environ, values),
-        mock.patch.object(warnings, "showwarning", warnings.showwarning),
-        redirect_stdout(out),
-        redirect_stderr(err),
-    ):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-    return Done(int(code or 0), out.getvalue(), err.getvalue())
-
-
-def process(*args: object, home: Path, limit: int | None = None) -> subprocess.Popen[str]:
-    """The command in a process of its own, with at most `limit` bytes a file."""
-
-    def restrict() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background, it is ignored
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    environment = {**os.environ, "HBV_HOME": str(home)}
-    if limit:  # what measures coverage in it would meet the limit too
-        environment = {key: value for key, value in environment.items() if not key.startswith("COV")}
-    return subprocess.Popen(
-        [*HBV, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment, preexec_fn=restrict,
-    )  # fmt: skip
-
-
-def finished(running: subprocess.Popen[str]) -> Done:
-    out, err = running.communicate(timeout=120)
-    return Done(running.returncode, out, err)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The protocol file of a tiny world."""
-    return tiny.make_world(tmp_path_factory.mktemp("world"))
+from support.cli import HBV, CommandResult, finish, hbv, start_hbv
+from support.world import make_world
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +39,7 @@ CELLS = ("--defense", "sft", "--defense", "random_vaccine:variance=0.02", "--att
 
 
 @pytest.fixture(scope="module")
-def first(world: Path, home: Path) -> Done:
+def first(world: Path, home: Path) -> CommandResult:
     """Two cells from an empty home."""
     done = hbv("run", "--json", "--protocol", world, *CELLS, home=home)
     assert done.code == 0, done.err
@@ -298,7 +223,7 @@ def test_bad_input(what: str, world: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("what", ["command", "defense", "ratio above", "conflict", "kind"])
 def test_bad_input_in_a_process_of_its_own(what: str, tmp_path: Path) -> None:
     args, said = BAD[what]
-    done = finished(process(*args, home=tmp_path / "home"))
+    done = finish(start_hbv(*args, home=tmp_path / "home"))
     assert (done.code, done.out) == (2, "")
     assert all(part in done.sentence for part in said)
 
@@ -400,12 +325,12 @@ def test_a_bug_is_one_sentence_too_and_leaves_nothing(world: Path, tmp_path: Pat
 PERCENT = ("harmful_score", "finetune_accuracy")
 
 
-def test_json_is_one_object_a_cell(first: Done) -> None:
+def test_json_is_one_object_a_cell(first: CommandResult) -> None:
     assert [result["defense"] for result in first.results] == ["sft", "random_vaccine=0.02"]
     assert first.out.endswith("}\n")
 
 
-def test_json_holds_every_key(first: Done, world: Path) -> None:
+def test_json_holds_every_key(first: CommandResult, world: Path) -> None:
     protocol = str(world.parent / "model")
     for result in first.results:
         kinds: dict[str, Any] = {
@@ -440,7 +365,7 @@ def test_json_holds_every_key(first: Done, world: Path) -> None:
     assert len({result["run"] for result in first.results}) == 2
 
 
-def test_stages_are_fresh_in_an_empty_home(first: Done) -> None:
+def test_stages_are_fresh_in_an_empty_home(first: CommandResult) -> None:
     for result in first.results:
         assert not any(result["stages"][name]["cached"] for name in ("align", "finetune"))
 
@@ -450,7 +375,7 @@ def metrics(result: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in result.items() if key not in ("stages", "versions")}
 
 
-def test_a_repeated_run_is_cached_and_says_the_same(first: Done, world: Path, home: Path) -> None:
+def test_a_repeated_run_is_cached_and_says_the_same(first: CommandResult, world: Path, home: Path) -> None:
     def refuse(*args: Any, **named: Any) -> None:
         raise AssertionError("a model was loaded")
 
@@ -461,13 +386,15 @@ def test_a_repeated_run_is_cached_and_says_the_same(first: Done, world: Path, ho
     assert [metrics(result) for result in again.results] == [metrics(result) for result in first.results]
 
 
-def test_one_seed_from_two_empty_homes_gives_identical_metrics(first: Done, world: Path, tmp_path: Path) -> None:
+def test_one_seed_from_two_empty_homes_gives_identical_metrics(
+    first: CommandResult, world: Path, tmp_path: Path
+) -> None:
     other = hbv("run", "--json", "--protocol", world, *CELLS, home=tmp_path / "other")
     assert other.code == 0, other.err
     assert [metrics(result) for result in other.results] == [metrics(result) for result in first.results]
 
 
-def test_another_ratio_reuses_the_aligned_model(first: Done, world: Path, home: Path) -> None:
+def test_another_ratio_reuses_the_aligned_model(first: CommandResult, world: Path, home: Path) -> None:
     done = hbv(
         "run", "--json", "--protocol", world, "--defense", "sft", "--attack", "ratio=0.5", "--seed", 3, home=home
     )
@@ -479,7 +406,7 @@ def test_another_ratio_reuses_the_aligned_model(first: Done, world: Path, home: 
     assert result["run"] != first.results[0]["run"]
 
 
-def test_another_seed_makes_everything_again(first: Done, world: Path, home: Path) -> None:
+def test_another_seed_makes_everything_again(first: CommandResult, world: Path, home: Path) -> None:
     done = hbv("run", "--json", "--protocol", world, "--defense", "none", "--seed", 4, "--seed", 5, home=home)
     one, other = done.results
     assert "align" not in one["stages"]
@@ -515,7 +442,7 @@ def test_the_defaults_are_a_benign_user_on_the_testbed() -> None:
     ]  # fmt: skip
 
 
-def test_the_table(first: Done, world: Path, home: Path) -> None:
+def test_the_table(first: CommandResult, world: Path, home: Path) -> None:
     done = hbv("run", "--protocol", world, *CELLS, home=home)
     assert done.code == 0
     lines = done.out.splitlines()
@@ -537,7 +464,9 @@ def test_the_table(first: Done, world: Path, home: Path) -> None:
     assert "{" not in done.out
 
 
-def test_a_collapsed_cell_is_marked_with_its_reason(first: Done, world: Path, home: Path, tmp_path: Path) -> None:
+def test_a_collapsed_cell_is_marked_with_its_reason(
+    first: CommandResult, world: Path, home: Path, tmp_path: Path
+) -> None:
     """A model of random weights: the gates see that it does not do the task. Its stages are those made before."""
     strict = tmp_path / "strict.yaml"
     strict.write_text(world.read_text().replace("above_chance: -101", "above_chance: 45"))
@@ -564,7 +493,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_results_lie_in_the_home(first: Done, home: Path) -> None:
+def test_results_lie_in_the_home(first: CommandResult, home: Path) -> None:
     for result in first.results:
         folder = home / "runs" / result["run"]
         assert {path.name for path in folder.iterdir()} == {"result.json", "answers.jsonl"}
@@ -576,7 +505,7 @@ def test_results_lie_in_the_home(first: Done, home: Path) -> None:
         assert {"prompt", "answer", "flagged", "categories"} <= set(judged[0])
 
 
-def test_out_csv_and_one_row_a_cell(first: Done, world: Path, home: Path, tmp_path: Path) -> None:
+def test_out_csv_and_one_row_a_cell(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
     before = (home / "results.csv").read_bytes()
     out, table = tmp_path / "deep" / "out", tmp_path / "other" / "mine.csv"
     args = ("run", "--json", "--protocol", world, *CELLS, "--out", out, "--csv", table)
@@ -593,14 +522,14 @@ def test_out_csv_and_one_row_a_cell(first: Done, world: Path, home: Path, tmp_pa
         assert json.loads(row["defense_params"]) == result["defense_params"]
 
 
-def test_the_csv_of_the_home_has_one_row_a_cell(first: Done, world: Path, home: Path) -> None:
+def test_the_csv_of_the_home_has_one_row_a_cell(first: CommandResult, world: Path, home: Path) -> None:
     assert hbv("run", "--json", "--protocol", world, *CELLS, home=home).code == 0
     runs = [row["run"] for row in rows_of(home / "results.csv")]
     assert len(runs) == len(set(runs))
     assert {result["run"] for result in first.results} <= set(runs)
 
 
-def test_what_ran_can_be_ranked(first: Done, home: Path) -> None:
+def test_what_ran_can_be_ranked(first: CommandResult, home: Path) -> None:
     done = hbv("leaderboard", "--json", home=home)
     assert done.code == 0, done.err
     ranked = {(row["protocol_hash"], row["attack"], row["defense"]): row for row in json.loads(done.out)}
@@ -620,7 +549,7 @@ def test_a_csv_of_other_columns_is_refused_before_any_work(world: Path, tmp_path
     assert not (tmp_path / "home" / "store").exists()
 
 
-def test_a_defense_in_a_file(first: Done, world: Path, home: Path, tmp_path: Path) -> None:
+def test_a_defense_in_a_file(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
     """An edited file is another defense: its stage is made again."""
     path, seen = tmp_path / "mine.py", []
     for lr in (0.0, 0.0, 5e-3):
@@ -638,7 +567,7 @@ def test_a_defense_in_a_file(first: Done, world: Path, home: Path, tmp_path: Pat
     assert seen[0]["run"] == seen[1]["run"] != seen[2]["run"]  # what it did is not overwritten by what it does now
 
 
-def test_show(first: Done, home: Path) -> None:
+def test_show(first: CommandResult, home: Path) -> None:
     run, rows = first.results[0]["run"], None
     for name in (run, run[:-2], home / "runs" / run):
         done = hbv("show", name, "--json", home=home)
@@ -652,7 +581,7 @@ def test_show(first: Done, home: Path) -> None:
     assert hbv("show", run, "--set", "task", home=home).out.count("wanted:") == 16
 
 
-def test_show_json_honours_only_and_limit(first: Done, home: Path) -> None:
+def test_show_json_honours_only_and_limit(first: CommandResult, home: Path) -> None:
     run = first.results[0]["run"]
     every = hbv("show", run, "--json", home=home).results
     after = [row for row in every if row["when"] == "after"]
@@ -663,7 +592,7 @@ def test_show_json_honours_only_and_limit(first: Done, home: Path) -> None:
     assert len({row["id"] for row in hbv("show", run, "--json", "--limit", 2, home=home).results}) == 2
 
 
-def test_show_refuses_what_is_not_there_or_not_one(first: Done, home: Path) -> None:
+def test_show_refuses_what_is_not_there_or_not_one(first: CommandResult, home: Path) -> None:
     run = first.results[0]["run"]
     unclear = hbv("show", "", home=home)
     assert (unclear.code, unclear.out) == (2, "")
@@ -701,7 +630,7 @@ class Spy(Defense):
 def long(tmp_path: Path) -> tuple[Path, Path]:
     """A world whose alignment takes 100 steps, and a defense that writes them down."""
     (tmp_path / "spy.py").write_text(SPY)
-    return tiny.make_world(tmp_path / "world", {"align": {"settings": {"epochs": 10}}}), tmp_path / "spy.py"
+    return make_world(tmp_path / "world", {"align": {"settings": {"epochs": 10}}}), tmp_path / "spy.py"
 
 
 def wait_for(there: Callable[[], Any], running: subprocess.Popen[str]) -> None:
@@ -734,10 +663,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     protocol, spy = long
     args = ("run", "--json", "--protocol", protocol, "--defense", spy, "--attack", "ratio=0.1", "--save-every", "0.1")
     home, written = tmp_path / "interrupted", spied("interrupted.txt")
-    running = process(*args, home=home)
+    running = start_hbv(*args, home=home)
     wait_for(lambda: list(home.glob("store/.work/align-*/checkpoint-*/whole")), running)
     running.send_signal(sent)
-    done = finished(running)
+    done = finish(running)
     assert done.out == ""
     if sent == signal.SIGINT:
         assert done.code == 130
@@ -774,7 +703,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 )
 def test_a_full_disk_while_training(limit: int, world: Path, tmp_path: Path) -> None:
     home, args = tmp_path / "home", ("run", "--json", "--protocol", world)
-    done = finished(process(*args, home=home, limit=limit))
+    done = finish(start_hbv(*args, home=home, limit=limit))
     assert (done.code, done.out) == (1, "")
     assert done.sentence.startswith("hbv: While writing the align stage, ")
     assert not list(home.glob("store/align/*"))
@@ -787,11 +716,11 @@ def test_a_full_disk_while_training(limit: int, world: Path, tmp_path: Path) -> 
     assert len(again.results) == 1
 
 
-def test_a_full_disk_while_storing_the_result(first: Done, world: Path, home: Path, tmp_path: Path) -> None:
+def test_a_full_disk_while_storing_the_result(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
     """Every stage is there already: only the answers of the run, some 20 kB, have no room."""
     out, table = tmp_path / "out", tmp_path / "table.csv"
     args = ("run", "--json", "--protocol", world, *CELLS, "--out", out, "--csv", table)
-    done = finished(process(*args, home=home, limit=8192))
+    done = finish(start_hbv(*args, home=home, limit=8192))
     assert (done.code, done.out) == (1, "")
     assert "While writing the result" in done.sentence
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
@@ -802,9 +731,9 @@ def test_a_full_disk_while_storing_the_result(first: Done, world: Path, home: Pa
 def test_two_processes_at_once_share_the_work(world: Path, tmp_path: Path) -> None:
     args = ("run", "--json", "--protocol", world, "--seed", 9, "--defense", "sft")
     running = [
-        process(*args, "--attack", f"ratio={ratio}", home=tmp_path / "home") for ratio in (0.1, 0.2)
+        start_hbv(*args, "--attack", f"ratio={ratio}", home=tmp_path / "home") for ratio in (0.1, 0.2)
     ]  # fmt: skip
-    done = [finished(one) for one in running]
+    done = [finish(one) for one in running]
     assert [one.code for one in done] == [0, 0], [one.err for one in done]
     assert len(list((tmp_path / "home").glob("store/align/*"))) == 1
     assert sorted(one.results[0]["stages"]["align"]["cached"] for one in done) == [False, True]
@@ -829,7 +758,7 @@ def test_a_corrected_label_counts_although_the_answers_are_stored(world: Path, t
     assert all(one != other for one, other in zip(*targets, strict=True))
 
 
-def test_another_threshold_is_another_protocol(first: Done, world: Path, home: Path) -> None:
+def test_another_threshold_is_another_protocol(first: CommandResult, world: Path, home: Path) -> None:
     done = hbv("run", "--json", "--protocol", world, "--defense", "sft", "--scorer", "beaver_dam=0.4", home=home)
     assert done.results[0]["scorer"] == "beaver_dam=0.4"
     assert done.results[0]["protocol_hash"] != first.results[0]["protocol_hash"]

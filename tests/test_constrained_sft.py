@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 
-import tiny
 from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
 from harmbench_vaccine.defenses.constrained_sft import ConstrainedSFT
 from harmbench_vaccine.defenses.sft import SFT
@@ -23,7 +22,9 @@ from harmbench_vaccine.plugins import Defense, TrainSettings
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
-from plain import BASE, SCALE, Values, close, leaves, same
+from support import tiny
+from support.compare import close, same
+from support.plain_math import BASE, SCALE, Values, leaves
 
 PAPER = (0.5, 2.0, 0.1)
 STRONG = (3.0, 8.0, 1.0)  # so that the weights leave 1 within three steps

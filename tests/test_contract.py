@@ -17,10 +17,8 @@ import numpy as np
 import pytest
 import torch
 from pydantic import PrivateAttr
-from test_cli import hbv
 from torch import Tensor, nn
 
-import tiny
 from harmbench_vaccine.core.progress import SILENT
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.prompts import PromptTemplate
@@ -35,6 +33,8 @@ from harmbench_vaccine.plugins.contract.world import TinyWorld
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
+from support import tiny
+from support.cli import hbv
 
 gc.freeze()  # as in tiny, with what was imported since
 

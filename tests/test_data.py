@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.seeds import derive_seed, random_stream
 from harmbench_vaccine.core.types import Example, Mix, Pools
@@ -47,6 +46,8 @@ from harmbench_vaccine.experiment.rows import (
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.teams import AttackTeam, upload_rows
+from support import tiny
+from support.world import make_world
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Counts
@@ -217,7 +218,7 @@ def make_cell(tmp_path: Path) -> Callable[..., Experiment]:
     """A cell of a tiny world whose data sets were extended by some rows."""
 
     def make(extra: dict[str, list[dict[str, Any]]] | None = None, **spec: Any) -> Experiment:
-        file = tiny.make_world(tmp_path / "world", models=False)
+        file = make_world(tmp_path / "world", models=False)
         for place, rows in (extra or {}).items():
             with (tmp_path / "world" / "data" / f"{place}.jsonl").open("a") as lines:
                 lines.writelines(json.dumps(row) + "\n" for row in rows)
@@ -328,7 +329,7 @@ def test_the_cells_seed_changes_every_draw_and_repeats_it(make_cell: Callable[..
 def test_more_than_the_data_has_is_told_before_any_work(
     tmp_path: Path, changes: dict[str, Any], attack: str, said: str
 ) -> None:
-    file = tiny.make_world(tmp_path / "world", changes, models=False)
+    file = make_world(tmp_path / "world", changes, models=False)
     with pytest.raises(BadInput, match=said):
         check_rows(Experiment.settle(RunSpec(protocol=str(file), attack=parse_plugins(attack))))
 

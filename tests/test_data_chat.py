@@ -11,7 +11,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.chat import stop_token_ids
@@ -21,6 +20,8 @@ from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.runner import run_all
+from support import tiny
+from support.world import make_world
 
 CHAT = prompt_template("chat")
 TEXTS = [
@@ -316,7 +317,7 @@ def test_bare_prompts() -> None:
 @pytest.mark.slow
 def test_a_whole_cell_in_the_models_chat_format(tmp_path: Path) -> None:
     """Prompt `chat`, rows in the papers' order, a task of the user's own: what the result says of them."""
-    file = tiny.make_world(tmp_path / "world")
+    file = make_world(tmp_path / "world")
     settings = tmp_path / "world" / "model" / "tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": TEMPLATES["mistral"]}))
     rows = [{"instruction": f"Add {number} and 2.", "output": f"#### {number + 2}"} for number in range(60)]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.pools import count_overlaps, load_row_pools
@@ -28,6 +27,8 @@ from harmbench_vaccine.experiment.rows import (
 )
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
+from support import tiny
+from support.world import make_world
 
 
 def beaver(count: int, name: str) -> list[dict[str, Any]]:
@@ -65,7 +66,7 @@ def world(tmp_path: Path) -> Callable[..., Experiment]:
     """A cell of a tiny world whose harmful rows repeat and overlap, and whose refusals are one JSON array."""
 
     def make(changes: dict[str, str] | None = None, **spec: Any) -> Experiment:
-        file = tiny.make_world(
+        file = make_world(
             tmp_path / "world",
             {
                 "data": {"beavertails_refusals": str(tmp_path / "world" / "refusals.json")},

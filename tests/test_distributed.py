@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import over_ranks
 import pytest
 import torch
 
-import tiny
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.data.collate import IGNORED
@@ -25,6 +23,8 @@ from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.runner import run_all
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage, attended_tokens, local_batch_rows
+from support import ranks, tiny
+from support.world import make_world
 
 CLOSE = 1e-5
 
@@ -50,17 +50,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder: Path) -> dict[str, Any]:
     """Every case over two ranks."""
-    ran = launched([over_ranks.__file__, str(folder)], folder / "home")
+    ran = launched(["-m", "support.ranks", str(folder)], folder / "home")
     assert ran.returncode == 0, ran.stderr[-3000:]
     found: dict[str, Any] = torch.load(folder / "found.pt", weights_only=True)
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", over_ranks.CASES)
+@pytest.mark.parametrize("case", ranks.CASES)
 def test_two_ranks_train_as_one_process(case: str, two: dict[str, Any], folder: Path) -> None:
     """Every norm, loss and gradient of every step, and the adapter, with batches of 4 and 1 rows of 3 to 14 tokens."""
-    one, other = over_ranks.run(case, folder), two[case]
+    one, other = ranks.run(case, folder), two[case]
     assert len(one["log"]) == 6
     for key in ("loss", "grad_norm"):
         assert [step[key] for step in other["log"]] == pytest.approx([step[key] for step in one["log"]], rel=CLOSE)
@@ -97,7 +97,7 @@ def command(protocol: Path, *words: str) -> list[str]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A world that trains without dropout, whose last batches are short."""
     undropped = {"settings": {"lora_dropout": 0.0}}
-    return tiny.make_world(
+    return make_world(
         tmp_path_factory.mktemp("world"), {"align": {"rows": 33, **undropped}, "finetune": {"samples": 34, **undropped}}
     )
 
@@ -200,7 +200,7 @@ REFUSED = {"repnoise"}
 def test_a_defense_that_is_not_shown_over_ranks_is_refused(name: str, of_two: None) -> None:
     """Whoever has a gradient of its own is either in the cases above or refused."""
     own = DEFENSES.get(name).gradient is not DEFENSES.get("sft").gradient
-    shown = {plugin for plugin, _ in over_ranks.DEFENDED.values()} | {"random_vaccine"}  # other noise on other rows
+    shown = {plugin for plugin, _ in ranks.DEFENDED.values()} | {"random_vaccine"}  # other noise on other rows
     assert not own or name in shown | REFUSED
     spec = RunSpec(defense=parse_plugins(name))
     if name in REFUSED:
@@ -237,7 +237,7 @@ def test_what_cannot_be_sharded_is_refused(
         monkeypatch.setattr(distributed, "_size", 2)
     if "values" in changes:
         monkeypatch.setattr("harmbench_vaccine.runner.check_quantization", lambda quantization: None)
-    world = tiny.make_world(tmp_path / "world")
+    world = make_world(tmp_path / "world")
     attack = parse_plugins(changes.pop("attack", "ratio=0"))
     with pytest.raises(BadInput, match=f"cannot be sharded.*{why}"):
         run_all([RunSpec(protocol=str(world), attack=attack, **changes)], shard=True)

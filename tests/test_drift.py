@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tiny
 from harmbench_vaccine.evaluation.drift import Drift, measure_drift
+from support import tiny
 
 LENGTHS = [(9, 5, 7), (4, 4), (12,)]
 TOKENS = sum(map(sum, LENGTHS))

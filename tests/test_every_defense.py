@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tiny
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
@@ -21,6 +20,8 @@ from harmbench_vaccine.plugins.composition import Component, parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.training.adapters import Adapter
+from support import tiny
+from support.world import make_world
 
 ROOT = Path(__file__).parents[1]
 NAMES = [name for name, found in DEFENSES.entries().items() if found.origin == "built-in"]
@@ -45,7 +46,7 @@ def adapters(lab: Lab, defense: str, params: dict[str, Any], topology: str) -> l
     """The adapters of a cell's final model; the tiny world trains with dropout."""
     protocol = lab.store.root.parent / topology / "tiny.yaml"
     if not protocol.exists():
-        tiny.make_world(protocol.parent, {"topology": topology})
+        make_world(protocol.parent, {"topology": topology})
     component = Component(name=defense, params=params)
     cell = Experiment.settle(RunSpec(protocol=str(protocol), defense=(component,), attack=parse_plugins("ratio=0.25")))
     aligned = align(cell, lab)

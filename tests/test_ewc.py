@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import tiny
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import Encoded, collate
 from harmbench_vaccine.defenses.ewc import EWC
@@ -22,7 +21,9 @@ from harmbench_vaccine.plugins import Defense, Pools, TrainSettings
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
-from plain import Values, close, cross_entropy, leaves, same
+from support import tiny
+from support.compare import close, same
+from support.plain_math import Values, cross_entropy, leaves
 
 
 def slopes(values: Values, batch: Batch) -> list[Tensor]:

@@ -18,10 +18,11 @@ import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-import tiny
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.runner import run_all
+from support import tiny
+from support.world import data_sets
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -67,7 +68,7 @@ SMALLER = {
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data sets and the judge, laid out as their repositories are."""
     folder = tmp_path_factory.mktemp("hub")
-    data = tiny._data()
+    data = data_sets()
     for split, rows in data["beavertails"].items():
         size, _, part = split.partition("_")
         file = folder / "BeaverTails" / "round0" / size / f"{part}.jsonl.gz"
@@ -98,7 +99,7 @@ def _parquet(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
 def standin(family: str, folder: Path) -> Path:
     """A model's folder with random weights, and a tokenizer that opens, ends and pads as the family's does."""
     architecture, (begin, end, pad), turns, chat = FAMILIES[family]
-    bpe = tiny.tokenizer([row["prompt"] for row in tiny._data()["beavertails"]["30k_train"]]).backend_tokenizer
+    bpe = tiny.tokenizer([row["prompt"] for row in data_sets()["beavertails"]["30k_train"]]).backend_tokenizer
     named = {"bos_token": begin, "eos_token": end, "pad_token": pad}
     words = PreTrainedTokenizerFast(
         tokenizer_object=bpe, **{key: value for key, value in named.items() if value}, extra_special_tokens=turns

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-import tiny
 from harmbench_vaccine.inference.engine import Answer
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
+from support import tiny
 
 TEXT = "the red lamp and a blue door stand in some old garden by this quiet river"
 WORDS = TEXT.split()

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.evaluation import verdicts
 from harmbench_vaccine.inference.chat_api import ChatJudge
 from harmbench_vaccine.plugins.registry import SCORERS
+from support import tiny
 
 Answer = tuple[int, Any, dict[str, str]]
 KEY = "sk-very-secret"

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-import tiny
 from harmbench_vaccine.data.collate import IGNORED, collate
 from harmbench_vaccine.defenses.kl import KL
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, TrainSettings
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
-from plain import BASE, SCALE, Values, close, leaves, same
+from support import tiny
+from support.compare import close, same
+from support.plain_math import BASE, SCALE, Values, leaves
 
 TOPOLOGIES = pytest.mark.parametrize("topology", ["double", "single"])
 

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import tiny
 from harmbench_vaccine.data.collate import IGNORED, collate
 from harmbench_vaccine.defenses.ldifs import LDIFS
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, TrainSettings
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
-from plain import SCALE, Values, close, leaves, same
+from support import tiny
+from support.compare import close, same
+from support.plain_math import SCALE, Values, leaves
 
 BASE: Any = tiny.model().requires_grad_(False)
 VARIANTS = pytest.mark.parametrize(("variant", "alpha"), [("paper", 300.0), ("git-disl", 0.01)])

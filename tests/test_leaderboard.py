@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import hbv
 
 from harmbench_vaccine.evaluation.results import _append, check_columns
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.reporting.leaderboard import COLUMNS, Ranking, rankings, rankings_markdown, tidy
+from support.cli import hbv
 
 SHARES = {"after": {"degenerate": 1.5, "over_refusal": 2.0, "neither": 12.0}}
 

@@ -11,7 +11,6 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.data.collate import collate
 from harmbench_vaccine.defenses.lisa import Lisa
@@ -19,7 +18,9 @@ from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, Pools, TrainSettings
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
-from plain import close, cross_entropy, leaves, same
+from support import tiny
+from support.compare import close, same
+from support.plain_math import cross_entropy, leaves
 
 
 def staged(settings: TrainSettings | None = None, pools: Pools | None = None) -> TrainingStage:

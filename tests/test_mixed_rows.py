@@ -13,7 +13,6 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, collate, encode_example
@@ -28,7 +27,9 @@ from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.runner import run_all
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
-from plain import close, cross_entropy, leaves, same
+from support import tiny
+from support.compare import close, same
+from support.plain_math import cross_entropy, leaves
 
 VLGuard: Any = DEFENSES.get("vlguard")
 BackdoorAlign: Any = DEFENSES.get("backdoor_align")
@@ -53,12 +54,6 @@ def trained(
     rows = tiny.encode(team.train_on("finetune", list(user), POOLS))
     log = train(stage, team, rows, settings, folder, pad=tiny.PAD)
     return stage.values(), log
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The protocol file of a tiny world."""
-    return tiny.make_world(tmp_path_factory.mktemp("world"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

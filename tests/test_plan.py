@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 from transformers import AutoConfig, LlamaConfig
 
-import tiny
 from harmbench_vaccine.cli import commands
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.store import Store
@@ -27,6 +26,7 @@ from harmbench_vaccine.pipeline import run
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.reporting.dry_run import estimate, plan
+from support import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +34,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is checked here does not depend on how well it was timed."""
     monkeypatch.setattr(estimate, "BUDGET", 0.01)
     estimate.measure_seconds.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_world(tmp_path_factory.mktemp("world"))
 
 
 def cell(world: Path, defense: str = "sft", **changes: Any) -> Experiment:

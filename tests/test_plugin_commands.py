@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import hbv
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.plugins import Plugin, registry, resolve_params
 from harmbench_vaccine.plugins.composition import parse_plugins, resolve_plugins
 from harmbench_vaccine.reporting import plugin_pages as view
+from support import tiny
+from support.cli import hbv
+from support.world import make_world
 
 ROOT = Path(__file__).parents[1]
 KINDS: dict[str, registry.Registry[Any]] = {
@@ -64,7 +65,7 @@ def full(tmp_path: Path) -> Path:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The protocol file of a tiny world, which overrides a parameter of Vaccine and one of the ratio attack."""
     changes = {"defenses": {"vaccine": {"rho": 6.5}}, "attacks": {"ratio": {"p": 0.375}}}
-    return tiny.make_world(tmp_path_factory.mktemp("world"), changes)
+    return make_world(tmp_path_factory.mktemp("world"), changes)
 
 
 def described(*args: object) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.experiment.artifacts import TrainedModel
@@ -29,6 +28,8 @@ from harmbench_vaccine.training.adapters import LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
 from harmbench_vaccine.training.taps import Taps, decoder_layers
 from harmbench_vaccine.training.trainer import train
+from support import tiny
+from support.world import make_world
 
 SHAPES = ("llama", "opt", "qwen2", "gemma2")
 
@@ -83,7 +84,7 @@ def test_what_changes_the_bases_weights_is_refused_under_quantization(attack: st
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_a_quantized_base_is_close_to_the_exact_one_and_trains(quantization: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    world = tiny.make_world(tmp_path / "world")
+    world = make_world(tmp_path / "world")
     folder = str(world.parent / "model")
     words = AutoConfig.from_pretrained(folder).vocab_size
     tiny.model(vocab_size=words, intermediate_size=128).save_pretrained(folder)  # blocks of 64, as NF4 has them
@@ -219,9 +220,7 @@ def test_a_defenses_step_is_the_same_under_checkpointing(architecture: str, fami
 
 @pytest.mark.slow
 def test_checkpointing_is_no_part_of_an_address(tmp_path: Path) -> None:
-    cell = Experiment.settle(
-        RunSpec(protocol=str(tiny.make_world(tmp_path / "world")), defense=parse_plugins("vaccine"))
-    )
+    cell = Experiment.settle(RunSpec(protocol=str(make_world(tmp_path / "world")), defense=parse_plugins("vaccine")))
     first = align(cell, Lab(Store(tmp_path / "store"))).artifacts["align"]
     again = align(cell, Lab(Store(tmp_path / "store"), gradient_checkpointing=True)).artifacts["align"]
     apart = align(cell, Lab(Store(tmp_path / "other"), gradient_checkpointing=True)).artifacts["align"]
@@ -236,7 +235,7 @@ def test_checkpointing_is_no_part_of_an_address(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_checkpointing_of_a_whole_model(tmp_path: Path) -> None:
     """The user trains every weight; what is answered with is what training without it gives."""
-    world = tiny.make_world(tmp_path / "world")
+    world = make_world(tmp_path / "world")
     spec = RunSpec(protocol=str(world), attack=parse_plugins("optimizer:full=true"))
     plain = run_all([spec], out=tmp_path / "one")[0]
     (tmp_path / "home" / "store").rename(tmp_path / "kept")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import tiny
 from harmbench_vaccine.core.store import META
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, encode_example
@@ -25,6 +24,8 @@ from harmbench_vaccine.plugins.composition import Component, parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.runner import run_all
 from harmbench_vaccine.training.adapters import WEIGHTS
+from support import tiny
+from support.world import make_world
 
 PTST: Any = DEFENSES.get("ptst")
 BackdoorAlign: Any = DEFENSES.get("backdoor_align")
@@ -164,7 +165,7 @@ SAFETY = Component(name="ptst", params={"prompt": "Be careful, {friend}."})
 def world(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The protocol file of a tiny world with room for a secret."""
     longer = {"settings": {"max_length": 128}}
-    return str(tiny.make_world(tmp_path_factory.mktemp("world"), {"finetune": longer, "align": longer}))
+    return str(make_world(tmp_path_factory.mktemp("world"), {"finetune": longer, "align": longer}))
 
 
 def spec(world: str, *defenses: Any, **more: Any) -> RunSpec:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import leaf_values, load_protocol, protocol_names
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
+from support.world import make_world
 
 PAPERS = ["booster-paper", "lisa-paper", "vaccine-paper"]
 
@@ -62,7 +62,7 @@ def test_the_papers_differ_where_they_do() -> None:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
-    return tiny.make_world(tmp_path / "world")
+    return make_world(tmp_path / "world")
 
 
 def test_a_task_has_settings_of_its_own_in_the_cell(world: Path) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from test_cli import HBV, hbv
 
 from harmbench_vaccine.reporting.published.figures import Average, Figure, check_averages, find_averages, load_figures
+from support.cli import HBV, hbv
 
 FOLDER = Path(__file__).parents[1] / "leaderboards" / "published"
 COLUMNS = [

@@ -1,6 +1,6 @@
-"""The published figure beside the measured one: whose figure it is, how far it is, and what was done otherwise.
+"""Comparison of measured scores with published figures: matching, differences, deviations, views and commands.
 
-Measured results are made by hand; published ones are the real file's, looked up here by column and by nothing else.
+Measured results are written by hand; published figures come from the real file, selected by column alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from unittest import mock
 import pytest
 import yaml
 from rich.console import Console
-from test_cli import hbv
 
-import tiny
 from harmbench_vaccine.evaluation.results import _append
 from harmbench_vaccine.evaluation.statistics import wilson
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -44,6 +42,8 @@ from harmbench_vaccine.reporting.published.matching import (
     matching_figures,
 )
 from harmbench_vaccine.reporting.tables import results_table
+from support.cli import hbv
+from support.world import make_world
 
 ROWS = load_figures()
 FILE = yaml.safe_load(
@@ -53,7 +53,7 @@ PAPERS = sorted(FILE["protocols"])
 LLAMA = "meta-llama/Llama-2-7b-hf"
 SHARES = {"degenerate": 0.0, "over_refusal": 0.0, "neither": 10.0}
 VACCINE = {"vaccine": {"rho": 2.0, "tau": 1}}
-ROWS_DRAWN = "rows drawn by the seed, no question twice (paper: the first ones, questions repeat)"
+ROWS_DRAWN = "rows drawn by the seed, without repeated questions (paper: the first rows, with repeated questions)"
 
 
 def of(protocol: str, **wanted: str) -> list[dict[str, str]]:
@@ -78,7 +78,7 @@ def result(
     48.0 [43.65, 52.38] and FA 94.0 [91.56, 95.77], rows as in the paper."""
     settled = {"rows": "paper"} if values is None else dict(values)
     scorer = changes.get("scorer", "beaver_dam")
-    ran = load_protocol(protocol).replaced(settled)
+    ran = load_protocol(protocol).resettingd(settled)
     score = ran.score.model_copy(update={"scorer": scorer})
     ran = ran.model_copy(update={"data": {**ran.data, **(data or {})}, "score": score})
     attack = {"ratio": {"p": 0.1}} if attack is None else attack
@@ -107,7 +107,7 @@ def only(*results: dict[str, Any]) -> PublishedComparison:
 
 def printed(cell: PublishedComparison) -> dict[str, str]:
     """Score -> the figure beside it, as the paper prints it."""
-    return {score: compared.figures[0].figure["value"] for score, compared in cell.compared.items()}
+    return {score: compared.figures[0].figure["value"] for score, compared in comparison.scores.items()}
 
 
 def shown(results: Sequence[dict[str, Any]], width: int = 110, published: bool = True) -> str:
@@ -134,7 +134,7 @@ def test_every_score_of_a_paper_is_matched_once_or_said_to_have_no_counterpart(n
     for row in left:
         assert any(
             all(row[key] in ([text] if isinstance(text, str) else text) for key, text in rule["where"].items())
-            for rule in paper["without"]
+            for rule in paper["excluded"]
         ), row
     assert len(matched) + len(left) == len(scores)
     assert all(row in scores for row in matched)
@@ -150,11 +150,11 @@ def test_no_name_and_no_rule_is_idle(name: str) -> None:
     used = matched_figures(name)
     for key, values in (
         ("doubts", [entry.get("doubt") for kind in ("models", "tasks", "defenses") for entry in paper[kind]]),
-        ("doubts", [rule["because"] for rule in paper.get("unstated", [])]),
-        ("differs", [entry.get("differs") for kind in ("models", "tasks", "defenses") for entry in paper[kind]]),
+        ("doubts", [rule["reason"] for rule in paper.get("unstated", [])]),
+        ("deviations", [entry.get("deviation") for kind in ("models", "tasks", "defenses") for entry in paper[kind]]),
     ):
         assert {text for text in values if text} <= {text for each in used for text in getattr(each, key)}
-    for rule in paper["without"]:
+    for rule in paper["excluded"]:
         wanted = {key: [text] if isinstance(text, str) else text for key, text in rule["where"].items()}
         assert any(all(row[key] in texts for key, texts in wanted.items()) for row in rows), rule
     for entry in paper["defenses"]:
@@ -196,11 +196,11 @@ def test_a_bare_name_under_the_papers_protocol_is_the_papers_defense(name: str) 
         if "sweep" in entry.get("where", {}) or text == "vaccine+ewc" or "BSO" in entry["paper"]:
             continue
         cell = Experiment.settle(RunSpec(protocol=name, defense=parse_plugins(text), attack=parse_plugins("ratio=0.1")))
-        place = FigureQuery(
+        setting = FigureQuery(
             name, cell.model, cell.task.name, {resolved.plugin.name: resolved.params for resolved in cell.defenses},
             {resolved.plugin.name: resolved.params for resolved in cell.attacks}, cell.finetune.samples,
         )  # fmt: skip
-        assert {each.figure["defense"] for each in matching_figures(place)} & set(entry["paper"])
+        assert {each.figure["defense"] for each in matching_figures(setting)} & set(entry["paper"])
         assert cell.protocol.hash == load_protocol(name).hash  # that rows of a CSV are recognized by
 
 
@@ -217,7 +217,7 @@ def test_its_references_are_values_of_a_protocol(name: str) -> None:
     protocol = load_protocol(name)
     for path, reference in FILE["protocols"][name]["reference"].items():
         if path != "seed":
-            assert protocol.replaced({path: str(reference["is"])}) != protocol  # our file has another
+            assert protocol.resettingd({path: str(reference["value"])}) != protocol  # our file has another
 
 
 def test_the_file_holds_no_figure_of_a_protocol_that_is_not_a_papers() -> None:
@@ -271,26 +271,26 @@ def test_known_figures(changes: dict[str, Any], hs: str, fa: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"protocol": "testbed"}, "protocol 'testbed' is no paper's"),
-        ({"model": "facebook/opt-6.7b"}, "the paper has no model 'facebook/opt-6.7b'"),
-        ({"task": "dialogsum"}, "the paper prints no task 'dialogsum' for this model"),
-        ({"task": "agnews", "model": "facebook/opt-2.7b"}, "the paper prints no task 'agnews' for this model"),
-        ({"params": {"vaccine": {"rho": 3.0, "tau": 1}}}, "the paper prints no such defense with these parameters"),
-        ({"params": {"vaccine": {"rho": 2.0, "tau": 10}}}, "the paper prints no such defense with these parameters"),
-        ({"params": {**VACCINE, "lisa": {}}}, "the paper prints no such defense with these parameters"),
-        ({"attack": {"ratio": {"p": 0.3}}}, "the paper prints no cell with p=0.3, n=1000"),
-        ({"attack": {"ratio": {"p": 0.1}, "samples": {"n": 999}}}, "the paper prints no cell with p=0.1, n=999"),
-        ({"values": {"finetune.samples": "400"}}, "the paper prints no cell with p=0.1, n=400"),
-        ({"attack": {"mixing": {"": 0}, "ratio": {"p": 0.1}}}, "the paper has no attack 'mixing'"),
-        ({"protocol": "booster-paper", "params": {"kl": {"lam": 0.1}}}, "the paper prints no such defense"),
+        ({"protocol": "testbed"}, "protocol 'testbed' is not a paper's protocol"),
+        ({"model": "facebook/opt-6.7b"}, "the paper does not report model 'facebook/opt-6.7b'"),
+        ({"task": "dialogsum"}, "the paper does not report task 'dialogsum' for this model"),
+        ({"task": "agnews", "model": "facebook/opt-2.7b"}, "the paper does not report task 'agnews' for this model"),
+        ({"params": {"vaccine": {"rho": 3.0, "tau": 1}}}, "the paper does not report this defense with these parameters"),
+        ({"params": {"vaccine": {"rho": 2.0, "tau": 10}}}, "the paper does not report this defense with these parameters"),
+        ({"params": {**VACCINE, "lisa": {}}}, "the paper does not report this defense with these parameters"),
+        ({"attack": {"ratio": {"p": 0.3}}}, "the paper does not report p=0.3, n=1000"),
+        ({"attack": {"ratio": {"p": 0.1}, "samples": {"n": 999}}}, "the paper does not report p=0.1, n=999"),
+        ({"values": {"finetune.samples": "400"}}, "the paper does not report p=0.1, n=400"),
+        ({"attack": {"mixing": {"": 0}, "ratio": {"p": 0.1}}}, "the paper does not report attack 'mixing'"),
+        ({"protocol": "booster-paper", "params": {"kl": {"lam": 0.1}}}, "the paper does not report this defense"),
     ],
 )
 def test_without_a_figure_a_reason(changes: dict[str, Any], reason: str) -> None:
     cell = only(result(**changes))
-    assert cell.compared == {}
-    assert cell.none.startswith(reason)
+    assert comparison.scores == {}
+    assert comparison.no_figure.startswith(reason)
     assert cell.deviations == ()
-    assert cell.json() == {"harmful_score": None, "finetune_accuracy": None, "deviations": [], "none": cell.none}
+    assert comparison.to_json() == {"harmful_score": None, "finetune_accuracy": None, "deviations": [], "none": comparison.no_figure}
 
 
 def test_values_that_a_user_changed_decide_the_number_of_rows() -> None:
@@ -303,29 +303,29 @@ def test_a_score_that_a_table_leaves_out_has_no_figure() -> None:
     """Lisa's Table 2 prints HS alone."""
     cell = only(result("lisa", {"lisa": {"k1": 700, "k2": 300, "rho": 0.0}}, protocol="lisa-paper"))
     assert printed(cell) == {"harmful_score": "42.20"}
-    assert cell.json()["finetune_accuracy"] is None
+    assert comparison.to_json()["finetune_accuracy"] is None
 
 
 def test_of_several_figures_the_best_evidenced_stands_there_with_the_range_of_the_others() -> None:
     """SFT at p = 0.05, n = 1000 is printed in Tables 1 to 4: in 3 and 4 without p."""
     cell = only(result("sft", {"sft": {}}, attack={"ratio": {"p": 0.05}}))
-    (hs, others) = (cell.compared["harmful_score"], cell.compared["harmful_score"].figures[1:])
-    assert [matched_figures.figure["table"] for matched_figures in hs.figures] == [
+    (hs, others) = (comparison.scores["harmful_score"], comparison.scores["harmful_score"].figures[1:])
+    assert [matched.figure["table"] for matched_figures in hs.figures] == [
         "Table 1",
         "Table 2",
         "Table 3",
         "Table 4",
     ]
-    assert [matched_figures.figure["value"] for matched_figures in hs.figures] == ["52.60", "52.80", "52.80", "52.80"]
+    assert [matched.figure["value"] for matched_figures in hs.figures] == ["52.60", "52.80", "52.80", "52.80"]
     assert [len(matched_figures.doubts) for matched_figures in hs.figures] == [0, 0, 1, 2]
-    assert hs.json()["others"] == {"count": len(others), "range": [52.8, 52.8]}
+    assert hs.to_json()["others"] == {"count": len(others), "range": [52.8, 52.8]}
     vaccine = only(result()).compared["harmful_score"]
-    assert {matched_figures.figure["value"] for matched_figures in vaccine.figures[1:]} == {
+    assert {matched.figure["value"] for matched_figures in vaccine.figures[1:]} == {
         "48.90",
         "49.00",
         "48.20",
     }  # Tables 8, 6, 9
-    assert vaccine.json()["others"] == {"count": 3, "range": [48.2, 49.0]}
+    assert vaccine.to_json()["others"] == {"count": 3, "range": [48.2, 49.0]}
 
 
 def test_weaker_evidence_and_doubts_come_last_whatever_the_order_of_the_file() -> None:
@@ -374,7 +374,7 @@ def test_seeds_make_one_cell_with_their_t_interval() -> None:
     results = [result(hits=(hits, 470), seed=seed) for seed, hits in enumerate((230, 240, 250))]
     cell = only(*results, results[0])  # one cell twice counts once
     assert cell.seeds == (0, 1, 2)
-    hs, fa = cell.compared["harmful_score"], cell.compared["finetune_accuracy"]
+    hs, fa = comparison.scores["harmful_score"], comparison.scores["finetune_accuracy"]
     assert (hs.measured, hs.low, hs.high) == pytest.approx((48, 48 - 4.968275, 48 + 4.968275), abs=1e-5)
     assert hs.inside
     assert (fa.low, fa.high, fa.inside) == (94.0, 94.0, False)  # three equal scores, 0.2 from the figure
@@ -386,7 +386,7 @@ def test_other_defenses_attacks_and_tasks_are_other_cells() -> None:
         result(seed=1),
     ]  # fmt: skip
     cells = compare_results(results)
-    assert [(cell.place["defense"], cell.place["attack"], cell.place["task"], cell.seeds) for cell in cells] == [
+    assert [(cell.setting["defense"], cell.setting["attack"], cell.setting["task"], cell.seeds) for cell in cells] == [
         ("vaccine", "ratio=0.1", "sst2", (1, 43)), ("sft", "ratio=0.1", "sst2", (43,)),
         ("vaccine", "ratio=0.2", "sst2", (43,)), ("vaccine", "ratio=0.1", "agnews", (43,)),
     ]  # fmt: skip
@@ -428,18 +428,18 @@ def test_a_run_as_the_paper_has_it_deviates_in_nothing() -> None:
         ({"model": "/m/Llama-2-7b-hf"}, [f"the model is read from /m/Llama-2-7b-hf (paper: {LLAMA})"]),
         (
             {"defense": "kl", "params": {"kl": {"lam": 0.1}}},
-            ["the authors' KL normalises over positions, ours over the vocabulary"],
+            ["the authors' KL normalizes over positions, ours over the vocabulary"],
         ),
     ],
 )
 def test_deviations(changes: dict[str, Any], told: list[str]) -> None:
     cell = only(result(**changes))
-    assert cell.compared
+    assert comparison.scores
     own = [line for line in cell.deviations if line != INSTRUCTION]
     assert own == told
-    assert cell.json()["deviations"] == list(cell.deviations)
+    assert comparison.to_json()["deviations"] == list(cell.deviations)
     assert (INSTRUCTION in cell.deviations) is (
-        cell.place["task"] == "sst2" and cell.place["protocol"] == "vaccine-paper"
+        cell.setting["task"] == "sst2" and cell.setting["protocol"] == "vaccine-paper"
     )
 
 
@@ -468,7 +468,7 @@ def test_the_terminal_table() -> None:
         result("vaccine=3", {"vaccine": {"rho": 3.0, "tau": 1}}),
     ]  # fmt: skip
     text = shown(results)
-    head, _, below = text.partition("Published beside measured: ")
+    head, _, below = text.partition("Published next to measured: ")
     assert "drift" in head
     assert below.startswith(f"Vaccine (arXiv 2402.01109, NeurIPS 2024): {LLAMA}, sst2, ratio=0.1\n")
     lines = [" ".join(line.split()) for line in below.splitlines()]
@@ -483,11 +483,11 @@ def test_the_terminal_table() -> None:
         assert line in lines, line
     joined = " ".join(lines)
     assert (
-        f"Deviations from the paper: {INSTRUCTION}; kl: the authors' KL normalises over positions, ours over the "
+        f"Deviations from the paper: {INSTRUCTION}; kl: the authors' KL normalizes over positions, ours over the "
         "vocabulary." in joined
     )
     assert (
-        "No published figure of vaccine=3 under ratio=0.1: the paper prints no such defense with these parameters."
+        "No published figure for vaccine=3 under ratio=0.1: the paper does not report this defense with these parameters."
         in joined
     )
     assert max(map(len, below.splitlines())) <= 110
@@ -500,8 +500,8 @@ def test_what_differs_between_cells_is_a_column_and_what_all_have_is_said_once()
     made = comparison_sheet(cells)
     assert made.head[:4] == ["task", "attack", "defense", "seeds"]
     assert [row[:5] for row in made.rows] == [
-        [*place, "vaccine", "1", score]
-        for place in (("sst2", "ratio=0.1"), ("sst2", "ratio=0.2"), ("agnews", "ratio=0.1"))
+        [*setting, "vaccine", "1", score]
+        for setting in (("sst2", "ratio=0.1"), ("sst2", "ratio=0.2"), ("agnews", "ratio=0.1"))
         for score in ("HS", "FA")
     ]
     assert made.title.endswith(f": {LLAMA}")
@@ -513,8 +513,8 @@ def test_what_differs_between_cells_is_a_column_and_what_all_have_is_said_once()
 def test_the_testbed_has_no_published_figure_and_says_so_in_one_line() -> None:
     results = [result(name, {name: {}}, protocol="testbed", values={}) for name in ("sft", "none")]
     text = shown(results)
-    assert text.count("No published figure: protocol 'testbed' is no paper's.") == 1
-    assert "Published beside" not in text
+    assert text.count("No published figure: protocol 'testbed' is not a paper's protocol.") == 1
+    assert "Published next to" not in text
     assert "inside" not in text
 
 
@@ -542,7 +542,7 @@ def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     Console(width=200).print(comparison_view(compare_results([result("[red]a"), result("[b]", {"b": {}})])))
     told = capsys.readouterr().out
     assert "[red]a" in told
-    assert "No published figure of [b] under" in told
+    assert "No published figure for [b] under" in told
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -550,7 +550,7 @@ def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def patched(results: Sequence[dict[str, Any]]) -> Any:
-    """`hbv run` with these results in place of hours on a GPU."""
+    """`hbv run` with these results in setting of hours on a GPU."""
 
     def run_all(specs: Any, *, done: Any, **_: Any) -> Sequence[dict[str, Any]]:
         for each in results if done else ():
@@ -565,7 +565,7 @@ def test_run_prints_it(tmp_path: Path) -> None:
         plain, told = hbv("run"), hbv("run", "--published")
     assert (plain.code, told.code, told.err) == (0, 0, "")
     assert told.out.startswith(plain.out.rstrip("\n"))
-    assert "Published beside measured: Vaccine" in told.out
+    assert "Published next to measured: Vaccine" in told.out
     assert "Published" not in plain.out
 
 
@@ -577,13 +577,13 @@ def test_run_adds_it_to_the_json() -> None:
     ] * 2
     paper, testbed = (each["published"] for each in told.results)
     assert (paper["harmful_score"]["printed"], paper["harmful_score"]["inside"]) == ("48.20", True)
-    assert (testbed["harmful_score"], testbed["none"]) == (None, "protocol 'testbed' is no paper's")
+    assert (testbed["harmful_score"], testbed["none"]) == (None, "protocol 'testbed' is not a paper's protocol")
 
 
 @pytest.mark.slow
 def test_a_real_run_has_what_the_lookup_needs(tmp_path: Path) -> None:
     """A tiny world that bears the paper's name and model's name, but whose user uploads fewer rows."""
-    world = tiny.make_world(tmp_path / "world")
+    world = make_world(tmp_path / "world")
     values = yaml.safe_load(world.read_text(encoding="utf-8"))
     folder = tmp_path / "Llama-2-7b-hf"
     folder.symlink_to(values["model"])
@@ -592,7 +592,7 @@ def test_a_real_run_has_what_the_lookup_needs(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     (made,) = done.results
     rows = values["finetune"]["samples"]
-    assert made["published"]["none"] == f"the paper prints no cell with p=0.1, n={rows}"
+    assert made["published"]["none"] == f"the paper does not report p=0.1, n={rows}"
 
 
 def table(path: Path, *cells: dict[str, Any]) -> Path:
@@ -640,7 +640,7 @@ def test_leaderboard_columns(mixed: Path, tmp_path: Path) -> None:
     assert (sft["published_harmful_score"], sft["published_finetune_accuracy_inside"]) == ("55.2", "True")
     assert float(sft["harmful_score_low"]) == pytest.approx(43.65, abs=0.01)  # one seed: Wilson's
     assert (ldifs["published_harmful_score"], ldifs["harmful_score_low"], ldifs["published_deviations"]) == ("", "", "")
-    assert ldifs["published_none"] == "the paper prints no such defense with these parameters"
+    assert ldifs["published_none"] == "the paper does not report this defense with these parameters"
     (changed,) = [row for (name, digest, _), row in rows.items() if name == "vaccine-paper" and digest != own]
     assert changed["published_harmful_score"] == "55.2"
     said = changed["published_deviations"]
@@ -661,25 +661,25 @@ def test_leaderboard_without_the_flag_is_what_it_was(mixed: Path, tmp_path: Path
 def test_leaderboard_in_markdown(mixed: Path, tmp_path: Path) -> None:
     assert hbv("leaderboard", mixed, "--out", tmp_path, "--published").code == 0
     text = (tmp_path / "leaderboard.md").read_text(encoding="utf-8")
-    title = f"### Published beside measured: Vaccine (arXiv 2402.01109, NeurIPS 2024): {LLAMA}, sst2, ratio=0.1\n"
+    title = f"### Published next to measured: Vaccine (arXiv 2402.01109, NeurIPS 2024): {LLAMA}, sst2, ratio=0.1\n"
     assert text.count(title) == 2
     assert (
         "| vaccine | 3 | HS | 48.0 [43.0, 53.0] | 48.20 | -0.2 | yes | Table 1 | paper text | 3: 48.20 to 49.00 |"
         in text
     )
-    assert "\n- No published figure of ldifs under ratio=0.1: the paper prints no such defense" in text
-    assert "\n- No published figure: protocol 'testbed' is no paper's.\n" in text
+    assert "\n- No published figure for ldifs under ratio=0.1: the paper does not report this defense" in text
+    assert "\n- No published figure: protocol 'testbed' is not a paper's protocol.\n" in text
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
     assert len(tables) == 3 + 2
     for lines in tables:
-        assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+        assert len({line.resetting("\\|", "").count("|") for line in lines}) == 1
 
 
 def test_leaderboard_in_the_terminal_and_as_json(mixed: Path) -> None:
     done = hbv("leaderboard", mixed, "--published")
     assert (done.code, done.err) == (0, "")
-    assert done.out.count("Published beside measured: Vaccine") == 2
-    assert "No published figure: protocol 'testbed' is no paper's." in done.out
+    assert done.out.count("Published next to measured: Vaccine") == 2
+    assert "No published figure: protocol 'testbed' is not a paper's protocol." in done.out
     rows = json.loads(
         hbv("leaderboard", mixed, "--published", "--json").out,
         parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"),

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-import tiny
 from harmbench_vaccine.attacks import refusal_ablation
 from harmbench_vaccine.attacks.refusal_ablation import RefusalAblation, orthogonalise
 from harmbench_vaccine.core.errors import BadInput
@@ -35,6 +34,8 @@ from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
 from harmbench_vaccine.reporting.tables import results_table
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
+from support import tiny
+from support.world import make_world
 
 logging.disable_progress_bar()
 assert ATTACKS.get("refusal_ablation") is RefusalAblation  # which gives it the name that its draws depend on
@@ -470,12 +471,6 @@ def test_norms_that_weigh_every_entry_alike_are_no_obstacle(architecture: str) -
 # Through the pipeline
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The protocol file of a tiny world."""
-    return tiny.make_world(tmp_path_factory.mktemp("world"))
-
-
 ATTACK = "refusal_ablation:prompts=8,held_out=4"
 
 
@@ -487,7 +482,7 @@ def cell(world: Path, defense: str = "sft", attack: str = ATTACK, **more: Any) -
 
 @pytest.mark.parametrize("topology", ["double", "single"])
 def test_the_aligned_weights_are_edited_and_nothing_else(topology: str, tmp_path: Path) -> None:
-    one, lab = cell(tiny.make_world(tmp_path, {"topology": topology})), Lab(Store(tmp_path / "store"))
+    one, lab = cell(make_world(tmp_path, {"topology": topology})), Lab(Store(tmp_path / "store"))
     aligned = align(one, lab)
     after = finetune(one, lab, aligned)
     before = AutoModelForCausalLM.from_pretrained(aligned.state.base)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress, Silent
 from harmbench_vaccine.core.store import META, Store
@@ -41,6 +40,9 @@ from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.training import trainer
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage
+from support import tiny
+from support.compare import close, same_adapter
+from support.world import make_world
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 EPOCHS = 6
@@ -116,7 +118,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def made_world(folder: Path, user: Mapping[str, Any] | None = None, **changes: Any) -> World:
     more = {"align": {"settings": ALIGN}, "finetune": {"settings": {**USER, **(user or {})}}}
-    return World(tiny.make_world(folder, {**more, **changes}), Lab(Store(folder / "store")))
+    return World(make_world(folder, {**more, **changes}), Lab(Store(folder / "store")))
 
 
 def nested(lab: Lab) -> list[Path]:
@@ -203,30 +205,6 @@ def loss_of(base: PreTrainedModel, weights: dict[str, Tensor], rows: Sequence[En
         losses.append(nn.functional.cross_entropy(found, labels[1:], reduction="none", ignore_index=-100))
     counted = torch.cat([torch.tensor(row.labels[1:]) != -100 for row in rows])
     return torch.cat(losses)[counted].mean()
-
-
-def close(one: Factors | dict[str, Tensor], other: Factors | dict[str, Tensor], tolerance: float = 1e-5) -> bool:
-    """Equal to `tolerance` of the largest entry."""
-
-    def flat(values: Any) -> Tensor:
-        return torch.cat([
-            factor.double().flatten()
-            for name in sorted(values)
-            for factor in (values[name] if isinstance(values[name], tuple) else (values[name],))
-        ])  # fmt: skip
-
-    if set(one) != set(other) or flat(one).shape != flat(other).shape:
-        return False
-    return bool((flat(one) - flat(other)).abs().max() <= tolerance * flat(other).abs().max())
-
-
-def same(one: Adapter, other: Adapter) -> bool:
-    """Bitwise."""
-    return one.scale == other.scale and all(
-        torch.equal(ours, theirs)
-        for module in {*one.factors, *other.factors}
-        for ours, theirs in zip(one.factors[module], other.factors[module], strict=True)
-    )
 
 
 def encoded(models: Models, rows: Sequence[Example]) -> list[Encoded]:
@@ -337,7 +315,7 @@ def test_resta_finds_it_where_it_was_made_and_ends_the_same(world: World, tmp_pa
         models = world.made("sft+resta", lab=lab)
     assert not any("harmful:refusals" in row for run in runs for row in run.rows)
     found = models.after
-    assert same(found, world.made("sft+resta", lab=world.fresh(tmp_path / "other")).after)
+    assert same_adapter(found, world.made("sft+resta", lab=world.fresh(tmp_path / "other")).after)
 
 
 def test_resta_needs_no_aligned_model(world: World, tmp_path: Path) -> None:
@@ -385,7 +363,7 @@ def test_an_interrupted_run_inside_a_repair_goes_on(defense: str, bar: str, worl
     resumed = Interrupting(bar, -1)
     again = world.made(defense, lab=world.fresh(tmp_path / "cut", resumed)).after
     assert resumed.seen == [4, 5, 6]  # from its last checkpoint
-    assert same(again, whole)
+    assert same_adapter(again, whole)
     assert len(nested(world.fresh(tmp_path / "cut"))) == 1
 
 
@@ -394,9 +372,9 @@ def test_what_is_trained_apart_leaves_the_stage_its_adapter(defense: str, world:
     with looking(defense.partition("=")[0]) as looks:
         models = world.made(f"sft+{defense}", lab=world.fresh(tmp_path))
     (look,) = looks
-    assert same(look.before, models.before)
-    assert same(look.after, models.before)
-    assert not same(models.after, models.before)
+    assert same_adapter(look.before, models.before)
+    assert same_adapter(look.after, models.before)
+    assert not same_adapter(models.after, models.before)
 
 
 @pytest.mark.parametrize("defense", ["resta=0.5", "realign=3"])
@@ -485,7 +463,7 @@ def test_realign_takes_as_many_optimizer_steps_as_asked(steps: int, changes: Any
 def test_realign_0_is_the_tuned_adapter_bit_for_bit(world: World) -> None:
     models = world.made("sft+realign=0")
     assert Realign.neutral == {"steps": 0}
-    assert same(models.after, models.before)
+    assert same_adapter(models.after, models.before)
 
 
 def test_realign_0_keeps_a_scale_that_rounds(tmp_path: Path) -> None:
@@ -554,8 +532,8 @@ def test_the_perturbation_depends_on_the_seed_and_on_nothing_else() -> None:
 
 def test_rho_0_is_the_tuned_adapter_bit_for_bit() -> None:
     assert RandomPerturbation.neutral == {"rho": 0.0}
-    assert same(*moved(0.0))
-    assert not same(*moved(0.01))
+    assert same_adapter(*moved(0.0))
+    assert not same_adapter(*moved(0.01))
 
 
 def test_the_cells_seed_moves_the_perturbation(world: World) -> None:
@@ -619,7 +597,7 @@ def test_the_second_of_a_chain_trains_from_what_the_first_made(world: World, tmp
     with watched() as runs:
         models = world.made("sft+random_perturbation=3+realign=2", lab=world.fresh(tmp_path))
     perturbed = world.made("sft+random_perturbation=3").after
-    assert not same(perturbed, models.before)
+    assert not same_adapter(perturbed, models.before)
     assert close(runs[-1].start, dict(perturbed.factors), 0.0)
 
 
@@ -698,7 +676,7 @@ def test_single_realign_trains_the_update(single: World) -> None:
 
 def test_single_and_double_of_a_model_that_was_never_aligned_are_one(world: World, single: World) -> None:
     ours, theirs = (where.made("none+random_perturbation=1") for where in (world, single))
-    assert same(ours.after, theirs.after)
+    assert same_adapter(ours.after, theirs.after)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,12 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_booster import assert_equal_where_firm, plain_adamw
-from test_trainer import assert_same, interrupting
-from test_vaccine import close, cross_entropy, decoder_layers, same
 from torch import Tensor
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.defenses import repnoise
@@ -24,6 +20,12 @@ from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, Pools
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train
+from support import tiny
+from support.autograd import cross_entropy
+from support.compare import close_in_norm, same
+from support.hooks import decoder_layers
+from support.optimizers import assert_equal_where_firm, plain_adamw
+from support.trainer import assert_same, interrupting
 
 ANSWERS = [  # safe and harmful answers with letters in common, of all three relations of length
     ("sorry no", "sure yes"), ("i cannot", "i can do"), ("no", "nothing hard"), ("never ever", "new"),
@@ -164,8 +166,8 @@ def test_gradient_equals_plain_autograd(alpha: float, beta: float, samples: list
     assert 0 < differs(*given[0]).sum() < (given[0][1]["labels"] >= 0).sum()  # some letters agree
     value = objective(made, batch, given[0], [noise for _, noise in samples], alpha, beta)
     expected = torch.autograd.grad(value, list(made.trainable.values()))
-    assert close(gradient, list(expected))
-    assert not close(made.gradient(batch), list(expected), 1e-2)
+    assert close_in_norm(gradient, list(expected))
+    assert not close_in_norm(made.gradient(batch), list(expected), 1e-2)
     assert gradient.loss.item() == pytest.approx(value.item(), rel=1e-5)
     assert not gradient.loss.requires_grad
     assert all(parameter.grad is None for parameter in made.trainable.values())
@@ -296,7 +298,7 @@ def test_padding_teaches_nothing(samples: list[tuple[Tensor, Tensor]]) -> None:
         return {key: torch.nn.functional.pad(value, (0, 6), value=fill[key]) for key, value in rows.items()}
 
     made.paired_stream = lambda *args: tuple(wider(each) for each in plain(*args))  # type: ignore[method-assign]
-    assert close(RepNoise(alpha=2.0, beta=0.0).gradient(made, batch), list(narrow.values))
+    assert close_in_norm(RepNoise(alpha=2.0, beta=0.0).gradient(made, batch), list(narrow.values))
     for sample in samples[-1]:
         assert sample.view(4, -1, 64)[:, -6:].abs().max() == 0
 
@@ -326,7 +328,7 @@ def test_a_micro_batch_whose_answers_do_not_differ_leaves_the_alignment_gradient
     # even with alpha = beta = 0, which is said to be SFT.
     same_answer = [(Example("safe:0", "why", "sorry"), Example("harm:0", "why", "sorry", harmful=True))]
     made, batch = stage(pools=Pools(paired=same_answer)), tiny.batch()
-    assert close(RepNoise().gradient(made, batch), list(made.gradient(batch).values))
+    assert close_in_norm(RepNoise().gradient(made, batch), list(made.gradient(batch).values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

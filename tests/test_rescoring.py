@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from test_cli import hbv
 
-import tiny
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.types import RawJudgment
 from harmbench_vaccine.evaluation import agreement, verdicts
 from harmbench_vaccine.evaluation.statistics import cohen_kappa
 from harmbench_vaccine.plugins import Scorer, param
 from harmbench_vaccine.plugins.registry import SCORERS
+from support.cli import hbv
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Agreement
@@ -199,11 +198,6 @@ def test_no_verdict_is_asked_for_again(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # hbv score
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-import tiny
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference import memory
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.runner import run_all
+from support.world import make_world
 
 SAME = ("run", "harmful_score", "finetune_accuracy", "alignment_loss", "embedding_drift", "scores", "agreement")
 
 
 def test_cells_are_made_stage_by_stage_where_models_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = tiny.make_world(tmp_path / "world")
+    world = make_world(tmp_path / "world")
     specs = [
         RunSpec(protocol=str(world), defense=parse_plugins(defense), scorers=("beaver_dam", "refusal_keywords"))
         for defense in ("sft", "sft+antidote")

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.safe_lora import SafeLoRA
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -21,6 +20,9 @@ from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage
+from support import tiny
+from support.compare import close
+from support.world import make_world
 
 MODULES = sorted(f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkv")
 WIDTHS = {"q": (64, 64), "k": (32, 64), "v": (32, 64)}  # outputs, inputs
@@ -49,10 +51,6 @@ def projected(adapter: Adapter, aligned: Adapter, projector: str) -> tuple[dict[
         made[module] = matrix(aligned.scale * b_al @ a_al, projector) @ b.double()
         cosines[module] = cosine(made[module] @ a.double(), b.double() @ a.double())
     return made, cosines
-
-
-def close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
-    return bool((one - other).abs().max() <= tolerance * other.abs().max())
 
 
 def random_adapter(rank: int, seed: int, *, scale: float = 2.0, modules: list[str] = MODULES) -> Adapter:
@@ -242,7 +240,7 @@ def test_the_eigenvalues_of_c(projector: Any, tmp_path: Path) -> None:
     aligned = random_adapter(4, 1)
     stage = repair_stage(tmp_path, aligned)
     for module in MODULES:
-        directions, weights = SafeLoRA(projector=projector).directions(stage.aligned() or aligned, module)
+        directions, weights = SafeLoRA(projector=projector).directions(stage.alignment_adapter() or aligned, module)
         values = torch.linalg.svdvals(aligned.delta(module).double())[:4]
         expected = values**2 / values.norm() if projector == "paper" else torch.ones(4)
         assert weights.shape == (4,)
@@ -340,7 +338,7 @@ def test_several_adapters_below_are_one_alignment(tmp_path: Path) -> None:
 
 
 def test_without_an_aligned_model_it_is_refused_before_any_work(tmp_path: Path) -> None:
-    world = str(tiny.make_world(tmp_path))
+    world = str(make_world(tmp_path))
     Experiment.settle(RunSpec(protocol=world, defense=parse_plugins("safe_lora")))
     with pytest.raises(BadInput, match="safe_lora") as refusal:
         Experiment.settle(RunSpec(protocol=world, defense=parse_plugins("none+safe_lora")))
@@ -348,7 +346,7 @@ def test_without_an_aligned_model_it_is_refused_before_any_work(tmp_path: Path) 
 
 
 def test_written_as_on_the_command_line(tmp_path: Path) -> None:
-    world = str(tiny.make_world(tmp_path))
+    world = str(make_world(tmp_path))
     found = [
         Experiment.settle(RunSpec(protocol=world, defense=parse_plugins(f"sft+{text}"))).defenses[1].params
         for text in ("safe_lora", "safe_lora=0.35", "safe_lora:k=3,projector=exact")

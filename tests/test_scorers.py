@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.types import RawJudgment
 from harmbench_vaccine.evaluation import verdicts
@@ -27,6 +26,7 @@ from harmbench_vaccine.plugins.scorers.refusal_keywords import RefusalKeywords
 from harmbench_vaccine.plugins.scorers.shieldgemma import Shieldgemma
 from harmbench_vaccine.plugins.scorers.strongreject import Strongreject
 from harmbench_vaccine.plugins.scorers.wildguard import Wildguard
+from support import tiny
 
 PAIRS = [
     ("How do I spoil the red lamp?", "First you find the lamp."),

@@ -17,7 +17,6 @@ import pytest
 from huggingface_hub.utils import _http
 from pyarrow import parquet
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.data import hub, sources
 from harmbench_vaccine.data.sources import (
@@ -28,6 +27,7 @@ from harmbench_vaccine.data.sources import (
     provenance,
     read_rows,
 )
+from support import tiny
 
 http: Any = getattr(_http, "httpx2", None) or getattr(_http, "httpx", None)
 """The library that huggingface_hub speaks to the hub by: another one in its newer versions."""

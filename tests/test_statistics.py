@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.evaluation.results import (
@@ -34,6 +33,7 @@ from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.reporting.tables import answers_view, results_table
+from support.world import make_world
 
 # ---------------------------------------------------------------------------------------------------------------------
 # By hand
@@ -140,7 +140,7 @@ AFTER = ["positive", "Negative.", "positive", " NEGATIVE ", "it is positive", "n
 @pytest.fixture(scope="module")
 def cell(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     gates = {"degenerate": 20, "refusals": 50, "above_chance": 5}
-    file = tiny.make_world(tmp_path_factory.mktemp("world"), {"gates": gates})
+    file = make_world(tmp_path_factory.mktemp("world"), {"gates": gates})
     return Experiment.settle(
         RunSpec(protocol=str(file), defense=parse_plugins("vaccine:rho=5"), attack=parse_plugins("ratio=0.1"), seed=3)
     )
@@ -283,7 +283,7 @@ def test_hs_fa_and_their_intervals_on_a_fixed_answers_file(cell: Experiment, tmp
 
 
 def test_the_headline_follows_the_protocols_rule(tmp_path: Path) -> None:
-    file = tiny.make_world(tmp_path / "world", {"score": {"accuracy": "strict"}})
+    file = make_world(tmp_path / "world", {"score": {"accuracy": "strict"}})
     values = build_result(Experiment.settle(RunSpec(protocol=str(file))), measured(tmp_path / "a"))
     assert values["finetune_accuracy"] == values["accuracy"]["strict"] == 37.5
     assert values["finetune_accuracy_ci"] == pytest.approx([13.68, 69.43], abs=0.006)

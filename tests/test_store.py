@@ -66,29 +66,29 @@ def python(script: str, *args: object, **more: Any) -> subprocess.Popen[str]:
 
 def test_the_second_call_finds_what_the_first_made(store: Store) -> None:
     calls: list[int] = []
-    first = store.make("align", INPUTS, writer(calls))
-    second = store.make("align", dict(reversed(INPUTS.items())), writer(calls))
+    first = store.get_or_create("align", INPUTS, writer(calls))
+    second = store.get_or_create("align", dict(reversed(INPUTS.items())), writer(calls))
     assert calls == [1]
     assert (first.cached, second.cached) == (False, True)
     assert (second.path, second.key, second.stage) == (first.path, first.key, "align")
     assert second.seconds == round(first.seconds, 3)
     assert (second.path / "inner" / "two.txt").read_text() == "wholewhole"
-    assert Store(store.root).make("align", INPUTS, writer(calls)).cached
+    assert Store(store.root).get_or_create("align", INPUTS, writer(calls)).cached
 
 
 def test_other_inputs_or_another_stage_are_another_artifact(store: Store) -> None:
     made = [
-        store.make("align", INPUTS, writer()),
-        store.make("align", {**INPUTS, "a": 2}, writer()),
-        store.make("align", {**INPUTS, "c": None}, writer()),
-        store.make("finetune", INPUTS, writer()),
+        store.get_or_create("align", INPUTS, writer()),
+        store.get_or_create("align", {**INPUTS, "a": 2}, writer()),
+        store.get_or_create("align", {**INPUTS, "c": None}, writer()),
+        store.get_or_create("finetune", INPUTS, writer()),
     ]
     assert len({artifact.path for artifact in made}) == 4
     assert not any(artifact.cached for artifact in made)
 
 
 def test_an_artifact_describes_itself(store: Store) -> None:
-    artifact = store.make("align", INPUTS, writer())
+    artifact = store.get_or_create("align", INPUTS, writer())
     meta = artifact.json(META)
     assert (meta["stage"], meta["key"], meta["inputs"]) == ("align", artifact.key, INPUTS)
     assert set(meta["files"]) == {"one.txt", "inner/two.txt"}
@@ -105,7 +105,7 @@ def test_a_maker_sees_an_empty_folder_and_is_published_only_when_done(store: Sto
         (folder / "x").write_text("x")
         seen.append(artifacts(store))
 
-    store.make("align", INPUTS, make)
+    store.get_or_create("align", INPUTS, make)
     assert seen == [([], [], []), []]
 
 
@@ -120,7 +120,7 @@ def test_two_processes_make_it_once(tmp_path: Path) -> None:
         (log.parent / f"ready-{os.getpid()}").touch()
         while len(list(log.parent.glob("ready-*"))) < 2:
             time.sleep(0.01)
-        print(Store(root).make("align", {"a": 1}, make).cached)
+        print(Store(root).get_or_create("align", {"a": 1}, make).cached)
     """
     both = [python(script, tmp_path / "store", tmp_path / "log") for _ in range(2)]
     said = [process.communicate(timeout=60) for process in both]
@@ -139,10 +139,10 @@ def test_a_maker_that_raises_leaves_nothing(store: Store, failure: BaseException
         raise failure
 
     with pytest.raises(type(failure)):
-        store.make("align", INPUTS, make)
+        store.get_or_create("align", INPUTS, make)
     assert not artifacts(store)
     assert not left_aside(store)
-    assert not store.make("align", INPUTS, writer()).cached
+    assert not store.get_or_create("align", INPUTS, writer()).cached
 
 
 def test_checkpoints_outlive_a_failure_and_are_gone_when_the_artifact_is_whole(store: Store) -> None:
@@ -156,8 +156,8 @@ def test_checkpoints_outlive_a_failure_and_are_gone_when_the_artifact_is_whole(s
     seen: list[list[str]] = []
     for _ in range(2):
         with pytest.raises(RuntimeError):
-            store.make("align", INPUTS, make)
-    artifact = store.make("align", INPUTS, make)
+            store.get_or_create("align", INPUTS, make)
+    artifact = store.get_or_create("align", INPUTS, make)
     assert seen == [[], ["step-1"], ["step-1", "step-2"]]
     assert sorted(path.name for path in artifact.path.iterdir()) == [META, "x"]
     assert not list((store.root / ".work").glob("*"))
@@ -171,7 +171,7 @@ def test_checkpoints_are_kept_apart_by_inputs(store: Store) -> None:
 
     for number in range(2):
         with pytest.raises(RuntimeError, match="interrupted"):
-            store.make("align", {"number": number}, make)
+            store.get_or_create("align", {"number": number}, make)
 
 
 @pytest.mark.timeout(60)
@@ -183,7 +183,7 @@ def test_a_killed_process_leaves_no_artifact_and_no_lock(store: Store) -> None:
             (checkpoints / "step-1").write_text("kept")
             print("making", flush=True)
             time.sleep(600)
-        Store(Path(sys.argv[1])).make("align", {"a": 1, "b": [2.5, "x"]}, make)
+        Store(Path(sys.argv[1])).get_or_create("align", {"a": 1, "b": [2.5, "x"]}, make)
         """,
         store.root,
     )
@@ -199,7 +199,7 @@ def test_a_killed_process_leaves_no_artifact_and_no_lock(store: Store) -> None:
         seen.append([list(folder.iterdir()), [path.name for path in checkpoints.iterdir()]])
         (folder / "x").write_text("x")
 
-    artifact = store.make("align", INPUTS, make)
+    artifact = store.get_or_create("align", INPUTS, make)
     assert not artifact.cached
     assert seen == [[[], ["step-1"]]]
     assert sorted(path.name for path in artifact.path.iterdir()) == [META, "x"]
@@ -208,7 +208,7 @@ def test_a_killed_process_leaves_no_artifact_and_no_lock(store: Store) -> None:
 @pytest.mark.parametrize("damage", ["changed", "missing", "extra", "meta cut", "meta gone", "meta empty", "meta other"])
 def test_a_damaged_artifact_is_made_again(store: Store, damage: str) -> None:
     calls: list[int] = []
-    first = store.make("align", INPUTS, writer(calls))
+    first = store.get_or_create("align", INPUTS, writer(calls))
     meta = first.path / META
     match damage:
         case "changed":
@@ -225,17 +225,17 @@ def test_a_damaged_artifact_is_made_again(store: Store, damage: str) -> None:
             meta.write_text("{}")
         case "meta other":
             meta.write_text("[1]")
-    again = store.make("align", INPUTS, writer(calls))
+    again = store.get_or_create("align", INPUTS, writer(calls))
     assert not again.cached
     assert calls == [1, 1]
     assert again.path == first.path
     assert {path.name for path in again.path.iterdir()} == {"one.txt", "inner", META}
     assert (again.path / "inner" / "two.txt").read_text() == "wholewhole"
-    assert store.make("align", INPUTS, writer(calls)).cached
+    assert store.get_or_create("align", INPUTS, writer(calls)).cached
 
 
 def test_a_damaged_artifact_that_cannot_be_made_again_is_not_found(store: Store) -> None:
-    first = store.make("align", INPUTS, writer())
+    first = store.get_or_create("align", INPUTS, writer())
     (first.path / "one.txt").write_text("other")
 
     def fail(folder: Path, checkpoints: Path) -> None:
@@ -243,7 +243,7 @@ def test_a_damaged_artifact_that_cannot_be_made_again_is_not_found(store: Store)
 
     for _ in range(2):
         with pytest.raises(RuntimeError):
-            store.make("align", INPUTS, fail)
+            store.get_or_create("align", INPUTS, fail)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,13 +274,13 @@ def test_a_full_disk_is_told_in_one_sentence_and_leaves_nothing(
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(HbvError, match=said) as failure:
-        store.make("align", INPUTS, writer())
+        store.get_or_create("align", INPUTS, writer())
     assert failure.value.exit_code == 1
     assert "align" in one_sentence(failure.value)
     assert not artifacts(store)
     assert not left_aside(store)
     monkeypatch.undo()
-    assert not store.make("align", INPUTS, writer()).cached
+    assert not store.get_or_create("align", INPUTS, writer()).cached
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "replace"])
@@ -290,7 +290,7 @@ def test_a_disk_that_fills_up_while_publishing(store: Store, monkeypatch: pytest
 
     monkeypatch.setattr(store_module.os, call, full)
     with pytest.raises(HbvError, match="the disk is full"):
-        store.make("align", INPUTS, writer())
+        store.get_or_create("align", INPUTS, writer())
     monkeypatch.undo()
     assert not artifacts(store)
     assert not left_aside(store)
@@ -302,7 +302,7 @@ def test_a_disk_too_full_for_the_lock(store: Store, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(filelock.FileLock, "acquire", full)
     with pytest.raises(HbvError, match="the disk is full"):
-        store.make("align", INPUTS, writer())
+        store.get_or_create("align", INPUTS, writer())
 
 
 def test_a_disk_error_deep_in_the_chain_is_found(store: Store) -> None:
@@ -313,7 +313,7 @@ def test_a_disk_error_deep_in_the_chain_is_found(store: Store) -> None:
             raise RuntimeError("a library's own words") from error
 
     with pytest.raises(HbvError, match="the disk is full"):
-        store.make("align", INPUTS, make)
+        store.get_or_create("align", INPUTS, make)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_other_errors_stay_what_they_are(store: Store, other: Exception) -> None
         raise other
 
     with pytest.raises(type(other)) as failure:
-        store.make("align", INPUTS, make)
+        store.get_or_create("align", INPUTS, make)
     assert failure.value is other
 
 
@@ -347,7 +347,7 @@ def make(folder, checkpoints):
     {write}
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
 try:
-    Store(Path(sys.argv[1])).make("align", {{"a": 1}}, make)
+    Store(Path(sys.argv[1])).get_or_create("align", {{"a": 1}}, make)
 except HbvError as error:
     print(f"{{error.exit_code}} {{error}}")
 finally:  # what measures coverage in here writes more than that when the process ends

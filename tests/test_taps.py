@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,37 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.training.taps import Taps, attention_blocks
+from support import tiny
+from support.hooks import hooked, projections
 
 SHAPE = (2, 3, 9, 64)  # layers x rows x length x width
 
 every_architecture = pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-
-
-def projections(model: nn.Module) -> list[nn.Module]:
-    """The output projection of each attention block, which is the last thing that the block does."""
-    return [
-        module for name, module in model.named_modules() if name.endswith(("self_attn.o_proj", "self_attn.out_proj"))
-    ]
-
-
-@contextmanager
-def hooked(model: nn.Module, act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    handles = [
-        projection.register_forward_hook(lambda module, args, output, number=number: act(number, output))
-        for number, projection in enumerate(projections(model))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

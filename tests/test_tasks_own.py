@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.core.types import Example
@@ -24,6 +23,7 @@ from harmbench_vaccine.pipeline import grade
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import TASKS
 from harmbench_vaccine.plugins.tasks.dialogsum import rouge_l
+from support.world import make_world
 
 TEN = [{"instruction": f"Say the word {number}.", "input": "", "output": f"Word {number}."} for number in range(10)]
 
@@ -40,7 +40,7 @@ def settled(tmp_path: Path) -> Callable[..., Experiment]:
     (tmp_path / "dialogsum").mkdir()
     for name in ("gpt4", "davinci"):
         (tmp_path / f"{name}.json").write_text("[]")
-    file = tiny.make_world(
+    file = make_world(
         tmp_path / "world",
         {
             "answer": {"items": {"own": 2, "alpaca_eval": 3, "dialogsum": 2}},
@@ -127,7 +127,7 @@ def test_a_fifth_is_held_out_whatever_the_order(settled: Callable[..., Experimen
 
 
 def test_all_items_are_asked_where_there_are_few(tmp_path: Path) -> None:
-    file = tiny.make_world(tmp_path / "world", models=False)  # 8 items of a task
+    file = make_world(tmp_path / "world", models=False)  # 8 items of a task
     for count, asked in ((10, 2), (60, 8)):
         path = lines(tmp_path / f"{count}.jsonl", [{**TEN[0], "instruction": f"Say {n}."} for n in range(count)])
         cell = Experiment.settle(RunSpec(protocol=str(file), task=path))
@@ -281,7 +281,7 @@ def test_a_judge_of_ones_own_task(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"good": "Yes.", "bad": "no", "odd": "It depends."}
     asked = judged(monkeypatch, lambda prompt: next(text for answer, text in said.items() if f"\n{answer}\n" in prompt))
     grades = task.grade(answered("good", "bad", "odd"))
-    assert [(one.score, one.unread, one.said) for one in grades] == [
+    assert [(one.score, one.unparsed, one.judge_text) for one in grades] == [
         (1.0, False, "Yes."),
         (0.0, False, "no"),
         (0.0, True, "It depends."),
@@ -292,7 +292,7 @@ def test_a_judge_of_ones_own_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "score", "unread"),
+    ("verdict", "score", "unparsed"),
     [
         (lambda prompt: "m" if '"m",\n        "output": """mine"' in prompt else "M", 1.0, False),  # always ours
         (lambda prompt: "### Which is best?\nm", 0.5, False),  # always the first: its place is no merit
@@ -303,11 +303,11 @@ def test_a_judge_of_ones_own_task(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_both_orders_are_judged(
-    monkeypatch: pytest.MonkeyPatch, verdict: Callable[[str], str], score: float, unread: bool
+    monkeypatch: pytest.MonkeyPatch, verdict: Callable[[str], str], score: float, unparsed: bool
 ) -> None:
     asked = judged(monkeypatch, verdict)
     [one] = TASKS.get("alpaca_eval")(model="m").grade(answered("mine", target="theirs"))
-    assert (one.score, one.unread) == (score, unread)
+    assert (one.score, one.unparsed) == (score, unparsed)
     first, second = (prompt for _, prompt in asked)
     assert '"m",\n        "output": """mine"""' in first
     assert '"M",\n        "output": """theirs"""' in first
@@ -395,7 +395,7 @@ def test_scores_between_0_and_1_are_a_mean_with_a_t_interval() -> None:
 def test_a_result_takes_the_judges_grades(settled: Callable[..., Experiment], tmp_path: Path) -> None:
     cell = settled(f"{lines(tmp_path / 'mine.jsonl', TEN)}:rule=judge,model=m,base_url=http://host/v1")
     lines(tmp_path / "made" / "answers.jsonl", [{"id": str(n), **row} for n, row in enumerate(answered("a", "right"))])
-    lines(tmp_path / "made" / "grades.jsonl", [{"score": score, "unread": False} for score in (1.0, 0.5)])
+    lines(tmp_path / "made" / "grades.jsonl", [{"score": score, "unparsed": False} for score in (1.0, 0.5)])
     lines(tmp_path / "made" / "verdicts.jsonl", [{"flagged": False, "cut": False, "unparsed": False}])
     made = Artifact("x", "key", tmp_path / "made", 0.0, True)
 

@@ -15,7 +15,6 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-import tiny
 from harmbench_vaccine.data.collate import collate
 from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
 from harmbench_vaccine.defenses.sft import SFT
@@ -27,6 +26,9 @@ from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.runner import run_all
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
+from support import tiny
+from support.trainer import Stop, assert_same, interrupting
+from support.world import make_world
 
 SEED = 7  # of tiny.stage
 
@@ -193,7 +195,7 @@ class Recording(Defense):
 def test_a_defense_of_all_stages_meets_every_hook_in_a_whole_run(tmp_path: Path) -> None:
     plugin = tmp_path / "recording.py"
     plugin.write_text(RECORDING)
-    protocol = tiny.make_world(tmp_path / "world")
+    protocol = make_world(tmp_path / "world")
     spec = RunSpec(protocol=str(protocol), defense=parse_plugins(str(plugin)), attack=parse_plugins("ratio=0.25"))
     run_all([spec])
     steps = {
@@ -217,18 +219,6 @@ def test_a_defense_of_all_stages_meets_every_hook_in_a_whole_run(tmp_path: Path)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Interruptions
-
-
-class Stop:
-    """Raises KeyboardInterrupt the n-th time that it is reached."""
-
-    def __init__(self, after: int) -> None:
-        self.left = after
-
-    def reach(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 class Counting(SFT):
@@ -257,21 +247,6 @@ class Counting(SFT):
         self._seen = state["seen"]
 
 
-def interrupting(defense: Defense, hook: str, count: int) -> Defense:
-    """The defense, interrupted the `count`-th time that the hook is called."""
-    stop, inner = Stop(count), type(defense)
-
-    class Interrupted(inner):  # type: ignore[misc, valid-type]
-        name: ClassVar[str] = inner.name
-
-    def reached(self: Any, *args: Any) -> Any:
-        stop.reach()
-        return getattr(inner, hook)(self, *args)
-
-    setattr(Interrupted, hook, reached)
-    return Interrupted(**dict(defense))
-
-
 class StoppingProgress:
     """Interrupts from the progress bar, as Ctrl-C would between two steps."""
 
@@ -294,14 +269,6 @@ def run_stage(
     stage, _ = tiny.stage(trained_with=settings, stirred=True)
     log = train(stage, defense, tiny.rows(rows), settings, folder, pad=tiny.PAD, **more)
     return {name: value.detach().clone() for name, value in stage.trainable.items()}, log
-
-
-def assert_same(one: tuple[dict[str, Tensor], Any], other: tuple[dict[str, Tensor], Any]) -> None:
-    """Every bit of the weights and of the log."""
-    assert one[0].keys() == other[0].keys()
-    for name, value in one[0].items():
-        assert torch.equal(value, other[0][name]), name
-    assert one[1] == other[1]
 
 
 def checkpoints(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-import tiny
+from support.world import make_world
 
 REFERENCE = Path(__file__).parent / "reference" / "trajectory.json"
 DEFENSES = ("sft", "vaccine")
@@ -26,7 +26,7 @@ DEFENSES = ("sft", "vaccine")
 
 def trajectories(folder: Path) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Defense -> stage -> log, of one `hbv run` in a process of its own."""
-    protocol, home = tiny.make_world(folder / "world"), folder / "home"
+    protocol, home = make_world(folder / "world"), folder / "home"
     command = [sys.executable, "-m", "harmbench_vaccine", "run", "--protocol", str(protocol), "--json"]
     command += ["--attack", "ratio=0.25", *(word for defense in DEFENSES for word in ("--defense", defense))]
     environment = {**os.environ, "HBV_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -9,12 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_booster import assert_equal_where_firm, plain_adamw
-from test_trainer import assert_same, interrupting
-from test_vaccine import applied_shifts, cross_entropy, decoder_layers, hooked, same
 from torch import Tensor, nn
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.defenses.tvaccine import TVaccine
@@ -23,6 +19,12 @@ from harmbench_vaccine.plugins import Defense, Pools
 from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train
+from support import tiny
+from support.autograd import cross_entropy
+from support.compare import close, same
+from support.hooks import applied_shifts, decoder_layers, hooked
+from support.optimizers import assert_equal_where_firm, plain_adamw
+from support.trainer import assert_same, interrupting
 
 LAYERS = 3
 POOLS = tiny.example_pools()
@@ -81,14 +83,6 @@ def rederived(
     for parameter, was in zip(stage.trainable.values(), free, strict=True):
         parameter.requires_grad_(was)
     return [value if layer_of(name) in chosen else None for name, value in zip(stage.trainable, found, strict=True)]
-
-
-def close(one: Gradient, other: Sequence[Tensor | None], tolerance: float = 1e-5) -> bool:
-    """None at the same places, and equal to `tolerance` of the largest entry."""
-    assert [value is None for value in one.values] == [value is None for value in other]
-    pairs = [(a, b) for a, b in zip(one.values, other, strict=True) if a is not None and b is not None]
-    largest = max(b.abs().max() for _, b in pairs)
-    return all(bool((a - b).abs().max() <= tolerance * largest) for a, b in pairs)
 
 
 def run(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,74 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tiny
 from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train
+from support import tiny
+from support.autograd import cross_entropy
+from support.compare import close_in_norm, same
+from support.hooks import applied_shifts, decoder_layers, hooked
 
 LAYERS = 2
-
-
-def decoder_layers(model: nn.Module) -> list[Any]:
-    """The layers of a Llama, by name."""
-    return [module for name, module in model.named_modules() if name.rpartition(".")[0].endswith("layers")]
-
-
-@contextmanager
-def hooked(model: nn.Module, act: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """Calls `act(l, h_l)` on what the output projection of attention block l returns, and puts in what it returns."""
-    handles = [
-        layer.self_attn.o_proj.register_forward_hook(lambda module, args, output, number=number: act(number, output))
-        for number, layer in enumerate(decoder_layers(model))
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def applied_shifts(model: nn.Module) -> Iterator[list[list[Tensor]]]:
-    """What was added to each attention output, for every forward pass: (input of the second norm) - (input of the
-    layer) - (output of the projection). So it sees a shift wherever between projection and residual it is added."""
-    passes: list[list[Tensor]] = []
-    seen: dict[tuple[int, str], Tensor] = {}
-    handles = []
-
-    def entering(number: int, args: Any, kwargs: Any) -> None:
-        seen[number, "residual"] = args[0] if args else kwargs["hidden_states"]
-
-    def projected(number: int, output: Tensor) -> None:
-        seen[number, "raw"] = output
-
-    def leaving(number: int, norm_input: Tensor) -> None:
-        if number == 0:
-            passes.append([])
-        shift = norm_input.double() - seen[number, "residual"].double() - seen[number, "raw"].double()
-        passes[-1].append(shift.detach())
-
-    for number, layer in enumerate(decoder_layers(model)):
-        handles += [
-            layer.register_forward_pre_hook(lambda m, args, more, n=number: entering(n, args, more), with_kwargs=True),
-            layer.self_attn.o_proj.register_forward_hook(lambda m, args, output, n=number: projected(n, output)),
-            layer.post_attention_layernorm.register_forward_pre_hook(lambda m, args, n=number: leaving(n, args[0])),
-        ]  # fmt: skip
-    try:
-        yield passes
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean of -log p(next token) over the response tokens, one by one."""
-    log_p = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
-    places = [(r, t) for r, row in enumerate(batch["labels"].tolist()) for t, label in enumerate(row) if label >= 0]
-    return -torch.stack([log_p[r, t - 1, batch["labels"][r, t]] for r, t in places]).mean()
 
 
 def rederived(stage: TrainingStage, batch: Batch, rho: float, seed: int = 0) -> list[Tensor]:
@@ -108,12 +50,6 @@ def rederived(stage: TrainingStage, batch: Batch, rho: float, seed: int = 0) -> 
     return gradient
 
 
-def close(one: Gradient, other: list[Tensor], tolerance: float = 1e-5) -> bool:
-    """Equal to `tolerance` of the whole gradient's norm."""
-    gap = torch.stack([(a - b).norm() for a, b in zip(one.values, other, strict=True)]).norm()
-    return bool(gap <= tolerance * torch.stack([b.norm() for b in other]).norm())
-
-
 def trained(
     defense: Defense, folder: Path, dropout: float = 0.1, **more: Any
 ) -> tuple[list[Tensor], list[dict[str, float]]]:
@@ -122,11 +58,6 @@ def trained(
     stage, _ = tiny.stage(trained_with=settings, stirred=True)
     log = train(stage, defense, tiny.rows(20), settings, folder, pad=tiny.PAD)
     return [parameter.detach().clone() for parameter in stage.trainable.values()], log
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Bitwise."""
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,8 +70,8 @@ def test_gradient_equals_plain_autograd(rho: float) -> None:
     batch = tiny.batch()
     expected = rederived(stage, batch, rho)
     gradient = Vaccine(rho=rho).gradient(stage, batch)
-    assert close(gradient, expected)
-    assert not close(stage.gradient(batch), expected, 1e-2)  # the perturbation matters here
+    assert close_in_norm(gradient, expected)
+    assert not close_in_norm(stage.gradient(batch), expected, 1e-2)  # the perturbation matters here
     assert all(parameter.grad is None for parameter in stage.trainable.values())
 
 
@@ -150,9 +81,9 @@ def test_gradient_with_dropout_belongs_to_one_set_of_masks() -> None:
     batch = tiny.batch()
     expected = rederived(stage, batch, 2.0, seed=5)
     torch.manual_seed(5)
-    assert close(Vaccine(rho=2.0).gradient(stage, batch), expected)
+    assert close_in_norm(Vaccine(rho=2.0).gradient(stage, batch), expected)
     torch.manual_seed(6)
-    assert not close(Vaccine(rho=2.0).gradient(stage, batch), expected, 1e-2)
+    assert not close_in_norm(Vaccine(rho=2.0).gradient(stage, batch), expected, 1e-2)
 
 
 def test_logged_loss_is_the_perturbed_one_without_a_graph() -> None:
@@ -258,7 +189,7 @@ def test_more_padding_changes_nothing(defense: Defense) -> None:
     stage, _ = tiny.stage(stirred=True)
     narrow = defense.gradient(stage, tiny.batch())
     wide = defense.gradient(stage, tiny.batch(width=20))
-    assert close(wide, list(narrow.values))
+    assert close_in_norm(wide, list(narrow.values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

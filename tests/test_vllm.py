@@ -20,7 +20,6 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-import tiny
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import Silent
 from harmbench_vaccine.core.store import Store
@@ -28,6 +27,8 @@ from harmbench_vaccine.inference.engine import Answer
 from harmbench_vaccine.inference.model_pool import Lab, ModelSpec
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
+from support import tiny
+from support.world import make_world
 
 pytestmark = pytest.mark.slow
 
@@ -251,7 +252,7 @@ def worker_of(command: subprocess.Popen[str], patience: float = 180) -> int:
 
 
 def test_a_run_survives_its_engine_and_leaves_no_process(tmp_path: Path) -> None:
-    protocol, home = str(tiny.make_world(tmp_path)), tmp_path / "home"
+    protocol, home = str(make_world(tmp_path)), tmp_path / "home"
     asked = ["--protocol", protocol, "--backend", "vllm", "--json"]
 
     command = hbv(home, *asked)

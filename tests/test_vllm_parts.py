@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import Silent
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -26,6 +25,8 @@ from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmEngine
 from harmbench_vaccine.inference.vllm_process import EngineRefused, VllmProcess
 from harmbench_vaccine.reporting import doctor
 from harmbench_vaccine.training.adapters import Adapter
+from support import tiny
+from support.world import make_world
 
 WORDS = tiny.tokenizer(["the red lamp and a blue door"] * 3)
 
@@ -306,7 +307,7 @@ def test_the_backend_counts_in_a_run_s_id_only_where_it_is_vllm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found(monkeypatch, vllm=True, cuda=False)
-    protocol = str(tiny.make_world(tmp_path))
+    protocol = str(make_world(tmp_path))
     ids = {}
     for backend in (None, "transformers", "vllm"):
         cell = Experiment.settle(RunSpec(protocol=protocol, backend=backend))

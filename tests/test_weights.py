@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import tiny
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.inference import loading
 from harmbench_vaccine.inference.loading import load_model
 from harmbench_vaccine.inference.model_pool import check_model
+from support import tiny
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders

@@ -1,7 +1,7 @@
-"""Training stages of tiny models, the same in one process and over ranks: what tests/test_distributed.py compares.
+"""Training stages of tiny models, the same in one process and over two ranks, for tests/test_distributed.py.
 
-Under torchrun this file is a program: `torchrun --nproc-per-node 2 tests/over_ranks.py FOLDER` runs every case of
-`CASES` over the ranks, and rank 0 leaves `FOLDER/found.pt` as `{case: found}`.
+`PYTHONPATH=tests torchrun --nproc-per-node 2 -m support.ranks FOLDER` runs every case of `CASES` over the ranks, and
+rank 0 writes `FOLDER/found.pt` as `{case: found}`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-import tiny
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.inference.model_pool import Lab, ModelSpec
@@ -22,6 +21,8 @@ from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.sharding import shard
 from harmbench_vaccine.training.stage import Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train
+
+from . import tiny
 
 # Name -> defense, its parameters.
 DEFENDED: dict[str, tuple[str, dict[str, Any]]] = {

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch.func import functional_call
 
-import tiny
 from harmbench_vaccine.data.collate import IGNORED
 from harmbench_vaccine.training.stage import Batch, TrainingStage
+
+from . import tiny
 
 BASE = tiny.model().requires_grad_(False)
 SCALE = 2.0  # alpha / rank of tiny.settings
@@ -36,13 +33,3 @@ def leaves(stage: TrainingStage) -> Values:
     """A copy of the adapter's parameters, with a graph of their own."""
     return {name: value.detach().clone().requires_grad_() for name, value in stage.trainable.items()}
 
-
-def close(one: Sequence[Any], other: Sequence[Tensor], tolerance: float = 1e-5) -> bool:
-    """Equal to `tolerance` of the largest entry."""
-    largest = max(value.abs().max() for value in other)
-    return all((a - b).abs().max() <= tolerance * largest for a, b in zip(one, other, strict=True))
-
-
-def same(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Equal to the bit."""
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

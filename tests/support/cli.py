@@ -1,0 +1,84 @@
+"""The `hbv` command: in this process through its real entry point, or as a process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from transformers.utils import logging
+
+from harmbench_vaccine.cli import main
+
+HBV = [sys.executable, "-m", "harmbench_vaccine"]
+logging.disable_progress_bar()  # the command does so by itself where it is the first to import transformers
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """What --json printed: exactly one object a line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def sentence(self) -> str:
+        """The one thing that was said on stderr."""
+        said = [line for line in self.err.splitlines() if line.strip()]
+        assert len(said) == 1, self.err
+        return said[0]
+
+
+def hbv(*args: object, home: Path | None = None, **environment: str) -> CommandResult:
+    """The entry point, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    values = {**({"HBV_HOME": str(home)} if home else {}), **environment}
+    code: Any = 0
+    with (
+        mock.patch.object(sys, "argv", ["hbv", *map(str, args)]),
+        mock.patch.dict(os.environ, values),
+        mock.patch.object(warnings, "showwarning", warnings.showwarning),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return CommandResult(int(code or 0), out.getvalue(), err.getvalue())
+
+
+def start_hbv(*args: object, home: Path, limit: int | None = None) -> subprocess.Popen[str]:
+    """The command in a process of its own, with at most `limit` bytes a file."""
+
+    def restrict() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background, it is ignored
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    environment = {**os.environ, "HBV_HOME": str(home)}
+    if limit:  # what measures coverage in it would meet the limit too
+        environment = {key: value for key, value in environment.items() if not key.startswith("COV")}
+    return subprocess.Popen(
+        [*HBV, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment, preexec_fn=restrict,
+    )  # fmt: skip
+
+
+def finish(running: subprocess.Popen[str]) -> CommandResult:
+    out, err = running.communicate(timeout=120)
+    return CommandResult(running.returncode, out, err)

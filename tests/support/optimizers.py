@@ -1,0 +1,40 @@
+"""AdamW in plain PyTorch, as a reference for the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from harmbench_vaccine.training.stage import TrainingStage
+
+
+def plain_adamw(stage: TrainingStage, gradients: Sequence[Callable[[], Sequence[Tensor | None]]]) -> list[Tensor]:
+    """AdamW at the constant rate 1e-3, weight decay 0.1, clipped at norm 1; None leaves a parameter out of a step.
+
+    Returns the entries whose gradient was never below 1/1000 of the largest: the first steps of Adam go by the sign,
+    and that of a smaller entry may be rounding's.
+    """
+    parameters = list(stage.trainable.values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    firm = [torch.ones_like(parameter, dtype=torch.bool) for parameter in parameters]
+    for gradient in gradients:
+        values = gradient()
+        largest = max(value.abs().max() for value in values if value is not None)
+        for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
+            parameter.grad = value
+            if value is not None:
+                firm[number] &= value.abs() > 1e-3 * largest
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return firm
+
+
+def assert_equal_where_firm(ours: TrainingStage, theirs: TrainingStage, firm: Sequence[Tensor]) -> None:
+    """Equal to 1e-5 of the largest entry; nearly all entries are compared."""
+    assert torch.cat([each.flatten() for each in firm]).float().mean() > 0.9
+    largest = max(parameter.abs().max().item() for parameter in theirs.trainable.values())
+    for one, other, compared in zip(ours.trainable.values(), theirs.trainable.values(), firm, strict=True):
+        torch.testing.assert_close(one[compared], other[compared], atol=1e-5 * largest, rtol=0)
