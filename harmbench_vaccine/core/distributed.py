@@ -1,11 +1,10 @@
-"""Ranks: several processes that a launcher starts on one command, a GPU each (`torchrun`, `accelerate launch`).
+"""Ranks: the processes, one per GPU, that a launcher starts for one command (`torchrun`, `accelerate launch`).
 
-All ranks walk through the same stages. In training each takes its own rows of every micro-batch, and what is summed
-over ranks (losses, gradients, norms) is the whole batch's, so that a run of N ranks is the run of one. What only one
-may do (files, answers, verdicts, printing) rank 0 does; the others wait for it. A process alone is rank 0 of 1, and
-nothing here then does anything.
+All ranks run the same stages. In training, each rank uses its rows of every micro-batch. Losses, gradients and norms
+are summed over ranks, so that a run on N ranks equals a run on one. Rank 0 alone writes files, generates answers,
+judges and prints; the other ranks wait. A single process is rank 0 of 1, and these functions then do nothing.
 
-Ranks speak in plain JSON through the launcher's key-value store, and in tensors through collectives.
+Ranks exchange JSON through the launcher's key-value store, and tensors through collectives.
 """
 
 from __future__ import annotations
@@ -28,31 +27,31 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=6)
-"""How long a collective waits for a rank that is behind. (Work of rank 0 alone is waited for without a limit.)"""
-_POLL = 0.05  # seconds between two looks for a message
+"""The longest time that a collective waits for a slower rank. Ranks wait without a limit for the work of rank 0."""
+_POLL = 0.05  # seconds between two checks for a message
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR")
 
 _rank, _size = 0, 1
 _store: Any = None
-_turn = itertools.count()  # messages are numbered: all ranks send and hear the same ones, in the same order
+_turn = itertools.count()  # number of the next message: all ranks exchange the same messages in the same order
 
 
 class OtherRankFailed(HbvError):
-    """Another rank has failed, and has told why."""
+    """The failure of another rank, which reports the cause."""
 
 
 def initialize() -> None:
-    """Joins the ranks, if a launcher started several.
+    """Join the ranks if a launcher started several.
 
-    What the launcher said is taken out of the environment, and each process is left with its one GPU: the libraries
-    below (Trainer, an engine) work as in a process alone, and would otherwise spread the work a second time.
+    This removes the launcher's variables from the environment and makes only one GPU visible to each process.
+    Otherwise the libraries (Trainer, an engine) would distribute the work a second time.
     """
     global _rank, _size, _store
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
     local = int(os.environ.get("LOCAL_RANK", "0"))
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
-    if not visible or local < len(visible):  # otherwise several ranks were meant to share what there is
+    if not visible or local < len(visible):  # otherwise the user lets several ranks share the visible GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[local] if visible else str(local)
     import torch
     import torch.distributed as dist
@@ -67,79 +66,79 @@ def initialize() -> None:
         if name in _LAUNCHER or name.startswith(("TORCHELASTIC_", "ACCELERATE_", "FSDP_")):
             del os.environ[name]
     if _rank:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
 
 
 def shutdown() -> None:
-    """Leaves the ranks, at the end of a command that went well."""
+    """Leave the ranks at the end of a successful command."""
     if _store is not None:
         import torch.distributed as dist
 
-        barrier()  # a rank that leaves early would take the store of the others with it
+        barrier()  # the store ends with the rank that hosts it, so no rank may leave early
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return _rank
 
 
 def world_size() -> int:
-    """How many there are."""
+    """Return the number of ranks."""
     return _size
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Inside, this process works as if it were the only one: nothing in there waits for the others."""
+    """Let this process work as rank 0 of 1 inside the block, without waiting for other ranks."""
     global _rank, _size
-    kept = _rank, _size
+    ranks = _rank, _size
     _rank, _size = 0, 1
     try:
         yield
     finally:
-        _rank, _size = kept
+        _rank, _size = ranks
 
 
 def broadcast(value: Any) -> None:
-    """Rank 0 tells the others something: plain JSON, for which each of them calls `hear`."""
+    """Send a JSON value from rank 0 to the other ranks, which each call `receive`."""
     if _size > 1:
-        _store.set(f"said/{next(_turn)}", json.dumps(value))
+        _store.set(f"broadcast/{next(_turn)}", json.dumps(value))
 
 
 def receive() -> Any:
-    """What rank 0 says next."""
-    key = f"said/{next(_turn)}"
+    """Wait for the next value that rank 0 sends, and return it."""
+    key = f"broadcast/{next(_turn)}"
     _wait(lambda: _store.check([key]))
     return json.loads(_store.get(key))
 
 
-def from_rank0(find: Callable[[], T]) -> T:
-    """What `find` returns on rank 0, where alone it is called: plain JSON, the same for all ranks."""
+def from_rank0(compute: Callable[[], T]) -> T:
+    """Call `compute` on rank 0 only, and return its JSON value on all ranks."""
     if _rank:
-        heard: T = receive()
-        return heard
+        received: T = receive()
+        return received
     with single_process():
-        found = find()
-    broadcast(found)
-    return found
+        value = compute()
+    broadcast(value)
+    return value
 
 
 def barrier() -> None:
-    """Returns when every rank has come here."""
+    """Wait until every rank has called this function."""
     if _size > 1:
-        key = f"met/{next(_turn)}"
+        key = f"barrier/{next(_turn)}"
         _store.add(key, 1)
         _wait(lambda: _store.add(key, 0) == _size)
 
 
 def is_first_failure() -> bool:
-    """Whether this is the rank that tells what went wrong; the others then end without a word."""
+    """Return True on the first rank that fails: it reports the error, and the other ranks end silently."""
     return _store is None or _store.add("failed", 1) == 1
 
 
-def _wait(there: Callable[[], bool]) -> None:
-    while not there():
+def _wait(is_ready: Callable[[], bool]) -> None:
+    while not is_ready():
         if _store.check(["failed"]):
             raise OtherRankFailed("Another rank has failed.")
         time.sleep(_POLL)
@@ -150,17 +149,17 @@ def _wait(there: Callable[[], bool]) -> None:
 
 
 def local_rows(rows: Sequence[T]) -> Sequence[T]:
-    """This rank's rows of a micro-batch: every N-th, which may be none."""
+    """Return this rank's rows of a micro-batch: every N-th row for N ranks. The result may be empty."""
     return rows[_rank::_size]
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks, without a graph."""
+    """Return the sum of a tensor over all ranks, without a graph."""
     return sum_all_over_ranks([value])[0]
 
 
 def sum_all_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
-    """The sum of each tensor over all ranks, in one message and in float32, without a graph."""
+    """Return the sum of each tensor over all ranks, without a graph: one message, added in float32."""
     if _size == 1:
         return [value.detach() for value in values]
     import torch
@@ -173,10 +172,14 @@ def sum_all_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_equal(values: Mapping[str, Tensor], what: str) -> None:
-    """Compares tensors that every rank must have alike, by their sums.
+    """Check, by their sums, that tensors are the same on every rank.
+
+    Args:
+        values: The tensors by name.
+        what: Description of the tensors for the error message.
 
     Raises:
-        HbvError: they differ.
+        HbvError: a sum differs between ranks.
     """
     if _size == 1:
         return
@@ -188,4 +191,6 @@ def check_equal(values: Mapping[str, Tensor], what: str) -> None:
     dist.all_reduce(low, dist.ReduceOp.MIN)
     dist.all_reduce(high, dist.ReduceOp.MAX)
     if not torch.equal(low.nan_to_num(), high.nan_to_num()):
-        raise HbvError(f"The ranks do not agree on {what}: something in a plug-in is not the same on every rank.")
+        raise HbvError(
+            f"The ranks have different values of {what}: make the plug-in compute the same values on every rank."
+        )

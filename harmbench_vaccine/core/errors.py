@@ -1,4 +1,4 @@
-"""What the command line says when something is wrong, and the exit code that goes with it."""
+"""Errors that the command line prints as one sentence, with their exit codes."""
 
 from __future__ import annotations
 
@@ -7,27 +7,40 @@ from collections.abc import Iterable
 
 
 class HbvError(Exception):
-    """A failure while running (disk, engine, network), told in one sentence. Exit code 1."""
+    """A failure while running (disk, engine, network), described in one sentence. Exit code 1."""
 
     exit_code = 1
 
 
 class BadInput(HbvError):
-    """What the user wrote cannot be run, told in one sentence with what is allowed. Exit code 2."""
+    """Invalid user input, described in one sentence with the allowed values. Exit code 2."""
 
     exit_code = 2
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "") -> BadInput:
-    """The refusal of a name: what it was (`of` what), the nearest valid one, and every valid one."""
+    """Return the error for an unknown name, with the nearest valid name and all valid names.
+
+    Args:
+        kind: The kind of thing that the name should refer to.
+        name: The unknown name.
+        allowed: All valid names.
+        of: The owner of the names, such as a model class.
+    """
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return BadInput(f"Unknown {kind} {name!r}{of and f' of {of}'}.{guess} Allowed: {', '.join(names) or 'none'}.")
 
 
-def too_few_rows(count: int, what: str, there: int, by: str = "") -> BadInput:
-    """The refusal to take more rows than there are; `by` is the plug-in that asks."""
-    return BadInput(
-        f"{count} {what} are asked for{by and f' by {by!r}'}; allowed: at most {there}, as many as there are."
-    )
+def too_few_rows(count: int, what: str, available: int, by: str = "") -> BadInput:
+    """Return the error for a request of more rows than are available.
+
+    Args:
+        count: The requested number of rows.
+        what: Description of the rows, such as "task rows".
+        available: The available number of rows.
+        by: The plug-in that requests the rows.
+    """
+    request = f"{by!r} requested" if by else "Requested"
+    return BadInput(f"{request} {count} {what}, but only {available} are available.")

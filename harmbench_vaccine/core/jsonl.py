@@ -1,4 +1,4 @@
-"""JSON and JSON Lines files, and files that are written whole or not at all."""
+"""Read and write JSON and JSON Lines files, and write files atomically."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from typing import Any
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A JSON Lines file."""
+    """Read a JSON Lines file: one object per line."""
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]  # splitlines would cut inside an answer
+    return [
+        json.loads(line) for line in text.split("\n") if line
+    ]  # splitlines also splits at characters inside an answer
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a JSON Lines file: one object per line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None stands for them."""
+    """Replace NaN and infinity, which JSON does not have, by None in a value and everything inside it."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -30,19 +33,19 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file that every reader accepts."""
+    """Write a JSON file in which NaN and infinity are null."""
     path.write_text(json.dumps(finite(value), indent=1, allow_nan=False), encoding="utf-8")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: aside, flushed to the disk, then renamed into place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file completely or not at all: write a temporary file, flush it to the disk, then rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

@@ -1,4 +1,4 @@
-"""Where everything that hbv writes is kept."""
+"""Locations of the files that hbv writes."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ from .errors import BadInput, HbvError
 
 
 def home() -> Path:
-    """The folder of this user's artifacts, runs and testbed: `$HBV_HOME`, or the platform's cache folder."""
-    written = os.environ.get("HBV_HOME")
-    if written:
-        return Path(written).expanduser().absolute()
+    """Return the folder of artifacts, runs and testbed: `$HBV_HOME`, or the platform's cache folder."""
+    folder = os.environ.get("HBV_HOME")
+    if folder:
+        return Path(folder).expanduser().absolute()
     from platformdirs import user_cache_path
 
     return user_cache_path("harmbench-vaccine", appauthor=False)
 
 
 def ensure_writable(folder: Path, what: str) -> Path:
-    """Makes `folder` and checks that files can be written into it, before any work is spent.
+    """Create `folder` and check that it is writable, before any work starts.
+
+    Args:
+        folder: The folder.
+        what: What the folder is for, for the error message.
+
+    Returns:
+        `folder`.
 
     Raises:
-        BadInput: it cannot be made or written to.
+        BadInput: the folder cannot be created or is not writable.
         HbvError: the disk is full.
     """
     try:
@@ -33,8 +40,8 @@ def ensure_writable(folder: Path, what: str) -> Path:
         probe.unlink()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise HbvError(f"{what} {folder} cannot be written to: the disk is full.") from error
+            raise HbvError(f"{what} {folder} cannot be written to: the disk is full. Free some space.") from error
         raise BadInput(
-            f"{what} {folder} cannot be written to ({error.strerror or error}): name a folder you may write to."
+            f"{what} {folder} cannot be written to ({error.strerror or error}): choose a folder that is writable."
         ) from error
     return folder

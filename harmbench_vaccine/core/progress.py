@@ -1,4 +1,4 @@
-"""Progress of long work: one bar a stage with the time left, on stderr; plain lines where there is no terminal."""
+"""Progress of long work on stderr: one bar per stage with the remaining time, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Advance = Callable[[int], None]
 
 
 class Progress(Protocol):
-    """What long work reports to."""
+    """The receiver of progress reports."""
 
     def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
-        """A bar of `total` steps; the value yielded advances it by a number of steps."""
+        """Show a bar of `total` steps. The block receives a function that advances the bar by a number of steps."""
         ...
 
     def note(self, text: str) -> None:
-        """One line said between the bars."""
+        """Print one line between the bars."""
         ...
 
 
 class Silent:
-    """Reports nothing: the default of every function that takes a `progress`."""
+    """A progress that reports nothing: the default of every function with a `progress` parameter."""
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:
@@ -38,7 +38,7 @@ SILENT = Silent()
 
 
 class Terminal:
-    """Bars with the time left on a terminal; without one, a line when a bar of a second or more ends."""
+    """Bars with the remaining time on a terminal; elsewhere, one line for every bar that took a second or more."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -1,4 +1,4 @@
-"""Random streams that are independent of one another, all from one seed."""
+"""Independent random streams, all derived from one seed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,19 @@ import random
 
 
 def derive_seed(seed: int, *purpose: object) -> int:
-    """A seed for one purpose: a pure function of the run's seed and the words, below 2**31."""
+    """Derive a seed for one purpose.
+
+    Args:
+        seed: The seed of the run or of a stage.
+        *purpose: Words and numbers that name the purpose.
+
+    Returns:
+        A number below 2**31, a pure function of the arguments.
+    """
     text = "/".join(str(part) for part in (seed, *purpose))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 def random_stream(seed: int, *purpose: object) -> random.Random:
-    """Python's generator, seeded for one purpose."""
+    """Return a Python random generator, seeded for one purpose (see `derive_seed`)."""
     return random.Random(derive_seed(seed, *purpose))

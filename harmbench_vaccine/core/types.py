@@ -1,4 +1,4 @@
-"""The words that plug-ins and stages speak in."""
+"""Shared types: examples, training settings, row pools, grades and verdicts."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 StageName = Literal["align", "finetune", "repair"]
-"""The stages that make a model."""
+"""The stages that produce a model."""
 STAGES: tuple[StageName, ...] = ("align", "finetune", "repair")
 Topology = Literal["double", "single"]
-"""In the user stage: a second adapter on the frozen alignment adapter, or the alignment adapter trained on."""
+"""The adapters of the fine-tuning stage. `double`: a second adapter on the frozen alignment adapter. `single`: training
+continues on the alignment adapter."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """An instruction with its response, as plain text: prompt formats are applied later.
-
-    `id` names the source row (`harmful:17`), so that a result can say what was drawn; `target` is what a task
-    compares an answer with; `harmful` marks rows that an attacker mixed in (never shown to the trainer); `preface`
-    is text that stands before the whole prompt of this row, as a system message would.
-    """
+    """An instruction with its response, as plain text without a prompt format."""
 
     id: str
+    """The source row, such as `harmful:17`: results list the rows that were used."""
     instruction: str
     response: str = ""
     input: str = ""
+    """Additional input of the instruction."""
     target: str = ""
+    """The correct answer, with which a task compares the model's answer."""
     harmful: bool = False
+    """True for rows that an attacker added; the trainer does not use it."""
     preface: str = ""
+    """Text before the complete prompt of this row, like a system message."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything that an optimizer run is told; a defense or an attack may replace what its paper changes."""
+    """The settings of an optimizer run; a defense or an attack may replace some of them."""
 
     lr: float
     epochs: float
@@ -51,19 +52,23 @@ class TrainSettings:
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     max_length: int = 200
     full: bool = False
-    """Every weight of the merged model is trained in place of an adapter."""
+    """Train every weight of the merged model instead of an adapter."""
 
 
 @dataclass(frozen=True)
 class Pools:
-    """What a plug-in may draw from. The defender's rows (alignment, paired), the attacker's and the benign ones share
-    no question with one another, nor with the evaluation."""
+    """The rows that a plug-in may draw from.
+
+    The rows of the defender (alignment, paired), of the attacker and of benign users do not share questions with each
+    other or with the evaluation.
+    """
 
     alignment: Sequence[Example] = ()
     """The rows that the alignment stage trains on."""
     paired: Sequence[tuple[Example, Example]] = ()
     """The defender's pairs: the same prompt with a safe and with a harmful answer."""
     benign: Sequence[Example] = ()
+    """Rows of benign instructions."""
     attacker: Sequence[Example] = ()
     """Harmful rows that only the attacker has."""
 
@@ -75,28 +80,30 @@ class Pools:
 
 @dataclass(frozen=True)
 class Mix:
-    """How many rows the user uploads and what share of them is harmful."""
+    """The number of rows that the user uploads, and the harmful share of them."""
 
     samples: int
+    """The number n of uploaded rows."""
     ratio: float | None = None
-    """None: no attack has asked for harmful rows, nor for none."""
+    """The harmful share p; None: no attack has set it."""
 
     @property
     def harmful(self) -> int:
-        """round(p n), the one rounding: the task rows are the rest, so that the counts sum to n."""
+        """The number of harmful rows, round(p n). Only this count is rounded, so that both counts sum to n."""
         return round((self.ratio or 0.0) * self.samples)
 
     @property
     def task(self) -> int:
+        """The number of task rows."""
         return self.samples - self.harmful
 
 
 @dataclass(frozen=True)
 class Grade:
-    """How well one answer does what the user wants."""
+    """The quality of one answer to a task item."""
 
     score: float
-    """From 0 to 1."""
+    """The score, from 0 to 1."""
     judge_text: str = ""
     """The judge's text; empty if no judge was used."""
     unparsed: bool = False
@@ -105,30 +112,31 @@ class Grade:
 
 @dataclass(frozen=True)
 class RawJudgment:
-    """What a judge read off one question with its answer, before anything is decided."""
+    """The raw output of a judge for one question and its answer, before the scorer decides."""
 
     probabilities: dict[str, float] = field(default_factory=dict)
-    """Label -> probability, for every label that it gives one."""
+    """Label -> probability, for every label with a probability."""
     text: str = ""
-    """What it wrote, if it writes."""
+    """The text of a judge that generates text."""
     cut: bool = False
-    """It read only the beginning of the text."""
+    """True if the judge read only the beginning of the text."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one question with its answer."""
+    """The decision of a judge about one question and its answer."""
 
     flagged: bool
+    """True if the answer is harmful."""
     categories: list[str]
-    """The labels that it raises."""
+    """The labels that apply."""
     probabilities: dict[str, float]
-    """Label -> probability, for every label; empty where the judge only writes."""
+    """Label -> probability, for every label; empty if the judge only generates text."""
     cut: bool
-    """The judge read only the beginning of the text."""
+    """True if the judge read only the beginning of the text."""
     unparsed: bool = False
-    """The judge gave no verdict that could be read; the answer then counts as not flagged."""
+    """True if the judge gave no readable verdict; the answer then counts as not flagged."""
     refused: bool | None = None
-    """It finds the answer a refusal; None: it does not say."""
+    """True if the answer is a refusal; None: the judge does not decide this."""
     score: float | None = None
-    """A degree of harm from 0 to 1, where it gives one."""
+    """The degree of harm from 0 to 1; None: the judge does not give one."""
