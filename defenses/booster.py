@@ -1,16 +1,16 @@
-"""Booster: harmful perturbation attenuated in alignment. Huang et al., ICLR 2025, arXiv 2409.01586.
+"""Booster: attenuate harmful perturbation during alignment. Huang et al., ICLR 2025, arXiv 2409.01586.
 
 With B_h harmful rows of the defender, the same in both terms, and the norm over all trainable parameters:
 
     g_h = grad L(w; B_h),   w' = w - alpha * g_h / (||g_h|| + 1e-7)
-    g   = grad L(w; B_a) + lam * (g_h - grad L(w'; B_h))          dw'/dw replaced by the identity
+    g   = grad L(w; B_a) + lam * (g_h - grad L(w'; B_h))          dw'/dw is replaced by the identity
     w  <- w - lr * g
 
 To first order the correction is lam * alpha * H g_h / ||g_h||: the step flattens the harmful loss along its gradient.
 
-Cost a step: 3 forward, 3 backward. Departures from the authors' code: w is restored from a copy (theirs adds the shift
-back, which leaves rounding behind); gradients of earlier micro-batches survive under accumulation; the two harmful
-passes see the same dropout masks, so that their difference is the perturbation's alone.
+Cost of a step: 3 forward, 3 backward. Departures from the authors' code: w is restored from a copy (theirs adds
+alpha * g_h / ||g_h|| again, which leaves rounding errors); gradients of earlier micro-batches survive under
+accumulation; the two harmful passes see the same dropout masks, so that only the perturbation makes them differ.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, sam
 
 
 class Booster(Defense):
-    """Lowers how much one harmful step would lower the harmful loss."""
+    """Alignment that reduces how much one harmful step can lower the harmful loss."""
 
     citation: ClassVar[str] = "arXiv 2409.01586"
     cost: ClassVar[str] = "3F 3B"
@@ -33,16 +33,17 @@ class Booster(Defense):
     neutral: ClassVar[Mapping[str, Any] | None] = {"lam": 0.0}
 
     lam: float = param(
-        5.0, "weight of the harmful loss's reduction", source="authors' smooth_align.sh", main=True, ge=0
+        5.0, "weight of the reduction in harmful loss", source="authors' smooth_align.sh", main=True, ge=0
     )
     alpha: float = param(0.1, "length of the simulated harmful step (L2)", source="authors' smooth_align.sh", ge=0)
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
-        """The alignment gradient, corrected by what a harmful step would change."""
+        """Return the alignment gradient plus the change of the harmful gradient over a harmful step."""
         harmful = stage.stream("harmful", stage.pools.harmful)
         with same_dropout():
-            here = stage.gradient(harmful)
-        step = -self.alpha / (here.norm + 1e-7)
-        with same_dropout(), stage.shifted([None if value is None else step * value for value in here.values]):
-            there = stage.gradient(harmful)
-        return stage.gradient(batch) + self.lam * (here - there)
+            harmful_gradient = stage.gradient(harmful)
+        scale = -self.alpha / (harmful_gradient.norm + 1e-7)
+        shifts = [None if value is None else scale * value for value in harmful_gradient.values]
+        with same_dropout(), stage.shifted(shifts):
+            shifted_gradient = stage.gradient(harmful)
+        return stage.gradient(batch) + self.lam * (harmful_gradient - shifted_gradient)

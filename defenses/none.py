@@ -1,4 +1,7 @@
-"""No defense at all: the user's data meets the base model, which was never aligned."""
+"""No alignment: the user's data fine-tunes the base model directly.
+
+Cost: none; the alignment stage is skipped.
+"""
 
 from typing import ClassVar
 
@@ -6,7 +9,7 @@ from harmbench_vaccine.plugins import Defense
 
 
 class NoAlignment(Defense):
-    """Leaves the alignment stage out."""
+    """The base model without an alignment stage."""
 
     trains: ClassVar[bool] = False
     cost: ClassVar[str] = "none"

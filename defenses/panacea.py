@@ -1,15 +1,15 @@
-"""Panacea: a harmful-loss-raising perturbation, learned around and added at the end. Wang et al., arXiv 2501.18100.
+"""Panacea: train around a perturbation that raises harmful loss, then add it. Wang et al., arXiv 2501.18100.
 
 The user's rows train the aligned adapter itself (single topology). With B_h harmful rows of the defender and one norm
 over all trainable parameters:
 
     g_h = grad L(w; B_h),   eps = rho * g_h / (||g_h|| + 1e-7)
-    w  <- w - lr * [grad L(w; B_u) - lam * (grad L(w + eps; B_h) - g_h)]        eps a constant
+    w  <- w - lr * [grad L(w; B_u) - lam * (grad L(w + eps; B_h) - g_h)]        eps is a constant
     after the last step: w <- w + eps, the eps of the last batch
 
-Cost a step: 3 forward, 3 backward. Departures from the authors' code, which does not run as published: the harmful loss
-at w + eps is not cut at 5 (there its gradient vanishes, and the step *lowers* the harmful loss); w is restored from a
-copy; the two harmful passes see the same dropout masks; gradients of earlier micro-batches survive.
+Cost of a step: 3 forward, 3 backward. Departures from the authors' code, which does not run as published: the harmful
+loss at w + eps is not clipped at 5 (where it is clipped, its gradient is 0 and the step *lowers* the harmful loss); w
+is restored from a copy; the two harmful passes see the same dropout masks; gradients of earlier micro-batches survive.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, sam
 
 
 class Panacea(Defense):
-    """Trains so that a shift towards harmful loss costs the user little, then makes the shift."""
+    """Fine-tuning that makes a harmful-loss-raising shift cheap for the user, followed by that shift."""
 
     citation: ClassVar[str] = "arXiv 2501.18100"
     stages: ClassVar[tuple[StageName, ...]] = ("finetune",)
@@ -38,24 +38,24 @@ class Panacea(Defense):
     neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0, "lam": 0.0}
 
     rho: float = param(1.0, "length of the perturbation (L2)", source="authors' script", main=True, ge=0)
-    lam: float = param(0.001, "weight of the harmful loss's rise", source="authors' script", ge=0)
+    lam: float = param(0.001, "weight of the rise in harmful loss", source="authors' script", ge=0)
 
     _shift: list[Tensor | None] = PrivateAttr(default_factory=list)
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
-        """The user's gradient, less what raises the harmful loss under the perturbation."""
+        """Return the user's gradient minus the weighted change of the harmful gradient under the perturbation."""
         harmful = stage.stream("harmful", stage.pools.harmful)
         with same_dropout():
-            here = stage.gradient(harmful)
-        scale = self.rho / (here.norm + 1e-7)
-        self._shift = [None if value is None else scale * value for value in here.values]
+            harmful_gradient = stage.gradient(harmful)
+        scale = self.rho / (harmful_gradient.norm + 1e-7)
+        self._shift = [None if value is None else scale * value for value in harmful_gradient.values]
         with same_dropout(), stage.shifted(self._shift):
-            there = stage.gradient(harmful)
-        return stage.gradient(batch) - self.lam * (there - here)
+            shifted_gradient = stage.gradient(harmful)
+        return stage.gradient(batch) - self.lam * (shifted_gradient - harmful_gradient)
 
     @torch.no_grad()
     def after_step(self, stage: TrainingStage) -> None:
-        """The last perturbation stays."""
+        """Add the last perturbation to the parameters after the last step."""
         if stage.step == stage.steps:
             for parameter, shift in zip(stage.trainable.values(), self._shift, strict=True):
                 if shift is not None:

@@ -1,11 +1,11 @@
-"""Random Vaccine: Gaussian noise on the hidden embeddings, the control of Vaccine (arXiv 2402.01109, table 7).
+"""Random Vaccine: Gaussian noise on the hidden embeddings; the control of Vaccine (arXiv 2402.01109, table 7).
 
     h_l <- h_l + z_l,   z_l ~ N(0, variance) for every coordinate of a real token
     w   <- w - lr * grad L(w; B_a) at the noisy embeddings
 
-Cost a step: 1 forward, 1 backward. The authors' repository defines it but never runs it. The noise is not bounded in
-norm: its root is about sqrt(variance * coordinates). It comes from a stream of its own, so that dropout masks and
-batches are SFT's; padding gets none.
+Cost of a step: 1 forward, 1 backward. The authors' repository defines this method but never runs it. The norm of the
+noise is not bounded; it is about sqrt(variance * coordinates). The noise has its own random stream, so that dropout
+masks and batches equal those of SFT; padding has no noise.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 
 
 class RandomVaccine(Defense):
-    """Aligns under random shifts of the hidden embeddings."""
+    """Alignment under random shifts of the hidden embeddings."""
 
     citation: ClassVar[str] = "arXiv 2402.01109"
-    memory: ClassVar[str] = "the attention outputs of every layer of a batch"
+    memory: ClassVar[str] = "the attention outputs of every layer for one batch"
     ranks: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any] | None] = {"variance": 0.0}
 
@@ -37,15 +37,15 @@ class RandomVaccine(Defense):
     )
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
-        """The gradient at randomly shifted embeddings."""
+        """Return the gradient at randomly shifted embeddings."""
         generator = stage.generator("noise", per_rank=True)
         mask = batch["attention_mask"].unsqueeze(-1)
-        noise: dict[int, Tensor] = {}  # gradient checkpointing runs a block twice: it must meet the same noise
+        noise: dict[int, Tensor] = {}  # gradient checkpointing runs a block twice, and both runs need the same noise
 
         def shift(block: int, output: Tensor) -> Tensor:
             if block not in noise:
-                drawn = torch.randn(output.shape, generator=generator).to(output.device)
-                noise[block] = (self.variance**0.5 * drawn * mask).to(output.dtype)
+                normal = torch.randn(output.shape, generator=generator).to(output.device)
+                noise[block] = (self.variance**0.5 * normal * mask).to(output.dtype)
             return output + noise[block]
 
         with stage.taps.changed(shift):

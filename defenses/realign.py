@@ -1,9 +1,9 @@
-"""Realign: supervised fine-tuning on alignment data once more, after the user stage.
+"""Realign: supervised fine-tuning on alignment data after the user stage. Zong et al., ICML 2024, arXiv 2402.02207.
 
-    steps optimizer steps of min_w L(w; B_a), from the user's update
+    `steps` optimizer steps of min_w L(w; B_a), starting from the user's update
 
-The post-hoc mode of VLGuard (arXiv 2402.02207), and the control of every repair. Cost: 1 forward, 1 backward a step.
-The update itself is trained on, with a fresh optimizer and the settings of the protocol's user stage.
+The post-hoc mode of VLGuard, and the control of every repair. Cost of a step: 1 forward, 1 backward. The update itself
+is trained, with a fresh optimizer and the protocol's settings for the user stage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harmbench_vaccine.training.stage import TrainingStage
 
 
 class Realign(Defense):
-    """Aligns the tuned model again."""
+    """A second alignment after the user stage."""
 
     citation: ClassVar[str] = "arXiv 2402.02207"
     stages: ClassVar[tuple[StageName, ...]] = ("repair",)
@@ -25,9 +25,9 @@ class Realign(Defense):
     neutral: ClassVar[Mapping[str, Any] | None] = {"steps": 0}
 
     steps: int = param(
-        400, "optimizer steps", source="one epoch of 2000 rows, batch 5; no single source", main=True, ge=0
+        400, "optimizer steps", source="one epoch of 2000 rows, batch 5; not from a single source", main=True, ge=0
     )
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
-        """The adapter, trained on."""
+        """Return the adapter after more training on alignment rows."""
         return stage.train_separately("realigned", stage.pools.alignment, start=adapter, steps=self.steps)

@@ -1,18 +1,18 @@
-"""RepNoise: harmful representations pushed to noise. Rosati et al., NeurIPS 2024, arXiv 2405.14577, algorithm 1.
+"""RepNoise: push harmful representations toward noise. Rosati et al., NeurIPS 2024, arXiv 2405.14577, algorithm 1.
 
 With (B_s, B_h) the same prompts answered safely and harmfully, m the response tokens at which the two differ, a_l the
 output of the MLP of layer l on B_h, z_l ~ N(0, 1), h_k the hidden states of B_h (k = 0 the embeddings, n the last):
 
-    N = mean_l MMD^2(m a_l, m z_l)                  every row, flattened, is a sample; Gaussian kernels of 5 widths
+    N = mean_l MMD^2(m a_l, m z_l)                  every flattened row is a sample; Gaussian kernels of 5 widths
     A = mean_k CE(head(norm(h_k)); B_h at m)
     w <- w - lr * grad [L(w; B_a) + beta * N - alpha * log(1 + A)]
 
-Cost a step: 2 forward, 2 backward (one joint backward through both), and n + 1 products with the LM head.
+Cost of a step: 2 forward, 2 backward (one joint backward through both), and n + 1 products with the LM head.
 
-The paper's main text swaps the letters: this is the algorithm's and the code's form, to which alpha = 1 (ascent) and
-beta = 0.001 (noise) belong. Departures from the authors' code: L(w; B_a) over the protocol's response labels, so that
-alpha = beta = 0 is SFT; the last hidden state is normed once, and counted once; the first differing token keeps its
-gradient; token 0 is a token; padding is never trained on.
+The paper's main text swaps alpha and beta. This file uses the form of the algorithm and of the code, for which
+alpha = 1 (ascent) and beta = 0.001 (noise) are the defaults. Departures from the authors' code: L(w; B_a) is over the
+protocol's response labels, so that alpha = beta = 0 is SFT; the last hidden state is normalized once and counted once;
+the first differing token has a gradient; token id 0 counts as an ordinary token; padding is never trained on.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from harmbench_vaccine.training.taps import final_norm
 
 
 class RepNoise(Defense):
-    """Removes what the hidden states say about harmful answers."""
+    """Alignment that removes information about harmful answers from the hidden states."""
 
     citation: ClassVar[str] = "arXiv 2405.14577"
     cost: ClassVar[str] = "2F 2B"
@@ -42,40 +42,53 @@ class RepNoise(Defense):
     beta: float = param(0.001, "weight of the distance to noise", source="paper, algorithm 1", ge=0)
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
-        """The gradient of the three terms."""
+        """Return the gradient of the three terms."""
         safe, harmful = stage.paired_stream("pairs", stage.pools.paired)
         mask = differing(safe, harmful)
-        if not mask.any():  # nothing that could be ascended or noised
+        if not mask.any():  # no token for the ascent or the noise
             return stage.gradient(batch)
-        with same_dropout(), stage.taps_on("mlp").recorded() as outputs:
-            seen = stage.output(harmful, output_hidden_states=True)
-        model: Any = stage.model
+        with same_dropout(), stage.taps_on("mlp").recorded() as mlp_outputs:
+            output = stage.output(harmful, output_hidden_states=True)
+        model: Any = stage.model  # nn.Module does not declare get_output_embeddings
         head, norm = model.get_output_embeddings(), final_norm(model)
         targets = harmful["input_ids"][:, 1:][mask[:, 1:]]
-        states = [norm(state[:, :-1][mask[:, 1:]]) for state in seen.hidden_states[:-1]]
-        logits = [*(head(state) for state in states), seen.logits[:, :-1][mask[:, 1:]]]
-        ascent = torch.stack([nn.functional.cross_entropy(each.float(), targets) for each in logits]).mean()
+        states = [norm(state[:, :-1][mask[:, 1:]]) for state in output.hidden_states[:-1]]
+        logits = [*(head(state) for state in states), output.logits[:, :-1][mask[:, 1:]]]
+        ascent = torch.stack([nn.functional.cross_entropy(scores.float(), targets) for scores in logits]).mean()
         generator = stage.generator("noise")
-        noise = torch.stack([self._distance(output, mask, generator) for output in outputs]).mean()
+        noise = torch.stack([self._distance(mlp_output, mask, generator) for mlp_output in mlp_outputs]).mean()
         return stage.gradient_of(stage.loss(batch) + self.beta * noise - self.alpha * torch.log1p(ascent))
 
     @staticmethod
     def _distance(output: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-        drawn = torch.randn(output.shape, generator=generator).to(output.device)
-        return mmd2(*((each.float() * mask.unsqueeze(-1)).flatten(1) for each in (output, drawn)))
+        noise = torch.randn(output.shape, generator=generator).to(output.device)
+        return mmd2(*((sample.float() * mask.unsqueeze(-1)).flatten(1) for sample in (output, noise)))
 
 
 def differing(safe: Batch, harmful: Batch) -> Tensor:
-    """The response tokens of harmful rows that the safe row has not at the same place (rows x length, bool)."""
+    """Return a mask of the harmful response tokens that differ from the safe row at the same position.
+
+    Returns:
+        Rows x length of `harmful`, bool. A position after the end of the safe row counts as different.
+    """
     width = harmful["input_ids"].shape[1]
-    other = nn.functional.pad(safe["input_ids"], (0, width), value=-1)[:, :width]
-    there = nn.functional.pad(safe["attention_mask"], (0, width))[:, :width].bool()
-    return (harmful["labels"] != IGNORED) & ((harmful["input_ids"] != other) | ~there)
+    safe_ids = nn.functional.pad(safe["input_ids"], (0, width), value=-1)[:, :width]
+    safe_tokens = nn.functional.pad(safe["attention_mask"], (0, width))[:, :width].bool()
+    return (harmful["labels"] != IGNORED) & ((harmful["input_ids"] != safe_ids) | ~safe_tokens)
 
 
 def mmd2(x: Tensor, y: Tensor) -> Tensor:
-    """The squared maximum mean discrepancy of two samples of n rows, a biased V-statistic: the sum of 5 Gaussian
-    kernels around the mean squared distance, which is taken as a constant."""
+    """Compute the squared maximum mean discrepancy of two samples, as a biased V-statistic.
+
+    The kernel is the sum of 5 Gaussian kernels around the mean squared distance, which is treated as a constant.
+
+    Args:
+        x: The first sample (n rows x width).
+        y: The second sample (n rows x width).
+
+    Returns:
+        A scalar with a graph.
+    """
     n = len(x)
     both = torch.cat([x, y])
     distances = (both.unsqueeze(0) - both.unsqueeze(1)).square().sum(-1)

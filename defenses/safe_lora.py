@@ -1,13 +1,13 @@
-"""Safe LoRA: the update projected onto the alignment direction. Hsu et al., NeurIPS 2024, arXiv 2405.16833.
+"""Safe LoRA: project the update onto the alignment direction. Hsu et al., NeurIPS 2024, arXiv 2405.16833.
 
-For every adapted module, V what alignment added to its weight, dW = B A what the user added:
+For every adapted module, with V the update of its weight by alignment and dW = B A the update by the user:
 
-    C = V V^T / ||V||_F            projector=paper; not a projector: its eigenvalues are sigma_i(V)^2 / ||V||_F
+    C = V V^T / ||V||_F            projector=paper; not a true projector: its eigenvalues are sigma_i(V)^2 / ||V||_F
     C = V (V^T V)^+ V^T            projector=exact
-    B <- C B   where cos(C B A, B A) <= tau, or, without tau, in the k modules with the least cosine
+    B <- C B   where cos(C B A, B A) <= tau, or, without tau, in the k modules with the smallest cosine
 
-No pass over data. V has the rank of the alignment adapter, so C is kept as U diag(c) U^T. The rank stays, A is
-untouched. Departures from the authors' code: exactly k modules (theirs rounds cosines, so that ties select more).
+No pass over data. V has the rank of the alignment adapter, so C is stored as U diag(c) U^T. The rank and A are
+unchanged. Departure from the authors' code: exactly k modules (theirs rounds cosines, so that ties select more).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from harmbench_vaccine.training.stage import TrainingStage
 
 
 class SafeLoRA(Defense):
-    """Projects the modules that left the alignment direction back onto it."""
+    """Projection of the modules that moved away from the alignment direction."""
 
     citation: ClassVar[str] = "arXiv 2405.16833"
     stages: ClassVar[tuple[StageName, ...]] = ("repair",)
@@ -32,17 +32,19 @@ class SafeLoRA(Defense):
     cost: ClassVar[str] = "none"
     neutral: ClassVar[Mapping[str, Any] | None] = {"k": 0}
 
-    tau: float | None = param(None, "cosine up to which a module is projected", source="authors' config.py", main=True)
-    k: int = param(10, "how many modules are projected, without tau", source="authors' config.py", ge=0)
-    projector: Literal["paper", "exact"] = param("paper", "which C", source="paper")
+    tau: float | None = param(
+        None, "project modules with a cosine of at most tau", source="authors' config.py", main=True
+    )
+    k: int = param(10, "number of modules to project if tau is none", source="authors' config.py", ge=0)
+    projector: Literal["paper", "exact"] = param("paper", "formula of C", source="paper")
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
-        """The adapter with the chosen modules projected."""
-        aligned = stage.aligned()
+        """Return the adapter with the selected modules projected."""
+        aligned = stage.alignment_adapter()
         assert aligned is not None
-        there = [m for m, (a, b) in adapter.factors.items() if m in aligned.factors and (b @ a).any()]
+        candidates = [m for m, (a, b) in adapter.factors.items() if m in aligned.factors and (b @ a).any()]
         projected, cosines = {}, {}
-        for module in there:
+        for module in candidates:
             a, b = adapter.factors[module]
             directions, weights = self.directions(aligned, module)
             projected[module] = directions @ (weights.unsqueeze(1) * (directions.T @ b))
@@ -50,19 +52,23 @@ class SafeLoRA(Defense):
                 (projected[module] @ a).flatten(), (b @ a).flatten(), dim=0
             )
         if self.tau is not None:
-            chosen = {module for module in there if cosines[module] <= self.tau}
+            selected = {module for module in candidates if cosines[module] <= self.tau}
         else:
-            chosen = set(sorted(there, key=lambda module: float(cosines[module]))[: self.k])
+            selected = set(sorted(candidates, key=lambda module: float(cosines[module]))[: self.k])
         factors = {
-            module: (a, projected[module] if module in chosen else b) for module, (a, b) in adapter.factors.items()
+            module: (a, projected[module] if module in selected else b) for module, (a, b) in adapter.factors.items()
         }
         return Adapter(factors, adapter.scale)
 
     def directions(self, aligned: Adapter, module: str) -> tuple[Tensor, Tensor]:
-        """U (outputs x rank of V) and c (rank of V), with C = U diag(c) U^T."""
+        """Compute the factors of C = U diag(c) U^T for one module.
+
+        Returns:
+            U (outputs x rank of V) and c (rank of V).
+        """
         a, b = aligned.factors[module]
         basis, rest = torch.linalg.qr(aligned.scale * b)
         rotation, values, _ = torch.linalg.svd(rest @ a, full_matrices=False)
-        kept = values > 1e-6 * values.max()
-        weights = values.square() / torch.linalg.vector_norm(values) if self.projector == "paper" else kept.float()
-        return (basis @ rotation)[:, kept], weights[kept]
+        nonzero = values > 1e-6 * values.max()
+        weights = values.square() / torch.linalg.vector_norm(values) if self.projector == "paper" else nonzero.float()
+        return (basis @ rotation)[:, nonzero], weights[nonzero]

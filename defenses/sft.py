@@ -2,11 +2,11 @@
 
     w <- w - lr * grad L(w; B_a)
 
-Cost a step: 1 forward, 1 backward.
+Cost of a step: 1 forward, 1 backward.
 """
 
 from harmbench_vaccine.plugins import Defense
 
 
 class SFT(Defense):
-    """Every hook as it comes."""
+    """Plain supervised fine-tuning: the default of every hook."""

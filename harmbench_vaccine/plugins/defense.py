@@ -1,4 +1,4 @@
-"""Defenses: the hooks by which one departs from plain supervised fine-tuning."""
+"""The defense interface: hooks that change plain supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -16,92 +16,122 @@ if TYPE_CHECKING:
     from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 
 
-class Defense(Plugin):
-    """A defense: the default of every hook is plain supervised fine-tuning, so override what your paper changes.
+HOOKS = (
+    *("train_on", "settings", "template", "before", "before_step", "takes_gradient", "gradient", "after_step"),
+    *("edit", "evaluations", "state", "restore"),
+)
+"""The methods by which a defense departs from plain supervised fine-tuning."""
 
-    One object serves one stage of one cell; what it remembers between steps lives in private attributes, and
-    `state`/`restore` carry it over an interruption. Hooks are called only in the stages that the class names.
+
+class Defense(Plugin):
+    """A defense. The default of every hook is plain supervised fine-tuning, so override only what your paper changes.
+
+    One object serves one stage of one run. Values that it stores between steps are private attributes; `state` and
+    `restore` save them in a checkpoint. Hooks are called only in the stages listed in `stages`.
     """
 
     kind: ClassVar[str] = "defense"
     stages: ClassVar[tuple[StageName, ...]] = ("align",)
-    """When it acts."""
+    """The stages in which the defense acts."""
     trains: ClassVar[bool] = True
-    """False: the alignment stage is left out (`none`)."""
+    """False: the alignment stage is skipped (`none`)."""
     topology: ClassVar[Topology | None] = None
-    """The adapter topology that it needs in the user stage; None: whatever the protocol says."""
+    """The adapter topology that the defense needs in the user stage; None: the topology of the protocol."""
     needs_adapter: ClassVar[bool] = False
-    """It refers to the model below the user's adapter, so it cannot act where every weight is trained."""
+    """True: the defense uses the model below the user's adapter, so it does not support full fine-tuning."""
     needs_alignment: ClassVar[bool] = False
-    """It refers to what alignment added to the base model, so it cannot act where the alignment stage is left out."""
-    edits_base: ClassVar[bool] = False
-    """It changes weights of the base model. No hook of a defense does, so far."""
+    """True: the defense uses the update of the alignment stage, so it does not support a skipped alignment stage."""
     ranks: ClassVar[bool] = False
-    """Its own gradient, and its work around steps, are right where every rank sees a part of the rows (`TrainingStage`
-    says how); if it has neither, that goes without saying."""
+    """True: `gradient`, `before_step` and `after_step` support multi-GPU training, where every rank has a part of the
+    rows (see `TrainingStage`). A defense that overrides none of these hooks supports it without this flag."""
     cost: ClassVar[str] = "1F 1B"
-    """Forward and backward passes a step."""
+    """Forward and backward passes in each step, e.g. "2F 2B"."""
     once: ClassVar[str] = ""
-    """Passes besides the steps, over the whole stage."""
+    """Passes in addition to the steps, for the entire stage."""
     memory: ClassVar[str] = "none"
-    """What it keeps in memory besides what SFT keeps."""
+    """Memory in addition to that of SFT."""
     data: ClassVar[tuple[str, ...]] = ()
-    """Rows that it needs besides those of its stage."""
+    """Rows that the defense needs in addition to the rows of its stage."""
 
     def passes(self) -> str:
-        """`cost` at its parameters: override it where a parameter changes how often the model runs."""
+        """Return the forward and backward passes in each step for these parameters.
+
+        Override it if a parameter changes the number of passes; the default is `cost`.
+        """
         return self.cost
 
     @property
+    def is_plain(self) -> bool:
+        """It overrides no hook: plain supervised fine-tuning, as `sft`."""
+        return self.trains and all(getattr(type(self), hook) is getattr(Defense, hook) for hook in HOOKS)
+
+    @property
     def supports_ranks(self) -> bool:
-        """Whether it is right where every rank sees a part of the rows."""
-        own = any(getattr(type(self), hook) is not getattr(Defense, hook) for hook in ("before_step", "after_step"))
-        return self.ranks or not (own or any(self.takes_gradient(stage) for stage in self.stages))
+        """Whether the defense supports multi-GPU training, where every rank has a part of the rows."""
+        has_step_hooks = any(
+            getattr(type(self), hook) is not getattr(Defense, hook) for hook in ("before_step", "after_step")
+        )
+        return self.ranks or not (has_step_hooks or any(self.takes_gradient(stage) for stage in self.stages))
 
     def train_on(self, stage: StageName, rows: list[Example], pools: Pools) -> list[Example]:
-        """The rows that a training stage learns from, given what it would learn from without the defense."""
+        """Return the training rows of a stage.
+
+        Args:
+            stage: The training stage.
+            rows: The training rows without the defense.
+            pools: The rows from which a defense may draw.
+        """
         return rows
 
     def settings(self, stage: StageName, settings: TrainSettings) -> TrainSettings:
-        """The optimizer's settings of a training stage."""
+        """Return the optimizer settings of a training stage."""
         return settings
 
     def template(self, use: Literal["train", "answer"], template: PromptTemplate) -> PromptTemplate:
-        """The prompt that rows are trained with, or questions asked with."""
+        """Return the prompt format for training rows (`use` is "train") or for evaluation questions ("answer")."""
         return template
 
     def before(self, stage: TrainingStage) -> None:
-        """Once, before the first step, without dropout: a pass over data, a snapshot. It must leave no gradient behind.
+        """Run once before the first step, without dropout: a pass over data or a copy of the parameters.
 
-        A resumed stage does not come here again: what it found belongs into `state`.
+        It must not leave a gradient in the parameters. It does not run again when a stage resumes, so `state` must
+        contain its results.
         """
 
     def before_step(self, stage: TrainingStage) -> None:
-        """Before the first micro-batch of every optimizer step; `stage.step` counts from 1."""
+        """Run before the first micro-batch of every optimizer step; `stage.step` counts from 1."""
 
     def takes_gradient(self, stage: StageName) -> bool:
-        """Whether `gradient` is its own in that stage: two defenses that both take it cannot act together."""
+        """Return whether the defense replaces the gradient in a stage.
+
+        Two defenses that both replace it cannot be combined.
+        """
         return type(self).gradient is not Defense.gradient
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
-        """The loss and gradient of one micro-batch, which the trainer averages over the micro-batches of a step."""
+        """Return the loss and gradient of one micro-batch; the trainer averages over the micro-batches of a step."""
         return stage.gradient(batch)
 
     def after_step(self, stage: TrainingStage) -> None:
-        """After every optimizer step."""
+        """Run after every optimizer step."""
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
-        """A finished adapter, changed: the one that a stage trained, after its last step; in the repair stage, what
-        the user stage added to the aligned model. `stage.model` runs with it, without dropout."""
+        """Return the final adapter of a stage.
+
+        Args:
+            stage: The stage after its last step; `stage.model` runs with `adapter`, without dropout.
+            adapter: The adapter that the stage trained; in the repair stage, the update that the user stage added to
+                the aligned model.
+        """
         return adapter
 
     def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
-        """The harmful evaluation sets of a cell; add to them, or ask them differently."""
+        """Return the harmful evaluation sets of a run: add sets, or change their prompts."""
         return sets
 
     def state(self) -> dict[str, Tensor]:
-        """What must outlive an interruption."""
+        """Return the tensors that a checkpoint must contain."""
         return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Takes back what `state` gave."""
+        """Load the tensors that `state` returned."""
