@@ -1,7 +1,7 @@
 """LoRA adapters: as plain tensors to store and edit, and stacked on one frozen base model to run and train.
 
-A stack of LoRAs is exactly one LoRA whose factors are concatenated along the rank, so a cell's artifact is tens of MB,
-no merged copy of the base is ever written, and an engine serves every cell by switching adapters.
+A stack of LoRAs equals one LoRA whose factors are concatenated along the rank. So a stage stores tens of MB instead of
+a merged copy of the base model, and an inference engine serves all experiments by switching adapters.
 """
 
 from __future__ import annotations
@@ -26,47 +26,48 @@ from harmbench_vaccine.core.types import TrainSettings
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 STANDARD_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The targets that the papers name for every model: where an architecture has only some of them, those are adapted, as
-the authors' scripts do (OPT: q_proj, k_proj, v_proj)."""
+"""The target modules that the papers list for every model. If an architecture has only some of them, LoRA adapts those,
+as the authors' scripts do (OPT: q_proj, k_proj, v_proj)."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA: every module's weight W becomes W + scale * B A."""
+    """A LoRA adapter: the weight W of every module becomes W + scale * B A."""
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
-    """Module -> (A, B), A rank x inputs, B outputs x rank."""
+    """Module -> (A, B), with A (rank x inputs) and B (outputs x rank)."""
     scale: float
+    """The factor of B A: alpha / rank."""
 
     @property
     def rank(self) -> int:
-        """The rank, the same for every module."""
+        """The rank of every module."""
         return next(iter(self.factors.values()))[0].shape[0]
 
     def delta(self, module: str) -> Tensor:
-        """scale * B A (outputs x inputs)."""
+        """Return the change of a module's weight, scale * B A (outputs x inputs)."""
         a, b = self.factors[module]
         return self.scale * (b @ a)
 
     def scaled(self, factor: float) -> Adapter:
-        """The adapter whose change of every weight is `factor` times this one's."""
+        """Return an adapter that changes every weight by `factor` times as much."""
         return replace(self, scale=factor * self.scale)
 
     def digest(self) -> str:
-        """A hash of every number in it."""
-        whole = hashlib.sha256(str(self.scale).encode())
+        """Return a hash of the scale and of all factors."""
+        content = hashlib.sha256(str(self.scale).encode())
         for module, factors in sorted(self.factors.items()):
-            whole.update(module.encode())
+            content.update(module.encode())
             for factor in factors:
-                whole.update(factor.detach().cpu().contiguous().numpy().tobytes())
-        return whole.hexdigest()[:20]
+                content.update(factor.detach().cpu().contiguous().numpy().tobytes())
+        return content.hexdigest()[:20]
 
     def save(self, folder: Path) -> None:
-        """Writes the folder in peft's format, which peft and vLLM read."""
+        """Write a folder in peft's format, which peft and vLLM read."""
         folder.mkdir(parents=True, exist_ok=True)
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.scale * self.rank,  # type: ignore[arg-type]  # peft takes a float
+            lora_alpha=self.scale * self.rank,  # type: ignore[arg-type]  # peft accepts a float
             target_modules=sorted({module.rpartition(".")[2] for module in self.factors}),
             task_type="CAUSAL_LM",
             inference_mode=True,
@@ -80,7 +81,7 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: Path) -> Adapter:
-        """Reads a folder in peft's format."""
+        """Read a folder in peft's format."""
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
         modules = sorted(
@@ -96,7 +97,10 @@ class Adapter:
 
 
 def concatenate(adapters: Sequence[Adapter]) -> Adapter:
-    """The one LoRA that acts as all of them together: A stacked, B side by side with the scales folded in."""
+    """Return one adapter that equals several adapters together.
+
+    The A factors are stacked; the B factors, multiplied by their scales, are concatenated along the rank.
+    """
     if len(adapters) == 1:
         return adapters[0]
     factors = {}
@@ -107,7 +111,7 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
             if module in adapter.factors:
                 a, b = adapter.factors[module]
                 parts.append((a, adapter.scale * b))
-            else:  # this adapter leaves the module alone
+            else:  # this adapter does not change the module
                 parts.append(
                     (
                         shape[0].new_zeros(adapter.rank, shape[0].shape[1]),
@@ -119,53 +123,67 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
 
 
 class LoraStack:
-    """One frozen base model and the LoRAs that are laid on it; only one combination is active at a time."""
+    """One frozen base model with LoRA adapters, of which one combination is active at a time.
+
+    Args:
+        base: The base model; its weights are frozen.
+        note: Prints a line for the user; every line is printed once.
+    """
 
     TRAINED = "trained"
+    """peft's name of the adapter that is being trained."""
     MAX_FROZEN = 4
-    """Frozen adapters that stay in memory; the one that was used longest ago goes first."""
+    """The number of frozen adapters that stay in memory; the least recently used one is evicted first."""
 
     def __init__(self, base: PreTrainedModel, note: Callable[[str], None] = lambda text: None) -> None:
         self.base = base
-        self._note = cache(note)  # what is said, is said once
+        self._note = cache(note)  # print every line once
         self.model: PreTrainedModel | PeftModel = base.requires_grad_(False)
         self._names: dict[Path, str] = {}
         self._active: list[str] = []
-        self._made = 0
+        self._count = 0
 
     def use(self, adapters: Sequence[Path]) -> nn.Module:
-        """The model with exactly these adapters active, frozen and in evaluation mode."""
+        """Return the model with exactly these adapters active, frozen and in evaluation mode."""
         self._activate(self._load(adapters))
         return self.model.eval()
 
     def train(
         self, below: Sequence[Path], settings: TrainSettings, seed: int, start: Adapter | None = None
     ) -> dict[str, nn.Parameter]:
-        """Lays a trainable adapter on top of `below`: a fresh one (B = 0), or a copy of `start`.
+        """Add a trainable adapter on top of frozen adapters.
 
-        Returns the trainable parameters by name; they are float32 whatever the base is.
+        Args:
+            below: The frozen adapters.
+            settings: Rank, alpha, dropout and target modules of a new adapter.
+            seed: Seed of a new adapter's A factors; B starts as 0.
+            start: An adapter to copy instead, with its rank, scale and modules.
+
+        Returns:
+            The trainable parameters by name, in float32 for any dtype of the base model.
 
         Raises:
-            BadInput: the base has no module of a target's name, or none of the conventional ones that are asked for.
+            BadInput: the base model has no module with the name of a target, or none of the requested standard targets.
         """
         names = self._load(below)
         self.drop_trained()
         rank, alpha, targets = settings.lora_rank, settings.lora_alpha, list(settings.lora_targets)
-        if start:  # its own shape: under another scale it would be another model
+        if start:  # keep its shape: another scale would change the model
             rank, alpha, targets = start.rank, start.scale * start.rank, sorted(start.factors)
         linear = {name.rpartition(".")[2] for name, module in self.base.named_modules() if _linear(module)}
         missing = sorted({target.rpartition(".")[2] for target in targets} - linear)
-        left = [target for target in targets if target not in missing]
-        if refused := [name for name in missing if name not in STANDARD_TARGETS or not left]:
-            raise unknown_name("LoRA target", refused[0], linear, of=type(self.base).__name__)
+        available = [target for target in targets if target not in missing]
+        if unknown := [name for name in missing if name not in STANDARD_TARGETS or not available]:
+            raise unknown_name("LoRA target", unknown[0], linear, of=type(self.base).__name__)
         if missing:
             self._note(
-                f"{type(self.base).__name__} has no {', '.join(missing)}: LoRA adapts {', '.join(sorted(left))} only"
+                f"{type(self.base).__name__} has no {', '.join(missing)}: "
+                f"LoRA adapts only {', '.join(sorted(available))}."
             )
-            targets = left
+            targets = available
         config = LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # peft takes a float
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft accepts a float
             lora_dropout=settings.lora_dropout,
             target_modules=targets,
             task_type="CAUSAL_LM",
@@ -184,7 +202,7 @@ class LoraStack:
         return trainable
 
     def trained(self) -> Adapter:
-        """The adapter being trained, as plain tensors."""
+        """Return a copy of the adapter that is being trained, as plain tensors on the CPU."""
         assert isinstance(self.model, PeftModel)
         tensors = get_peft_model_state_dict(self.model, adapter_name=self.TRAINED)
         config = self.model.peft_config[self.TRAINED]
@@ -197,19 +215,28 @@ class LoraStack:
         return Adapter(factors, config.lora_alpha / config.r)  # type: ignore[attr-defined]
 
     def drop_trained(self) -> None:
-        """Forgets the adapter being trained."""
+        """Remove the adapter that is being trained."""
         if isinstance(self.model, PeftModel) and self.TRAINED in self.model.peft_config:
             self._delete(self.TRAINED)
 
     def train_all_weights(self) -> dict[str, nn.Parameter]:
-        """Every weight of a model without adapters, to be trained, in float32: no small step is rounded off there."""
+        """Make every weight of a model without adapters trainable, in float32 so that small steps are not rounded off.
+
+        Returns:
+            The parameters by name.
+        """
         self.model.float().requires_grad_(True)
         return dict(self.model.named_parameters())
 
     @contextmanager
     def temporarily(self, adapters: Sequence[Path]) -> Iterator[None]:
-        """Inside, the model runs with exactly these frozen adapters, in evaluation mode and without a graph; `()` is
-        the bare base. Afterwards everything is as it was."""
+        """Run the model with exactly these frozen adapters inside the block, in evaluation mode and without a graph.
+
+        The previous adapters and modes are restored afterwards.
+
+        Args:
+            adapters: The adapters; `()` runs the base model alone.
+        """
         training, active = self.model.training, self._active
         free = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._activate(self._load(adapters))
@@ -224,21 +251,21 @@ class LoraStack:
                 parameter.requires_grad_(True)
 
     def _load(self, paths: Sequence[Path]) -> list[str]:
-        """Frozen adapters keep no dropout: their weights belong to the model that is trained on top of them."""
+        """Load frozen adapters, without dropout: they are part of the model that the trained adapter builds on."""
         for path in paths:
             name = self._names.pop(path, None)
             if name is None:
-                self._made += 1
-                adapter, name = Adapter.load(path), f"frozen{self._made}"
+                self._count += 1
+                adapter, name = Adapter.load(path), f"frozen{self._count}"
                 config = LoraConfig(
                     r=adapter.rank,
-                    lora_alpha=adapter.scale * adapter.rank,  # type: ignore[arg-type]  # peft takes a float
+                    lora_alpha=adapter.scale * adapter.rank,  # type: ignore[arg-type]  # peft accepts a float
                     target_modules=sorted(adapter.factors),
                 )
-                with torch.random.fork_rng():  # peft draws what is filled in next
+                with torch.random.fork_rng():  # peft draws initial values, which `_fill` overwrites
                     self._add(name, config)
                 self._fill(name, adapter)
-            self._names[path] = name  # the last entry is the one used last
+            self._names[path] = name  # most recently used adapters come last
         for path in list(self._names)[: -max(self.MAX_FROZEN, len(paths))]:
             self._delete(self._names.pop(path))
         return [self._names[path] for path in paths]
@@ -250,13 +277,13 @@ class LoraStack:
             else:
                 self.model = get_peft_model(self.base, config, adapter_name=name)
         except ValueError as error:
-            raise BadInput(f"LoRA cannot be laid on {type(self.base).__name__}: {error}") from error
+            raise BadInput(f"LoRA cannot adapt {type(self.base).__name__}: {error}") from error
 
     def _delete(self, name: str) -> None:
         assert isinstance(self.model, PeftModel)
-        left = [other for other in self.model.peft_config if other != name]
-        if left:  # peft must not be left pointing at an adapter that is gone
-            self.model.set_adapter(left[0])
+        remaining = [adapter for adapter in self.model.peft_config if adapter != name]
+        if remaining:  # peft must not refer to a deleted adapter
+            self.model.set_adapter(remaining[0])
             self.model.delete_adapter(name)
         else:
             self.model = self.model.unload()
@@ -270,7 +297,8 @@ class LoraStack:
         outcome: Any = set_peft_model_state_dict(self.model, tensors, adapter_name=name)
         if outcome.unexpected_keys:
             raise BadInput(
-                f"The adapter does not fit {type(self.base).__name__}: it has no {outcome.unexpected_keys[0]}."
+                f"The adapter does not fit {type(self.base).__name__}, which has no {outcome.unexpected_keys[0]}: "
+                "use an adapter of this base model."
             )
 
     def _activate(self, names: Sequence[str]) -> None:
@@ -287,4 +315,4 @@ class LoraStack:
 
 
 def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or hasattr(module, "base_layer")  # peft wraps the layers that it adapts
+    return isinstance(module, nn.Linear) or hasattr(module, "base_layer")  # peft's wrapper of an adapted layer

@@ -1,7 +1,7 @@
-"""The frozen base model spread over ranks (FSDP2): for models that are larger than one GPU.
+"""Shard a frozen base model over ranks (FSDP2), for models larger than one GPU.
 
-Every rank keeps a part of each base weight, and a decoder layer is gathered when it runs. Adapters are laid on later
-and stay whole on every rank, so that gradients, edits and saved adapters are what they are without it.
+Every rank stores a part of each base weight and gathers a decoder layer when it runs. Adapters are added later and are
+complete on every rank, so gradients, edits and saved adapters are the same as without sharding.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from .taps import decoder_layers
 
 
 def shard(model: PreTrainedModel) -> PreTrainedModel:
-    """Spreads the weights of a model in this process's memory over all ranks, layer by layer, in place.
+    """Distribute the weights of a loaded model over all ranks, layer by layer, in place.
+
+    Returns:
+        The same model.
 
     Raises:
-        BadInput: its decoder layers are not found.
+        BadInput: the model has no decoder layers that `decoder_layers` recognizes.
     """
     model.requires_grad_(False)
     for layer in decoder_layers(model):
@@ -32,6 +35,6 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@cache  # all ranks make it together; one that loads its model again later must not wait for them
+@cache  # one mesh per process: all ranks create it together, so a rank that reloads its model must reuse it
 def _mesh() -> Any:
     return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (distributed.world_size(),))

@@ -1,8 +1,9 @@
-"""Hidden-state taps: read, and shift, the outputs of the blocks of a decoder.
+"""Hidden-state taps: read or shift the outputs of the blocks of a decoder.
 
-Blocks are found by structure, not by class: a decoder layer is an element of the module list that is as long as the
-configuration says, its attention block is the child whose forward takes an attention mask, and its MLP is the last
-other child with matrices. The tap stands at the block's own output, before any norm and before the residual is added.
+Blocks are recognized by structure, not by class. The decoder layers are the module list whose length is the
+configuration's number of layers. The attention block of a layer is the child whose forward takes an attention mask;
+its MLP is the last of the other children with matrices. A tap reads the block's output before any norm and before the
+residual is added.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from torch import Tensor, nn
 from harmbench_vaccine.core.errors import BadInput
 
 TapPlace = Literal["attention", "mlp", "layer"]
-"""Whose output is tapped: the attention block's, the MLP's, or the whole decoder layer's."""
+"""The block whose output is tapped: attention block, MLP, or complete decoder layer."""
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The text decoder's layers.
+    """Return the layers of the text decoder.
 
     Raises:
-        BadInput: no module list of the configuration's length has attention blocks in it.
+        BadInput: no module list of the configured length contains attention blocks.
     """
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     depth = config.num_hidden_layers
     get = getattr(model, "get_decoder", None)
-    text = get() if get else None  # of a model with a vision tower, the part that reads text
+    text = get() if get else None  # for a model with a vision tower, the part that reads text
     for module in [*(text.modules() if isinstance(text, nn.Module) else ()), *model.modules()]:
         if isinstance(module, nn.ModuleList) and len(module) == depth and any(_attentions(layer) for layer in module):
             return module
@@ -41,19 +42,19 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def attention_blocks(model: nn.Module) -> list[nn.Module]:
-    """The attention blocks, from first layer to last (layers without one, as in hybrid models, are passed over).
+    """Return the attention blocks in layer order, skipping layers without one (hybrid models).
 
     Raises:
-        BadInput: there is none, or a layer has several.
+        BadInput: no layer has an attention block, or a layer has several.
     """
     blocks: list[nn.Module] = []
     for number, layer in enumerate(decoder_layers(model)):
-        found = _attentions(layer)
-        if len(found) > 1:
+        attentions = _attentions(layer)
+        if len(attentions) > 1:
             raise BadInput(
-                f"Layer {number} of {type(model).__name__} has {len(found)} attention blocks; taps need one."
+                f"Layer {number} of {type(model).__name__} has {len(attentions)} attention blocks; taps need one."
             )
-        blocks += found
+        blocks += attentions
     return blocks
 
 
@@ -65,41 +66,46 @@ def _attentions(layer: nn.Module) -> list[nn.Module]:
 
 
 def mlp_blocks(model: nn.Module) -> list[nn.Module]:
-    """What ends the feed-forward half of every layer: its MLP, or, where that is no module of its own, its last matrix.
+    """Return the last module of the feed-forward half of every layer: the MLP, or else the last matrix.
 
     Raises:
-        BadInput: a layer has none.
+        BadInput: a layer has no such module.
     """
     blocks = []
     for number, layer in enumerate(decoder_layers(model)):
         attentions = _attentions(layer)
-        found = [
+        candidates = [
             child
             for child in layer.children()
             if child not in attentions and any(parameter.dim() > 1 for parameter in child.parameters())
         ]
-        if not found:
-            raise BadInput(f"Layer {number} of {type(model).__name__} has no MLP that hidden-state taps could find.")
-        blocks.append(found[-1])
+        if not candidates:
+            raise BadInput(
+                f"Layer {number} of {type(model).__name__} has no MLP: hidden-state taps need a child with matrices "
+                "next to the attention block."
+            )
+        blocks.append(candidates[-1])
     return blocks
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last layer and the LM head.
+    """Return the norm between the last layer and the LM head.
 
     Raises:
-        BadInput: there is none.
+        BadInput: the model has no such norm.
     """
     layers = decoder_layers(model)
     decoder = next(module for module in model.modules() if any(child is layers for child in module.children()))
     norms = [child for child in decoder.children() if {p.dim() for p in child.parameters()} == {1}]
     if not norms:
-        raise BadInput(f"{type(model).__name__} has no norm before its LM head.")
+        raise BadInput(
+            f"{type(model).__name__} has no norm before its LM head: the decoder needs a child with only vectors."
+        )
     return norms[-1]
 
 
 def layer_numbers(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[int | None]:
-    """The decoder layer of each parameter, counted from 0; None outside the layers."""
+    """Return the decoder layer of each parameter, counted from 0; None outside the layers."""
     numbers = {
         id(parameter): number for number, layer in enumerate(decoder_layers(model)) for parameter in layer.parameters()
     }
@@ -107,12 +113,22 @@ def layer_numbers(model: nn.Module, parameters: Sequence[nn.Parameter]) -> list[
 
 
 class Taps:
-    """Taps on the blocks of one model; hooks are in place only inside the context managers."""
+    """Taps on the blocks of one model; the forward hooks exist only inside the context managers.
+
+    Args:
+        model: The model.
+        place: The blocks to tap.
+
+    Raises:
+        BadInput: the model has no such blocks.
+    """
 
     def __init__(self, model: nn.Module, place: TapPlace = "attention") -> None:
         find: dict[TapPlace, Callable[[nn.Module], Sequence[nn.Module]]] = {
-            "attention": attention_blocks, "mlp": mlp_blocks, "layer": lambda model: list(decoder_layers(model)),
-        }  # fmt: skip
+            "attention": attention_blocks,
+            "mlp": mlp_blocks,
+            "layer": lambda model: list(decoder_layers(model)),
+        }
         self.blocks = find[place](model)
         layers = decoder_layers(model)
         self._first = layers[0]
@@ -122,22 +138,24 @@ class Taps:
 
     @contextmanager
     def recorded(self) -> Iterator[list[Tensor]]:
-        """Collects the outputs of one forward pass: a list of L tensors (batch x length x width)."""
+        """Collect the outputs of one forward pass inside the block: a list of L tensors (batch x length x width)."""
         outputs: list[Tensor] = []
         with self.changed(lambda number, output: outputs.append(output)):
             yield outputs
 
     @contextmanager
     def shifted(self, shifts: Sequence[Tensor]) -> Iterator[None]:
-        """Adds `shifts[l]` (batch x length x width) to the output of block l in every forward pass inside."""
+        """Add `shifts[l]` (batch x length x width) to the output of block l in every forward pass inside the block."""
         with self.changed(lambda number, output: output + shifts[number].to(output.dtype)):
             yield
 
     @contextmanager
     def probed(self) -> Iterator[list[Tensor]]:
-        """Adds zeros that require a gradient: after a forward pass, the list holds L leaves e_l
-        (batch x length x width, float32) with dL/de_l = dL/dh_l. Under gradient checkpointing the recomputed
-        forward meets the same leaves."""
+        """Add zeros that require a gradient to the block outputs, to read dL/dh_l.
+
+        After a forward pass, the list contains L leaves e_l (batch x length x width, float32) with dL/de_l = dL/dh_l.
+        Gradient checkpointing recomputes the forward pass with the same leaves.
+        """
         probes: dict[int, Tensor] = {}
         leaves: list[Tensor] = []
 
@@ -152,10 +170,14 @@ class Taps:
 
     @contextmanager
     def changed(self, change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-        """Runs `change(l, output)` on the output of block l (batch x length x width); what it returns takes the
-        output's place, None leaves it."""
+        """Replace the block outputs of every forward pass inside the block.
 
-        shape: list[int] = []  # rows and length of the batch
+        Args:
+            change: Called as `change(l, output)` with the output of block l (batch x length x width). It returns the
+                new output, or None to keep the old one.
+        """
+
+        shape: list[int] = []  # rows and length of the current batch
 
         def enter(module: nn.Module, args: Any, named: Any) -> None:
             shape[:] = (args[0] if args else named["hidden_states"]).shape[:2]
@@ -163,11 +185,11 @@ class Taps:
         def hook(number: int) -> Any:
             def run(module: nn.Module, args: Any, output: Any) -> Any:
                 first = output[0] if isinstance(output, tuple) else output
-                changed = change(number, first.reshape(*shape, -1))  # OPT's MLP is given all tokens in one row
-                if changed is None:
+                replacement = change(number, first.reshape(*shape, -1))  # OPT flattens the tokens before its MLP
+                if replacement is None:
                     return None
-                changed = changed.reshape(first.shape)
-                return (changed, *output[1:]) if isinstance(output, tuple) else changed
+                replacement = replacement.reshape(first.shape)
+                return (replacement, *output[1:]) if isinstance(output, tuple) else replacement
 
             return run
 
