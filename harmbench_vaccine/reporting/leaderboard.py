@@ -313,7 +313,7 @@ def _published_lines(sheet: comparison.ComparisonSheet) -> list[str]:
 def ranking_rows(made: Sequence[Ranking]) -> list[dict[str, Any]]:
     """All rows of all rankings; where published figures were looked up, with the columns of `comparison.COLUMNS` too."""
     return [
-        row | printed.columns() if printed else row
+        row | printed.to_columns() if printed else row
         for ranking in made
         for row, printed in zip_longest(ranking.rows, ranking.published)
     ]

@@ -1,7 +1,8 @@
-"""What a run did in another way than the paper whose figure stands beside it.
+"""List the differences between a run and the paper whose figure is shown next to it.
 
-Our file of a paper's protocol stands for the paper, except for the values that `names.yaml` lists as its `reference`.
-So what a user changed (`--set`, `--data`, `--scorer`) is a deviation, and so is what our file has otherwise on purpose.
+The shipped protocol file represents the paper, except for the values that `names.yaml` lists as its `reference`. So a
+value that the user changed (`--set`, `--data`, `--scorer`) is a deviation, and so is a value that differs from the
+paper on purpose.
 """
 
 from __future__ import annotations
@@ -13,69 +14,76 @@ from harmbench_vaccine.experiment.protocol import Protocol, leaf_values, load_pr
 
 from .matching import MatchedFigure, Paper
 
-_OURS = (
+_NOT_IN_PAPERS = (
     *("name", "version", "model", "models", "sources", "gates", "defenses", "attacks", "answer.benign"),
     *("splits.benign_train", "splits.benign_test"),
 )
-"""Values of a protocol that no paper has, or that have to agree anyway."""
+"""Protocol values that papers do not have, or that are equal by construction."""
 
-_COUNTED = ("answer.harmful.prompts", "answer.task_items", "answer.items", "finetune.samples")
-"""Values whose outcome is compared."""
+_COUNTS = ("answer.harmful.prompts", "answer.task_items", "answer.items", "finetune.samples")
+"""Protocol values that are compared by their outcome, the counts of a result."""
 
 
 def list_deviations(
-    paper: Paper, ran: Protocol, rows: Sequence[Mapping[str, Any]], known: MatchedFigure
+    paper: Paper, protocol: Protocol, rows: Sequence[Mapping[str, Any]], matched: MatchedFigure
 ) -> Iterator[str]:
-    """What a cell's rows did in another way than the paper that prints `known`, a sentence each.
+    """Yield one sentence per difference between the rows of an experiment and the paper.
 
-    `ran` is the protocol that they ran under. If their hash says that it is not, its values are not compared.
+    Args:
+        paper: Correspondence between the paper and this harness.
+        protocol: Protocol of the runs. Its values are compared only if its hash is the one in the rows.
+        rows: Results of the experiment, one per seed.
+        matched: The paper's figure for the experiment.
     """
-    first, task = rows[0], known.task
+    first, task = rows[0], matched.task
     shipped = load_protocol(first["protocol"])
-    if ran.hash == first["protocol_hash"]:
-        yield from _values(paper, _flat(ran, task), _flat(shipped, task))
+    if protocol.hash == first["protocol_hash"]:
+        yield from _changed_values(paper, _paper_values(protocol, task), _paper_values(shipped, task))
     else:
         yield (
-            f"values or data of the protocol were changed (hash {first['protocol_hash']}, its file has {ran.hash}): "
-            "the result.json of each run has what the user wrote"
+            f"values or data of the protocol were changed (hash {first['protocol_hash']}, its file has "
+            f"{protocol.hash}): the result.json of each run lists the user's changes"
         )
-    if first["model"] != known.model:
-        yield f"the model is read from {first['model']} (paper: {known.model})"
+    if first["model"] != matched.model:
+        yield f"the model is read from {first['model']} (paper: {matched.model})"
     items = paper.reference.get(f"answer.items.{task}")
-    asked = items.value if items else shipped.answer.items.get(task, shipped.answer.task_items)
     seed = paper.reference.get("seed")
-    for what, column, wanted in (
+    for name, column, expected in (
         ("harmful prompts", "harmful_score_n", shipped.answer.harmful.prompts),
-        ("test items", "finetune_accuracy_n", asked),
+        (
+            "test items",
+            "finetune_accuracy_n",
+            items.value if items else shipped.answer.items.get(task, shipped.answer.task_items),
+        ),
         ("seed", "seed", seed and seed.value),
     ):
-        there = sorted({int(row[column]) for row in rows})
-        if wanted and there != [wanted]:
-            yield f"{what}: {', '.join(map(str, there))} (paper: {wanted})"
-    yield from paper.differs
+        values = sorted({int(row[column]) for row in rows})
+        if expected and values != [expected]:
+            yield f"{name}: {', '.join(map(str, values))} (paper: {expected})"
+    yield from paper.deviations
 
 
-def _values(paper: Paper, ran: Mapping[str, Any], shipped: Mapping[str, Any]) -> Iterator[str]:
-    for path in dict.fromkeys([*shipped, *ran]):
+def _changed_values(paper: Paper, values: Mapping[str, Any], shipped: Mapping[str, Any]) -> Iterator[str]:
+    for path in dict.fromkeys([*shipped, *values]):
         reference = paper.reference.get(path)
-        wanted = reference.value if reference else shipped.get(path)
-        if ran.get(path) != wanted:
-            told = f"{path}: {_said(ran.get(path))} (paper: {_said(wanted)})"
-            yield (reference and reference.text) or told
+        expected = reference.value if reference else shipped.get(path)
+        if values.get(path) != expected:
+            message = f"{path}: {_format(values.get(path))} (paper: {_format(expected)})"
+            yield (reference and reference.message) or message
 
 
-def _flat(protocol: Protocol, task: str) -> dict[str, Any]:
-    """Dotted path -> value, of what a paper's protocol has too; the user stage is the task's."""
+def _paper_values(protocol: Protocol, task: str) -> dict[str, Any]:
+    """Return dotted path -> value for the values that a paper has too, with the user stage of one task."""
     tokens = {task: protocol.answer.task_tokens.get(task)}
     answer = protocol.answer.model_copy(update={"task_tokens": tokens})
-    whole = protocol.model_copy(update={"finetune": protocol.finetune.of(task), "answer": answer})
-    left_out = (*_OURS, *_COUNTED)
+    of_task = protocol.model_copy(update={"finetune": protocol.finetune.of(task), "answer": answer})
+    excluded = (*_NOT_IN_PAPERS, *_COUNTS)
     return {
         path: value
-        for path, value in leaf_values(whole)
-        if not any(path == group or path.startswith(f"{group}.") for group in left_out)
+        for path, value in leaf_values(of_task)
+        if not any(path == group or path.startswith(f"{group}.") for group in excluded)
     }
 
 
-def _said(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)

@@ -1,12 +1,12 @@
-"""Which published figure belongs to which cell: `leaderboards/published/names.yaml` applied to the figures.
+"""Match published figures to experiments, by the rules in `leaderboards/published/names.yaml`.
 
-A figure belongs to a cell if protocol, model, task, metric, defense with every parameter, share and number of harmful
-rows agree. No rule of a single paper is written here: they are all in that file.
+A figure matches an experiment if protocol, model, task, metric, defense with every parameter, share and number of
+harmful rows agree. All rules about single papers are in that file; this module has none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -27,21 +27,22 @@ class _Strict(BaseModel):
 
 
 class Where(_Strict):
-    """Values that columns of a row must have: one of several, or one."""
+    """A condition on a row: column -> its value, or a list of allowed values."""
 
     where: dict[str, str | list[str]] = Field(default_factory=dict)
 
-    def fits(self, row: Figure) -> bool:
-        """Whether the row has them."""
+    def matches(self, row: Figure) -> bool:
+        """Return whether a row has an allowed value in every column."""
         return all(
-            row[column] in ([wanted] if isinstance(wanted, str) else wanted) for column, wanted in self.where.items()
+            row[column] in ([allowed] if isinstance(allowed, str) else allowed)
+            for column, allowed in self.where.items()
         )
 
 
 class _Entry(Where):
     paper: list[str]
     doubt: str = ""
-    differs: str = ""
+    deviation: str = ""
 
 
 class Name(_Entry):
@@ -51,7 +52,7 @@ class Name(_Entry):
 
 
 class Composition(_Entry):
-    """A defense of a paper, and what it is here."""
+    """A defense of a paper, and its plug-ins here."""
 
     ours: Params
 
@@ -60,28 +61,28 @@ E = TypeVar("E", bound=_Entry)
 
 
 class Unstated(Where):
-    """p and n of rows that do not print them."""
+    """p and n for rows that do not print them."""
 
     harmful_ratio: str | None = None
     samples: list[int] | None = None
-    because: str
+    reason: str
 
 
-class Without(Where):
+class Excluded(Where):
     """Rows that have no counterpart here."""
 
-    why: str
+    reason: str
 
 
 class Reference(_Strict):
-    """A value of the paper where our file of its protocol has another; `text` is what to say of a run that has."""
+    """A value of the paper that differs from our protocol file, and the message for a run that deviates from it."""
 
-    value: Any = Field(alias="is")
-    text: str = Field("", alias="else")
+    value: Any
+    message: str = ""
 
 
 class Paper(_Strict):
-    """A protocol of ours that is a paper's."""
+    """The correspondence between a paper and one of our protocols."""
 
     published: str
     """The protocol's name in `results.csv`."""
@@ -89,31 +90,31 @@ class Paper(_Strict):
     tasks: list[Name]
     defenses: list[Composition]
     unstated: list[Unstated] = []
-    without: list[Without] = []
-    differs: list[str] = []
+    excluded: list[Excluded] = []
+    deviations: list[str] = []
     reference: dict[str, Reference] = {}
 
 
 class Names(_Strict):
-    """`names.yaml`."""
+    """The content of `names.yaml`."""
 
     metrics: dict[str, str]
     """Score of a result -> metric of the papers."""
     attacks: dict[str, dict[str, str | float]]
-    """Attack -> column of a figure -> its value, or $NAME of the parameter that is its value."""
+    """Attack -> column of a figure -> its value, or $NAME for a parameter of the attack."""
     protocols: dict[str, Paper]
 
 
 @cache
 def load_names() -> Names:
-    """The correspondence, validated."""
+    """Load and validate `names.yaml`."""
     text = (files("harmbench_vaccine.published") / "names.yaml").read_text(encoding="utf-8")
     return Names.model_validate(yaml.safe_load(text))
 
 
 @dataclass(frozen=True)
 class MatchedFigure:
-    """A published figure in the words of this harness."""
+    """A published figure under the names of this harness."""
 
     figure: Figure
     score: str
@@ -123,11 +124,11 @@ class MatchedFigure:
     defense: Params
     ratio: float
     samples: tuple[int, ...]
-    """The number of rows; several where the paper is not of one mind."""
+    """The number of rows; several values if the paper states several."""
     doubts: tuple[str, ...]
-    """Why it may be a figure of something else."""
-    differs: tuple[str, ...]
-    """What the harness does in another way in just this cell."""
+    """Reasons why the figure may be for a different experiment."""
+    deviations: tuple[str, ...]
+    """Known differences between the authors' code and this harness for this experiment."""
 
     @property
     def value(self) -> float:
@@ -137,61 +138,63 @@ class MatchedFigure:
 
 @cache
 def matched_figures(protocol: str) -> tuple[MatchedFigure, ...]:
-    """The figures of a protocol of ours that have a counterpart here, the best evidenced first."""
+    """Return the figures for one of our protocols that have a counterpart here, the most direct evidence first."""
     paper = load_names().protocols[protocol]
-    found = [
-        _known(row, paper)
+    figures = [
+        _match(row, paper)
         for row in load_figures()
-        if row["protocol"] == paper.published and is_score(row) and not any(rule.fits(row) for rule in paper.without)
+        if row["protocol"] == paper.published
+        and is_score(row)
+        and not any(rule.matches(row) for rule in paper.excluded)
     ]
-    return tuple(sorted(found, key=_doubtful))
+    return tuple(sorted(figures, key=_evidence_order))
 
 
-def _doubtful(matched_figures: MatchedFigure) -> tuple[int, int, bool]:
-    """How far a figure is from one that the paper's text prints for just this cell."""
-    figure = matched_figures.figure
-    return EVIDENCE.index(figure["evidence"]), len(matched_figures.doubts), bool(figure["note"])
+def _evidence_order(matched: MatchedFigure) -> tuple[int, int, bool]:
+    """Return a sort key: evidence from direct to indirect, then few doubts, then figures without a note."""
+    figure = matched.figure
+    return EVIDENCE.index(figure["evidence"]), len(matched.doubts), bool(figure["note"])
 
 
 def is_score(row: Figure) -> bool:
-    """Whether a figure is the harmful score or accuracy of one cell, no average of several."""
+    """Return whether a figure is the harmful score or accuracy of one experiment, not an average over several."""
     return row["metric"] in load_names().metrics.values() and not is_average(row)
 
 
-def _known(row: Figure, paper: Paper) -> MatchedFigure:
-    model, task = _named(row, "model", paper.models), _named(row, "task", paper.tasks)
-    defense = _named(row, "defense", paper.defenses)
+def _match(row: Figure, paper: Paper) -> MatchedFigure:
+    model, task = _entry(row, "model", paper.models), _entry(row, "task", paper.tasks)
+    defense = _entry(row, "defense", paper.defenses)
     ratio, _, remark = row["harmful_ratio"].partition(" (")
     samples = [int(row["samples"])] if row["samples"] else []
     doubts = [f"p={ratio}: {remark.rstrip(')')}"] if remark else []
     for rule in paper.unstated:
-        if rule.fits(row):
+        if rule.matches(row):
             ratio, samples = rule.harmful_ratio or ratio, rule.samples or samples
-            doubts.append(rule.because)
+            doubts.append(rule.reason)
     swept = dict(zip(row["sweep"].split("/"), row["sweep_value"].split("/"), strict=False))
     return MatchedFigure(
         row,
         next(score for score, metric in load_names().metrics.items() if metric == row["metric"]),
         model.ours,
         task.ours,
-        {plugin: _filled(params, swept) for plugin, params in defense.ours.items()},
+        {plugin: _substitute(params, swept) for plugin, params in defense.ours.items()},
         float(ratio),
         tuple(samples),
         tuple(filter(None, [*doubts, model.doubt, task.doubt, defense.doubt])),
-        tuple(filter(None, [model.differs, task.differs, defense.differs])),
+        tuple(filter(None, [model.deviation, task.deviation, defense.deviation])),
     )
 
 
-def _named(row: Figure, column: str, entries: Sequence[E]) -> E:
-    """The entry that names what stands in a column: of those that fit, the one that asks for most."""
+def _entry(row: Figure, column: str, entries: Sequence[E]) -> E:
+    """Return the entry for the value of a column; if several match, the one with the most conditions."""
     return max(
-        (entry for entry in entries if row[column] in entry.paper and entry.fits(row)),
+        (entry for entry in entries if row[column] in entry.paper and entry.matches(row)),
         key=lambda entry: len(entry.where),
     )
 
 
-def _filled(params: Mapping[str, Any], swept: Mapping[str, str]) -> dict[str, Any]:
-    """The parameters with every $NAME replaced by the number it stands for."""
+def _substitute(params: Mapping[str, Any], swept: Mapping[str, str]) -> dict[str, Any]:
+    """Return parameters with every $NAME replaced by its swept value."""
     return {
         key: float(swept[value[1:]]) if isinstance(value, str) and value.startswith("$") else value
         for key, value in params.items()
@@ -199,12 +202,12 @@ def _filled(params: Mapping[str, Any], swept: Mapping[str, str]) -> dict[str, An
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a cell to its figures
+# From an experiment to its figures
 
 
 @dataclass(frozen=True)
 class FigureQuery:
-    """What a figure has to agree with. `samples` is what the protocol has, where the attack does not say."""
+    """The properties of an experiment that a figure must share."""
 
     protocol: str
     model: str
@@ -212,43 +215,48 @@ class FigureQuery:
     defense: Params
     attack: Params
     samples: int
+    """Number of uploaded rows in the protocol; an attack's own number has precedence."""
 
 
-def matching_figures(place: FigureQuery) -> list[MatchedFigure]:
-    """The figures of a cell, both scores', the best evidenced first.
+def matching_figures(query: FigureQuery) -> list[MatchedFigure]:
+    """Return the figures for an experiment, of both scores, the most direct evidence first.
 
     Raises:
-        LookupError: there is none; the sentence says what agrees with no figure.
+        LookupError: No figure matches; the message names the first property that does not.
     """
-    uploaded = _uploaded(place)
-    model = place.model.partition("@")[0]  # a revision is the same model
-    left = list(matched_figures(place.protocol))
-    for agrees, sentence in (
-        (lambda each: is_model(model, each.model), f"the paper has no model {place.model!r}"),
-        (lambda each: each.task == place.task, f"the paper prints no task {place.task!r} for this model"),
-        (lambda each: each.defense == place.defense, "the paper prints no such defense with these parameters"),
+    uploaded = _uploaded_rows(query)
+    model = query.model.partition("@")[0]  # a revision is the same model
+    conditions: tuple[tuple[Callable[[MatchedFigure], bool], str], ...] = (
+        (lambda figure: is_model(model, figure.model), f"the paper does not report model {query.model!r}"),
+        (lambda figure: figure.task == query.task, f"the paper does not report task {query.task!r} for this model"),
         (
-            lambda each: uploaded["harmful_ratio"] == each.ratio and uploaded["samples"] in each.samples,
-            f"the paper prints no cell with p={uploaded['harmful_ratio']:g}, n={uploaded['samples']:g}",
+            lambda figure: figure.defense == query.defense,
+            "the paper does not report this defense with these parameters",
         ),
-    ):
-        left = [each for each in left if agrees(each)]
-        if not left:
-            raise LookupError(sentence)
-    return left
+        (
+            lambda figure: figure.ratio == uploaded["harmful_ratio"] and uploaded["samples"] in figure.samples,
+            f"the paper does not report p={uploaded['harmful_ratio']:g}, n={uploaded['samples']:g}",
+        ),
+    )
+    figures = list(matched_figures(query.protocol))
+    for condition, message in conditions:
+        figures = [figure for figure in figures if condition(figure)]
+        if not figures:
+            raise LookupError(message)
+    return figures
 
 
 def is_model(name: str, hub: str) -> bool:
-    """Whether a model is the one of that hub id: by its id, or as a folder of the id's last name."""
+    """Return whether `name` is the Hub id `hub`, or a folder that has the last part of the id as its name."""
     return name == hub or PurePath(name).name == hub.rpartition("/")[2]
 
 
-def _uploaded(place: FigureQuery) -> dict[str, float]:
-    """Share of harmful rows and number of rows that the attack uploads."""
-    uploaded: dict[str, float] = {"harmful_ratio": 0, "samples": place.samples}
-    for attack, params in place.attack.items():
+def _uploaded_rows(query: FigureQuery) -> dict[str, float]:
+    """Return the share of harmful rows and the number of rows that the attack uploads."""
+    uploaded: dict[str, float] = {"harmful_ratio": 0, "samples": query.samples}
+    for attack, params in query.attack.items():
         if attack not in load_names().attacks:
-            raise LookupError(f"the paper has no attack {attack!r}")
+            raise LookupError(f"the paper does not report attack {attack!r}")
         for column, value in load_names().attacks[attack].items():
             uploaded[column] = params[value[1:]] if isinstance(value, str) else value
     return uploaded

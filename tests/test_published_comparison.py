@@ -26,8 +26,8 @@ from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins, resolve_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, TASKS
 from harmbench_vaccine.reporting import leaderboard
-from harmbench_vaccine.reporting.published import comparison
 from harmbench_vaccine.reporting.published.comparison import (
+    COLUMNS,
     PublishedComparison,
     compare_results,
     comparison_sheet,
@@ -56,9 +56,9 @@ VACCINE = {"vaccine": {"rho": 2.0, "tau": 1}}
 ROWS_DRAWN = "rows drawn by the seed, without repeated questions (paper: the first rows, with repeated questions)"
 
 
-def of(protocol: str, **wanted: str) -> list[dict[str, str]]:
-    """The rows of one paper's protocol that have these texts in these columns."""
-    return [row for row in ROWS if all(row[key] == text for key, text in {"protocol": protocol, **wanted}.items())]
+def of(protocol: str, **columns: str) -> list[dict[str, str]]:
+    """Return the rows of one paper's protocol that have these values in these columns."""
+    return [row for row in ROWS if all(row[key] == text for key, text in {"protocol": protocol, **columns}.items())]
 
 
 def result(
@@ -74,39 +74,62 @@ def result(
     attack: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """What `hbv run` returns for a cell, as far as the tables need it; by default Vaccine at p = 0.1 on SST2, with HS
-    48.0 [43.65, 52.38] and FA 94.0 [91.56, 95.77], rows as in the paper."""
+    """A result of `hbv run` with the fields that the tables need.
+
+    By default Vaccine at p = 0.1 on SST2 with the paper's rows, HS 48.0 [43.65, 52.38] and FA 94.0 [91.56, 95.77].
+    """
     settled = {"rows": "paper"} if values is None else dict(values)
     scorer = changes.get("scorer", "beaver_dam")
-    ran = load_protocol(protocol).resettingd(settled)
+    ran = load_protocol(protocol).replaced(settled)
     score = ran.score.model_copy(update={"scorer": scorer})
     ran = ran.model_copy(update={"data": {**ran.data, **(data or {})}, "score": score})
     attack = {"ratio": {"p": 0.1}} if attack is None else attack
     hs, fa = (wilson(*pair) for pair in zip(hits, n, strict=True))
     written = "+".join(f"{name}={next(iter(given.values()), '')}" for name, given in attack.items())
     return {
-        "run": f"{defense}-{written}-{seed}-{changes.get('task', 'sst2')}", "defense": defense,
-        "defense_params": VACCINE if params is None else params, "attack": written, "attack_params": attack,
-        "task": "sst2", "model": LLAMA, "protocol": protocol, "protocol_version": 1, "protocol_hash": ran.hash,
-        "scorer": scorer, "seed": seed, "harmful_score": 100 * hits[0] / n[0], "harmful_score_ci": list(hs),
-        "harmful_score_hits": hits[0], "harmful_score_n": n[0], "harmful_sets": {"harmful": 100 * hits[0] / n[0]},
-        "finetune_accuracy": 100 * hits[1] / n[1], "finetune_accuracy_ci": list(fa), "finetune_accuracy_hits": hits[1],
-        "finetune_accuracy_n": n[1], "trained": True,
-        "finetune_accuracy_measure": "accuracy", "before": {"harmful_score": 40.0, "finetune_accuracy": 17.6},
-        "alignment_loss": 0.5, "embedding_drift": 200.0, "embedding_drift_per_token": 4.0,
-        "validity": {"collapsed": False, "reasons": [], "shares": {"after": SHARES}}, "versions": {},
-        "stages": {"align": {"seconds": 1.0, "cached": False}}, "counts": {"finetune": {}},
-        "spec": {"protocol": protocol, "values": settled, "data": dict(data or {})}, **changes,
-    }  # fmt: skip
+        "run": f"{defense}-{written}-{seed}-{changes.get('task', 'sst2')}",
+        "defense": defense,
+        "defense_params": VACCINE if params is None else params,
+        "attack": written,
+        "attack_params": attack,
+        "task": "sst2",
+        "model": LLAMA,
+        "protocol": protocol,
+        "protocol_version": 1,
+        "protocol_hash": ran.hash,
+        "scorer": scorer,
+        "seed": seed,
+        "harmful_score": 100 * hits[0] / n[0],
+        "harmful_score_ci": list(hs),
+        "harmful_score_hits": hits[0],
+        "harmful_score_n": n[0],
+        "harmful_sets": {"harmful": 100 * hits[0] / n[0]},
+        "finetune_accuracy": 100 * hits[1] / n[1],
+        "finetune_accuracy_ci": list(fa),
+        "finetune_accuracy_hits": hits[1],
+        "finetune_accuracy_n": n[1],
+        "trained": True,
+        "finetune_accuracy_measure": "accuracy",
+        "before": {"harmful_score": 40.0, "finetune_accuracy": 17.6},
+        "alignment_loss": 0.5,
+        "embedding_drift": 200.0,
+        "embedding_drift_per_token": 4.0,
+        "validity": {"collapsed": False, "reasons": [], "shares": {"after": SHARES}},
+        "versions": {},
+        "stages": {"align": {"seconds": 1.0, "cached": False}},
+        "counts": {"finetune": {}},
+        "spec": {"protocol": protocol, "values": settled, "data": dict(data or {})},
+        **changes,
+    }
 
 
 def only(*results: dict[str, Any]) -> PublishedComparison:
-    (cell,) = compare_results(results)
-    return cell
+    (comparison,) = compare_results(results)
+    return comparison
 
 
-def printed(cell: PublishedComparison) -> dict[str, str]:
-    """Score -> the figure beside it, as the paper prints it."""
+def printed(comparison: PublishedComparison) -> dict[str, str]:
+    """Score -> its figure, as the paper prints it."""
     return {score: compared.figures[0].figure["value"] for score, compared in comparison.scores.items()}
 
 
@@ -117,11 +140,11 @@ def shown(results: Sequence[dict[str, Any]], width: int = 110, published: bool =
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The file of names
+# names.yaml
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_every_score_of_a_paper_is_matched_once_or_said_to_have_no_counterpart(name: str) -> None:
+def test_every_score_of_a_paper_is_matched_once_or_excluded(name: str) -> None:
     paper = FILE["protocols"][name]
     scores = [
         row
@@ -129,19 +152,19 @@ def test_every_score_of_a_paper_is_matched_once_or_said_to_have_no_counterpart(n
         if row["metric"] in ("HS", "FA") and not any("average" in row[key] for key in ("sweep_value", "model", "task"))
     ]
     assert len(scores) > 80
-    matched = [each.figure for each in matched_figures(name)]
-    left = [row for row in scores if row not in matched]
-    for row in left:
+    matched = [match.figure for match in matched_figures(name)]
+    unmatched = [row for row in scores if row not in matched]
+    for row in unmatched:
         assert any(
             all(row[key] in ([text] if isinstance(text, str) else text) for key, text in rule["where"].items())
             for rule in paper["excluded"]
         ), row
-    assert len(matched) + len(left) == len(scores)
+    assert len(matched) + len(unmatched) == len(scores)
     assert all(row in scores for row in matched)
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_no_name_and_no_rule_is_idle(name: str) -> None:
+def test_every_name_and_rule_is_used(name: str) -> None:
     paper = FILE["protocols"][name]
     rows = of(paper["published"])
     for column, entries in (("model", "models"), ("task", "tasks"), ("defense", "defenses")):
@@ -153,58 +176,64 @@ def test_no_name_and_no_rule_is_idle(name: str) -> None:
         ("doubts", [rule["reason"] for rule in paper.get("unstated", [])]),
         ("deviations", [entry.get("deviation") for kind in ("models", "tasks", "defenses") for entry in paper[kind]]),
     ):
-        assert {text for text in values if text} <= {text for each in used for text in getattr(each, key)}
+        assert {text for text in values if text} <= {text for match in used for text in getattr(match, key)}
     for rule in paper["excluded"]:
-        wanted = {key: [text] if isinstance(text, str) else text for key, text in rule["where"].items()}
-        assert any(all(row[key] in texts for key, texts in wanted.items()) for row in rows), rule
+        allowed = {key: [text] if isinstance(text, str) else text for key, text in rule["where"].items()}
+        assert any(all(row[key] in texts for key, texts in allowed.items()) for row in rows), rule
     for entry in paper["defenses"]:
         assert any(
-            each.figure["defense"] in entry["paper"] and set(each.defense) == set(entry["ours"]) for each in used
+            match.figure["defense"] in entry["paper"] and set(match.defense) == set(entry["ours"]) for match in used
         )
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_a_swept_parameter_is_never_taken_for_the_default(name: str) -> None:
-    """A table that sweeps something else than p, n, task or model is about a parameter of a defense."""
-    swept = [each for each in matched_figures(name) if each.figure["sweep"] not in ("p", "n", "task", "model", "")]
+def test_swept_parameters_differ_from_defaults(name: str) -> None:
+    """A table that sweeps neither p, n, task nor model sweeps a parameter of a defense."""
+    swept = [match for match in matched_figures(name) if match.figure["sweep"] not in ("p", "n", "task", "model", "")]
     assert bool(swept) == (name != "booster-paper")
-    for each in swept:
-        values = [float(text) for text in each.figure["sweep_value"].split("/")]
-        ours = [value for params in each.defense.values() for value in params.values()]
-        assert all(value in ours for value in values), each
+    for match in swept:
+        values = [float(text) for text in match.figure["sweep_value"].split("/")]
+        ours = [value for params in match.defense.values() for value in params.values()]
+        assert all(value in ours for value in values), match
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_what_it_names_is_there_with_every_parameter(name: str) -> None:
+def test_names_exist_here_with_every_parameter(name: str) -> None:
     paper, protocol = FILE["protocols"][name], load_protocol(name)
     assert {entry["ours"] for entry in paper["models"]} == {protocol.model, *protocol.models}
     assert {entry["ours"] for entry in paper["tasks"]} <= set(TASKS.entries())
-    for each in {json.dumps(each.defense): each for each in matched_figures(name)}.values():
+    for match in {json.dumps(match.defense): match for match in matched_figures(name)}.values():
         text = "+".join(
             f"{plugin}:{','.join(f'{key}={value}' for key, value in params.items())}" if params else plugin
-            for plugin, params in each.defense.items()
+            for plugin, params in match.defense.items()
         )
         settled = resolve_plugins(parse_plugins(text), DEFENSES, protocol.defenses, name)
-        assert {resolved.plugin.name: resolved.params for resolved in settled} == each.defense
+        assert {resolved.plugin.name: resolved.params for resolved in settled} == match.defense
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_a_bare_name_under_the_papers_protocol_is_the_papers_defense(name: str) -> None:
-    """So `hbv run --protocol vaccine-paper --defense vaccine --attack ratio=0.1` stands beside Table 1."""
+def test_bare_name_under_a_papers_protocol_is_the_papers_defense(name: str) -> None:
+    """`hbv run --protocol vaccine-paper --defense vaccine --attack ratio=0.1` is compared with Table 1."""
     for entry in FILE["protocols"][name]["defenses"]:
         text = "+".join(entry["ours"])
         if "sweep" in entry.get("where", {}) or text == "vaccine+ewc" or "BSO" in entry["paper"]:
             continue
-        cell = Experiment.settle(RunSpec(protocol=name, defense=parse_plugins(text), attack=parse_plugins("ratio=0.1")))
-        setting = FigureQuery(
-            name, cell.model, cell.task.name, {resolved.plugin.name: resolved.params for resolved in cell.defenses},
-            {resolved.plugin.name: resolved.params for resolved in cell.attacks}, cell.finetune.samples,
-        )  # fmt: skip
-        assert {each.figure["defense"] for each in matching_figures(setting)} & set(entry["paper"])
-        assert cell.protocol.hash == load_protocol(name).hash  # that rows of a CSV are recognized by
+        experiment = Experiment.settle(
+            RunSpec(protocol=name, defense=parse_plugins(text), attack=parse_plugins("ratio=0.1"))
+        )
+        query = FigureQuery(
+            name,
+            experiment.model,
+            experiment.task.name,
+            {resolved.plugin.name: resolved.params for resolved in experiment.defenses},
+            {resolved.plugin.name: resolved.params for resolved in experiment.attacks},
+            experiment.finetune.samples,
+        )
+        assert {match.figure["defense"] for match in matching_figures(query)} & set(entry["paper"])
+        assert experiment.protocol.hash == load_protocol(name).hash  # CSV rows are recognized by this hash
 
 
-def test_its_attacks_are_there() -> None:
+def test_named_attacks_exist() -> None:
     assert set(FILE["attacks"]) <= set(ATTACKS.entries())
     for attack, columns in FILE["attacks"].items():
         assert set(columns) <= {"harmful_ratio", "samples"}
@@ -213,20 +242,20 @@ def test_its_attacks_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", PAPERS)
-def test_its_references_are_values_of_a_protocol(name: str) -> None:
+def test_references_are_protocol_values(name: str) -> None:
     protocol = load_protocol(name)
     for path, reference in FILE["protocols"][name]["reference"].items():
         if path != "seed":
-            assert protocol.resettingd({path: str(reference["value"])}) != protocol  # our file has another
+            assert protocol.replaced({path: str(reference["value"])}) != protocol  # our file has a different value
 
 
-def test_the_file_holds_no_figure_of_a_protocol_that_is_not_a_papers() -> None:
+def test_only_paper_protocols_are_named() -> None:
     assert set(load_names().protocols) == {"vaccine-paper", "lisa-paper", "booster-paper"} <= set(protocol_names())
     assert "testbed" in protocol_names()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whose figure
+# Matching
 
 
 @pytest.mark.parametrize(
@@ -241,29 +270,36 @@ def test_the_file_holds_no_figure_of_a_protocol_that_is_not_a_papers() -> None:
         ({"attack": {"samples": {"n": 500}, "ratio": {"p": 0.05}}}, "41.40", "90.80"),  # Table 2
         ({"attack": {"ratio": {"p": 0.05}}, "model": "facebook/opt-2.7b"}, "44.60", "91.00"),  # Table 3
         ({"attack": {"ratio": {"p": 0.05}}, "task": "agnews"}, "41.60", "89.20"),  # Table 4
-        ({"attack": {"ratio": {"p": 0.05}}, "task": "gsm8k"}, "65.00", "22.40"),  # n = 5000, the protocol's
+        ({"attack": {"ratio": {"p": 0.05}}, "task": "gsm8k"}, "65.00", "22.40"),  # n = 5000 from the protocol
         ({"attack": {"ratio": {"p": 0.05}, "samples": {"n": 4000}}, "task": "gsm8k"}, "65.00", "22.40"),
         ({"params": {"vaccine": {"rho": 5.0, "tau": 1}}}, "46.20", "92.80"),  # Table 6
         ({"params": {"random_vaccine": {"variance": 0.1}}}, "37.20", "56.40"),  # Table 7, printed as 1e-1
         ({"params": {**VACCINE, "ewc": {"lam": 1e9, "fisher": "batch"}}, "task": "agnews"}, "44.80", "88.00"),
         ({"model": f"{LLAMA}@abc123"}, "48.20", "93.80"),
         ({"model": "/models/Llama-2-7b-hf"}, "48.20", "93.80"),
-        ({"protocol": "lisa-paper", "params": {"sft": {}}}, "51.60", "94.95"),  # Lisa, Table 3, not Vaccine's 55.20
+        (
+            {"protocol": "lisa-paper", "params": {"sft": {}}},
+            "51.60",
+            "94.95",
+        ),  # Lisa, Table 3, not the 55.20 of Vaccine
         ({"protocol": "lisa-paper", "params": {"lisa": {"k1": 100, "k2": 900, "rho": 10.0}}}, "36.30", "94.50"),
         (  # Lisa, Table 1: half of the steps on alignment data
             {
-                "protocol": "lisa-paper", "params": {"lisa": {"k1": 500, "k2": 500, "rho": 0.0}},
+                "protocol": "lisa-paper",
+                "params": {"lisa": {"k1": 500, "k2": 500, "rho": 0.0}},
                 "attack": {"ratio": {"p": 0.2}},
             },
-            "49.00", "95.99",
+            "49.00",
+            "95.99",
         ),
         ({"protocol": "booster-paper", "params": {"booster": {"lam": 5.0, "alpha": 0.1}}}, "8.30", "93.23"),
         (
             {"protocol": "booster-paper", "params": {"vaccine": {"rho": 5.0, "tau": 1}}, "model": "Qwen/Qwen2-7B"},
-            "16.80", "92.55",
+            "16.80",
+            "92.55",
         ),
     ],
-)  # fmt: skip
+)
 def test_known_figures(changes: dict[str, Any], hs: str, fa: str) -> None:
     assert printed(only(result(**changes))) == {"harmful_score": hs, "finetune_accuracy": fa}
 
@@ -275,8 +311,14 @@ def test_known_figures(changes: dict[str, Any], hs: str, fa: str) -> None:
         ({"model": "facebook/opt-6.7b"}, "the paper does not report model 'facebook/opt-6.7b'"),
         ({"task": "dialogsum"}, "the paper does not report task 'dialogsum' for this model"),
         ({"task": "agnews", "model": "facebook/opt-2.7b"}, "the paper does not report task 'agnews' for this model"),
-        ({"params": {"vaccine": {"rho": 3.0, "tau": 1}}}, "the paper does not report this defense with these parameters"),
-        ({"params": {"vaccine": {"rho": 2.0, "tau": 10}}}, "the paper does not report this defense with these parameters"),
+        (
+            {"params": {"vaccine": {"rho": 3.0, "tau": 1}}},
+            "the paper does not report this defense with these parameters",
+        ),
+        (
+            {"params": {"vaccine": {"rho": 2.0, "tau": 10}}},
+            "the paper does not report this defense with these parameters",
+        ),
         ({"params": {**VACCINE, "lisa": {}}}, "the paper does not report this defense with these parameters"),
         ({"attack": {"ratio": {"p": 0.3}}}, "the paper does not report p=0.3, n=1000"),
         ({"attack": {"ratio": {"p": 0.1}, "samples": {"n": 999}}}, "the paper does not report p=0.1, n=999"),
@@ -285,42 +327,48 @@ def test_known_figures(changes: dict[str, Any], hs: str, fa: str) -> None:
         ({"protocol": "booster-paper", "params": {"kl": {"lam": 0.1}}}, "the paper does not report this defense"),
     ],
 )
-def test_without_a_figure_a_reason(changes: dict[str, Any], reason: str) -> None:
-    cell = only(result(**changes))
+def test_reason_for_a_missing_figure(changes: dict[str, Any], reason: str) -> None:
+    comparison = only(result(**changes))
     assert comparison.scores == {}
     assert comparison.no_figure.startswith(reason)
-    assert cell.deviations == ()
-    assert comparison.to_json() == {"harmful_score": None, "finetune_accuracy": None, "deviations": [], "none": comparison.no_figure}
+    assert comparison.deviations == ()
+    assert comparison.to_json() == {
+        "harmful_score": None,
+        "finetune_accuracy": None,
+        "deviations": [],
+        "none": comparison.no_figure,
+    }
 
 
-def test_values_that_a_user_changed_decide_the_number_of_rows() -> None:
+def test_changed_protocol_values_set_the_number_of_rows() -> None:
     assert printed(only(result(values={"finetune.samples": "500"}, attack={"ratio": {"p": 0.05}}))) == {
-        "harmful_score": "41.40", "finetune_accuracy": "90.80",
-    }  # fmt: skip
+        "harmful_score": "41.40",
+        "finetune_accuracy": "90.80",
+    }
 
 
-def test_a_score_that_a_table_leaves_out_has_no_figure() -> None:
-    """Lisa's Table 2 prints HS alone."""
-    cell = only(result("lisa", {"lisa": {"k1": 700, "k2": 300, "rho": 0.0}}, protocol="lisa-paper"))
-    assert printed(cell) == {"harmful_score": "42.20"}
+def test_score_missing_from_a_table_has_no_figure() -> None:
+    """Table 2 of Lisa prints only HS."""
+    comparison = only(result("lisa", {"lisa": {"k1": 700, "k2": 300, "rho": 0.0}}, protocol="lisa-paper"))
+    assert printed(comparison) == {"harmful_score": "42.20"}
     assert comparison.to_json()["finetune_accuracy"] is None
 
 
-def test_of_several_figures_the_best_evidenced_stands_there_with_the_range_of_the_others() -> None:
+def test_most_direct_evidence_is_shown_with_the_range_of_further_figures() -> None:
     """SFT at p = 0.05, n = 1000 is printed in Tables 1 to 4: in 3 and 4 without p."""
-    cell = only(result("sft", {"sft": {}}, attack={"ratio": {"p": 0.05}}))
-    (hs, others) = (comparison.scores["harmful_score"], comparison.scores["harmful_score"].figures[1:])
-    assert [matched.figure["table"] for matched_figures in hs.figures] == [
+    comparison = only(result("sft", {"sft": {}}, attack={"ratio": {"p": 0.05}}))
+    hs = comparison.scores["harmful_score"]
+    assert [matched.figure["table"] for matched in hs.figures] == [
         "Table 1",
         "Table 2",
         "Table 3",
         "Table 4",
     ]
-    assert [matched.figure["value"] for matched_figures in hs.figures] == ["52.60", "52.80", "52.80", "52.80"]
-    assert [len(matched_figures.doubts) for matched_figures in hs.figures] == [0, 0, 1, 2]
-    assert hs.to_json()["others"] == {"count": len(others), "range": [52.8, 52.8]}
-    vaccine = only(result()).compared["harmful_score"]
-    assert {matched.figure["value"] for matched_figures in vaccine.figures[1:]} == {
+    assert [matched.figure["value"] for matched in hs.figures] == ["52.60", "52.80", "52.80", "52.80"]
+    assert [len(matched.doubts) for matched in hs.figures] == [0, 0, 1, 2]
+    assert hs.to_json()["others"] == {"count": 3, "range": [52.8, 52.8]}
+    vaccine = only(result()).scores["harmful_score"]
+    assert {matched.figure["value"] for matched in vaccine.figures[1:]} == {
         "48.90",
         "49.00",
         "48.20",
@@ -328,84 +376,97 @@ def test_of_several_figures_the_best_evidenced_stands_there_with_the_range_of_th
     assert vaccine.to_json()["others"] == {"count": 3, "range": [48.2, 49.0]}
 
 
-def test_weaker_evidence_and_doubts_come_last_whatever_the_order_of_the_file() -> None:
+def test_weak_evidence_and_doubts_sort_last() -> None:
     weak = {**of("vaccine_paper", table="Table 1", defense="SFT", metric="HS", sweep_value="0.05")[0]}
     weak |= {"table": "Table 0", "evidence": "third party", "value": "1.00"}
     file = [weak, *reversed(ROWS)]
-    with mock.patch("harmbench_vaccine.reporting.published.matching.figures", return_value=file):
+    with mock.patch("harmbench_vaccine.reporting.published.matching.load_figures", return_value=file):
         order = matched_figures.__wrapped__("vaccine-paper")
-    cell: tuple[Any, ...] = (LLAMA, "sst2", {"sft": {}}, 0.05, (1000,), "harmful_score")
+    experiment: tuple[Any, ...] = (LLAMA, "sst2", {"sft": {}}, 0.05, (1000,), "harmful_score")
     same = [
-        each for each in order if (each.model, each.task, each.defense, each.ratio, each.samples, each.score) == cell
+        match
+        for match in order
+        if (match.model, match.task, match.defense, match.ratio, match.samples, match.score) == experiment
     ]
-    assert [each.figure["table"] for each in same] == ["Table 2", "Table 1", "Table 3", "Table 4", "Table 0"]
+    assert [match.figure["table"] for match in same] == ["Table 2", "Table 1", "Table 3", "Table 4", "Table 0"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How far it is
+# Difference and interval
 
 
-def test_difference_and_interval_of_one_seed() -> None:
+def test_difference_and_interval_for_one_seed() -> None:
     """240 of 500: Wilson's interval is 43.65 to 52.38; 470 of 500: 91.56 to 95.77."""
-    made = only(result()).json()
-    hs, fa = made["harmful_score"], made["finetune_accuracy"]
+    values = only(result()).to_json()
+    hs, fa = values["harmful_score"], values["finetune_accuracy"]
     assert hs["interval"] == pytest.approx([43.65, 52.38], abs=0.01)
     assert fa["interval"] == pytest.approx([91.56, 95.77], abs=0.01)
     assert (hs["value"], hs["printed"], hs["inside"]) == (48.2, "48.20", True)
     assert (hs["difference"], fa["difference"]) == pytest.approx((48.0 - 48.2, 94.0 - 93.8))
     assert (hs["paper"], hs["arxiv"], hs["table"], hs["evidence"]) == (
-        "Vaccine", "2402.01109", "Table 1", "paper text",
-    )  # fmt: skip
-    assert (hs["doubts"], hs["note"], made["none"]) == ([], "", "")
+        "Vaccine",
+        "2402.01109",
+        "Table 1",
+        "paper text",
+    )
+    assert (hs["doubts"], hs["note"], values["none"]) == ([], "", "")
 
 
 @pytest.mark.parametrize(
     ("hits", "inside"), [(262, True), (263, False), (220, True), (219, False)], ids=["high", "over", "low", "under"]
 )
-def test_the_ends_of_the_interval(hits: int, inside: bool) -> None:
-    """48.2 leaves the interval where z = 1.96 standard errors of 48.2% of 500, 4.38 points, are exceeded."""
+def test_ends_of_the_interval(hits: int, inside: bool) -> None:
+    """48.2 is outside the interval from a difference of 1.96 standard errors of 48.2% of 500, 4.38 points."""
     assert abs(100 * hits / 500 - 48.2) == pytest.approx(4.3, abs=0.15)
-    assert only(result(hits=(hits, 470))).compared["harmful_score"].inside is inside
+    assert only(result(hits=(hits, 470))).scores["harmful_score"].inside is inside
     assert (abs(100 * hits / 500 - 48.2) < 1.96 * math.sqrt(0.482 * 0.518 / 500) * 100) is inside
 
 
-def test_seeds_make_one_cell_with_their_t_interval() -> None:
+def test_seeds_are_grouped_with_their_t_interval() -> None:
     """HS 46, 48, 50: s = 2, s / sqrt(3) = 1.154701, t(0.975; 2) = 4.302653."""
     results = [result(hits=(hits, 470), seed=seed) for seed, hits in enumerate((230, 240, 250))]
-    cell = only(*results, results[0])  # one cell twice counts once
-    assert cell.seeds == (0, 1, 2)
+    comparison = only(*results, results[0])  # a repeated run counts once
+    assert comparison.seeds == (0, 1, 2)
     hs, fa = comparison.scores["harmful_score"], comparison.scores["finetune_accuracy"]
     assert (hs.measured, hs.low, hs.high) == pytest.approx((48, 48 - 4.968275, 48 + 4.968275), abs=1e-5)
     assert hs.inside
     assert (fa.low, fa.high, fa.inside) == (94.0, 94.0, False)  # three equal scores, 0.2 from the figure
 
 
-def test_other_defenses_attacks_and_tasks_are_other_cells() -> None:
+def test_defenses_attacks_and_tasks_are_not_grouped() -> None:
     results = [
-        result(), result("sft", {"sft": {}}), result(attack={"ratio": {"p": 0.2}}), result(task="agnews"),
+        result(),
+        result("sft", {"sft": {}}),
+        result(attack={"ratio": {"p": 0.2}}),
+        result(task="agnews"),
         result(seed=1),
-    ]  # fmt: skip
-    cells = compare_results(results)
-    assert [(cell.setting["defense"], cell.setting["attack"], cell.setting["task"], cell.seeds) for cell in cells] == [
-        ("vaccine", "ratio=0.1", "sst2", (1, 43)), ("sft", "ratio=0.1", "sst2", (43,)),
-        ("vaccine", "ratio=0.2", "sst2", (43,)), ("vaccine", "ratio=0.1", "agnews", (43,)),
-    ]  # fmt: skip
+    ]
+    comparisons = compare_results(results)
+    assert [
+        (*(comparison.setting[key] for key in ("defense", "attack", "task")), comparison.seeds)
+        for comparison in comparisons
+    ] == [
+        ("vaccine", "ratio=0.1", "sst2", (1, 43)),
+        ("sft", "ratio=0.1", "sst2", (43,)),
+        ("vaccine", "ratio=0.2", "sst2", (43,)),
+        ("vaccine", "ratio=0.1", "agnews", (43,)),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What was done otherwise
+# Deviations
 
 
 INSTRUCTION = "the instruction of SST-2 ends in a full stop"
 
 
-def test_a_run_as_the_paper_has_it_deviates_in_nothing() -> None:
+def test_run_of_the_papers_setup_has_no_deviations() -> None:
     assert only(result(attack={"ratio": {"p": 0.05}}, task="agnews")).deviations == ()
     assert only(result()).deviations == (INSTRUCTION,)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         ({"values": {}}, [ROWS_DRAWN]),
         ({"seed": 7}, ["seed: 7 (paper: 43)"]),
@@ -419,8 +480,8 @@ def test_a_run_as_the_paper_has_it_deviates_in_nothing() -> None:
             {"values": {"rows": "paper", "answer.harmful.max_new_tokens": "64"}},
             ["answer.harmful.max_new_tokens: 64 (paper: 128)"],
         ),
-        ({"values": {"rows": "paper", "answer.benign.prompts": "10", "gates.refusals": "60"}}, []),  # no paper's
-        ({"values": {"rows": "paper", "answer.task_tokens.gsm8k": "9"}}, []),  # of another task
+        ({"values": {"rows": "paper", "answer.benign.prompts": "10", "gates.refusals": "60"}}, []),  # not in papers
+        ({"values": {"rows": "paper", "answer.task_tokens.gsm8k": "9"}}, []),  # of a different task
         ({"data": {"sst2": "./mine"}}, ["data.sst2: ./mine (paper: stanfordnlp/sst2)"]),
         ({"scorer": "beaver_dam=0.4"}, ["score.scorer: beaver_dam=0.4 (paper: beaver_dam)"]),
         ({"n": (434, 500)}, ["harmful prompts: 434 (paper: 500)"]),
@@ -432,43 +493,47 @@ def test_a_run_as_the_paper_has_it_deviates_in_nothing() -> None:
         ),
     ],
 )
-def test_deviations(changes: dict[str, Any], told: list[str]) -> None:
-    cell = only(result(**changes))
+def test_deviations(changes: dict[str, Any], expected: list[str]) -> None:
+    comparison = only(result(**changes))
     assert comparison.scores
-    own = [line for line in cell.deviations if line != INSTRUCTION]
-    assert own == told
-    assert comparison.to_json()["deviations"] == list(cell.deviations)
-    assert (INSTRUCTION in cell.deviations) is (
-        cell.setting["task"] == "sst2" and cell.setting["protocol"] == "vaccine-paper"
+    assert [line for line in comparison.deviations if line != INSTRUCTION] == expected
+    assert comparison.to_json()["deviations"] == list(comparison.deviations)
+    assert (INSTRUCTION in comparison.deviations) is (
+        comparison.setting["task"] == "sst2" and comparison.setting["protocol"] == "vaccine-paper"
     )
 
 
 def test_deviations_of_several_seeds() -> None:
     assert only(result(seed=0), result(seed=1, n=(499, 500))).deviations == (
-        "harmful prompts: 499, 500 (paper: 500)", "seed: 0, 1 (paper: 43)", INSTRUCTION,
-    )  # fmt: skip
+        "harmful prompts: 499, 500 (paper: 500)",
+        "seed: 0, 1 (paper: 43)",
+        INSTRUCTION,
+    )
 
 
-def test_the_items_of_alpaca_eval_are_compared_with_the_papers_own() -> None:
+def test_alpaca_eval_items_are_compared_with_the_papers_number() -> None:
     attack = {"ratio": {"p": 0.05}}
-    cell = only(result("sft", {"sft": {}}, attack=attack, task="alpaca_eval=judge", hits=(240, 50), n=(500, 105)))
-    assert printed(cell) == {"harmful_score": "67.80", "finetune_accuracy": "43.14"}
-    assert cell.deviations == (
-        "test items: 105 (paper: 200)", "the paper's FA is judged by ChatGPT, in one order of the two answers",
-    )  # fmt: skip
+    comparison = only(result("sft", {"sft": {}}, attack=attack, task="alpaca_eval=judge", hits=(240, 50), n=(500, 105)))
+    assert printed(comparison) == {"harmful_score": "67.80", "finetune_accuracy": "43.14"}
+    assert comparison.deviations == (
+        "test items: 105 (paper: 200)",
+        "the paper's FA is judged by ChatGPT, in one order of the two answers",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown
+# Views
 
 
-def test_the_terminal_table() -> None:
+def test_terminal_table() -> None:
     results = [
-        result("sft", {"sft": {}}, hits=(330, 472)), result(), result("kl", {"kl": {"lam": 0.1}}, hits=(274, 430)),
+        result("sft", {"sft": {}}, hits=(330, 472)),
+        result(),
+        result("kl", {"kl": {"lam": 0.1}}, hits=(274, 430)),
         result("vaccine=3", {"vaccine": {"rho": 3.0, "tau": 1}}),
-    ]  # fmt: skip
+    ]
     text = shown(results)
-    head, _, below = text.partition("Published next to measured: ")
+    head, _, below = text.partition("Published and measured: ")
     assert "drift" in head
     assert below.startswith(f"Vaccine (arXiv 2402.01109, NeurIPS 2024): {LLAMA}, sst2, ratio=0.1\n")
     lines = [" ".join(line.split()) for line in below.splitlines()]
@@ -486,43 +551,41 @@ def test_the_terminal_table() -> None:
         f"Deviations from the paper: {INSTRUCTION}; kl: the authors' KL normalizes over positions, ours over the "
         "vocabulary." in joined
     )
-    assert (
-        "No published figure for vaccine=3 under ratio=0.1: the paper does not report this defense with these parameters."
-        in joined
-    )
+    reason = "the paper does not report this defense with these parameters"
+    assert f"No published figure for vaccine=3 under ratio=0.1: {reason}." in joined
     assert max(map(len, below.splitlines())) <= 110
 
 
-def test_what_differs_between_cells_is_a_column_and_what_all_have_is_said_once() -> None:
-    cells = compare_results(
+def test_varied_settings_are_columns_and_shared_ones_are_in_the_title() -> None:
+    comparisons = compare_results(
         [result(seed=1), result(seed=1, attack={"ratio": {"p": 0.2}}), result(seed=1, task="agnews")]
     )
-    made = comparison_sheet(cells)
-    assert made.head[:4] == ["task", "attack", "defense", "seeds"]
-    assert [row[:5] for row in made.rows] == [
+    sheet = comparison_sheet(comparisons)
+    assert sheet.head[:4] == ["task", "attack", "defense", "seeds"]
+    assert [row[:5] for row in sheet.rows] == [
         [*setting, "vaccine", "1", score]
         for setting in (("sst2", "ratio=0.1"), ("sst2", "ratio=0.2"), ("agnews", "ratio=0.1"))
         for score in ("HS", "FA")
     ]
-    assert made.title.endswith(f": {LLAMA}")
-    assert [note for note in made.notes if note.startswith("Deviations")] == [
+    assert sheet.title.endswith(f": {LLAMA}")
+    assert [note for note in sheet.notes if note.startswith("Deviations")] == [
         f"Deviations from the paper: seed: 1 (paper: 43); vaccine: {INSTRUCTION}."
     ]
 
 
-def test_the_testbed_has_no_published_figure_and_says_so_in_one_line() -> None:
+def test_testbed_prints_one_line_without_figures() -> None:
     results = [result(name, {name: {}}, protocol="testbed", values={}) for name in ("sft", "none")]
     text = shown(results)
     assert text.count("No published figure: protocol 'testbed' is not a paper's protocol.") == 1
-    assert "Published next to" not in text
+    assert "Published and" not in text
     assert "inside" not in text
 
 
-def test_without_the_flag_nothing_is_added() -> None:
+def test_no_comparison_without_the_flag() -> None:
     assert "ublished" not in shown([result()], published=False)
 
 
-def test_evidence_and_notes_stand_beside_every_figure() -> None:
+def test_evidence_and_notes_are_printed_with_figures() -> None:
     text = " ".join(
         shown([result("booster", {"booster": {"lam": 5.0, "alpha": 0.1}}, protocol="booster-paper")]).split()
     )
@@ -533,56 +596,55 @@ def test_evidence_and_notes_stand_beside_every_figure() -> None:
     assert "[1] p is not printed: 0.1, the stated default. [2] n is not printed: 1000" in text
 
 
-def test_a_collapsed_cell_is_marked() -> None:
+def test_collapsed_run_is_marked() -> None:
     validity = {"collapsed": True, "reasons": ["60% of answers are empty"], "shares": {"after": SHARES}}
     assert "vaccine (collapsed)" in shown([result(validity=validity)])
 
 
-def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
     Console(width=200).print(comparison_view(compare_results([result("[red]a"), result("[b]", {"b": {}})])))
-    told = capsys.readouterr().out
-    assert "[red]a" in told
-    assert "No published figure for [b] under" in told
+    output = capsys.readouterr().out
+    assert "[red]a" in output
+    assert "No published figure for [b] under" in output
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The commands
+# Commands
 
 
 def patched(results: Sequence[dict[str, Any]]) -> Any:
-    """`hbv run` with these results in setting of hours on a GPU."""
+    """Patch `hbv run` to return these results without training."""
 
     def run_all(specs: Any, *, done: Any, **_: Any) -> Sequence[dict[str, Any]]:
-        for each in results if done else ():
-            done(each)
+        for entry in results if done else ():
+            done(entry)
         return results
 
     return mock.patch("harmbench_vaccine.runner.run_all", run_all)
 
 
-def test_run_prints_it(tmp_path: Path) -> None:
+def test_run_prints_the_comparison(tmp_path: Path) -> None:
     with patched([result(), result(seed=0)]):
-        plain, told = hbv("run"), hbv("run", "--published")
-    assert (plain.code, told.code, told.err) == (0, 0, "")
-    assert told.out.startswith(plain.out.rstrip("\n"))
-    assert "Published next to measured: Vaccine" in told.out
+        plain, compared = hbv("run"), hbv("run", "--published")
+    assert (plain.code, compared.code, compared.err) == (0, 0, "")
+    assert compared.out.startswith(plain.out.rstrip("\n"))
+    assert "Published and measured: Vaccine" in compared.out
     assert "Published" not in plain.out
 
 
-def test_run_adds_it_to_the_json() -> None:
+def test_run_adds_the_comparison_to_the_json() -> None:
     with patched([result(), result(protocol="testbed", values={})]):
-        plain, told = hbv("run", "--json"), hbv("run", "--json", "--published")
-    assert [set(each) ^ set(other) for each, other in zip(plain.results, told.results, strict=True)] == [
-        {"published"}
-    ] * 2
-    paper, testbed = (each["published"] for each in told.results)
+        plain, compared = hbv("run", "--json"), hbv("run", "--json", "--published")
+    pairs = zip(plain.results, compared.results, strict=True)
+    assert [set(left) ^ set(right) for left, right in pairs] == [{"published"}] * 2
+    paper, testbed = (values["published"] for values in compared.results)
     assert (paper["harmful_score"]["printed"], paper["harmful_score"]["inside"]) == ("48.20", True)
     assert (testbed["harmful_score"], testbed["none"]) == (None, "protocol 'testbed' is not a paper's protocol")
 
 
 @pytest.mark.slow
-def test_a_real_run_has_what_the_lookup_needs(tmp_path: Path) -> None:
-    """A tiny world that bears the paper's name and model's name, but whose user uploads fewer rows."""
+def test_real_run_can_be_looked_up(tmp_path: Path) -> None:
+    """A tiny world with the names of the paper's protocol and model, and a user who uploads fewer rows."""
     world = make_world(tmp_path / "world")
     values = yaml.safe_load(world.read_text(encoding="utf-8"))
     folder = tmp_path / "Llama-2-7b-hf"
@@ -590,22 +652,25 @@ def test_a_real_run_has_what_the_lookup_needs(tmp_path: Path) -> None:
     world.write_text(yaml.safe_dump({**values, "name": "vaccine-paper", "model": str(folder)}), encoding="utf-8")
     done = hbv("run", "--protocol", world, "--attack", "ratio=0.1", "--json", "--published")
     assert done.code == 0, done.err
-    (made,) = done.results
+    (values_of_run,) = done.results
     rows = values["finetune"]["samples"]
-    assert made["published"]["none"] == f"the paper does not report p=0.1, n={rows}"
+    assert values_of_run["published"]["none"] == f"the paper does not report p=0.1, n={rows}"
 
 
-def table(path: Path, *cells: dict[str, Any]) -> Path:
-    """A CSV of these results, as `hbv run` writes it."""
-    for values in cells:
+def table(path: Path, *results: dict[str, Any]) -> Path:
+    """Write these results to a CSV, as `hbv run` does."""
+    for values in results:
         _append(path, values)
     return path
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Vaccine over three seeds and SFT with one, in the paper's protocol with our rows; a defense that it has not;
-    the testbed; and SFT in a protocol of which values were changed."""
+    """A CSV of results of several protocols.
+
+    It has Vaccine over three seeds and SFT with one under the paper's protocol with our rows, a defense that the paper
+    does not report, the testbed, and SFT under a changed protocol.
+    """
     hits = enumerate((230, 240, 250))
     return table(
         tmp_path / "mixed.csv",
@@ -625,32 +690,50 @@ def test_leaderboard_columns(mixed: Path, tmp_path: Path) -> None:
         with (tmp_path / name / "leaderboard.csv").open(newline="", encoding="utf-8") as file:
             read[name] = list(csv.DictReader(file))
     assert [{key: row[key] for key in leaderboard.COLUMNS} for row in read["with"]] == read["without"]
-    assert list(read["with"][0]) == [*leaderboard.COLUMNS, *comparison.COLUMNS]
+    assert list(read["with"][0]) == [*leaderboard.COLUMNS, *COLUMNS]
     rows = {(row["protocol"], row["protocol_hash"], row["defense"]): row for row in read["with"]}
-    own = load_protocol("vaccine-paper").hash
-    vaccine, sft, ldifs = (rows["vaccine-paper", own, name] for name in ("vaccine", "sft", "ldifs"))
+    shipped = load_protocol("vaccine-paper").hash
+    vaccine, sft, ldifs = (rows["vaccine-paper", shipped, name] for name in ("vaccine", "sft", "ldifs"))
     assert [vaccine[f"harmful_score_{end}"] for end in ("low", "high")] == ["43.0317", "52.9683"]
-    assert {key: vaccine[f"published_harmful_score{key}"] for key in (
-        "", "_difference", "_inside", "_source", "_evidence", "_doubts", "_others", "_others_low", "_others_high"
-    )} == {
-        "": "48.2", "_difference": "-0.2", "_inside": "True", "_source": "Vaccine, Table 1", "_evidence": "paper text",
-        "_doubts": "", "_others": "3", "_others_low": "48.2", "_others_high": "49",
-    }  # fmt: skip
+    assert {
+        key: vaccine[f"published_harmful_score{key}"]
+        for key in (
+            "",
+            "_difference",
+            "_inside",
+            "_source",
+            "_evidence",
+            "_doubts",
+            "_others",
+            "_others_low",
+            "_others_high",
+        )
+    } == {
+        "": "48.2",
+        "_difference": "-0.2",
+        "_inside": "True",
+        "_source": "Vaccine, Table 1",
+        "_evidence": "paper text",
+        "_doubts": "",
+        "_others": "3",
+        "_others_low": "48.2",
+        "_others_high": "49",
+    }
     assert vaccine["published_deviations"] == f"{ROWS_DRAWN}; seed: 0, 1, 2 (paper: 43); {INSTRUCTION}"
     assert (sft["published_harmful_score"], sft["published_finetune_accuracy_inside"]) == ("55.2", "True")
-    assert float(sft["harmful_score_low"]) == pytest.approx(43.65, abs=0.01)  # one seed: Wilson's
+    assert float(sft["harmful_score_low"]) == pytest.approx(43.65, abs=0.01)  # one seed: the Wilson interval
     assert (ldifs["published_harmful_score"], ldifs["harmful_score_low"], ldifs["published_deviations"]) == ("", "", "")
     assert ldifs["published_none"] == "the paper does not report this defense with these parameters"
-    (changed,) = [row for (name, digest, _), row in rows.items() if name == "vaccine-paper" and digest != own]
+    (changed,) = [row for (name, digest, _), row in rows.items() if name == "vaccine-paper" and digest != shipped]
     assert changed["published_harmful_score"] == "55.2"
-    said = changed["published_deviations"]
-    assert said.startswith(
+    deviations = changed["published_deviations"]
+    assert deviations.startswith(
         f"values or data of the protocol were changed (hash {changed['protocol_hash']}, its file has"
     )
-    assert ROWS_DRAWN not in said  # nothing is known of its values
+    assert ROWS_DRAWN not in deviations  # its values are not known
 
 
-def test_leaderboard_without_the_flag_is_what_it_was(mixed: Path, tmp_path: Path) -> None:
+def test_leaderboard_without_the_flag_has_no_comparison(mixed: Path, tmp_path: Path) -> None:
     assert hbv("leaderboard", mixed, "--out", tmp_path).code == 0
     for name in ("leaderboard.csv", "leaderboard.md"):
         assert "ublished" not in (tmp_path / name).read_text(encoding="utf-8")
@@ -661,7 +744,7 @@ def test_leaderboard_without_the_flag_is_what_it_was(mixed: Path, tmp_path: Path
 def test_leaderboard_in_markdown(mixed: Path, tmp_path: Path) -> None:
     assert hbv("leaderboard", mixed, "--out", tmp_path, "--published").code == 0
     text = (tmp_path / "leaderboard.md").read_text(encoding="utf-8")
-    title = f"### Published next to measured: Vaccine (arXiv 2402.01109, NeurIPS 2024): {LLAMA}, sst2, ratio=0.1\n"
+    title = f"### Published and measured: Vaccine (arXiv 2402.01109, NeurIPS 2024): {LLAMA}, sst2, ratio=0.1\n"
     assert text.count(title) == 2
     assert (
         "| vaccine | 3 | HS | 48.0 [43.0, 53.0] | 48.20 | -0.2 | yes | Table 1 | paper text | 3: 48.20 to 49.00 |"
@@ -672,27 +755,27 @@ def test_leaderboard_in_markdown(mixed: Path, tmp_path: Path) -> None:
     tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
     assert len(tables) == 3 + 2
     for lines in tables:
-        assert len({line.resetting("\\|", "").count("|") for line in lines}) == 1
+        assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
 
 def test_leaderboard_in_the_terminal_and_as_json(mixed: Path) -> None:
     done = hbv("leaderboard", mixed, "--published")
     assert (done.code, done.err) == (0, "")
-    assert done.out.count("Published next to measured: Vaccine") == 2
+    assert done.out.count("Published and measured: Vaccine") == 2
     assert "No published figure: protocol 'testbed' is not a paper's protocol." in done.out
     rows = json.loads(
         hbv("leaderboard", mixed, "--published", "--json").out,
         parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"),
     )
-    assert [list(row) for row in rows] == [[*leaderboard.COLUMNS, *comparison.COLUMNS]] * len(rows)
+    assert [list(row) for row in rows] == [[*leaderboard.COLUMNS, *COLUMNS]] * len(rows)
     assert {row["published_harmful_score_inside"] for row in rows} == {True, False, None}
 
 
-def test_a_known_figure_is_what_the_file_has() -> None:
-    """Every figure that is found keeps the value of its row, in percent."""
-    each: MatchedFigure
+def test_matched_figures_keep_their_values() -> None:
+    """Every matched figure keeps the value of its row, in percent."""
+    match: MatchedFigure
     for name in PAPERS:
-        for each in matched_figures(name):
-            assert each.value == float(each.figure["value"])
-            assert each.figure["unit"] == "%"
-            assert each.score == {"HS": "harmful_score", "FA": "finetune_accuracy"}[each.figure["metric"]]
+        for match in matched_figures(name):
+            assert match.value == float(match.figure["value"])
+            assert match.figure["unit"] == "%"
+            assert match.score == {"HS": "harmful_score", "FA": "finetune_accuracy"}[match.figure["metric"]]
