@@ -67,7 +67,7 @@ class Defense(Plugin):
 
     @property
     def supports_ranks(self) -> bool:
-        """Whether the defense supports multi-GPU training, where every rank has a part of the rows."""
+        """True if the defense supports multi-GPU training, where every rank has a part of the rows."""
         has_step_hooks = any(
             getattr(type(self), hook) is not getattr(Defense, hook) for hook in ("before_step", "after_step")
         )
