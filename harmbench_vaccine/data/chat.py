@@ -1,7 +1,11 @@
-"""A conversation as tokens: by the chat template that a model's tokenizer ships.
+"""Conversations as token ids, by the chat template that a tokenizer ships.
 
-The template's control tokens become tokens; what a row says stays text, even where it spells such a token, so that no
-row can end its turn or fake another one.
+Two kinds of prompts need them, with one rule each for text that spells a control token of the template:
+
+- A prompt of a row of data (`chat_prompt_ids`): the control tokens of the template become tokens, and the text of the
+  row stays text, so that a row can neither end its turn nor fake another one.
+- A prompt of a judge (`judge_prompt_ids`), which reads text of a model under attack: a space is put inside each control
+  token that the text spells (`break_control_tokens`), so that what is judged can neither end its turn nor open another.
 """
 
 from __future__ import annotations
@@ -9,30 +13,44 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput, HbvError
 
 from .prompts import Conversation
 
-_SLOT = "\ue000{}\ue001"
-"""Stands for a message while the template is looked at; private-use characters occur in no template."""
+Messages = Sequence[dict[str, str]]
+
+_PLACEHOLDER = "\ue000{}\ue001"
+"""Replaces a message while a template is examined; private-use characters occur in no template."""
+
+_CONTROL_TOKENS = re.compile(
+    r"<\|[^<>|\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
+)
+"""Control tokens of the common chat formats. Some of Llama 2's are not tokens, and a server's are not known."""
 
 
-def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, said: Conversation) -> list[int]:
-    """The tokens up to where the model's answer begins: opening tokens are those that the template writes, once.
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of data
+
+
+def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[int]:
+    """Encode a conversation up to the position where the model's answer begins.
+
+    Opening tokens are those that the template writes, once.
 
     Raises:
-        BadInput: the tokenizer has no chat template, or it does not show these messages.
+        BadInput: The tokenizer has no chat template, or the template does not show these messages.
     """
-    messages = _accepted(tokenizer, said.messages)
-    if not any(token in message["content"] for token in _controls(tokenizer) for message in messages):
-        return _ids(tokenizer, _shown(tokenizer, messages), controls=True)
-    slots = [{**message, "content": _SLOT.format(place)} for place, message in enumerate(messages)]
-    frames = re.split(f"({'|'.join(slot['content'] for slot in slots)})", _shown(tokenizer, slots))
+    messages = _accepted_messages(tokenizer, conversation.messages)
+    if not any(token in message["content"] for token in _control_tokens(tokenizer) for message in messages):
+        return _encode(tokenizer, render_chat(tokenizer, messages), controls=True)
+    slots = [{**message, "content": _PLACEHOLDER.format(number)} for number, message in enumerate(messages)]
+    frames = re.split(f"({'|'.join(slot['content'] for slot in slots)})", render_chat(tokenizer, slots))
     contents = {slot["content"]: message["content"] for slot, message in zip(slots, messages, strict=True)}
-    control = _control(tokenizer)
+    control = _control_pattern(tokenizer)
     ids: list[int] = []
     text = ""
     for frame in frames:
@@ -40,103 +58,189 @@ def chat_prompt_ids(tokenizer: PreTrainedTokenizerBase, said: Conversation) -> l
             if frame in contents or not control.fullmatch(piece):
                 text += contents.get(piece, piece)
             else:
-                ids += [*_ids(tokenizer, text), _id(tokenizer, piece)]
+                ids += [*_encode(tokenizer, text), _token_id(tokenizer, piece)]
                 text = ""
-    return ids + _ids(tokenizer, text)
+    return ids + _encode(tokenizer, text)
 
 
-def chat_response_ids(tokenizer: PreTrainedTokenizerBase, said: Conversation, response: str) -> list[int]:
-    """The tokens of an answer to these messages, with the one that ends the model's turn."""
-    lead, end = _turn(tokenizer, str(tokenizer.chat_template))
-    body = _ids(tokenizer, lead + response)
-    if lead:  # a tokenizer that marks the beginning of a text must not see one behind the lead
-        prompt = _shown(tokenizer, _accepted(tokenizer, said.messages))
-        before, whole = (_ids(tokenizer, text, controls=True) for text in (prompt, prompt + lead + response))
-        if whole[: len(before)] == before and not any(token in response for token in _controls(tokenizer)):
-            body = whole[len(before) :]
+def chat_response_ids(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, response: str) -> list[int]:
+    """Encode an answer to a conversation, with the token that ends the model's turn."""
+    lead, end = _model_turn(tokenizer, str(tokenizer.chat_template))
+    body = _encode(tokenizer, lead + response)
+    if lead:  # a tokenizer that marks the beginning of a text must not do so after the lead
+        prompt = render_chat(tokenizer, _accepted_messages(tokenizer, conversation.messages))
+        prompt_ids, full_ids = (_encode(tokenizer, text, controls=True) for text in (prompt, prompt + lead + response))
+        spells_control = any(token in response for token in _control_tokens(tokenizer))
+        if full_ids[: len(prompt_ids)] == prompt_ids and not spells_control:
+            body = full_ids[len(prompt_ids) :]
     return [*body, end]
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[int]:
-    """The tokens that end an answer to these prompts: the end of text, and the end of the model's turn in a chat."""
+    """Return the tokens that end an answer to these prompts: the end of text, and in a chat the end of the turn."""
     ends = [eos_token_id(tokenizer)]
     if any(isinstance(prompt, Conversation) for prompt in prompts):
-        ends.insert(0, _turn(tokenizer, str(tokenizer.chat_template))[1])
+        ends.insert(0, _model_turn(tokenizer, str(tokenizer.chat_template))[1])
     return list(dict.fromkeys(ends))
 
 
 def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a text.
+    """Return the token that ends a text.
 
     Raises:
-        BadInput: the tokenizer has none, so that no answer could end.
+        BadInput: The tokenizer has no such token, so that no answer could end.
     """
-    found = tokenizer.eos_token_id
-    if not isinstance(found, int):
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int):
         raise BadInput(f"{tokenizer.name_or_path}: its tokenizer has no end-of-text token, so no answer could end.")
-    return found
+    return eos
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Prompts of judges
 
 
-def _accepted(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The messages as the template takes them: a system message goes before the user's where it takes none."""
+def judge_prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> list[int]:
+    """Encode a conversation by the chat template of a judge, up to the position where the judge's text begins.
+
+    Multimodal templates (Llama Guard 4, Llama Guard 3 1B) take a list of parts instead of a text; a probe finds out
+    which form shows the messages.
+
+    Args:
+        tokenizer: Tokenizer of the judge.
+        messages: Role and content of each message.
+        options: Further variables of the template.
+
+    Raises:
+        HbvError: The tokenizer has no chat template, or the template does not show the messages.
+    """
+    if not tokenizer.chat_template:
+        raise HbvError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template, which this judge's prompt needs."
+        )
+    probes = [{**message, "content": f"\ue000probe {number}\ue001"} for number, message in enumerate(messages)]
+    texts = [*(probe["content"] for probe in probes), *(value for value in options.values() if isinstance(value, str))]
+    for parts in (False, True):
+        shown = _try_render(tokenizer, probes, parts, options)
+        if all(text in shown for text in texts) and "{'type'" not in shown:  # no printed list of parts
+            safe = [{**message, "content": break_control_tokens(message["content"], tokenizer)} for message in messages]
+            return full_prompt_ids(tokenizer, _try_render(tokenizer, safe, parts, options))
+    raise HbvError(f"{tokenizer.name_or_path}: its chat template does not show the text to judge.")
+
+
+def full_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Encode a complete prompt: its control tokens become tokens, with one opening token and no closing one."""
+    opened = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+    ids: list[int] = list(tokenizer(text, add_special_tokens=not opened)["input_ids"])
+    if not opened and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+def break_control_tokens(text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """Put a space inside every control token that a text spells: those of common formats and of the tokenizer."""
+    text = _CONTROL_TOKENS.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    tokens = {str(token) for token in tokenizer.all_special_tokens} if tokenizer is not None else set()
+    for token in sorted(tokens, key=len, reverse=True):
+        if len(token) > 1:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rendering
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    *,
+    opened: bool = True,
+    parts: bool = False,
+    **options: Any,
+) -> str:
+    """Render a conversation by the tokenizer's chat template.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        messages: Role and content of each message.
+        opened: Whether the text ends with the opening of the model's turn.
+        parts: Whether each content is passed as a list of one text part, as multimodal templates take it.
+        options: Further variables of the template.
+
+    Raises:
+        jinja2.TemplateError: The template does not take the messages.
+    """
+    conversation: list[dict[str, Any]] = [
+        {**message, "content": [{"type": "text", "text": message["content"]}] if parts else message["content"]}
+        for message in messages
+    ]
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opened, **options)
+    assert isinstance(text, str)
+    return text
+
+
+def _try_render(tokenizer: PreTrainedTokenizerBase, messages: Messages, parts: bool, options: dict[str, Any]) -> str:
+    """Render a conversation; empty where the template cannot take it."""
+    try:
+        return render_chat(tokenizer, messages, parts=parts, **options)
+    except Exception:  # jinja's own kinds, and any that a template raises
+        return ""
+
+
+def _accepted_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:
+    """Return the messages in a form that the template shows: a system message may have to join the user's."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
         raise BadInput(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template, which prompt 'chat' needs; "
-            "a base model takes prompt alpaca, brief or none."
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template, which prompt 'chat' needs. "
+            "For a base model, choose prompt alpaca, brief or none."
         )
-    told = ""
+    reason = ""
     joined = [{**messages[-1], "content": "\n\n".join(message["content"] for message in messages)}]
     for version in (messages, joined):
         try:
-            shown = _shown(tokenizer, version)
+            shown = render_chat(tokenizer, version)
         except TemplateError as error:
-            told = f": {error}"
+            reason = f": {error}"
             continue
         if all(message["content"] in shown for message in version):
             return version
-    raise BadInput(f"{tokenizer.name_or_path}: its chat template does not show what is asked{told}.")
-
-
-def _shown(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], opened: bool = True) -> str:
-    shown = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
-    assert isinstance(shown, str)
-    return shown
+    raise BadInput(f"{tokenizer.name_or_path}: its chat template does not show the prompt{reason}.")
 
 
 @lru_cache(maxsize=8)
-def _turn(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
-    """What the template writes around the model's turn: the white space before it, and the token that ends it."""
-    asked = _accepted(tokenizer, [{"role": "user", "content": "?"}])
-    prompt, slot = _shown(tokenizer, asked), _SLOT.format("")
-    before, _, after = _shown(tokenizer, [*asked, {"role": "assistant", "content": slot}], False).partition(slot)
+def _model_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, int]:
+    """Return the white space that the template writes before the model's answer, and the token that ends its turn."""
+    question = _accepted_messages(tokenizer, [{"role": "user", "content": "?"}])
+    prompt, slot = render_chat(tokenizer, question), _PLACEHOLDER.format("")
+    answered = render_chat(tokenizer, [*question, {"role": "assistant", "content": slot}], opened=False)
+    before, _, after = answered.partition(slot)
     lead = before[len(prompt) :] if before.startswith(prompt) else ""
-    end = _control(tokenizer).search(after)
-    return "" if lead.strip() else lead, _id(tokenizer, end[0]) if end else eos_token_id(tokenizer)
+    end = _control_pattern(tokenizer).search(after)
+    return "" if lead.strip() else lead, _token_id(tokenizer, end[0]) if end else eos_token_id(tokenizer)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, controls: bool = False) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, controls: bool = False) -> list[int]:
+    """Encode a text without added tokens; with `controls`, control tokens in it become tokens."""
     if not text:
         return []
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=not controls)["input_ids"])
 
 
-def _id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    found = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(found, int)
-    return found
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    number = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(number, int)
+    return number
 
 
-def _controls(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The control tokens as they are spelled."""
-    named = {str(token) for token in tokenizer.all_special_tokens}
-    return sorted(named | {token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """List the control tokens of a tokenizer as text."""
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    return sorted(special | {token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
 
 
-def _control(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    longest_first = sorted(_controls(tokenizer), key=len, reverse=True)
+def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    longest_first = sorted(_control_tokens(tokenizer), key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})")

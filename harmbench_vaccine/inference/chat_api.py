@@ -1,7 +1,7 @@
-"""A chat model that is asked a question and answers in text: a local one, or one behind an OpenAI-compatible server.
+"""A chat model that grades answers in text: a local model, or one of an OpenAI-compatible server.
 
-The key of a server is read from the environment (`HBV_JUDGE_API_KEY`, else `OPENAI_API_KEY`) when a question is sent;
-it is stored nowhere and stands in no message.
+The key of a server is read from the environment (`HBV_JUDGE_API_KEY`, else `OPENAI_API_KEY`) when a request is sent. It
+is not stored, and no message shows it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
@@ -22,119 +22,139 @@ from urllib.request import Request, urlopen
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
 
-KEYS = ("HBV_JUDGE_API_KEY", "OPENAI_API_KEY")
-Messages = list[dict[str, str]]
+from .model_pool import ModelPool
 
-_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-"""Statuses after which the same request may succeed."""
+KEYS = ("HBV_JUDGE_API_KEY", "OPENAI_API_KEY")
+"""Environment variables with the key of a server; the first that is set counts."""
+
+Conversations = list[list[dict[str, str]]]
+
+_RETRY_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses after which the same request may succeed."""
 
 
 @dataclass(frozen=True)
 class ChatJudge:
-    """`model` is a folder or hub id; with `base_url` (`http://host:port/v1`), a name that the server knows."""
+    """A chat model that grades answers."""
 
     model: str
+    """Folder or hub id; with `base_url`, the name of the model on the server."""
     base_url: str = ""
+    """Address of an OpenAI-compatible server, `http://HOST:PORT/v1`; empty for a local model."""
+    models: ModelPool | None = field(default=None, repr=False, compare=False)
+    """The pool that loads a local model; without one, a call has a pool of its own."""
     attempts: int = 6
     pause: float = 1.0
-    """Seconds before the second attempt; doubled before each one after it."""
+    """Seconds before the second attempt; doubled before each further one."""
     timeout: float = 120.0
-    together: int = 8
-    """Questions that are at the server at one time."""
+    """Seconds that the server has to answer."""
+    parallel: int = 8
+    """Largest number of requests in flight."""
 
     def __post_init__(self) -> None:
-        """Raises `BadInput` where `base_url` is no address, or carries a password that a result would show."""
+        """Check the address.
+
+        Raises:
+            BadInput: `base_url` is not an address, or contains a password that a result would show.
+        """
         if not self.base_url:
             return
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise BadInput(f"base_url={self.base_url} is no address: write http://HOST:PORT/v1.")
+            raise BadInput(f"base_url={self.base_url} is not an address. Expected http://HOST:PORT/v1.")
         if "@" in parts.netloc or parts.query:
-            raise BadInput(f"base_url carries more than an address: a key belongs into {KEYS[0]}.")
+            raise BadInput(f"base_url contains more than an address. Set the key in {KEYS[0]} instead.")
 
     def ask(
         self, prompts: Sequence[str], max_new_tokens: int = 256, progress: Progress = SILENT, *, system: str = ""
     ) -> list[str]:
-        """An answer to each prompt, in their order, greedy; each prompt is a user's turn of its own, after `system`.
+        """Generate a greedy answer to each prompt, in the order of `prompts`.
 
-        A local model is asked by its own chat template, or with the plain text where it has none.
+        A local model gets its own chat template, or the plain text where it has none.
+
+        Args:
+            prompts: Text of the user's turn of each conversation.
+            max_new_tokens: Largest number of generated tokens.
+            progress: Where the number of answered prompts is reported.
+            system: System message before each prompt.
 
         Raises:
-            HbvError: the model cannot be loaded, or the server does not answer.
+            HbvError: The model cannot be loaded, or the server does not answer.
         """
-        asked = [
-            [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": prompt}]
-            for prompt in prompts
-        ]
-        return (self._remote if self.base_url else self._local)(asked, max_new_tokens, progress)
+        opening = [{"role": "system", "content": system}] if system else []
+        conversations = [[*opening, {"role": "user", "content": prompt}] for prompt in prompts]
+        return (self._remote if self.base_url else self._local)(conversations, max_new_tokens, progress)
 
-    def _local(self, asked: Sequence[Messages], max_new_tokens: int, progress: Progress) -> list[str]:
-        from .generators import TransformersGenerator, break_control_tokens, full_prompt_ids, judge_prompt_ids
+    def _local(self, conversations: Conversations, max_new_tokens: int, progress: Progress) -> list[str]:
+        from harmbench_vaccine.data.chat import break_control_tokens, full_prompt_ids, judge_prompt_ids
 
-        generator = TransformersGenerator(self.model)
-        words = generator.tokenizer
+        generator = (self.models or ModelPool()).judge_generator(self.model)
+        tokenizer = generator.tokenizer
         ids = [
-            judge_prompt_ids(words, messages)
-            if words.chat_template
+            judge_prompt_ids(tokenizer, messages)
+            if tokenizer.chat_template
             else full_prompt_ids(
-                words, "\n\n".join(break_control_tokens(message["content"], words) for message in messages)
+                tokenizer, "\n\n".join(break_control_tokens(message["content"], tokenizer) for message in messages)
             )
-            for messages in asked
+            for messages in conversations
         ]
-        return [given.text.strip() for given in generator.generate(ids, max_new_tokens, progress=progress)]
+        return [answer.text.strip() for answer in generator.generate(ids, max_new_tokens, progress=progress)]
 
-    def _remote(self, asked: Sequence[Messages], max_new_tokens: int, progress: Progress) -> list[str]:
+    def _remote(self, conversations: Conversations, max_new_tokens: int, progress: Progress) -> list[str]:
         answers = []
-        with progress.bar("score: judge", len(asked)) as advance, ThreadPoolExecutor(self.together) as pool:
-            waiting = [pool.submit(self._answer, messages, max_new_tokens) for messages in asked]
+        with progress.bar("score: judge", len(conversations)) as advance, ThreadPoolExecutor(self.parallel) as pool:
+            futures = [pool.submit(self._request, messages, max_new_tokens) for messages in conversations]
             try:
-                for future in waiting:
+                for future in futures:
                     answers.append(future.result())
                     advance(1)
-            except BaseException:  # the rest would only fail the same way
+            except BaseException:  # the remaining requests would fail the same way
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return answers
 
-    def _answer(self, messages: Messages, max_new_tokens: int) -> str:
-        from .generators import break_control_tokens
+    def _request(self, messages: list[dict[str, str]], max_new_tokens: int) -> str:
+        """Send one conversation, again after errors that may pass, and return the answer."""
+        from harmbench_vaccine.data.chat import break_control_tokens
 
-        said = [{**message, "content": break_control_tokens(message["content"])} for message in messages]
         body: dict[str, Any] = {
-            "model": self.model, "messages": said, "temperature": 0, "max_tokens": max_new_tokens
-        }  # fmt: skip
+            "model": self.model,
+            "messages": [{**message, "content": break_control_tokens(message["content"])} for message in messages],
+            "temperature": 0,
+            "max_tokens": max_new_tokens,
+        }
         for attempt in range(1, self.attempts + 1):
             wait = self.pause * 2 ** (attempt - 1)
             try:
                 return _content(self._send(body))
             except HTTPError as error:
-                reason = _said(error)
+                reason = _server_message(error)
                 if error.code == 400 and "max_completion_tokens" in reason and "max_tokens" in body:
-                    body["max_completion_tokens"] = body.pop("max_tokens")  # newer models of OpenAI's
+                    body["max_completion_tokens"] = body.pop("max_tokens")  # the name in newer OpenAI models
                     continue
-                if error.code not in _AGAIN or attempt == self.attempts:
+                if error.code not in _RETRY_STATUSES or attempt == self.attempts:
                     raise self._failure(f"answers {error.code} {error.reason}{reason and f': {reason}'}") from error
-                wait = max(wait, _asked_wait(error))
+                wait = max(wait, _retry_after(error))
             except (HTTPException, OSError) as error:
                 if attempt == self.attempts:
                     raise self._failure(f"cannot be reached: {getattr(error, 'reason', error)}") from error
             except ValueError as error:
-                raise self._failure(f"gives no chat completion, but: {error}") from error
+                raise self._failure(f"returns no chat completion, but: {error}") from error
             time.sleep(wait)
-        raise self._failure("refuses how a question is put")
+        raise self._failure("refuses the format of the request")
 
     def _send(self, body: dict[str, Any]) -> bytes:
         url = f"{self.base_url.rstrip('/')}/chat/completions"
         request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
         if key := _key():
-            request.add_unredirected_header("Authorization", f"Bearer {key}")  # not to where a server may send us
-        with urlopen(request, timeout=self.timeout) as answer:
-            return bytes(answer.read())
+            request.add_unredirected_header("Authorization", f"Bearer {key}")  # a redirect does not get the key
+        with urlopen(request, timeout=self.timeout) as response:
+            return bytes(response.read())
 
-    def _failure(self, what: str) -> HbvError:
+    def _failure(self, problem: str) -> HbvError:
         key = _key()
-        said = what.replace(key, "(the key)") if key else what
-        return HbvError(f"Judge {self.model!r} at {self.base_url} {said.rstrip('.')}.")
+        text = problem.replace(key, "(the key)") if key else problem
+        return HbvError(f"Judge {self.model!r} at {self.base_url} {text.rstrip('.')}.")
 
 
 def _key() -> str:
@@ -142,10 +162,10 @@ def _key() -> str:
 
 
 def _content(answer: bytes) -> str:
-    """The text of a chat completion; empty where the model wrote none.
+    """Return the text of a chat completion; empty where the model wrote none.
 
     Raises:
-        ValueError: it is no chat completion.
+        ValueError: The answer is not a chat completion.
     """
     try:
         message = json.loads(answer)["choices"][0]["message"]
@@ -155,8 +175,8 @@ def _content(answer: bytes) -> str:
     return str(content or "").strip()
 
 
-def _said(error: HTTPError) -> str:
-    """The server's own sentence on what was wrong, on one line."""
+def _server_message(error: HTTPError) -> str:
+    """Return the server's own error message, on one line."""
     try:
         text = error.read(2000).decode(errors="replace")
     except OSError:
@@ -166,8 +186,8 @@ def _said(error: HTTPError) -> str:
     return " ".join(text.split())[:300]
 
 
-def _asked_wait(error: HTTPError) -> float:
-    """The seconds that the server asks us to wait, a minute at most."""
+def _retry_after(error: HTTPError) -> float:
+    """Return the seconds that the server requests before the next attempt, a minute at most."""
     try:
         return min(float(error.headers.get("Retry-After", 0)), 60.0)
     except ValueError:

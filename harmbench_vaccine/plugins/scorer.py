@@ -10,6 +10,7 @@ from pydantic import PrivateAttr
 
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment, Verdict
+from harmbench_vaccine.inference.model_pool import ModelPool
 
 from .base import Plugin
 
@@ -17,55 +18,73 @@ Form = Literal["classifier", "generative", "rule"]
 
 
 class Scorer(Plugin):
-    """A judge of harm. Reading is apart from deciding: what it reads off an answer is kept, so that another threshold
-    decides again without running a model.
+    """A judge of harm.
 
-    A scorer that needs a model has the parameter `model`, a folder or hub id.
+    Reading and deciding are two steps. What a judge reads off an answer is stored, so that another threshold decides
+    again without running a model. A scorer that needs a model has the parameter `model`, a folder or hub id, and loads
+    it through `self.models`.
     """
 
     kind: ClassVar[str] = "scorer"
     form: ClassVar[Form] = "classifier"
-    """How it comes to a reading."""
+    """How it reads an answer: by a classifier, by generated text, or by a rule without a model."""
     license: ClassVar[str] = ""
-    """The licence of the model or of the prompt, where it limits what one may do with a score."""
+    """License of the model or of the prompt, where it limits the use of a score."""
     unverified: ClassVar[str] = ""
-    """What of its interface was not checked against its source; empty: nothing."""
+    """Parts of its interface that were not compared with their source; empty if all were."""
     comparison_only: ClassVar[bool] = False
-    """It is there to compare with: its figures are no harmful scores."""
-    files: ClassVar[tuple[str, ...]] = ()
-    """Parameters that name a file, whose content counts in place of its name."""
-    deciding: ClassVar[tuple[str, ...]] = ("threshold",)
-    """Parameters that only `decide` looks at."""
+    """True if its figures are for comparison and are not harmful scores."""
+    file_params: ClassVar[tuple[str, ...]] = ()
+    """Parameters that name a file; the content of the file counts, not its name."""
+    decision_params: ClassVar[tuple[str, ...]] = ("threshold",)
+    """Parameters that only `decide` uses."""
     irrelevant_params: ClassVar[tuple[str, ...]] = ("batch",)
-    """Parameters that change nothing."""
+    """Parameters that change no verdict."""
 
     _backend: str = PrivateAttr("transformers")
 
     @property
     def backend(self) -> str:
-        """What runs its model: transformers or vllm."""
+        """Library that runs its model: transformers or vllm."""
         return self._backend
 
     def on(self, backend: str) -> Self:
-        """The same object, whose model is run by `backend`."""
-        self._backend = backend
-        return self
+        """Return a copy whose model `backend` runs."""
+        copy = self.model_copy()
+        copy._backend = backend
+        return copy
+
+    def with_models(self, models: ModelPool, backend: str = "transformers") -> Self:
+        """Return a copy that loads its model through a pool.
+
+        Args:
+            models: The pool.
+            backend: Library that runs the model: transformers or vllm.
+        """
+        copy = super().with_models(models)
+        copy._backend = backend
+        return copy
 
     def check(self) -> None:
-        """Raises `BadInput` where its parameters do not fit together, before any work is spent."""
+        """Check its parameters before any work is spent.
+
+        Raises:
+            BadInput: The parameters do not fit together.
+        """
 
     def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[RawJudgment]:
-        """What the judge says of each (question, answer), in their order."""
+        """Read each (question, answer), in the order of `pairs`."""
         raise NotImplementedError
 
     def decide(self, reading: RawJudgment) -> Verdict:
-        """The verdict that follows from a reading: flagged where any probability is above `threshold`."""
-        named = reading.probabilities
-        if not named or not all(math.isfinite(value) for value in named.values()):
+        """Decide on a reading: flag it if any probability is above `threshold`."""
+        probabilities = reading.probabilities
+        if not probabilities or not all(math.isfinite(value) for value in probabilities.values()):
             return Verdict(False, [], {}, reading.cut, unparsed=True)
-        raised = [label for label, value in named.items() if value > self.threshold]  # type: ignore[attr-defined]
-        return Verdict(bool(raised), raised, named, reading.cut)
+        threshold: float = getattr(self, "threshold")  # noqa: B009  # a parameter of the subclass
+        flagged = [label for label, value in probabilities.items() if value > threshold]
+        return Verdict(bool(flagged), flagged, probabilities, reading.cut)
 
     def judge(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Verdict]:
-        """A verdict for each (question, answer)."""
+        """Read and decide on each (question, answer), in the order of `pairs`."""
         return [self.decide(reading) for reading in self.read(pairs, progress)]
