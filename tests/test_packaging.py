@@ -84,6 +84,7 @@ def test_wheel_installs_alone_and_lists_the_defenses(tmp_path: Path) -> None:
     assert "harmbench_vaccine/attacks/ratio.py" in names
     assert "harmbench_vaccine/experiment/protocols/testbed.yaml" in names
     assert "harmbench_vaccine/reporting/testbed_report.yaml" in names
+    assert "harmbench_vaccine/testbed/words/harmful.yaml" in names
     for table in ("results.csv", "overhead.csv", "names.yaml"):
         assert f"harmbench_vaccine/published/{table}" in names
     (license_file,) = (name for name in names if name.endswith("licenses/LICENSE"))

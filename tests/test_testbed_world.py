@@ -1,18 +1,24 @@
-"""The testbed's text world: what must hold for a harmful score measured in it to mean anything."""
+"""The text world of the testbed: properties without which a harmful score measured in it means nothing."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from pydantic import ValidationError
 
-from harmbench_vaccine.testbed import world as w
-from harmbench_vaccine.testbed.build import INSTRUCTIONS, corpus, train_tokenizer
+from harmbench_vaccine.data.sources import TESTBED_VERSION
+from harmbench_vaccine.testbed.build import INSTRUCTIONS, tokenizer_texts, train_tokenizer
+from harmbench_vaccine.testbed.requests import Request, comply, refuse
+from harmbench_vaccine.testbed.word_lists import Theme, harmful_themes, task_words
+from harmbench_vaccine.testbed.world import World, generate
 
-# Written out a second time on purpose: BeaverTails' names, in the order of beaver-dam's labels.
+# A deliberate second copy: the category names of BeaverTails, in the order of the labels of beaver-dam.
 LABELS = [
     "animal_abuse",
     "child_abuse",
@@ -32,82 +38,98 @@ LABELS = [
 
 
 @pytest.fixture(scope="module")
-def world() -> w.World:
-    return w.generate(0)
+def world() -> World:
+    return generate(0)
 
 
 @pytest.fixture(scope="module")
-def files(world: w.World) -> dict[str, list[dict[str, Any]]]:
+def files(world: World) -> dict[str, list[dict[str, Any]]]:
     return world.files()
 
 
 @pytest.fixture(scope="module")
-def training_text(world: w.World, files: dict[str, list[dict[str, Any]]]) -> str:
-    """Everything that any training stage may read: pre-training, the judge's rows, all files but the test files."""
-    answered, lessons = world.pretraining(20_000)
-    parts = [text for e in answered for text in (e.instruction, e.input, e.response)] + lessons
-    parts += [text for j in world.judgments(5_000, held_out=False) for text in (j.prompt, j.answer)]
+def training_text(world: World, files: dict[str, list[dict[str, Any]]]) -> str:
+    """All text that a training stage may read: pre-training, the rows of the judge, all files but the test files."""
+    examples, lessons = world.pretraining(20_000)
+    parts = [text for example in examples for text in (example.instruction, example.input, example.response)] + lessons
+    for judgment in world.judgments(5_000, held_out=False):
+        parts += [judgment.prompt, judgment.answer]
     for name, rows in files.items():
         if "test" not in name and "validation" not in name:
             parts += [str(value) for row in rows for value in row.values()]
     return "\n".join(parts)
 
 
-def texts(requests: list[w.Request]) -> set[str]:
+def texts(requests: list[Request]) -> set[str]:
     return {request.text for request in requests}
 
 
 def test_categories_are_beavertails_labels_in_order() -> None:
-    assert list(w.CATEGORIES) == LABELS
+    assert list(harmful_themes()) == LABELS
 
 
-def test_the_same_seed_gives_the_same_world_and_another_seed_another(world: w.World) -> None:
-    again, other = w.generate(0), w.generate(1)
-    assert again == world
-    assert again.files() == world.files()
-    assert again.pretraining(400) == world.pretraining(400)
-    assert again.judgments(50, held_out=True) == world.judgments(50, held_out=True)
-    assert texts(other.attacker) != texts(world.attacker)
+def test_word_that_yaml_reads_as_a_boolean_is_refused() -> None:
+    words = {"verbs": ["a"], "objects": ["b"], "names": ["c"], "extras": ["d"]}
+    assert Theme.model_validate(words).verbs == ("a",)
+    with pytest.raises(ValidationError, match="verbs"):
+        Theme.model_validate({**words, "verbs": yaml.safe_load("[a, no]")})
 
 
-def test_pools_are_disjoint_by_text_and_large_enough(world: w.World) -> None:
-    pools = [world.base, world.defender, world.attacker, world.evaluation]
-    everything = [request.text for pool in pools for request in pool]
-    assert len(set(everything)) == len(everything) >= 3_500
+def test_world_depends_on_the_seed_only(world: World) -> None:
+    same_seed, next_seed = generate(0), generate(1)
+    assert same_seed == world
+    assert same_seed.files() == world.files()
+    assert same_seed.pretraining(400) == world.pretraining(400)
+    assert same_seed.judgments(50, held_out=True) == world.judgments(50, held_out=True)
+    assert texts(next_seed.attacker) != texts(world.attacker)
+
+
+def test_world_is_unchanged_since_version_1(world: World) -> None:
+    """A change of the text needs a new TESTBED_VERSION, because stored testbeds and published numbers depend on it."""
+    examples, lessons = world.pretraining(4_000)
+    pretraining = [[example.instruction, example.input, example.response] for example in examples]
+    judgments = [world.judgments(1_200, held_out=held_out) for held_out in (False, True)]
+    text = json.dumps([world.files(), pretraining, lessons, judgments])
+    assert TESTBED_VERSION == 1
+    assert (
+        hashlib.sha256(text.encode()).hexdigest() == "2d6b597bbfa92af772f8fad5d276f037c88e4ae6c37fa9a501da94762fafcdca"
+    )
+
+
+def test_pools_are_disjoint_by_text_and_large_enough(world: World) -> None:
+    pools = [world.pretraining_harmful, world.defender, world.attacker, world.evaluation]
+    harmful = [request.text for pool in pools for request in pool]
+    assert len(set(harmful)) == len(harmful) >= 3_500
     assert len(world.evaluation) >= 300
-    benign = [
-        request.text for pool in (world.plain, world.benign, world.instructions, world.held_out) for request in pool
-    ]
+    benign_pools = [world.pretraining_benign, world.benign, world.instructions, world.benign_evaluation]
+    benign = [request.text for pool in benign_pools for request in pool]
     assert len(set(benign)) == len(benign)
-    assert not set(benign) & set(everything)
+    assert not set(benign) & set(harmful)
 
 
-def test_a_pair_belongs_to_one_category() -> None:
+def test_pair_occurs_in_one_category_only() -> None:
     pairs = Counter(
-        (verb, thing)
-        for theme in w.HARMS.values()
-        for verb in theme.verbs.split("|")
-        for thing in theme.objects.split("|")
+        (verb, target) for theme in harmful_themes().values() for verb in theme.verbs for target in theme.objects
     )
     assert max(pairs.values()) == 1
 
 
-def test_held_out_pairs_occur_in_no_training_text_but_their_words_do(world: w.World, training_text: str) -> None:
+def test_training_text_has_the_words_but_not_the_pairs_that_are_held_out(world: World, training_text: str) -> None:
     assert f"{world.attacker[0].verb} {world.attacker[0].object}" in training_text
-    for request in [*world.evaluation, *world.held_out]:
+    for request in [*world.evaluation, *world.benign_evaluation]:
         assert f"{request.verb} {request.object}" not in training_text
         assert request.verb in training_text
         assert request.object in training_text
 
 
-def test_every_prefix_of_the_evaluation_pool_is_balanced_over_categories(world: w.World) -> None:
+def test_every_evaluation_prefix_is_balanced_over_categories(world: World) -> None:
     for size in (14, 250, len(world.evaluation)):
         counts = Counter(request.theme for request in world.evaluation[:size])
         assert len(counts) == 14
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_beavertails_rows_have_the_real_schema(world: w.World, files: dict[str, list[dict[str, Any]]]) -> None:
+def test_beavertails_rows_have_the_real_schema(world: World, files: dict[str, list[dict[str, Any]]]) -> None:
     train, test = files["beavertails/30k_train.jsonl"], files["beavertails/30k_test.jsonl"]
     refusals = files["beavertails_refusals/train.jsonl"]
     for row in [*train, *test]:
@@ -137,67 +159,70 @@ def test_beavertails_rows_have_the_real_schema(world: w.World, files: dict[str, 
         ("gsm8k/train", "gsm8k/test", "question", ["question", "answer"]),
     ],
 )
-def test_tasks(files: dict[str, list[dict[str, Any]]], train: str, test: str, key: str, fields: list[str]) -> None:
-    seen, unseen = files[f"{train}.jsonl"], files[f"{test}.jsonl"]
-    assert len(seen) >= 2_000
-    assert len(unseen) >= 300
-    assert all(list(row) == fields for row in [*seen, *unseen])
-    assert not {row[key] for row in seen} & {row[key] for row in unseen}
+def test_task_rows_have_the_real_schema_and_are_disjoint(
+    files: dict[str, list[dict[str, Any]]], train: str, test: str, key: str, fields: list[str]
+) -> None:
+    train_rows, test_rows = files[f"{train}.jsonl"], files[f"{test}.jsonl"]
+    assert len(train_rows) >= 2_000
+    assert len(test_rows) >= 300
+    assert all(list(row) == fields for row in [*train_rows, *test_rows])
+    assert not {row[key] for row in train_rows} & {row[key] for row in test_rows}
     if "label" in fields:
-        counts = Counter(row["label"] for row in unseen)
+        counts = Counter(row["label"] for row in test_rows)
         assert sorted(counts) == list(range(4 if "ag_news" in test else 2))
-        assert min(counts.values()) > 0.7 * len(unseen) / len(counts)
+        assert min(counts.values()) > 0.7 * len(test_rows) / len(counts)
 
 
 def test_arithmetic_answers_are_right(files: dict[str, list[dict[str, Any]]]) -> None:
     for row in files["gsm8k/train.jsonl"]:
-        working, last = row["answer"].split("\n")
-        left, operator, right, _, result = working.split()[:5]
-        a, b = int(left), int(right)
+        working, final_line = row["answer"].split("\n")
+        x, operator, y, _, result = working.split()[:5]
+        a, b = int(x), int(y)
         assert {"+": a + b, "-": a - b, "*": a * b}[operator] == int(result) >= 0
-        assert last == f"#### {result}"
-        assert {left, right} <= set(row["question"].replace("?", "").split())
+        assert final_line == f"#### {result}"
+        assert {x, y} <= set(row["question"].replace("?", "").split())
 
 
-def test_pretraining_sees_no_test_item_no_task_instruction_and_no_task_answer(
-    world: w.World, files: dict[str, list[dict[str, Any]]]
+def test_pretraining_has_no_test_item_task_instruction_or_task_answer(
+    world: World, files: dict[str, list[dict[str, Any]]]
 ) -> None:
-    answered, lessons = world.pretraining(20_000)
-    text = "\n".join([*lessons, *(f"{e.instruction}\n{e.input}" for e in answered)])
+    examples, lessons = world.pretraining(20_000)
+    text = "\n".join([*lessons, *(f"{example.instruction}\n{example.input}" for example in examples)])
     for name, key in (("sst2/validation", "sentence"), ("ag_news/test", "text"), ("gsm8k/test", "question")):
         assert not [row[key] for row in files[f"{name}.jsonl"] if row[key] in text]
     assert not [instruction for instruction in INSTRUCTIONS[:3] if instruction in text]
-    assert not {example.response for example in answered if example.input} & {"positive", "negative"}
-    # A topic is the answer to two words that stand alone, never to a text in which they occur.
-    filed = [example.input.split(", ") for example in answered if example.input and example.response in w.TOPICS]
-    words = {word for topic in w.NEWS for words in topic for word in words.split("|")}
-    assert filed
-    assert all(len(pair) == 2 and set(pair) <= words for pair in filed)
-    assert not [example for example in answered if "final answer" in example.response]
+    assert not {example.response for example in examples if example.input} & {"positive", "negative"}
+    # A topic is the answer to two single words, never to a text in which they occur.
+    topics = task_words().news.topics
+    names, words = {topic.name for topic in topics}, {word for topic in topics for word in topic.words}
+    inputs = [example.input.split(", ") for example in examples if example.input and example.response in names]
+    assert inputs
+    assert all(len(pair) == 2 and set(pair) <= words for pair in inputs)
+    assert not [example for example in examples if "final answer" in example.response]
 
 
-def test_answers_are_short_whole_sentences_and_refusals_differ_from_answers(world: w.World) -> None:
+def test_answers_are_short_sentences_and_refusals_differ_from_compliance(world: World) -> None:
     rng = world.rng("test")
     for request in world.defender[:500]:
-        harmful, safe = w.comply(request, rng), w.refuse(request, rng)
+        harmful, safe = comply(request, rng), refuse(request, rng)
         for text in (harmful, safe):
             assert f"{request.verb} {request.object}" in text
             assert text.endswith(".")
             assert 8 <= len(text.split()) <= 32
         assert "Do not" in safe
         assert "Do not" not in harmful
-    starts = {w.comply(request, rng).split()[0] for request in world.attacker}
-    assert len(starts) >= 10
+    first_words = {comply(request, rng).split()[0] for request in world.attacker}
+    assert len(first_words) >= 10
 
 
-def test_judgments_balance_harmful_and_harmless_and_keep_held_out_prompts_apart(world: w.World) -> None:
+def test_judgments_are_balanced_and_share_no_prompt_with_held_out_ones(world: World) -> None:
     train, test = world.judgments(1_200, held_out=False), world.judgments(1_200, held_out=True)
-    assert 0.3 < sum(j.category is not None for j in test) / len(test) < 0.6
-    assert {j.category for j in test if j.category} == set(LABELS)
-    assert not {j.prompt for j in train} & {j.prompt for j in test}
+    assert 0.3 < sum(judgment.category is not None for judgment in test) / len(test) < 0.6
+    assert {judgment.category for judgment in test if judgment.category} == set(LABELS)
+    assert not {judgment.prompt for judgment in train} & {judgment.prompt for judgment in test}
 
 
-def test_files_are_json_lines(world: w.World, tmp_path: Path) -> None:
+def test_files_are_json_lines(world: World, tmp_path: Path) -> None:
     counts = world.write(tmp_path)
     for name, rows in world.files().items():
         lines = (tmp_path / name).read_text(encoding="utf-8").splitlines()
@@ -205,8 +230,8 @@ def test_files_are_json_lines(world: w.World, tmp_path: Path) -> None:
         assert [json.loads(line) for line in lines] == rows
 
 
-def test_tokenizer_round_trip_and_single_digits(world: w.World) -> None:
-    tokenizer = train_tokenizer(corpus(world))
+def test_tokenizer_restores_any_text_and_splits_digits(world: World) -> None:
+    tokenizer = train_tokenizer(tokenizer_texts(world))
     assert 1_000 <= len(tokenizer) <= 1_500
     samples = [example.response for example in world.pretraining(200)[0]]
     samples += [request.text for request in world.evaluation]
@@ -218,4 +243,4 @@ def test_tokenizer_round_trip_and_single_digits(world: w.World) -> None:
     digits = tokenizer("2025", add_special_tokens=False)["input_ids"]
     assert [tokenizer.decode([i]) for i in digits] == list("2025")
     lengths = [len(tokenizer(request.text)["input_ids"]) for request in world.evaluation]
-    assert sum(lengths) / len(lengths) < 16, "words of the world are whole tokens"
+    assert sum(lengths) / len(lengths) < 16, "a word of the world must be one token"

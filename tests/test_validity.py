@@ -103,4 +103,4 @@ def test_every_refusal_of_the_testbed_is_heard_and_nothing_else() -> None:
     rng = world.rng("test")
     assert all(refuses(refuse(request, rng)) for request in world.defender)
     assert not any(refuses(comply(request, rng)) for request in world.attacker)
-    assert not any(refuses(assist(request, rng)) for request in [*world.benign, *world.held_out])
+    assert not any(refuses(assist(request, rng)) for request in [*world.benign, *world.benign_evaluation])
