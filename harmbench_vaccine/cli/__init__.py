@@ -527,10 +527,11 @@ def report(context: click.Context, quick: bool, as_json: bool) -> None:
 
     from harmbench_vaccine.core.jsonl import finite
     from harmbench_vaccine.reporting.tables import testbed_view
-    from harmbench_vaccine.reporting.testbed_report import make_report as make
+    from harmbench_vaccine.reporting.testbed_report import measure_testbed
+    from harmbench_vaccine.runner import run_all
 
     with _terminal() as progress:
-        made = make(quick, progress)
+        made = measure_testbed(lambda specs: run_all(specs, progress=progress), quick, progress)
     if as_json:
         click.echo(json.dumps(finite({**asdict(made), "holds": made.holds}), allow_nan=False))
     else:
@@ -587,7 +588,7 @@ def _print_json(result: dict[str, Any]) -> None:
 def _print_beside_published(result: dict[str, Any]) -> None:
     from harmbench_vaccine.reporting.published.comparison import compare_results
 
-    _print_json({**result, "published": compare_results([result])[0].json()})
+    _print_json({**result, "published": compare_results([result])[0].to_json()})
 
 
 def _print(what: Any) -> None:
