@@ -1,8 +1,7 @@
-"""Contract tests of one plug-in: what it declares is true, its hooks return what they should, and it leaves alone what
-it should.
+"""Contract tests of a plug-in: its declarations, its return values, and the state that it must not change.
 
-They run a plug-in through the real trainer, adapters and teams in a tiny world with random weights, in seconds, with
-nothing downloaded. Equal to the bit is what a CPU promises. They cannot tell whether the math is the paper's.
+A plug-in runs through the real trainer, adapters and teams in a tiny world with random weights: it takes seconds and
+downloads nothing. Equality to the bit holds on a CPU. The tests cannot check that the math is that of the paper.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ContractReport:
-    """What the checks found of one plug-in."""
+    """The findings of all checks of one plug-in."""
 
     kind: str
     name: str
-    """As a command line names it, with the parameters that were written."""
+    """The plug-in as the command line names it, with the parameters that the user set."""
     findings: list[Finding]
 
     @property
@@ -43,74 +42,82 @@ class ContractReport:
         return all(finding.outcome != "fails" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as a JSON object."""
+        """Return the report as a JSON object."""
         return {
             "kind": self.kind,
             "name": self.name,
             "holds": self.holds,
-            "findings": [asdict(f) for f in self.findings],
+            "findings": [asdict(finding) for finding in self.findings],
         }
 
     def lines(self) -> list[str]:
-        """One line a check: its outcome, its name, and what it demands, what failed or why it does not apply."""
+        """Return one line for each check: its outcome, its name, and its requirement or the reason of its outcome."""
         counts = {outcome: sum(f.outcome == outcome for f in self.findings) for outcome in ("ok", "fails", "n/a")}
-        said = [
+        checks = [
             f"{'FAILS' if f.outcome == 'fails' else f.outcome:<6}{f.check:<15}{f.reason or f.demand}"
             for f in self.findings
         ]
-        tally = f"{counts['ok']} ok, {counts['fails']} fail, {counts['n/a']} do not apply"
-        return [f"{self.kind} {self.name}", *said, tally]
+        summary = f"{counts['ok']} ok, {counts['fails']} fail, {counts['n/a']} do not apply"
+        return [f"{self.kind} {self.name}", *checks, summary]
 
 
 def find_plugins(text: str) -> list[Resolved]:
-    """The defense or attack of that name or file, with its parameters; both, if there are both.
+    """Find a defense or an attack by its name or file; a name of both kinds gives both.
+
+    Args:
+        text: A plug-in as on the command line, such as `vaccine:rho=5` or `./mine.py`.
+
+    Returns:
+        The plug-ins with their parameters.
 
     Raises:
-        BadInput: there is none, it cannot be imported, it is of another kind, or a parameter is wrong.
+        BadInput: No plug-in has this name, it cannot be imported, it is of another kind, or a parameter is not valid.
     """
-    written = (Component(name=text),) if Path(text).is_file() and is_plugin_path(text) else parse_plugins(text)
-    if len(written) > 1:
-        raise BadInput(f"{text!r} names {len(written)} plug-ins; hbv check takes one at a time.")
-    name = written[0].name
-    having: list[Registry[Any]] = [Registry(Plugin, "")]  # any kind, by the class in the file
+    components = (Component(name=text),) if Path(text).is_file() and is_plugin_path(text) else parse_plugins(text)
+    if len(components) > 1:
+        raise BadInput(f"{text!r} names {len(components)} plug-ins, but hbv check takes one at a time.")
+    name = components[0].name
+    registries: list[Registry[Any]] = [Registry(Plugin, "")]  # any kind, by the class in the file
     if not is_plugin_path(name):
-        having = [each for each in (DEFENSES, ATTACKS) if name in each.entries()]
-        if not having:
+        registries = [registry for registry in (DEFENSES, ATTACKS) if name in registry.entries()]
+        if not registries:
             raise unknown_name("defense or attack", name, {*DEFENSES.entries(), *ATTACKS.entries()})
-    found = [resolve_plugins(written, each, {}, "")[0] for each in having]
-    for resolved in found:
+    plugins = [resolve_plugins(components, registry, {}, "")[0] for registry in registries]
+    for resolved in plugins:
         if not isinstance(resolved.plugin, Defense | Attack):
-            raise BadInput(f"{name!r} is a {resolved.plugin.kind}; hbv check takes defenses and attacks.")
-    return found
+            raise BadInput(f"{name!r} is a {resolved.plugin.kind}, but hbv check takes only defenses and attacks.")
+    return plugins
 
 
 def run_contract(resolved: Resolved, progress: Progress = SILENT) -> ContractReport:
-    """Every contract test on one plug-in. The shared random generators are left as they were."""
-    from . import attack, hooks, outcomes
+    """Run all contract tests on one plug-in; the process-wide random generators keep their states."""
+    from .attack_checks import ATTACK_CHECKS, AttackSubject
+    from .defense_hooks import HOOK_CHECKS
+    from .defense_outcomes import OUTCOME_CHECKS
+    from .defense_subject import DefenseSubject
     from .findings import Checks
-    from .subject import DefenseSubject
-    from .watch import own_random_states
+    from .observation import preserved_random_states
     from .world import TinyWorld
 
-    cls: Any = type(resolved.plugin)
-    with tempfile.TemporaryDirectory() as folder, own_random_states(), _little_to_collect():
+    cls: Any = type(resolved.plugin)  # a class of Defense or of Attack, which the branch below decides
+    with tempfile.TemporaryDirectory() as folder, preserved_random_states(), _frozen_garbage():
         world = TinyWorld(Path(folder))
         if isinstance(resolved.plugin, Defense):
-            checks = Checks([*hooks.CHECKS.all, *outcomes.CHECKS.all])
+            checks = Checks([*HOOK_CHECKS.all, *OUTCOME_CHECKS.all])
             findings = checks.examine(DefenseSubject(cls, resolved.params, world), progress)
         else:
-            findings = attack.CHECKS.examine(attack.AttackSubject(cls, resolved.params, world), progress)
+            findings = ATTACK_CHECKS.examine(AttackSubject(cls, resolved.params, world), progress)
     return ContractReport(cls.kind, canonical_name([resolved]), findings)
 
 
 @contextmanager
-def _little_to_collect() -> Iterator[None]:
-    """Trainer collects garbage when it ends: searching the libraries each time takes longer than a tiny stage."""
-    frozen = gc.get_freeze_count() > 0  # by somebody else, for the same reason
-    if not frozen:
+def _frozen_garbage() -> Iterator[None]:
+    """Exclude existing objects from garbage collection: the Trainer collects after every run, which is slow."""
+    already_frozen = gc.get_freeze_count() > 0  # by a caller, for the same reason
+    if not already_frozen:
         gc.freeze()
     try:
         yield
     finally:
-        if not frozen:
+        if not already_frozen:
             gc.unfreeze()

@@ -1,4 +1,4 @@
-"""Checks, and how what they find is told."""
+"""The registry of contract checks, and the finding that each check reports."""
 
 from __future__ import annotations
 
@@ -21,96 +21,98 @@ Outcome = Literal["ok", "fails", "n/a"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found."""
+    """The result of one check."""
 
     check: str
     demand: str
-    """What it asks of a plug-in, in a sentence."""
+    """The requirement that is checked, in one sentence."""
     outcome: Outcome
     reason: str
-    """What failed, or why the check does not apply; empty where all is well."""
+    """Why the check fails or does not apply; empty if it passes."""
     blocked_by: str = ""
-    """The failing check without which this one says nothing."""
+    """The failing check that this check depends on."""
 
 
 class Fails(Exception):
-    """The plug-in does not do what it should; the text says what it does."""
+    """The plug-in breaks the requirement; the message describes how."""
 
 
 class NotApplicable(Exception):
-    """There is nothing to check; the text says why."""
+    """The check does not apply to the plug-in; the message gives the reason."""
 
 
 @dataclass
 class Subject:
-    """What is checked: a plug-in's class with the parameters that it is checked at."""
+    """The plug-in under test: its class, and the parameters that it is checked with."""
 
     cls: type[Plugin]
     params: dict[str, Any]
 
-    def words(self) -> str:
-        """The parameters, to be named in a finding."""
+    def setting(self) -> str:
+        """Return the parameters as text for a finding."""
         return ", ".join(f"{key}={value}" for key, value in self.params.items()) or "its only setting"
 
     def hooks(self) -> list[str]:
-        """The hooks that it overrides."""
-        return [name for name in hooks_of(self.base) if getattr(self.cls, name) is not getattr(self.base, name)]
+        """Return the hooks that the class overrides."""
+        return [name for name in hook_names(self.base) if getattr(self.cls, name) is not getattr(self.base, name)]
 
     @property
     def base(self) -> type[Plugin]:
-        """The class whose hooks it may override."""
+        """The class whose hooks the plug-in may override."""
         return Defense if issubclass(self.cls, Defense) else Attack
 
     def is_neutral(self) -> bool:
-        """Whether the parameters are those at which it says that it changes nothing."""
+        """Return whether the parameters are the declared neutral setting."""
         return self.cls.neutral is not None and self.cls(**self.cls.neutral).model_dump() == self.params
 
 
 @dataclass(frozen=True)
 class Check(Generic[S]):
-    """One demand, and the function that raises where it is not met."""
+    """A requirement of the contract, and the function that raises where a plug-in breaks it."""
 
+    name: str
     function: Callable[[S], None]
-    after: Sequence[str]
-    """Checks without which this one says nothing: where one of them fails, it does not apply."""
-
-    @property
-    def name(self) -> str:
-        return self.function.__name__
+    after: Sequence[str] = ()
+    """Checks that this one depends on: if one of them fails, this one does not apply."""
 
     @property
     def demand(self) -> str:
+        """The requirement: the docstring of the function."""
         return " ".join((self.function.__doc__ or "").split())
 
 
 @dataclass
 class Checks(Generic[S]):
-    """The checks of one kind of plug-in, in their order."""
+    """The ordered checks of one kind of plug-in."""
 
     all: list[Check[S]] = field(default_factory=list)
 
-    def add(self, *after: str) -> Callable[[Callable[[S], None]], Callable[[S], None]]:
-        """Makes a check of a function: its name is the check's, its docstring is what it demands."""
+    def add(self, name: str, *, after: Sequence[str] = ()) -> Callable[[Callable[[S], None]], Callable[[S], None]]:
+        """Register the decorated function as a check.
 
-        def adding(function: Callable[[S], None]) -> Callable[[S], None]:
-            self.all.append(Check(function, after))
+        Args:
+            name: The name of the check, as `hbv check` prints it.
+            after: Names of the checks that it depends on.
+        """
+
+        def register(function: Callable[[S], None]) -> Callable[[S], None]:
+            self.all.append(Check(name, function, after))
             return function
 
-        return adding
+        return register
 
     def examine(self, subject: S, progress: Progress) -> list[Finding]:
-        """Every check on one plug-in. What a hook raises is a failed check."""
+        """Run every check on one plug-in; an exception of a hook is a failed check."""
         findings = []
-        blocked: dict[str, str] = {}  # check -> the failing one, itself or one that it needs
+        failures: dict[str, str] = {}  # check -> the failing check, itself or one that it depends on
         with progress.bar(f"check {subject.cls.name}", len(self.all)) as advance:
             for check in self.all:
-                if needed := next((blocked[other] for other in check.after if other in blocked), ""):
-                    reason = f"It says nothing while {needed!r} fails."
-                    finding = Finding(check.name, check.demand, "n/a", reason, needed)
+                if cause := next((failures[name] for name in check.after if name in failures), ""):
+                    finding = Finding(check.name, check.demand, "n/a", f"Not checked, because {cause!r} fails.", cause)
                 else:
                     finding = Finding(check.name, check.demand, *_outcome(check, subject))
-                if needed or finding.outcome == "fails":
-                    blocked[check.name] = needed or check.name
+                if cause or finding.outcome == "fails":
+                    failures[check.name] = cause or check.name
                 findings.append(finding)
                 advance(1)
         return findings
@@ -124,41 +126,41 @@ def _outcome(check: Check[S], subject: S) -> tuple[Outcome, str]:
     except Fails as reason:
         return "fails", str(reason)
     except Exception as error:
-        return "fails", _raised(subject, error)
+        return "fails", _exception_reason(subject, error)
     return "ok", ""
 
 
-def a(value: Any) -> str:
-    """What something is, for a finding."""
+def describe_value(value: Any) -> str:
+    """Describe the type of a value, and the shape of a tensor, for a finding."""
     if hasattr(value, "requires_grad"):
-        return f"a tensor {shape(value)}{' with a graph' if value.requires_grad else ''}"
+        return f"a tensor {format_shape(value)}{' with a graph' if value.requires_grad else ''}"
     return f"a {type(value).__name__}"
 
 
-def shape(value: Any) -> str:
-    """A tensor's shape, for a finding."""
+def format_shape(value: Any) -> str:
+    """Format the shape of a tensor for a finding."""
     return "x".join(map(str, value.shape)) or "without dimensions"
 
 
-def hooks_of(base: type[Plugin]) -> list[str]:
-    """The hooks of a kind of plug-in."""
-    own = (name for name, value in vars(base).items() if inspect.isfunction(value))
-    return [name for name in own if not name.startswith(("_", "model_"))]  # model_: pydantic's
+def hook_names(base: type[Plugin]) -> list[str]:
+    """Return the hooks of a kind of plug-in."""
+    functions = (name for name, value in vars(base).items() if inspect.isfunction(value))
+    return [name for name in functions if not name.startswith(("_", "model_"))]  # model_: hooks of pydantic
 
 
-def _raised(subject: Subject, error: Exception) -> str:
-    """What was raised, and the hook that it came out of."""
+def _exception_reason(subject: Subject, error: Exception) -> str:
+    """Name the exception and the hook that raised it."""
     base = subject.base
-    own = [cls for cls in subject.cls.__mro__ if issubclass(cls, base) and cls is not base]
+    classes = [cls for cls in subject.cls.__mro__ if issubclass(cls, base) and cls is not base]
     codes = {
         inspect.unwrap(vars(cls)[name]).__code__: name
-        for cls in own
-        for name in hooks_of(base)
+        for cls in classes
+        for name in hook_names(base)
         if inspect.isfunction(vars(cls).get(name))
     }
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     hook = next((codes[code] for code in frames if code in codes), "The harness, given what its hooks returned,")
     text = f"{hook} raised {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
     if isinstance(error, BadInput):
-        text += " (The world of the checks is small: NAME:key=value sets a parameter for them.)"
+        text += " (The checks run in a small world: NAME:key=value sets a parameter for them.)"
     return text

@@ -1,0 +1,353 @@
+"""Checks of an attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmbench_vaccine.core.seeds import derive_seed
+from harmbench_vaccine.core.types import Example, Mix
+from harmbench_vaccine.data.collate import Encoded
+from harmbench_vaccine.training.adapters import LoraStack
+from harmbench_vaccine.training.stage import TrainingStage
+from harmbench_vaccine.training.trainer import train
+
+from ..attack import Attack
+from ..registry import ATTACKS
+from ..teams import DefenseTeam
+from .findings import Checks, Fails, NotApplicable, Subject, describe_value
+from .observation import preserved_random_states, record_shared_draws
+from .requirements import (
+    declaration_problems,
+    documentation_problems,
+    draws_rows_by_seed,
+    raise_problems,
+    require_eval_sets,
+    require_examples,
+    require_settings,
+)
+from .trials import aligned_path
+from .world import LONGEST, PAD, RATIO, SAMPLES, TinyWorld, drawn_pool_rows
+
+
+@dataclass
+class EditedModel:
+    """A model before and after an attack edits its weights."""
+
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+    encoded: list[Example]
+    """The rows that the attack encodes."""
+    shared_draws: dict[str, str]
+    """`ablate` -> the process-wide random generator that it draws from; empty if it draws from none."""
+    logits: Tensor
+
+
+@dataclass
+class AttackSubject(Subject):
+    """An attack, and the world that it is checked in."""
+
+    cls: type[Attack]
+    world: TinyWorld
+    _edits: dict[Any, EditedModel] = field(default_factory=dict)
+
+    def plugin(self, seed: int = 0) -> Attack:
+        """Create the attack with its parameters."""
+        return self.cls(**self.params).seeded(seed)
+
+    @property
+    def input_mix(self) -> Mix:
+        """The mix that the attack receives: with a ratio, unless the attack excludes the ratio attack."""
+        return Mix(SAMPLES, None if {"ratio", "*"} & set(self.cls.excludes) else RATIO)
+
+    def input_rows(self, plugin: Attack) -> list[Example]:
+        """Draw the task rows and harmful rows that the attack requests."""
+        return self.world.uploaded_rows(plugin.mix(self.input_mix), Attack())
+
+    def hook_results(self, plugin: Attack) -> dict[str, Any]:
+        """Return the result of every hook around the user's training."""
+        world, mix = self.world, plugin.mix(self.input_mix)
+        rows = plugin.upload(world.uploaded_rows(mix, Attack()), world.pools)
+        return {
+            "mix": (mix.samples, mix.harmful),
+            "upload": rows,
+            "filter": plugin.filter(list(rows), world.judge),
+            "settings": plugin.settings(world.settings(SAMPLES)),
+            "evaluations": plugin.evaluations(list(world.questions)),
+        }
+
+    def stage(self, dtype: str = "float32", *, aligned: bool) -> TrainingStage:
+        """Create a user stage, on the aligned model or on a model without an adapter."""
+        world = self.world
+
+        def encode(examples: Sequence[Example]) -> list[Encoded]:
+            return world.encode(examples, world.template, world.settings(SAMPLES).max_length)
+
+        return TrainingStage(
+            "finetune",
+            LoraStack(world.base(dtype)),
+            {},
+            derive_seed(0, "finetune"),
+            world.settings(SAMPLES),
+            world.pools,
+            below=(aligned_path(world),) if aligned else (),
+            encode=encode,
+            pad=PAD,
+        )
+
+    def edited_model(self, seed: int = 0, salt: int = 1, dtype: str = "float32") -> EditedModel:
+        """Return the edited weights; `salt` seeds the process-wide random generators before the edit."""
+        key = seed, salt, dtype
+        if key not in self._edits:
+            self._edits[key] = _edit_model(self, seed, salt, dtype)
+        return self._edits[key]
+
+    def require_training(self) -> None:
+        """Raise `NotApplicable` if the attack edits weights instead of training."""
+        if not self.cls.trains:
+            raise NotApplicable("It edits weights instead of training.")
+
+
+def _edit_model(subject: AttackSubject, seed: int, salt: int, dtype: str) -> EditedModel:
+    stage, plugin = subject.stage(dtype, aligned=False), subject.plugin(seed)
+    before = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    encoded: list[Example] = []
+    encode = stage.encode
+
+    def recording_encode(examples: Sequence[Example]) -> list[Encoded]:
+        encoded.extend(examples)
+        return encode(examples)
+
+    stage.encode = recording_encode
+    draws: dict[str, str] = {}
+    with (
+        preserved_random_states(salt),
+        stage.isolated("ablate"),
+        record_shared_draws(draws, "ablate", "torch's"),  # `isolated` restores torch's
+    ):
+        plugin.ablate(stage)
+    stage.encode = encode
+    with torch.no_grad():
+        logits = stage.output(next(stage.batches(subject.world.user_rows[:4], 4))).logits
+    after = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    return EditedModel(before, after, encoded, draws, logits)
+
+
+ATTACK_CHECKS: Checks[AttackSubject] = Checks()
+
+
+@ATTACK_CHECKS.add("described")
+def _described(subject: AttackSubject) -> None:
+    """It has a docstring and a citation, and every parameter has a description and a source of its default."""
+    raise_problems(documentation_problems(subject))
+
+
+@ATTACK_CHECKS.add("facts")
+def _facts(subject: AttackSubject) -> None:
+    """Its declarations are valid: excluded attacks, neutral setting."""
+    cls, problems, known = subject.cls, declaration_problems(subject), ATTACKS.entries()
+    for name in cls.excludes:
+        if name != "*" and name not in known:
+            problems.append(f"it excludes the unknown attack {name!r}, allowed: *, {', '.join(known)}")
+    if not cls.trains and cls.ablate is Attack.ablate:
+        problems.append("it does not train and does not override `ablate`")
+    raise_problems(problems)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Return values of the hooks
+
+
+@ATTACK_CHECKS.add("mix")
+def _mix(subject: AttackSubject) -> None:
+    """The mix has at least one row and a proportion of harmful rows between 0 and 1."""
+    for before in (Mix(SAMPLES), subject.input_mix):
+        after = subject.plugin().mix(before)
+        if not isinstance(after, Mix):
+            raise Fails(
+                f"mix returned {describe_value(after)}; allowed: a Mix, for example dataclasses.replace(mix, ...)."
+            )
+        if after.samples < 1 or not 0 <= (after.ratio or 0) <= 1:
+            raise Fails(f"mix returned {after.samples} rows and a ratio of {after.ratio}.")
+
+
+@ATTACK_CHECKS.add("upload", after=["mix"])
+def _upload(subject: AttackSubject) -> None:
+    """The upload is a list of examples, and not empty."""
+    subject.require_training()
+    plugin = subject.plugin()
+    require_examples("upload", plugin.upload(subject.input_rows(plugin), subject.world.pools))
+
+
+@ATTACK_CHECKS.add("filter", after=["upload"])
+def _filter(subject: AttackSubject) -> None:
+    """The filter returns some of the uploaded rows, unchanged and in their order."""
+    subject.require_training()
+    plugin = subject.plugin()
+    uploaded = plugin.upload(subject.input_rows(plugin), subject.world.pools)
+    accepted = plugin.filter(list(uploaded), subject.world.judge)
+    require_examples("filter", accepted)
+    remaining = iter(uploaded)
+    if not all(row in remaining for row in accepted):
+        raise Fails("filter returned a row that was not uploaded, a changed row, or another order.")
+
+
+@ATTACK_CHECKS.add("settings")
+def _settings(subject: AttackSubject) -> None:
+    """The training settings of the user are TrainSettings with positive values."""
+    subject.require_training()
+    require_settings(subject.plugin().settings(subject.world.settings(SAMPLES)))
+
+
+@ATTACK_CHECKS.add("evaluations")
+def _evaluations(subject: AttackSubject) -> None:
+    """The sets of harmful questions are evaluation sets with unique names."""
+    require_eval_sets(subject.plugin().evaluations(list(subject.world.questions)))
+
+
+@ATTACK_CHECKS.add("trains", after=["filter", "settings"])
+def _trains(subject: AttackSubject) -> None:
+    """A user stage on its rows runs with its settings, and changes the model."""
+    subject.require_training()
+    plugin, world = subject.plugin(), subject.world
+    rows = plugin.filter(plugin.upload(subject.input_rows(plugin), world.pools), world.judge)
+    settings = plugin.settings(world.settings(SAMPLES))
+    settings = replace(settings, epochs=min(settings.epochs, LONGEST / math.ceil(len(rows) / settings.batch)))
+    stage = subject.stage(aligned=not settings.full)
+    stack = stage.stack
+    stage.trainable = stack.train_all_weights() if settings.full else stack.train(stage.below, settings, stage.seed)
+    start = stage.values()
+    with preserved_random_states(1):
+        train(stage, DefenseTeam(), stage.encode(rows), settings, world.new_folder(), pad=PAD, save_share=1.0)
+    if not all(value.isfinite().all() for value in stage.values()):
+        raise Fails("After a few steps the model is not finite.")
+    if all(torch.equal(before, after) for before, after in zip(start, stage.values(), strict=True)):
+        raise Fails("After a few steps the model is unchanged, to the bit.")
+
+
+@ATTACK_CHECKS.add("ablate")
+def _ablate(subject: AttackSubject) -> None:
+    """The edited model has different weights of the same shapes, all finite, and still answers."""
+    if subject.cls.trains:
+        raise NotApplicable("It trains and does not edit weights.")
+    model = subject.edited_model()
+    for name, value in model.after.items():
+        if name in model.before and value.shape != model.before[name].shape:
+            raise Fails(f"The edit changes {name} from {tuple(model.before[name].shape)} to {tuple(value.shape)}.")
+        if not value.isfinite().all():
+            raise Fails(f"{name} is not finite after the edit.")
+    if missing := sorted(model.before.keys() - model.after.keys()):
+        raise Fails(f"{missing[0]} is missing after the edit.")
+    if all(torch.equal(value, model.after[name]) for name, value in model.before.items()):
+        raise Fails("Every weight is unchanged, to the bit.")
+    if not model.logits.isfinite().all():
+        raise Fails("The logits of the edited model are not finite.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness
+
+
+@ATTACK_CHECKS.add("random", after=["filter", "settings", "evaluations", "ablate"])
+def _random(subject: AttackSubject) -> None:
+    """Its hooks do not draw from the shared random generators."""
+    world, plugin, draws = subject.world, subject.plugin(), dict[str, str]()
+    with preserved_random_states(1):
+        if subject.cls.trains:
+            with record_shared_draws(draws, "mix"):
+                plugin.mix(subject.input_mix)
+            rows = subject.input_rows(subject.plugin())
+            with record_shared_draws(draws, "upload"):
+                rows = plugin.upload(rows, world.pools)
+            with record_shared_draws(draws, "filter"):
+                plugin.filter(rows, world.judge)
+            with record_shared_draws(draws, "settings"):
+                plugin.settings(world.settings(SAMPLES))
+        else:
+            draws |= subject.edited_model().shared_draws
+        with record_shared_draws(draws, "evaluations"):
+            plugin.evaluations(list(world.questions))
+    if draws:
+        hook, generator = next(iter(draws.items()))
+        raise Fails(
+            f"{hook} draws from {generator} shared generator; allowed: self.random, self.draw, stage.generator."
+        )
+
+
+@ATTACK_CHECKS.add("deterministic", after=["filter", "settings", "evaluations", "ablate"])
+def _deterministic(subject: AttackSubject) -> None:
+    """The same seed gives the same rows, settings, questions and weights, to the bit."""
+    with preserved_random_states(1):
+        first = subject.hook_results(subject.plugin())
+    with preserved_random_states(2):
+        second = subject.hook_results(subject.plugin())
+    if hook := _differing_hook(first, second):
+        raise Fails(f"The second call of {hook} returned a different result.")
+    if not subject.cls.trains and not _same_weights(subject.edited_model().after, subject.edited_model(salt=2).after):
+        raise Fails("The second call of ablate gave different weights.")
+
+
+@ATTACK_CHECKS.add("seeds", after=["deterministic"])
+def _seeds(subject: AttackSubject) -> None:
+    """If it draws, different seeds give different draws."""
+    pools, inputs = subject.world.pools, subject.input_rows(subject.plugin())
+    if subject.cls.trains:
+        uploads = [subject.plugin(seed).upload(list(inputs), pools) for seed in (0, 1)]
+    else:
+        uploads, inputs = [subject.edited_model(seed).encoded for seed in (0, 1)], []
+    if not draws_rows_by_seed(pools, *(drawn_pool_rows(pools, rows, inputs) for rows in uploads)):
+        raise NotApplicable("It draws no rows.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Effect
+
+
+@ATTACK_CHECKS.add("acts", after=["facts", "deterministic"])
+def _acts(subject: AttackSubject) -> None:
+    """It has an effect: rows, settings, questions or weights differ from those of a benign user."""
+    if not subject.hooks():
+        raise NotApplicable("It overrides no hook: it is a benign user.")
+    if subject.is_neutral():
+        raise NotApplicable("It is checked at its neutral setting.")
+    if subject.cls.trains and not _differing_hook(
+        subject.hook_results(subject.plugin()), subject.hook_results(Attack())
+    ):
+        raise Fails(f"At {subject.setting()} nothing differs from a benign user.")
+
+
+@ATTACK_CHECKS.add("neutral", after=["facts", "deterministic"])
+def _neutral(subject: AttackSubject) -> None:
+    """At its neutral setting it changes no row, setting or question."""
+    if subject.cls.neutral is None:
+        raise NotApplicable("It declares no neutral setting.")
+    plugin = subject.cls(**subject.cls.neutral).seeded(0)
+    if hook := _differing_hook(subject.hook_results(plugin), subject.hook_results(Attack())):
+        raise Fails(f"At its neutral setting {hook} has an effect.")
+
+
+@ATTACK_CHECKS.add("bfloat16", after=["ablate"])
+def _bfloat16(subject: AttackSubject) -> None:
+    """An edited bfloat16 model stays bfloat16 and finite."""
+    if subject.cls.trains:
+        raise NotApplicable("It trains and does not edit weights.")
+    model = subject.edited_model(dtype="bfloat16")
+    for name, value in model.after.items():
+        if value.dtype != model.before.get(name, value).dtype:
+            raise Fails(f"{name} is {value.dtype} after the edit.")
+        if not value.isfinite().all():
+            raise Fails(f"{name} is not finite after the edit.")
+
+
+def _differing_hook(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """Return the first hook whose results differ, or an empty text."""
+    return next((hook for hook in first if first[hook] != second[hook]), "")
+
+
+def _same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
