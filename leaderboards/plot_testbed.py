@@ -58,7 +58,7 @@ def curve_points(results: pd.DataFrame, defense: str) -> pd.DataFrame:
 
 
 def spread_labels(heights: Sequence[float], gap: float) -> list[float]:
-    """Return label heights in the order of `heights`, moved apart until neighbors differ by at least `gap`."""
+    """Lower overlapping labels until neighbors differ by at least `gap`; return heights in the order of `heights`."""
     order = sorted(range(len(heights)), key=lambda index: -heights[index])
     positions = list(heights)
     for upper, lower in pairwise(order):
