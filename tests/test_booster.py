@@ -1,4 +1,4 @@
-"""Booster against its equations in plain PyTorch: own loss, own gradients, own shift, own optimizer."""
+"""Booster compared with its equations in plain PyTorch: loss, gradients, shift and optimizer."""
 
 from __future__ import annotations
 
@@ -33,111 +33,113 @@ POOLS = tiny.example_pools()
 
 
 def stage(**changes: Any) -> TrainingStage:
-    """The first micro-batch of an alignment stage with harmful rows, its adapter away from zero."""
-    made, _ = tiny.stage(trained_with=tiny.settings(**changes), stirred=True, pools=POOLS)
-    made.step, made.steps = 1, 10
-    return made
+    """Return an alignment stage with harmful rows at its first micro-batch, with a nonzero adapter."""
+    result, _ = tiny.stage(trained_with=tiny.settings(**changes), stirred=True, pools=POOLS)
+    result.step, result.steps = 1, 10
+    return result
 
 
-def rederived(
+def expected_gradient(
     stage: TrainingStage, batch: Batch, harmful: Batch, lam: float, alpha: float, seed: int | None = None
 ) -> list[Tensor]:
-    """The paper's three lines; with a seed, every pass begins at the same random state."""
+    """Compute the gradient from the paper's equations; with a seed, every pass starts from the same random state."""
     w = [parameter.detach().clone() for parameter in stage.trainable.values()]
     g_h = gradient_at(stage, harmful, w, seed)
     shifted = [value - alpha * g / (length(g_h) + 1e-7) for value, g in zip(w, g_h, strict=True)]
-    after = gradient_at(stage, harmful, shifted, seed)
+    g_shifted = gradient_at(stage, harmful, shifted, seed)
     g_a = gradient_at(stage, batch, w, seed)
-    return [a + lam * (h - there) for a, h, there in zip(g_a, g_h, after, strict=True)]
+    return [a + lam * (h - s) for a, h, s in zip(g_a, g_h, g_shifted, strict=True)]
 
 
-def run(defense: Defense, folder: Path, salt: int = 0, **changes: Any) -> tuple[dict[str, Tensor], list[Any]]:
-    """A short stage from fresh objects: the adapter and the log."""
+def run_stage(defense: Defense, folder: Path, salt: int = 0, **changes: Any) -> tuple[dict[str, Tensor], list[Any]]:
+    """Train a short stage with new objects and return the adapter and the log."""
     settings = tiny.settings(**{"lora_dropout": 0.1, "epochs": 2, **changes})
     torch.manual_seed(salt)
-    made, _ = tiny.stage(trained_with=settings, stirred=True, pools=POOLS)
-    log = train(made, defense, tiny.rows(20), settings, folder, pad=tiny.PAD)
-    return {name: value.detach().clone() for name, value in made.trainable.items()}, log
+    training, _ = tiny.stage(trained_with=settings, stirred=True, pools=POOLS)
+    log = train(training, defense, tiny.rows(20), settings, folder, pad=tiny.PAD)
+    return {name: value.detach().clone() for name, value in training.trainable.items()}, log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Against the equations
+# Comparison with the equations
 
 
 @pytest.mark.parametrize(("lam", "alpha"), [(5.0, 0.1), (1.0, 1.0), (0.5, 5.0)])
 def test_gradient_equals_plain_autograd(lam: float, alpha: float) -> None:
-    made, batch = stage(), tiny.batch()
-    given = record_stream(made)
-    gradient = Booster(lam=lam, alpha=alpha).gradient(made, batch)
-    assert len(given) == 1  # one batch serves both harmful passes
-    expected = rederived(made, batch, given[0], lam, alpha)
+    training, batch = stage(), tiny.batch()
+    harmful = record_stream(training)
+    gradient = Booster(lam=lam, alpha=alpha).gradient(training, batch)
+    assert len(harmful) == 1  # both harmful passes use one batch
+    expected = expected_gradient(training, batch, harmful[0], lam, alpha)
     assert close_in_norm(gradient, expected)
-    assert not close_in_norm(made.gradient(batch), expected, 1e-2)  # the correction matters here
+    assert not close_in_norm(training.gradient(batch), expected, 1e-2)  # the correction is large enough to test
     assert gradient.loss.item() == pytest.approx(
-        cross_entropy(made.model, batch).item()
-        + lam * (cross_entropy(made.model, given[0]).item() - loss_after(made, given[0], alpha)),
+        cross_entropy(training.model, batch).item()
+        + lam * (cross_entropy(training.model, harmful[0]).item() - loss_after(training, harmful[0], alpha)),
         rel=1e-4,
     )
     assert not gradient.loss.requires_grad
 
 
 def loss_after(stage: TrainingStage, harmful: Batch, alpha: float) -> float:
-    """L_h after the simulated step."""
+    """Return L_h after the simulated step."""
     parameters = list(stage.trainable.values())
-    kept = [parameter.detach().clone() for parameter in parameters]
-    g = gradient_at(stage, harmful, kept)
-    for parameter, value, slope in zip(parameters, kept, g, strict=True):
+    initial = [parameter.detach().clone() for parameter in parameters]
+    g = gradient_at(stage, harmful, initial)
+    for parameter, value, slope in zip(parameters, initial, g, strict=True):
         parameter.data = value - alpha * slope / length(g)
-    found = cross_entropy(stage.model, harmful).item()
-    for parameter, value in zip(parameters, kept, strict=True):
+    loss = cross_entropy(stage.model, harmful).item()
+    for parameter, value in zip(parameters, initial, strict=True):
         parameter.data = value
-    return found
+    return loss
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_three_optimizer_steps_equal_plain_adamw(accumulation: int, tmp_path: Path) -> None:
-    """With accumulation, a step is the mean of two composed gradients, each with harmful rows of its own."""
+    """With accumulation, a step is the mean of two composed gradients with different harmful rows."""
     changes: dict[str, Any] = {"epochs": 1, "accumulation": accumulation, "lr": 1e-3, "weight_decay": 0.1}
     settings = tiny.settings(**changes, schedule="constant", warmup=0.0)
-    made, _ = tiny.stage(trained_with=settings, stirred=True, pools=POOLS)
-    harmful = record_stream(made)
+    training, _ = tiny.stage(trained_with=settings, stirred=True, pools=POOLS)
+    harmful = record_stream(training)
     batches: list[Batch] = []
 
-    class Watched(Booster):
+    class RecordingBooster(Booster):
         def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
             batches.append(batch)
             return super().gradient(stage, batch)
 
-    train(made, Watched(lam=5.0, alpha=1.0), tiny.rows(12 * accumulation), settings, tmp_path, pad=tiny.PAD)
+    train(
+        training, RecordingBooster(lam=5.0, alpha=1.0), tiny.rows(12 * accumulation), settings, tmp_path, pad=tiny.PAD
+    )
     assert len(batches) == len(harmful) == 3 * accumulation
-    assert len({str(each["input_ids"].tolist()) for each in harmful}) == 3 * accumulation
+    assert len({str(rows["input_ids"].tolist()) for rows in harmful}) == 3 * accumulation
 
     twin, _ = tiny.stage(trained_with=settings, stirred=True)
     steps = [range(start, start + accumulation) for start in range(0, 3 * accumulation, accumulation)]
 
     def mean(numbers: Sequence[int]) -> list[Tensor]:
-        micro = [rederived(twin, batches[n], harmful[n], 5.0, 1.0) for n in numbers]
+        micro = [expected_gradient(twin, batches[n], harmful[n], 5.0, 1.0) for n in numbers]
         return [torch.stack(gradients).mean(0) for gradients in zip(*micro, strict=True)]
 
     firm = plain_adamw(twin, [lambda numbers=numbers: mean(numbers) for numbers in steps])
-    assert_equal_where_firm(made, twin, firm)
+    assert_equal_where_firm(training, twin, firm)
 
 
 def test_correction_tends_to_the_hessian_along_the_harmful_gradient() -> None:
-    """lam * alpha * H g_h / ||g_h|| for small alpha, H g_h by a second differentiation: the sign and the scale."""
-    made, batch = stage(), tiny.batch()
-    given = record_stream(made)
+    """For small alpha the correction is lam * alpha * H g_h / ||g_h||, with H g_h from a second differentiation."""
+    training, batch = stage(), tiny.batch()
+    harmful = record_stream(training)
     lam, alpha = 2.0, 1e-2
-    gradient = Booster(lam=lam, alpha=alpha).gradient(made, batch)
-    correction = [a - b for a, b in zip(gradient.values, made.gradient(batch).values, strict=True)]
-    parameters = list(made.trainable.values())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # it can be differentiated twice
-        g_h = torch.autograd.grad(cross_entropy(made.model, given[0]), parameters, create_graph=True)
-        along = sum((g * g.detach()).sum() for g in g_h)
-        curved = torch.autograd.grad(along, parameters)  # type: ignore[arg-type]
-    expected = [lam * alpha * each / length(g_h).detach() for each in curved]
-    off = length([a - b for a, b in zip(correction, expected, strict=True)]) / length(expected)
-    assert off < 0.05
+    gradient = Booster(lam=lam, alpha=alpha).gradient(training, batch)
+    correction = [a - b for a, b in zip(gradient.values, training.gradient(batch).values, strict=True)]
+    parameters = list(training.trainable.values())
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # supports a second derivative
+        g_h = torch.autograd.grad(cross_entropy(training.model, harmful[0]), parameters, create_graph=True)
+        squared_norm = sum((g * g.detach()).sum() for g in g_h)
+        hessian_products = torch.autograd.grad(squared_norm, parameters)  # type: ignore[arg-type]
+    expected = [lam * alpha * product / length(g_h).detach() for product in hessian_products]
+    error = length([a - b for a, b in zip(correction, expected, strict=True)]) / length(expected)
+    assert error < 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,76 +148,79 @@ def test_correction_tends_to_the_hessian_along_the_harmful_gradient() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_quadratic_harmful_loss_in_closed_form(scale: float) -> None:
-    """L_h = scale * (w'Hw/2 + b'w) corrects by scale * lam * alpha * H g/||g||: the shift does not know the scale."""
-    made, batch = stage(), tiny.batch()
-    h, b = [each.abs() for each in random_coefficients(made, 1)], random_coefficients(made, 2)
-    clean = made.gradient(batch)
+    """L_h = scale * (w'Hw/2 + b'w) is corrected by scale * lam * alpha * H g/||g||: the shift has no scale."""
+    training, batch = stage(), tiny.batch()
+    h, b = [coefficient.abs() for coefficient in random_coefficients(training, 1)], random_coefficients(training, 2)
+    clean = training.gradient(batch)
     replace_harmful_loss(
-        made, lambda w: scale * sum((h_i * w_i**2 / 2 + b_i * w_i).sum() for h_i, b_i, w_i in zip(h, b, w, strict=True))
+        training,
+        lambda w: scale * sum((h_i * w_i**2 / 2 + b_i * w_i).sum() for h_i, b_i, w_i in zip(h, b, w, strict=True)),
     )
-    gradient = Booster(lam=5.0, alpha=0.5).gradient(made, batch)
+    gradient = Booster(lam=5.0, alpha=0.5).gradient(training, batch)
     with torch.no_grad():
-        g = [h_i * w_i + b_i for h_i, b_i, w_i in zip(h, b, made.trainable.values(), strict=True)]
+        g = [h_i * w_i + b_i for h_i, b_i, w_i in zip(h, b, training.trainable.values(), strict=True)]
         expected = [scale * 5.0 * 0.5 * h_i * g_i / length(g) for h_i, g_i in zip(h, g, strict=True)]
-    found = [a - c for a, c in zip(gradient.values, clean.values, strict=True)]
-    assert length([a - e for a, e in zip(found, expected, strict=True)]) < 1e-4 * length(expected)
+    correction = [a - c for a, c in zip(gradient.values, clean.values, strict=True)]
+    assert length([a - e for a, e in zip(correction, expected, strict=True)]) < 1e-4 * length(expected)
 
 
-def test_linear_harmful_loss_corrects_nothing() -> None:
-    made, batch = stage(), tiny.batch()
-    slopes = random_coefficients(made, 1)
-    clean = made.gradient(batch)
-    replace_harmful_loss(made, lambda w: sum((c * w_i).sum() for c, w_i in zip(slopes, w, strict=True)))
-    assert same(list(Booster(lam=50.0, alpha=5.0).gradient(made, batch).values), list(clean.values))
+def test_linear_harmful_loss_has_no_correction() -> None:
+    training, batch = stage(), tiny.batch()
+    slopes = random_coefficients(training, 1)
+    clean = training.gradient(batch)
+    replace_harmful_loss(training, lambda w: sum((c * w_i).sum() for c, w_i in zip(slopes, w, strict=True)))
+    assert same(list(Booster(lam=50.0, alpha=5.0).gradient(training, batch).values), list(clean.values))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it leaves alone, and what it reads
+# Unchanged parameters, and the rows of each pass
 
 
 def test_parameters_are_bit_identical_after_the_gradient() -> None:
-    made = stage()
-    before = [parameter.detach().clone() for parameter in made.trainable.values()]
-    Booster(lam=5.0, alpha=30.0).gradient(made, tiny.batch())
-    assert same([parameter.detach() for parameter in made.trainable.values()], before)
-    assert all(parameter.grad is None for parameter in made.trainable.values())
-    assert all(parameter.requires_grad for parameter in made.trainable.values())
+    training = stage()
+    initial = [parameter.detach().clone() for parameter in training.trainable.values()]
+    Booster(lam=5.0, alpha=30.0).gradient(training, tiny.batch())
+    assert same([parameter.detach() for parameter in training.trainable.values()], initial)
+    assert all(parameter.grad is None for parameter in training.trainable.values())
+    assert all(parameter.requires_grad for parameter in training.trainable.values())
 
 
-def test_a_frozen_parameter_is_left_out() -> None:
-    """Another defense of the cell may have frozen it: no gradient, no share in the norm, no shift."""
-    made, batch = stage(), tiny.batch()
-    given = record_stream(made)
-    first, *others = made.trainable.values()
+def test_a_frozen_parameter_has_no_gradient() -> None:
+    """Another defense may freeze a parameter: it then has no gradient, no share in the norm and no shift."""
+    training, batch = stage(), tiny.batch()
+    harmful = record_stream(training)
+    first, *others = training.trainable.values()
     first.requires_grad_(False)
-    gradient = Booster(lam=5.0, alpha=1.0).gradient(made, batch)
+    gradient = Booster(lam=5.0, alpha=1.0).gradient(training, batch)
     assert gradient.values[0] is None
-    made.trainable = dict(list(made.trainable.items())[1:])
-    assert close_in_norm(Gradient(gradient.loss, gradient.values[1:]), rederived(made, batch, given[0], 5.0, 1.0))
+    training.trainable = dict(list(training.trainable.items())[1:])
+    assert close_in_norm(
+        Gradient(gradient.loss, gradient.values[1:]), expected_gradient(training, batch, harmful[0], 5.0, 1.0)
+    )
     assert len(others) == len(gradient.values) - 1
 
 
-def test_the_passes_are_two_on_the_same_harmful_rows_and_one_on_the_batch() -> None:
-    made, batch = stage(), tiny.batch()
-    seen: list[Any] = []
-    made.model.register_forward_pre_hook(
-        lambda module, args, more: seen.append(more["input_ids"].tolist()), with_kwargs=True
+def test_two_passes_use_the_same_harmful_rows_and_one_uses_the_batch() -> None:
+    training, batch = stage(), tiny.batch()
+    passes: list[Any] = []
+    training.model.register_forward_pre_hook(
+        lambda module, args, more: passes.append(more["input_ids"].tolist()), with_kwargs=True
     )
-    Booster().gradient(made, batch)
-    first, second, third = seen
+    Booster().gradient(training, batch)
+    first, second, third = passes
     assert first == second
     assert third == batch["input_ids"].tolist()
     pool = [row.ids for row in tiny.encode(POOLS.harmful)]
-    assert len(first) == made.settings.batch
+    assert len(first) == training.settings.batch
     for row in first:
         assert [token for token in row if token != tiny.PAD] in pool
 
 
-def test_without_harmful_rows_it_is_refused() -> None:
-    made = stage()
-    made.pools = Pools()
+def test_missing_harmful_rows_are_refused() -> None:
+    training = stage()
+    training.pools = Pools()
     with pytest.raises(BadInput):
-        Booster().gradient(made, tiny.batch())
+        Booster().gradient(training, tiny.batch())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,47 +228,47 @@ def test_without_harmful_rows_it_is_refused() -> None:
 
 
 def test_both_harmful_passes_see_the_same_dropout_masks() -> None:
-    made = stage(lora_dropout=0.3)
-    made.model.train()
+    training = stage(lora_dropout=0.3)
+    training.model.train()
     masks: list[list[Tensor]] = []
-    made.model.register_forward_pre_hook(lambda module, args: masks.append([]))
-    for module in made.model.modules():
+    training.model.register_forward_pre_hook(lambda module, args: masks.append([]))
+    for module in training.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.register_forward_hook(lambda module, args, output: masks[-1].append(output == 0))
     torch.manual_seed(5)
-    Booster(lam=5.0, alpha=5.0).gradient(made, tiny.batch())
+    Booster(lam=5.0, alpha=5.0).gradient(training, tiny.batch())
     torch.manual_seed(6)
-    Booster(lam=5.0, alpha=5.0).gradient(made, tiny.batch())
+    Booster(lam=5.0, alpha=5.0).gradient(training, tiny.batch())
     first, second, _, again, *_ = masks
     assert len(first) == 6  # three modules in two layers
     assert all(0.1 < mask.float().mean() < 0.5 for mask in first)
     assert same(first, second)
-    assert not same(first, again)  # they are drawn afresh at the next call
+    assert not same(first, again)  # the next call has different masks
 
 
-def test_gradient_with_dropout_belongs_to_one_set_of_masks() -> None:
-    made, batch = stage(lora_dropout=0.3), tiny.batch()
-    made.model.train()
-    given = record_stream(made)
+def test_all_passes_start_from_the_same_random_state() -> None:
+    training, batch = stage(lora_dropout=0.3), tiny.batch()
+    training.model.train()
+    harmful = record_stream(training)
     torch.manual_seed(5)
-    gradient = Booster(lam=5.0, alpha=1.0).gradient(made, batch)
-    assert close_in_norm(gradient, rederived(made, batch, given[0], 5.0, 1.0, seed=5))
-    assert not close_in_norm(gradient, rederived(made, batch, given[0], 5.0, 1.0, seed=6), 1e-2)
+    gradient = Booster(lam=5.0, alpha=1.0).gradient(training, batch)
+    assert close_in_norm(gradient, expected_gradient(training, batch, harmful[0], 5.0, 1.0, seed=5))
+    assert not close_in_norm(gradient, expected_gradient(training, batch, harmful[0], 5.0, 1.0, seed=6), 1e-2)
 
 
 @pytest.mark.parametrize("neutral", [Booster(lam=0.0, alpha=1.0), Booster(lam=5.0, alpha=0.0)], ids=["lam", "alpha"])
-def test_lam_0_or_alpha_0_is_sft_bit_for_bit_with_dropout_on(neutral: Booster, tmp_path: Path) -> None:
-    """So the harmful passes take no random numbers from the steps, and differ in nothing but the shift."""
-    sft = run(SFT(), tmp_path / "sft")
-    assert_same(run(neutral, tmp_path / "neutral"), sft)
-    moved = run(Booster(lam=5.0, alpha=1.0), tmp_path / "moved")
-    assert not same(list(moved[0].values()), list(sft[0].values()))
+def test_lam_0_or_alpha_0_equals_sft_bit_for_bit_with_dropout(neutral: Booster, tmp_path: Path) -> None:
+    """The harmful passes therefore use no random numbers of the steps, and differ only by the shift."""
+    sft = run_stage(SFT(), tmp_path / "sft")
+    assert_same(run_stage(neutral, tmp_path / "neutral"), sft)
+    corrected = run_stage(Booster(lam=5.0, alpha=1.0), tmp_path / "corrected")
+    assert not same(list(corrected[0].values()), list(sft[0].values()))
 
 
-def test_an_interrupted_stage_ends_bit_equal(tmp_path: Path) -> None:
+def test_an_interrupted_stage_gives_the_same_result(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"batch": 3, "accumulation": 2}
-    whole = run(Booster(alpha=1.0), tmp_path / "whole", **changes)
+    complete = run_stage(Booster(alpha=1.0), tmp_path / "complete", **changes)
     with pytest.raises(KeyboardInterrupt):
-        run(interrupting(Booster(alpha=1.0), "gradient", 8), tmp_path / "cut", salt=1, **changes)
+        run_stage(interrupting(Booster(alpha=1.0), "gradient", 8), tmp_path / "cut", salt=1, **changes)
     assert list((tmp_path / "cut").glob("checkpoint-*"))
-    assert_same(run(Booster(alpha=1.0), tmp_path / "cut", salt=2, **changes), whole)
+    assert_same(run_stage(Booster(alpha=1.0), tmp_path / "cut", salt=2, **changes), complete)

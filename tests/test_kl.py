@@ -1,4 +1,4 @@
-"""KL against its equation in plain PyTorch, and the reference model that it is measured from."""
+"""KL compared with its equation in plain PyTorch, and the reference model."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ TOPOLOGIES = pytest.mark.parametrize("topology", ["double", "single"])
 
 
 def logits(batch: Batch, *adapters: Values) -> Tensor:
-    """Logits of the model that has these adapters, every weight written out as W + s B A + ..."""
+    """Return the logits of a model with these adapters; every weight is computed as W + s B A + ..."""
     weights: Values = {}
     for values in adapters:
         for name, a in values.items():
             if ".lora_A." in name:
                 weight = f"{name.removeprefix('base_model.model.').partition('.lora_A')[0]}.weight"
-                own = weights.get(weight, BASE.get_parameter(weight))
-                weights[weight] = own + SCALE * values[name.replace("lora_A", "lora_B")] @ a
+                current = weights.get(weight, BASE.get_parameter(weight))
+                weights[weight] = current + SCALE * values[name.replace("lora_A", "lora_B")] @ a
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
     return functional_call(BASE, weights, (), inputs).logits
 
 
 def cross_entropy(scores: Tensor, batch: Batch) -> Tensor:
-    """Mean of -log p(next token) over response tokens."""
+    """Return the mean of -log p(next token) over response tokens."""
     labels = batch["labels"][:, 1:]
     log_p = scores[:, :-1].log_softmax(-1)
     return -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels != IGNORED].mean()
 
 
 def divergence(student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
-    """KL(teacher || student) over the vocabulary, a mean over the places that score a response token, one by one."""
-    found = []
+    """Compute KL(teacher || student) over the vocabulary, as a mean over the positions that score a response token."""
+    terms = []
     for r, row in enumerate(batch["labels"].tolist()):
         for t, label in enumerate(row):
             if label != IGNORED:
-                p0, p = (each[r, t - 1].softmax(-1) for each in (teacher, student))
-                found.append((p0 * (p0 / p).log()).sum())
-    return torch.stack(found).mean()
+                p0, p = (scores[r, t - 1].softmax(-1) for scores in (teacher, student))
+                terms.append((p0 * (p0 / p).log()).sum())
+    return torch.stack(terms).mean()
 
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Values]:
-    """An alignment adapter with weights everywhere: on disk, and as it is."""
+    """The path and the values of an alignment adapter with nonzero weights."""
     folder = tmp_path_factory.mktemp("aligned") / "adapter"
     stage, stack = tiny.stage(stirred=True)
     stack.trained().save(folder)
@@ -69,8 +69,8 @@ def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Values]:
 Aligned = tuple[Path, Values]
 
 
-def staged(aligned: Aligned, topology: str, settings: TrainSettings | None = None) -> TrainingStage:
-    """The user stage: a fresh adapter above the aligned one, or the aligned one trained on."""
+def user_stage(aligned: Aligned, topology: str, settings: TrainSettings | None = None) -> TrainingStage:
+    """Return the user stage: a new adapter on the aligned one (double), or the aligned one itself (single)."""
     where: Any = {"below": [aligned[0]]} if topology == "double" else {"start": aligned[0]}
     return tiny.stage(trained_with=settings, name="finetune", **where)[0]
 
@@ -79,30 +79,30 @@ def student(aligned: Aligned, topology: str, batch: Batch, values: Values) -> Te
     return logits(batch, aligned[1], values) if topology == "double" else logits(batch, values)
 
 
-def trained(
+def train_adapter(
     defense: Defense, aligned: Aligned, topology: str, folder: Path, settings: TrainSettings
 ) -> tuple[list[Tensor], list[dict[str, float]]]:
-    stage = staged(aligned, topology, settings)
+    stage = user_stage(aligned, topology, settings)
     log = train(stage, defense, tiny.rows(12), settings, folder, pad=tiny.PAD)
     return stage.values(), log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Against the equation
+# Comparison with the equation
 
 
 @TOPOLOGIES
 def test_gradient_equals_plain_autograd(topology: str, aligned: Aligned) -> None:
-    stage, batch = staged(aligned, topology), tiny.batch()
+    stage, batch = user_stage(aligned, topology), tiny.batch()
     tiny.stir(stage.trainable, seed=8)
     values = leaves(stage)
     scores = student(aligned, topology, batch, values)
     loss = cross_entropy(scores, batch) + 0.7 * divergence(scores, logits(batch, aligned[1]), batch)
     expected = list(torch.autograd.grad(loss, list(values.values())))
-    found = KL(lam=0.7).gradient(stage, batch)
-    assert close(found.values, expected)
-    assert found.loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    assert not found.loss.requires_grad
+    gradient = KL(lam=0.7).gradient(stage, batch)
+    assert close(gradient.values, expected)
+    assert gradient.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert not gradient.loss.requires_grad
     assert not close(stage.gradient(batch).values, expected, 1e-2)
     assert all(parameter.grad is None for parameter in stage.model.parameters())
 
@@ -110,8 +110,8 @@ def test_gradient_equals_plain_autograd(topology: str, aligned: Aligned) -> None
 @TOPOLOGIES
 def test_three_steps_equal_plain_pytorch(topology: str, aligned: Aligned, tmp_path: Path) -> None:
     settings = tiny.settings(epochs=1, batch=4, schedule="constant", warmup=0.0, weight_decay=0.1, lr=2e-3)
-    found, log = trained(KL(lam=20.0), aligned, topology, tmp_path / "kl", settings)
-    twin, rows = staged(aligned, topology), tiny.rows(12)
+    result, log = train_adapter(KL(lam=20.0), aligned, topology, tmp_path / "kl", settings)
+    twin, rows = user_stage(aligned, topology), tiny.rows(12)
     values = leaves(twin)
     parameters = list(values.values())
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
@@ -125,21 +125,21 @@ def test_three_steps_equal_plain_pytorch(topology: str, aligned: Aligned, tmp_pa
         optimizer.step()
         assert entry["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert len(log) == 3
-    assert close(found, parameters)
-    assert not close(trained(SFT(), aligned, topology, tmp_path / "sft", settings)[0], parameters, 1e-3)
+    assert close(result, parameters)
+    assert not close(train_adapter(SFT(), aligned, topology, tmp_path / "sft", settings)[0], parameters, 1e-3)
 
 
 @TOPOLOGIES
-def test_at_the_start_without_dropout_it_is_sft(topology: str, aligned: Aligned) -> None:
-    stage, batch = staged(aligned, topology), tiny.batch()
-    found, plain = KL(lam=10.0).gradient(stage, batch), stage.gradient(batch)
-    assert found.loss.item() == pytest.approx(plain.loss.item(), abs=1e-5)
-    assert close(found.values, list(plain.values))
+def test_the_first_gradient_without_dropout_equals_sft(topology: str, aligned: Aligned) -> None:
+    stage, batch = user_stage(aligned, topology), tiny.batch()
+    kl, sft = KL(lam=10.0).gradient(stage, batch), stage.gradient(batch)
+    assert kl.loss.item() == pytest.approx(sft.loss.item(), abs=1e-5)
+    assert close(kl.values, list(sft.values))
 
 
 @pytest.mark.parametrize("size", [(9, 5, 7), (4, 12)])
-def test_more_padding_changes_nothing(size: tuple[int, ...], aligned: Aligned) -> None:
-    stage = staged(aligned, "double")
+def test_more_padding_has_no_effect(size: tuple[int, ...], aligned: Aligned) -> None:
+    stage = user_stage(aligned, "double")
     tiny.stir(stage.trainable, seed=8)
     narrow, wide = (KL(lam=0.7).gradient(stage, tiny.batch(size, width=width)) for width in (None, 20))
     assert close(wide.values, list(narrow.values))
@@ -151,7 +151,7 @@ def test_more_padding_changes_nothing(size: tuple[int, ...], aligned: Aligned) -
 
 
 def on_logits(scores: Tensor, teacher: Tensor, labels: Tensor, lam: float = 1.0) -> tuple[float, Tensor]:
-    """KL's loss and gradient where the logits are the parameters themselves and the user's loss is 0."""
+    """Return the loss and gradient of KL if the logits are the parameters and the user's loss is 0."""
     z, inside = torch.nn.Parameter(scores.clone()), []
     stage = TrainingStage("finetune", SimpleNamespace(), {"z": z}, 0)
 
@@ -170,14 +170,14 @@ def on_logits(scores: Tensor, teacher: Tensor, labels: Tensor, lam: float = 1.0)
 
 
 LABELS = torch.tensor([[IGNORED, IGNORED, 1, 0, 1], [IGNORED, 0, 2, IGNORED, IGNORED]])
-ANSWERING = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()  # place t scores label t + 1
+ANSWERING = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()  # position t scores label t + 1
 
 
-def drawn(vocabulary: int, seed: int) -> Tensor:
+def random_logits(vocabulary: int, seed: int) -> Tensor:
     return torch.randn(2, 5, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
-def test_two_words_and_one_place_by_hand() -> None:
+def test_two_words_and_one_position_in_closed_form() -> None:
     """p0 = (3/4, 1/4) and p = (1/2, 1/2): KL = 3/4 log 3/2 + 1/4 log 1/2."""
     teacher, scores = torch.tensor([[[3.0, 1.0], [1.0, 1.0]]]).log(), torch.zeros(1, 2, 2)
     loss, gradient = on_logits(scores, teacher, torch.tensor([[IGNORED, 1]]), lam=2.0)
@@ -185,45 +185,45 @@ def test_two_words_and_one_place_by_hand() -> None:
     torch.testing.assert_close(gradient, 2 * torch.tensor([[[-0.25, 0.25], [0.0, 0.0]]]))
 
 
-def test_gradient_on_logits_is_the_difference_of_the_distributions_over_the_count_of_tokens() -> None:
-    scores, teacher = drawn(7, 0), drawn(7, 1)
+def test_gradient_on_logits_is_the_mean_difference_of_the_distributions() -> None:
+    scores, teacher = random_logits(7, 0), random_logits(7, 1)
     _, gradient = on_logits(scores, teacher, LABELS, lam=0.3)
     expected = 0.3 * (scores.softmax(-1) - teacher.softmax(-1)) / 5 * ANSWERING[..., None]
     torch.testing.assert_close(gradient, expected)
 
 
-def test_it_looks_from_the_teacher_to_the_student() -> None:
-    one, other = drawn(7, 0), drawn(7, 1)
-    forward, back = on_logits(one, other, LABELS)[0], on_logits(other, one, LABELS)[0]
+def test_kl_is_teacher_to_student() -> None:
+    first, second = random_logits(7, 0), random_logits(7, 1)
+    forward, reverse = on_logits(first, second, LABELS)[0], on_logits(second, first, LABELS)[0]
     batch = {"labels": LABELS}
-    assert forward == pytest.approx(divergence(one, other, batch).item(), rel=1e-5)
-    assert abs(forward - back) > 0.01 * forward
+    assert forward == pytest.approx(divergence(first, second, batch).item(), rel=1e-5)
+    assert abs(forward - reverse) > 0.01 * forward
 
 
-def test_a_change_that_is_constant_in_time_costs() -> None:
-    """The authors normalise over time, where this is free."""
-    teacher, bias = drawn(7, 1), torch.tensor([2.0, 0, 0, 0, 0, 0, 0])
+def test_a_change_that_is_constant_over_positions_is_penalized() -> None:
+    """The authors' code normalizes over positions, so this change has no penalty there."""
+    teacher, bias = random_logits(7, 1), torch.tensor([2.0, 0, 0, 0, 0, 0, 0])
     assert on_logits(teacher + bias, teacher, LABELS)[0] > 0.1
-    each = teacher.softmax(-1)[..., 0]  # KL of a bias b on one word: log(1 + p0 (e^b - 1)) - b p0
-    expected = (1 + each * (bias[0].exp() - 1)).log() - bias[0] * each
+    p0 = teacher.softmax(-1)[..., 0]  # KL of a bias b on one word: log(1 + p0 (e^b - 1)) - b p0
+    expected = (1 + p0 * (bias[0].exp() - 1)).log() - bias[0] * p0
     assert on_logits(teacher + bias, teacher, LABELS)[0] == pytest.approx(expected[ANSWERING].mean().item(), rel=1e-5)
     assert on_logits(teacher + 3.0, teacher, LABELS)[0] == pytest.approx(0, abs=1e-6)  # the same distribution
 
 
 def test_prompt_and_padding_do_not_count() -> None:
-    scores, teacher = drawn(7, 0), drawn(7, 1)
+    scores, teacher = random_logits(7, 0), random_logits(7, 1)
     plain = on_logits(scores, teacher, LABELS)
-    moved = torch.where(ANSWERING[..., None], scores, scores + 5 * drawn(7, 2))
-    assert on_logits(moved, teacher, LABELS)[0] == plain[0]
-    assert not on_logits(moved, teacher, LABELS)[1][~ANSWERING].any()
-    wide = [torch.cat([each, drawn(7, 3)], 1) for each in (scores, teacher)]
+    changed = torch.where(ANSWERING[..., None], scores, scores + 5 * random_logits(7, 2))
+    assert on_logits(changed, teacher, LABELS)[0] == plain[0]
+    assert not on_logits(changed, teacher, LABELS)[1][~ANSWERING].any()
+    wide = [torch.cat([values, random_logits(7, 3)], 1) for values in (scores, teacher)]
     labels = torch.cat([LABELS, torch.full((2, 5), IGNORED)], 1)
     assert on_logits(wide[0], wide[1], labels)[0] == pytest.approx(plain[0], rel=1e-6)
 
 
-def test_places_may_change_order_and_words_may_not() -> None:
-    scores, teacher = drawn(7, 0), drawn(7, 1)
-    labels = torch.tensor([[IGNORED, 1, 1, 1, 1]] * 2)  # places 0..3 answer
+def test_the_order_of_positions_does_not_matter_and_the_order_of_words_does() -> None:
+    scores, teacher = random_logits(7, 0), random_logits(7, 1)
+    labels = torch.tensor([[IGNORED, 1, 1, 1, 1]] * 2)  # positions 0..3 score response tokens
     loss = on_logits(scores, teacher, labels)[0]
     order = [2, 0, 3, 1, 4]
     assert on_logits(scores[:, order], teacher[:, order], labels)[0] == pytest.approx(loss, rel=1e-6)
@@ -236,24 +236,24 @@ def test_places_may_change_order_and_words_may_not() -> None:
 
 
 def outputs(stage: TrainingStage, act: Callable[[], Any]) -> list[Tensor]:
-    """The logits of every forward pass of the model while `act` runs."""
-    seen: list[Tensor] = []
-    handle = stage.model.register_forward_hook(lambda module, args, output: seen.append(output.logits.detach()))
+    """Return the logits of every forward pass of the model while `act` runs."""
+    passes: list[Tensor] = []
+    handle = stage.model.register_forward_hook(lambda module, args, output: passes.append(output.logits.detach()))
     act()
     handle.remove()
-    return seen
+    return passes
 
 
 @TOPOLOGIES
 def test_the_teacher_has_no_dropout_when_the_student_has(topology: str, aligned: Aligned) -> None:
-    stage, batch = staged(aligned, topology, tiny.settings(lora_dropout=0.5)), tiny.batch()
+    stage, batch = user_stage(aligned, topology, tiny.settings(lora_dropout=0.5)), tiny.batch()
     tiny.stir(stage.trainable, seed=8)
     stage.model.train()
-    teacher, dropping = outputs(stage, lambda: KL().gradient(stage, batch))
+    teacher, dropped = outputs(stage, lambda: KL().gradient(stage, batch))
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(teacher[real], logits(batch, aligned[1])[real], atol=1e-5, rtol=1e-5)
-    still = student(aligned, topology, batch, leaves(stage))
-    assert (dropping - still)[real].abs().max() > 1e-2
+    undropped = student(aligned, topology, batch, leaves(stage))
+    assert (dropped - undropped)[real].abs().max() > 1e-2
     assert stage.model.training
 
 
@@ -263,20 +263,18 @@ def snapshot(stage: TrainingStage) -> tuple[dict[str, bool], Any, bool]:
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["", "exception"])
-@pytest.mark.parametrize("training", [False, True], ids=["evaluating", "training"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("topology", ["double", "single", "unaligned"])
-def test_after_the_reference_everything_is_as_it_was(
-    topology: str, training: bool, failing: bool, aligned: Aligned
-) -> None:
-    stage = tiny.stage(name="finetune")[0] if topology == "unaligned" else staged(aligned, topology)
+def test_the_reference_restores_the_model(topology: str, training: bool, failing: bool, aligned: Aligned) -> None:
+    stage = tiny.stage(name="finetune")[0] if topology == "unaligned" else user_stage(aligned, topology)
     tiny.stir(stage.trainable, seed=8)
-    next(iter(stage.trainable.values())).requires_grad_(False)  # as a defense that freezes parameters leaves it
+    next(iter(stage.trainable.values())).requires_grad_(False)  # as after a defense that freezes parameters
     stage.model.train(training)
-    before, batch = snapshot(stage), tiny.batch()
+    initial, batch = snapshot(stage), tiny.batch()
     scores = stage.output(batch).logits.detach()
-    assert sum(before[0].values()) == len(stage.trainable) - 1
+    assert sum(initial[0].values()) == len(stage.trainable) - 1
 
-    def look() -> None:
+    def run_reference() -> None:
         with stage.reference():
             output = stage.output(batch).logits
             assert not output.requires_grad
@@ -290,26 +288,26 @@ def test_after_the_reference_everything_is_as_it_was(
 
     if failing:
         with pytest.raises(RuntimeError, match="broken"):
-            look()
+            run_reference()
     else:
-        look()
-    after = snapshot(stage)
-    assert {name: after[0][name] for name in before[0]} == before[0]
-    assert not any(flag for name, flag in after[0].items() if name not in before[0])
-    assert after[1:] == before[1:]
+        run_reference()
+    final = snapshot(stage)
+    assert {name: final[0][name] for name in initial[0]} == initial[0]
+    assert not any(flag for name, flag in final[0].items() if name not in initial[0])
+    assert final[1:] == initial[1:]
     assert torch.is_grad_enabled()
     assert torch.equal(stage.output(batch).logits.detach(), scores)
     assert stage.loss(batch).requires_grad
 
 
 @TOPOLOGIES
-def test_the_reference_leaves_the_random_numbers_alone(topology: str, aligned: Aligned) -> None:
-    """Or the first look at it, which may load an adapter, would change the dropout masks of every step after."""
-    stage = staged(aligned, topology)
-    before = torch.get_rng_state()
+def test_the_reference_uses_no_random_numbers(topology: str, aligned: Aligned) -> None:
+    """Otherwise its first use, which may load an adapter, would change all later dropout masks."""
+    stage = user_stage(aligned, topology)
+    random_state = torch.get_rng_state()
     with stage.reference():
         stage.output(tiny.batch())
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,18 +315,18 @@ def test_the_reference_leaves_the_random_numbers_alone(topology: str, aligned: A
 
 
 @TOPOLOGIES
-def test_no_weight_is_sft_bit_for_bit_with_dropout_on(topology: str, aligned: Aligned, tmp_path: Path) -> None:
+def test_lam_0_equals_sft_bit_for_bit_with_dropout(topology: str, aligned: Aligned, tmp_path: Path) -> None:
     settings = tiny.settings(lora_dropout=0.1)
-    sft, sft_log = trained(SFT(), aligned, topology, tmp_path / "sft", settings)
-    free, free_log = trained(KL(lam=0), aligned, topology, tmp_path / "free", settings)
-    held, _ = trained(KL(lam=10), aligned, topology, tmp_path / "held", settings)
-    assert same(free, sft)
-    assert free_log == sft_log
-    assert not same(held, sft)
+    sft, sft_log = train_adapter(SFT(), aligned, topology, tmp_path / "sft", settings)
+    neutral, neutral_log = train_adapter(KL(lam=0), aligned, topology, tmp_path / "free", settings)
+    kl, _ = train_adapter(KL(lam=10), aligned, topology, tmp_path / "held", settings)
+    assert same(neutral, sft)
+    assert neutral_log == sft_log
+    assert not same(kl, sft)
 
 
 class Interrupted(KL):
-    """Stops when a step is reached."""
+    """A KL that stops at step 4."""
 
     def before_step(self, stage: TrainingStage) -> None:
         if stage.step == 4:
@@ -336,22 +334,22 @@ class Interrupted(KL):
 
 
 @TOPOLOGIES
-def test_an_interrupted_stage_ends_bit_equal(topology: str, aligned: Aligned, tmp_path: Path) -> None:
+def test_an_interrupted_stage_gives_the_same_result(topology: str, aligned: Aligned, tmp_path: Path) -> None:
     settings = tiny.settings(lora_dropout=0.1)
-    whole, log = trained(KL(lam=1.0), aligned, topology, tmp_path / "whole", settings)
+    complete, log = train_adapter(KL(lam=1.0), aligned, topology, tmp_path / "complete", settings)
     with pytest.raises(KeyboardInterrupt):
-        trained(Interrupted(lam=1.0), aligned, topology, tmp_path / "cut", settings)
-    again, log_again = trained(KL(lam=1.0), aligned, topology, tmp_path / "cut", settings)
-    assert same(again, whole)
-    assert log_again == log
+        train_adapter(Interrupted(lam=1.0), aligned, topology, tmp_path / "cut", settings)
+    resumed, resumed_log = train_adapter(KL(lam=1.0), aligned, topology, tmp_path / "cut", settings)
+    assert same(resumed, complete)
+    assert resumed_log == log
 
 
-def test_a_larger_weight_keeps_the_answers_nearer_to_the_aligned_ones(aligned: Aligned, tmp_path: Path) -> None:
-    settings, far = tiny.settings(epochs=6, weight_decay=0.0), []
+def test_a_larger_lam_keeps_the_answers_closer_to_the_aligned_model(aligned: Aligned, tmp_path: Path) -> None:
+    settings, distances = tiny.settings(epochs=6, weight_decay=0.0), []
     batch = collate(tiny.rows(12), tiny.PAD)
     for lam in (0.0, 30.0, 1000.0):
-        values, _ = trained(KL(lam=lam), aligned, "double", tmp_path / str(lam), settings)
-        named = dict(zip(staged(aligned, "double").trainable, values, strict=True))
+        values, _ = train_adapter(KL(lam=lam), aligned, "double", tmp_path / str(lam), settings)
+        named = dict(zip(user_stage(aligned, "double").trainable, values, strict=True))
         scores = student(aligned, "double", batch, named)
-        far.append(divergence(scores, logits(batch, aligned[1]), batch).item())
-    assert far[0] > 1.5 * far[1] > 2.25 * far[2], far
+        distances.append(divergence(scores, logits(batch, aligned[1]), batch).item())
+    assert distances[0] > 1.5 * distances[1] > 2.25 * distances[2], distances

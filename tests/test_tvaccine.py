@@ -1,4 +1,4 @@
-"""T-Vaccine against its equations in plain PyTorch, and the clock of its layers."""
+"""T-Vaccine compared with its equations in plain PyTorch, and the schedule of its layers."""
 
 from __future__ import annotations
 
@@ -36,36 +36,38 @@ def settings(**changes: Any) -> Any:
 
 
 def stage(pools: Pools = POOLS, base: Any = None, **changes: Any) -> TrainingStage:
-    """The first step of an alignment stage of a model of three layers, attention and MLP adapted, away from zero."""
-    made, _ = tiny.stage(
+    """Return a three-layer alignment stage at its first step, with nonzero adapters of attention and MLP."""
+    result, _ = tiny.stage(
         base or tiny.model(num_hidden_layers=LAYERS), trained_with=settings(**changes), stirred=True, pools=pools
     )
-    made.step, made.steps = 1, 10
-    return made
+    result.step, result.steps = 1, 10
+    return result
 
 
 def layer_of(name: str) -> int:
-    """`...layers.2.self_attn...` -> 2"""
+    """Return the layer of a parameter: `...layers.2.self_attn...` -> 2."""
     return int(name.split(".layers.")[1].split(".")[0])
 
 
-def weigh(monkeypatch: pytest.MonkeyPatch, *weights: float) -> None:
-    """Every look at the importance finds these weights."""
+def fix_importance(monkeypatch: pytest.MonkeyPatch, *weights: float) -> None:
+    """Replace the importance with fixed weights."""
     monkeypatch.setattr(TVaccine, "importance", staticmethod(lambda stage: torch.tensor(weights)))
 
 
-def choosing(monkeypatch: pytest.MonkeyPatch, made: TrainingStage, chosen: Sequence[int], rho: float = 3.0) -> TVaccine:
-    """A T-Vaccine that has drawn these layers: the others have no weight."""
-    weigh(monkeypatch, *(float(number in chosen) for number in range(LAYERS)))
+def sampling(
+    monkeypatch: pytest.MonkeyPatch, training: TrainingStage, chosen: Sequence[int], rho: float = 3.0
+) -> TVaccine:
+    """Return a T-Vaccine that has sampled these layers, because all other layers have weight 0."""
+    fix_importance(monkeypatch, *(float(number in chosen) for number in range(LAYERS)))
     defense = TVaccine(rho=rho, gamma=len(chosen))
-    defense.before_step(made)
+    defense.before_step(training)
     return defense
 
 
-def rederived(
+def expected_gradient(
     stage: TrainingStage, batch: Batch, chosen: Sequence[int], rho: float, seed: int = 0
 ) -> list[Tensor | None]:
-    """Vaccine's lines over the layers in S only; None where a parameter stands in another layer."""
+    """Compute the gradient of Vaccine over the layers in S; None for a parameter of another layer."""
     model = stage.model
     free = [parameter.requires_grad for parameter in stage.trainable.values()]
     for parameter in stage.trainable.values():
@@ -73,54 +75,56 @@ def rederived(
     hidden: dict[int, Tensor] = {}
     torch.manual_seed(seed)
     with hooked(model, lambda number, output: hidden.update({number: output})):
-        g = torch.autograd.grad(cross_entropy(model, batch), [hidden[number] for number in chosen])
-    g = [each * batch["attention_mask"][..., None] for each in g]  # type: ignore[assignment]
-    norm = torch.sqrt(sum((each**2).sum() for each in g))  # type: ignore[arg-type]
-    shift = {number: rho * each / (norm + 1e-7) for number, each in zip(chosen, g, strict=True)}
+        gradients = torch.autograd.grad(cross_entropy(model, batch), [hidden[number] for number in chosen])
+    gradients = [gradient_l * batch["attention_mask"][..., None] for gradient_l in gradients]  # type: ignore[assignment]
+    norm = torch.sqrt(sum((gradient_l**2).sum() for gradient_l in gradients))  # type: ignore[arg-type]
+    shift = {number: rho * gradient_l / (norm + 1e-7) for number, gradient_l in zip(chosen, gradients, strict=True)}
     torch.manual_seed(seed)
     with hooked(model, lambda number, output: output + shift[number] if number in chosen else None):
-        found = torch.autograd.grad(cross_entropy(model, batch), list(stage.trainable.values()))
-    for parameter, was in zip(stage.trainable.values(), free, strict=True):
-        parameter.requires_grad_(was)
-    return [value if layer_of(name) in chosen else None for name, value in zip(stage.trainable, found, strict=True)]
+        values = torch.autograd.grad(cross_entropy(model, batch), list(stage.trainable.values()))
+    for parameter, flag in zip(stage.trainable.values(), free, strict=True):
+        parameter.requires_grad_(flag)
+    return [value if layer_of(name) in chosen else None for name, value in zip(stage.trainable, values, strict=True)]
 
 
-def run(
+def run_stage(
     defense: Defense, folder: Path, salt: int = 0, **changes: Any
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """A stage of 10 steps from fresh objects: the adapter and the log."""
+    """Train 10 steps with new objects and return the adapter and the log."""
     torch.manual_seed(salt)
-    with_ = settings(**{"lora_dropout": 0.1, "weight_decay": 0.1, **changes})
-    made, _ = tiny.stage(tiny.model(num_hidden_layers=LAYERS), trained_with=with_, stirred=True, pools=POOLS)
-    log = train(made, defense, tiny.rows(20), with_, folder, pad=tiny.PAD)
-    return {name: value.detach().clone() for name, value in made.trainable.items()}, log
+    train_settings = settings(**{"lora_dropout": 0.1, "weight_decay": 0.1, **changes})
+    training, _ = tiny.stage(
+        tiny.model(num_hidden_layers=LAYERS), trained_with=train_settings, stirred=True, pools=POOLS
+    )
+    log = train(training, defense, tiny.rows(20), train_settings, folder, pad=tiny.PAD)
+    return {name: value.detach().clone() for name, value in training.trainable.items()}, log
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Against the equations
+# Comparison with the equations
 
 
 @pytest.mark.parametrize("chosen", [(0,), (2,), (0, 2), (1, 2), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("rho", [0.5, 3.0])
 def test_gradient_equals_plain_autograd(chosen: tuple[int, ...], rho: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, batch = stage(), tiny.batch()
-    defense = choosing(monkeypatch, made, chosen, rho)
-    expected = rederived(made, batch, chosen, rho)
-    gradient = defense.gradient(made, batch)
+    training, batch = stage(), tiny.batch()
+    defense = sampling(monkeypatch, training, chosen, rho)
+    expected = expected_gradient(training, batch, chosen, rho)
+    gradient = defense.gradient(training, batch)
     assert close(gradient, expected)
-    assert not close(made.gradient(batch), expected, 1e-2)  # the perturbation matters here
+    assert not close(training.gradient(batch), expected, 1e-2)  # the perturbation is large enough to test
     assert not gradient.loss.requires_grad
-    assert all(parameter.grad is None for parameter in made.trainable.values())
+    assert all(parameter.grad is None for parameter in training.trainable.values())
 
 
 @pytest.mark.parametrize("rho", [0.1, 3.0])
 def test_norm_of_the_perturbation_over_the_chosen_layers_is_rho(rho: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = stage()
-    defense = choosing(monkeypatch, made, (0, 2), rho)
-    with applied_shifts(made.model) as passes:
-        defense.gradient(made, tiny.batch())
+    training = stage()
+    defense = sampling(monkeypatch, training, (0, 2), rho)
+    with applied_shifts(training.model) as passes:
+        defense.gradient(training, tiny.batch())
     assert len(passes) == 2
-    assert torch.stack(passes[0]).norm() < 1e-5  # the first pass only looks
+    assert torch.stack(passes[0]).norm() < 1e-5  # the first pass has no shift
     first, second, third = passes[1]
     assert torch.stack([first, third]).norm().item() == pytest.approx(rho, rel=1e-4)
     assert min(first.norm(), third.norm()) > 1e-3 * rho
@@ -129,67 +133,71 @@ def test_norm_of_the_perturbation_over_the_chosen_layers_is_rho(rho: float, monk
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_three_optimizer_steps_equal_plain_adamw(accumulation: int, tmp_path: Path) -> None:
-    """Other layers at every step; a parameter of a layer left out meets neither momentum nor decay."""
+    """Every step samples new layers; neither momentum nor weight decay changes a parameter of another layer."""
     changes: dict[str, Any] = {"epochs": 1, "accumulation": accumulation, "lr": 1e-3, "weight_decay": 0.1}
-    with_ = settings(**changes, schedule="constant", warmup=0.0)
-    made, _ = tiny.stage(tiny.model(num_hidden_layers=LAYERS), trained_with=with_, stirred=True, pools=POOLS)
+    train_settings = settings(**changes, schedule="constant", warmup=0.0)
+    training, _ = tiny.stage(
+        tiny.model(num_hidden_layers=LAYERS), trained_with=train_settings, stirred=True, pools=POOLS
+    )
     batches: list[tuple[list[int], Batch]] = []
 
-    class Watched(TVaccine):
+    class RecordingTVaccine(TVaccine):
         def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
             batches.append((self._chosen, batch))
             return super().gradient(stage, batch)
 
-    watched = Watched(rho=3.0, gamma=2, interval=1)
-    train(made, watched, tiny.rows(12 * accumulation), with_, tmp_path, pad=tiny.PAD)
+    defense = RecordingTVaccine(rho=3.0, gamma=2, interval=1)
+    train(training, defense, tiny.rows(12 * accumulation), train_settings, tmp_path, pad=tiny.PAD)
     assert len(batches) == 3 * accumulation
-    assert len({tuple(chosen) for chosen, _ in batches}) > 1  # so that a parameter is left out between two steps
+    assert len({tuple(chosen) for chosen, _ in batches}) > 1  # so a parameter is frozen between two of its steps
 
-    twin, _ = tiny.stage(tiny.model(num_hidden_layers=LAYERS), trained_with=with_, stirred=True)
+    twin, _ = tiny.stage(tiny.model(num_hidden_layers=LAYERS), trained_with=train_settings, stirred=True)
 
     def mean(numbers: Sequence[int]) -> list[Tensor | None]:
-        micro = [rederived(twin, batches[n][1], batches[n][0], 3.0) for n in numbers]
-        return [None if each[0] is None else torch.stack(each).mean(0) for each in zip(*micro, strict=True)]  # type: ignore[arg-type]
+        micro = [expected_gradient(twin, batches[n][1], batches[n][0], 3.0) for n in numbers]
+        return [
+            None if gradients[0] is None else torch.stack(gradients).mean(0) for gradients in zip(*micro, strict=True)
+        ]  # type: ignore[arg-type]
 
     steps = [range(start, start + accumulation) for start in range(0, 3 * accumulation, accumulation)]
     firm = plain_adamw(twin, [lambda numbers=numbers: mean(numbers) for numbers in steps])
-    assert_equal_where_firm(made, twin, firm)
+    assert_equal_where_firm(training, twin, firm)
 
 
 @pytest.mark.parametrize("gamma", [LAYERS, 1000])
-def test_all_layers_are_vaccine_bit_for_bit_with_dropout_on(gamma: int, tmp_path: Path) -> None:
-    vaccine = run(Vaccine(rho=2.0), tmp_path / "vaccine")
-    assert_same(run(TVaccine(rho=2.0, gamma=gamma, interval=3, refresh=4), tmp_path / "all"), vaccine)
-    other = run(TVaccine(rho=2.0, gamma=LAYERS - 1), tmp_path / "some")
-    assert not same(list(other[0].values()), list(vaccine[0].values()))
+def test_all_layers_equal_vaccine_bit_for_bit_with_dropout(gamma: int, tmp_path: Path) -> None:
+    vaccine = run_stage(Vaccine(rho=2.0), tmp_path / "vaccine")
+    assert_same(run_stage(TVaccine(rho=2.0, gamma=gamma, interval=3, refresh=4), tmp_path / "all"), vaccine)
+    fewer_layers = run_stage(TVaccine(rho=2.0, gamma=LAYERS - 1), tmp_path / "some")
+    assert not same(list(fewer_layers[0].values()), list(vaccine[0].values()))
 
 
-def test_all_layers_and_rho_0_are_sft_bit_for_bit_with_dropout_on(tmp_path: Path) -> None:
-    sft = run(SFT(), tmp_path / "sft")
+def test_all_layers_and_rho_0_equal_sft_bit_for_bit_with_dropout(tmp_path: Path) -> None:
+    sft = run_stage(SFT(), tmp_path / "sft")
     neutral = TVaccine.neutral
     assert neutral is not None
-    assert_same(run(TVaccine(**neutral), tmp_path / "neutral"), sft)
+    assert_same(run_stage(TVaccine(**neutral), tmp_path / "neutral"), sft)
 
 
 def test_both_passes_see_the_same_dropout_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, batch = stage(lora_dropout=0.3), tiny.batch()
-    made.model.train()
-    defense = choosing(monkeypatch, made, (0, 2))
+    training, batch = stage(lora_dropout=0.3), tiny.batch()
+    training.model.train()
+    defense = sampling(monkeypatch, training, (0, 2))
     torch.manual_seed(5)
-    gradient = defense.gradient(made, batch)
-    assert close(gradient, rederived(made, batch, (0, 2), 3.0, seed=5))
-    assert not close(gradient, rederived(made, batch, (0, 2), 3.0, seed=6), 1e-2)
+    gradient = defense.gradient(training, batch)
+    assert close(gradient, expected_gradient(training, batch, (0, 2), 3.0, seed=5))
+    assert not close(gradient, expected_gradient(training, batch, (0, 2), 3.0, seed=6), 1e-2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers left out
+# Frozen layers
 
 
-def test_layers_left_out_do_not_move_even_with_weight_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weigh(monkeypatch, 1.0, 1.0, 1.0)
-    moved: list[tuple[int, list[int], set[int]]] = []
+def test_frozen_layers_do_not_change_even_with_weight_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_importance(monkeypatch, 1.0, 1.0, 1.0)
+    records: list[tuple[int, list[int], set[int]]] = []
 
-    class Watched(TVaccine):
+    class RecordingTVaccine(TVaccine):
         _before: Any = None
 
         def before_step(self, stage: TrainingStage) -> None:
@@ -201,24 +209,32 @@ def test_layers_left_out_do_not_move_even_with_weight_decay(tmp_path: Path, monk
                 name for name, value in stage.trainable.items() if not torch.equal(value.detach(), self._before[name])
             }
             chosen = {name for name in stage.trainable if layer_of(name) in self._chosen}
-            moved.append((stage.step, self._chosen, changed ^ chosen))
+            records.append((stage.step, self._chosen, changed ^ chosen))
 
-    watched = Watched(gamma=1, interval=1)
-    run(watched, tmp_path, weight_decay=0.5, warmup=0.0, schedule="constant")  # a warm-up would begin at rate 0
-    assert [step for step, _, _ in moved] == list(range(1, 11))
-    assert {tuple(chosen) for _, chosen, _ in moved} == {(0,), (1,), (2,)}  # each comes, and is left out again
-    assert all(not wrong for _, _, wrong in moved)  # all of the chosen layer moves, its MLP too, and nothing else
+    defense = RecordingTVaccine(gamma=1, interval=1)
+    run_stage(
+        defense, tmp_path, weight_decay=0.5, warmup=0.0, schedule="constant"
+    )  # with a warmup the first learning rate would be 0
+    assert [step for step, _, _ in records] == list(range(1, 11))
+    assert {tuple(chosen) for _, chosen, _ in records} == {
+        (0,),
+        (1,),
+        (2,),
+    }  # every layer is sampled, and frozen in another step
+    assert all(
+        not wrong for _, _, wrong in records
+    )  # all of the sampled layer changes, including its MLP, and nothing else
 
 
-def test_a_parameter_outside_the_layers_is_trained_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = stage(lora_targets=(*TARGETS, "lm_head"))
-    defense = choosing(monkeypatch, made, (1,))
-    for name, value in zip(made.trainable, defense.gradient(made, tiny.batch()).values, strict=True):
+def test_a_parameter_outside_the_layers_is_always_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = stage(lora_targets=(*TARGETS, "lm_head"))
+    defense = sampling(monkeypatch, training, (1,))
+    for name, value in zip(training.trainable, defense.gradient(training, tiny.batch()).values, strict=True):
         assert (value is not None) == ("lm_head" in name or layer_of(name) == 1), name
 
 
 class Mixer(nn.Module):
-    """What stands in place of attention in the layers of a hybrid model: it takes no attention mask."""
+    """A replacement for attention in a layer of a hybrid model; it takes no attention mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,19 +244,19 @@ class Mixer(nn.Module):
         return self.o_proj(hidden_states), None
 
 
-def test_blocks_are_numbered_by_their_layer_where_a_layer_has_no_attention() -> None:
-    # FAILS: importance counts attention blocks, `stage.layers` counts decoder layers. Here layer 0 has no attention, so
-    # block 0 is in layer 1: with gamma=2, both blocks are perturbed, but layers 0 and 1 trained and layer 2 frozen.
+def test_blocks_map_to_their_layer_if_another_layer_has_no_attention() -> None:
+    # The importance counts attention blocks, and `stage.layers` counts decoder layers. Layer 0 has no attention here,
+    # so block 0 is in layer 1: with gamma=2, layers 1 and 2 are perturbed and trained.
     base = tiny.model(num_hidden_layers=LAYERS)
     base.model.layers[0].self_attn = Mixer()
-    made = stage(base=base)
+    training = stage(base=base)
     defense = TVaccine(gamma=2)
-    defense.before_step(made)
-    with applied_shifts(made.model) as passes:
-        defense.gradient(made, tiny.batch())
+    defense.before_step(training)
+    with applied_shifts(training.model) as passes:
+        defense.gradient(training, tiny.batch())
     assert [bool(shift.norm() > 1e-3) for shift in passes[1]] == [False, True, True]
-    free = {layer_of(name) for name, value in made.trainable.items() if value.requires_grad}
-    assert free >= {1, 2}
+    trained_layers = {layer_of(name) for name, value in training.trainable.items() if value.requires_grad}
+    assert trained_layers >= {1, 2}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,125 +264,125 @@ def test_blocks_are_numbered_by_their_layer_where_a_layer_has_no_attention() -> 
 
 
 def importance_by_hand(stage: TrainingStage, harmful: Batch) -> Tensor:
-    """||dL/dh_l|| over the real tokens, as a share of the sum; without dropout."""
+    """Compute ||dL/dh_l|| over the real tokens, as a share of the sum, without dropout."""
     hidden: dict[int, Tensor] = {}
     training = stage.model.training
     stage.model.eval()
     with hooked(stage.model, lambda number, output: hidden.update({number: output})):
-        g = torch.autograd.grad(cross_entropy(stage.model, harmful), list(hidden.values()))
+        gradients = torch.autograd.grad(cross_entropy(stage.model, harmful), list(hidden.values()))
     stage.model.train(training)
-    norms = [torch.sqrt(((each * harmful["attention_mask"][..., None]) ** 2).sum()) for each in g]
+    norms = [torch.sqrt(((gradient * harmful["attention_mask"][..., None]) ** 2).sum()) for gradient in gradients]
     return torch.stack(norms) / sum(norms)
 
 
 def test_importance_is_the_share_of_each_layer_in_the_harmful_gradient_norms() -> None:
-    """Also where the steps before have frozen layers and dropout is on."""
-    made = stage(lora_dropout=0.3)
-    made.model.train()
+    """Also if earlier steps froze layers, and with dropout."""
+    training = stage(lora_dropout=0.3)
+    training.model.train()
     defense = TVaccine(gamma=1, interval=1, refresh=1)
-    seen = []
-    for made.step in (1, 2):
-        harmful = made.stream("harmful", POOLS.harmful)
-        defense.before_step(made)
-        found = defense.state()["importance"]
-        assert found.shape == (LAYERS,)
-        assert found.sum().item() == pytest.approx(1, abs=1e-6)
-        torch.testing.assert_close(found, importance_by_hand(made, harmful), atol=1e-5, rtol=0)
-        seen.append(found)
-    assert seen[0].max() - seen[0].min() > 0.01
-    assert not torch.allclose(seen[0], seen[1], atol=1e-3)  # other rows
+    importances = []
+    for training.step in (1, 2):
+        harmful = training.stream("harmful", POOLS.harmful)
+        defense.before_step(training)
+        importance = defense.state()["importance"]
+        assert importance.shape == (LAYERS,)
+        assert importance.sum().item() == pytest.approx(1, abs=1e-6)
+        torch.testing.assert_close(importance, importance_by_hand(training, harmful), atol=1e-5, rtol=0)
+        importances.append(importance)
+    assert importances[0].max() - importances[0].min() > 0.01
+    assert not torch.allclose(importances[0], importances[1], atol=1e-3)  # other rows
 
 
-def test_a_look_at_the_importance_takes_one_pass_over_harmful_rows_and_leaves_no_trace() -> None:
-    made = stage(lora_dropout=0.3)
-    made.model.train()
+def test_importance_uses_one_pass_over_harmful_rows_and_has_no_side_effect() -> None:
+    training = stage(lora_dropout=0.3)
+    training.model.train()
     rows: list[list[int]] = []
 
-    def see(module: Any, args: Any, more: Any) -> None:
+    def record(module: Any, args: Any, more: Any) -> None:
         rows.extend([token for token in row if token != tiny.PAD] for row in more["input_ids"].tolist())
 
-    made.model.register_forward_pre_hook(see, with_kwargs=True)
+    training.model.register_forward_pre_hook(record, with_kwargs=True)
     torch.manual_seed(3)
-    before = torch.get_rng_state()
-    TVaccine(gamma=1).before_step(made)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert made.model.training
-    assert all(parameter.grad is None for parameter in made.trainable.values())
-    assert len(rows) == made.settings.batch
+    random_state = torch.get_rng_state()
+    TVaccine(gamma=1).before_step(training)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert training.model.training
+    assert all(parameter.grad is None for parameter in training.trainable.values())
+    assert len(rows) == training.settings.batch
     pool = [row.ids for row in tiny.encode(POOLS.harmful)]
     assert all(row in pool for row in rows)
 
 
-def test_a_gradient_at_a_padding_position_does_not_count() -> None:
-    found = []
+def test_a_gradient_at_a_padding_position_has_no_effect() -> None:
+    importances = []
     for size in (0.0, 1e3):
-        made = stage()
-        padding = (1 - made.stream("harmful", POOLS.harmful)["attention_mask"])[..., None].float()
+        training = stage()
+        padding = (1 - training.stream("harmful", POOLS.harmful)["attention_mask"])[..., None].float()
         assert padding.sum() > 0
 
         def inject(module: Any, args: Any, size: float = size, padding: Tensor = padding) -> Any:
-            # Into the first block's output, below which no attention could carry it on to real tokens.
+            # Inject into the output of the first block: no attention below it can carry the gradient to real tokens.
             hidden = args[0] * 1.0
             hidden.register_hook(lambda gradient: gradient + size * padding)
             return (hidden,)
 
-        decoder_layers(made.model)[0].post_attention_layernorm.register_forward_pre_hook(inject)
-        found.append(TVaccine.importance(made))
-    torch.testing.assert_close(found[1], found[0])
+        decoder_layers(training.model)[0].post_attention_layernorm.register_forward_pre_hook(inject)
+        importances.append(TVaccine.importance(training))
+    torch.testing.assert_close(importances[1], importances[0])
 
 
-def test_without_harmful_rows_it_is_refused() -> None:
+def test_missing_harmful_rows_are_refused() -> None:
     with pytest.raises(BadInput):
         TVaccine().before_step(stage(pools=Pools()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The draw and the clock
+# The samples and the schedule
 
 
-def test_layers_are_drawn_without_replacement_by_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """P{i, j} = p_i p_j / (1 - p_i) + p_j p_i / (1 - p_j): first one by p, then another by what is left."""
+def test_layers_are_sampled_without_replacement_with_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P{i, j} = p_i p_j / (1 - p_i) + p_j p_i / (1 - p_j): one layer by p, then a second by the remaining weights."""
     p = (0.6, 0.3, 0.1)
-    weigh(monkeypatch, *p)
-    made, drawn, times = stage(), Counter[tuple[int, ...]](), 4000
+    fix_importance(monkeypatch, *p)
+    training, counts, times = stage(), Counter[tuple[int, ...]](), 4000
     defense = TVaccine(gamma=2, interval=1, refresh=times)
-    for made.step in range(1, times + 1):
-        defense.before_step(made)
-        drawn[tuple(defense.state()["chosen"].tolist())] += 1
-    assert drawn.keys() == {(0, 1), (0, 2), (1, 2)}
-    for i, j in drawn:
+    for training.step in range(1, times + 1):
+        defense.before_step(training)
+        counts[tuple(defense.state()["chosen"].tolist())] += 1
+    assert counts.keys() == {(0, 1), (0, 2), (1, 2)}
+    for i, j in counts:
         expected = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
         deviation = (expected * (1 - expected) / times) ** 0.5
-        # With probabilities in proportion to p_i p_j, as rejection has it, {0, 1} would be 5 deviations off.
-        assert abs(drawn[i, j] / times - expected) < 3 * deviation, (i, j)
+        # With probabilities in proportion to p_i p_j, as in rejection sampling, {0, 1} would be 5 deviations off.
+        assert abs(counts[i, j] / times - expected) < 3 * deviation, (i, j)
 
 
-def test_importance_and_layers_keep_their_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """refresh = 4 and interval = 3: looks at steps 1, 5, 9, draws at 1, 4, 7, 10, each by the last look."""
-    made, looks = stage(), []
+def test_importance_and_layers_follow_their_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """refresh = 4 updates at steps 1, 5, 9; interval = 3 samples at 1, 4, 7, 10, each with the last importance."""
+    training, updates = stage(), []
 
-    def look(stage: TrainingStage) -> Tensor:
-        looks.append(stage.step)
+    def update(stage: TrainingStage) -> Tensor:
+        updates.append(stage.step)
         return torch.eye(LAYERS)[stage.step % LAYERS]  # 1 -> layer 1, 5 -> layer 2, 9 -> layer 0
 
-    monkeypatch.setattr(TVaccine, "importance", staticmethod(look))
+    monkeypatch.setattr(TVaccine, "importance", staticmethod(update))
     defense, chosen = TVaccine(gamma=1, interval=3, refresh=4), []
-    for made.step in range(1, 11):
-        defense.before_step(made)
+    for training.step in range(1, 11):
+        defense.before_step(training)
         chosen += defense.state()["chosen"].tolist()
-    assert looks == [1, 5, 9]
+    assert updates == [1, 5, 9]
     assert chosen == [1, 1, 1, 1, 1, 1, 2, 2, 2, 0]
 
 
-def test_layers_stay_between_two_draws_and_change_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    weigh(monkeypatch, 1.0, 1.0, 1.0)
-    made, chosen = stage(), []
+def test_layers_change_only_when_they_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    fix_importance(monkeypatch, 1.0, 1.0, 1.0)
+    training, chosen = stage(), []
     defense = TVaccine(gamma=1, interval=5)
-    for made.step in range(1, 101):
-        defense.before_step(made)
+    for training.step in range(1, 101):
+        defense.before_step(training)
         chosen.append(defense.state()["chosen"].item())
-        free = {layer_of(name) for name, value in made.trainable.items() if value.requires_grad}
-        assert free == {chosen[-1]}
+        trained_layers = {layer_of(name) for name, value in training.trainable.items() if value.requires_grad}
+        assert trained_layers == {chosen[-1]}
     periods = [chosen[start : start + 5] for start in range(0, 100, 5)]
     assert all(len(set(period)) == 1 for period in periods)
     assert {period[0] for period in periods} == {0, 1, 2}
@@ -375,44 +391,48 @@ def test_layers_stay_between_two_draws_and_change_with_them(monkeypatch: pytest.
 # ---------------------------------------------------------------------------------------------------------------------
 # Interruptions
 
-CLOCK: dict[str, Any] = {"gamma": 1, "interval": 4, "refresh": 5}  # looks at 1, 6, 11, draws at 1, 5, 9, 13
+SCHEDULE: dict[str, Any] = {
+    "gamma": 1,
+    "interval": 4,
+    "refresh": 5,
+}  # updates at steps 1, 6, 11; samples at steps 1, 5, 9, 13
 
 
 @pytest.mark.parametrize("team", [False, True], ids=["alone", "team"])
 @pytest.mark.parametrize(
     ("hook", "count", "changes"),
     [
-        ("before_step", 8, {"epochs": 3}),  # from step 6: the next draw is by a look before it
-        ("after_step", 12, {"epochs": 3}),  # from step 10, between two draws
+        ("before_step", 8, {"epochs": 3}),  # from step 6: the next sample uses an earlier importance
+        ("after_step", 12, {"epochs": 3}),  # from step 10, between two samples
         ("gradient", 14, {"epochs": 3, "accumulation": 2, "batch": 3}),  # between two micro-batches of step 7
     ],
 )
-def test_an_interrupted_stage_ends_bit_equal(
+def test_an_interrupted_stage_gives_the_same_result(
     hook: str, count: int, changes: dict[str, Any], team: bool, tmp_path: Path
 ) -> None:
     def make(interrupted: bool) -> Defense:
-        defense = interrupting(TVaccine(**CLOCK), hook, count) if interrupted else TVaccine(**CLOCK)
+        defense = interrupting(TVaccine(**SCHEDULE), hook, count) if interrupted else TVaccine(**SCHEDULE)
         return DefenseTeam(members=(defense,)) if team else defense
 
-    whole = run(make(False), tmp_path / "whole", **changes)
+    complete = run_stage(make(False), tmp_path / "complete", **changes)
     with pytest.raises(KeyboardInterrupt):
-        run(make(True), tmp_path / "cut", salt=1, **changes)
+        run_stage(make(True), tmp_path / "cut", salt=1, **changes)
     assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == 1
-    assert_same(run(make(False), tmp_path / "cut", salt=2, **changes), whole)
+    assert_same(run_stage(make(False), tmp_path / "cut", salt=2, **changes), complete)
 
 
-def test_state_comes_back_between_two_draws() -> None:
-    made = stage()
-    first = TVaccine(**CLOCK)
-    for made.step in range(1, 7):
-        first.before_step(made)
-    second = TVaccine(**CLOCK)
+def test_state_is_restored_between_two_samples() -> None:
+    training = stage()
+    first = TVaccine(**SCHEDULE)
+    for training.step in range(1, 7):
+        first.before_step(training)
+    second = TVaccine(**SCHEDULE)
     second.restore({key: value.clone() for key, value in first.state().items()})
     assert torch.equal(second._importance, first._importance)
     assert second._chosen == first._chosen
-    for made.step in range(7, 15):
+    for training.step in range(7, 15):
         frozen = []
         for defense in (first, second):
-            defense.before_step(made)
-            frozen.append([parameter.requires_grad for parameter in made.trainable.values()])
+            defense.before_step(training)
+            frozen.append([parameter.requires_grad for parameter in training.trainable.values()])
         assert frozen[0] == frozen[1]
