@@ -1,4 +1,4 @@
-"""From text to tensors: loss on response tokens only, padding on the right."""
+"""Convert text to tensors: loss on response tokens only, padding on the right."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from .chat import chat_prompt_ids, chat_response_ids, eos_token_id
 from .prompts import Conversation, PromptTemplate
 
 IGNORED = -100
-"""Label of a token without loss (the convention of torch's cross-entropy)."""
+"""The label of a token without loss, as in torch's cross-entropy."""
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a prompt as the model sees it in training and in generation: with the tokenizer's opening
-    special tokens, without a closing one; a conversation by the tokenizer's chat template.
+    """Return the token ids of a prompt, the same for training and generation.
+
+    The ids start with the tokenizer's special tokens for the beginning of a text, and do not end with the token for
+    the end of a text. A conversation is rendered by the tokenizer's chat template.
 
     Raises:
-        BadInput: `text` is a conversation, and the tokenizer has no chat template for it.
+        BadInput: `text` is a conversation, and the tokenizer has no chat template.
     """
     if isinstance(text, Conversation):
         return chat_prompt_ids(tokenizer, text)
-    # Text that spells a control token stays text: a row of data must not end a prompt or fake a turn.
+    # A control token in the text stays text: a row of data must not end a prompt or imitate a turn.
     ids: list[int] = list(tokenizer(text, split_special_tokens=True)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
@@ -37,22 +39,24 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training row: ids and labels of equal length, labels IGNORED over the prompt."""
+    """One training row as tokens."""
 
     ids: list[int]
+    """The token ids of prompt and response."""
     labels: list[int]
+    """The labels, as many as ids: IGNORED for the prompt."""
     id: str = ""
-    """The example's id."""
+    """The id of the example."""
 
 
 def encode_example(
     tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, example: Example, max_length: int
 ) -> Encoded | None:
-    """A row cut at `max_length` tokens; None where the cut leaves no response token to learn from."""
-    asked = template.render(example)
-    prompt = encode_prompt(tokenizer, asked)
-    if isinstance(asked, Conversation):
-        response = chat_response_ids(tokenizer, asked, example.response)
+    """Encode an example as a training row of at most `max_length` tokens; None if no response token remains."""
+    text = template.render(example)
+    prompt = encode_prompt(tokenizer, text)
+    if isinstance(text, Conversation):
+        response = chat_response_ids(tokenizer, text, example.response)
     else:
         body = tokenizer(example.response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         response = [*body, eos_token_id(tokenizer)]
@@ -65,19 +69,29 @@ def encode_example(
 def encode_examples(
     tokenizer: PreTrainedTokenizerBase, template: PromptTemplate, examples: Sequence[Example], max_length: int
 ) -> list[Encoded]:
-    """Every row that keeps a response token within `max_length`, in order.
+    """Encode examples in order, skipping those without a response token within `max_length` tokens.
 
     Raises:
-        BadInput: no row does.
+        BadInput: no example has a response token within `max_length` tokens.
     """
     rows = [row for example in examples if (row := encode_example(tokenizer, template, example, max_length))]
     if examples and not rows:
-        raise BadInput(f"Every prompt fills the whole max_length of {max_length} tokens: nothing is left to learn.")
+        raise BadInput(
+            f"Every prompt has max_length = {max_length} tokens or more, so no response remains: increase it."
+        )
     return rows
 
 
 def collate(rows: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each (rows x longest row), padded on the right."""
+    """Pad rows on the right into one batch.
+
+    Args:
+        rows: The rows.
+        pad: Id of the padding token.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, each (rows x longest row).
+    """
     width = max(len(row.ids) for row in rows)
 
     def padded(values: Sequence[Any], fill: int) -> torch.Tensor:
@@ -93,8 +107,16 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:
 def left_padded_batches(
     rows: Sequence[Sequence[int]], size: int, pad: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Batches to generate from: at most `size` rows of similar length, padded on the left. Each is the rows' numbers,
-    their ids and their mask (rows x longest row)."""
+    """Yield batches for generation: at most `size` rows of similar length, padded on the left.
+
+    Args:
+        rows: The token ids of every prompt.
+        size: Rows per batch.
+        pad: Id of the padding token.
+
+    Yields:
+        The row numbers, the ids and the attention mask (both rows x longest row).
+    """
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     for start in range(0, len(order), size):
         numbers = order[start : start + size]
@@ -105,7 +127,7 @@ def left_padded_batches(
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token's id, or the end token's where the tokenizer has no padding token."""
-    # Labels and masks go by a row's length, so an end token that is also the padding keeps its loss.
+    """Return the id of the padding token, or of the end token if the tokenizer has no padding token."""
+    # Labels and masks follow from row lengths, so an end token that is also the padding token keeps its loss.
     pad = tokenizer.pad_token_id
     return pad if isinstance(pad, int) else eos_token_id(tokenizer)

@@ -1,7 +1,8 @@
-"""Data files as rows: JSON, JSON Lines, CSV, TSV and parquet, plain or compressed, and folders with a file per split.
+"""Read rows from data files (JSON, JSON Lines, CSV, TSV, parquet, plain or compressed) and from folders of splits.
 
-A folder may be what `datasets` writes with `save_to_disk`, or hold its splits as the hub's data sets do: `train.jsonl`,
-`data/train-00000-of-00002.parquet`, and BeaverTails' `round0/30k/train.jsonl.gz` for the split `30k_train`.
+A folder may be written by `datasets` with `save_to_disk`, or contain its splits like the data sets of the Hub:
+`train.jsonl`, `data/train-00000-of-00002.parquet`, or `round0/30k/train.jsonl.gz` for the split `30k_train` of
+BeaverTails.
 """
 
 from __future__ import annotations
@@ -18,33 +19,33 @@ from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 
-Placed = tuple[str, Mapping[str, Any]]
-"""Where a row stands, for messages, and the row."""
+PlacedRow = tuple[str, Mapping[str, Any]]
+"""The place of a row, for error messages, and the row."""
 
 _NAME = re.compile(
     r"(?P<split>.+?)(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5})(?:-[0-9a-f]{16})?)?"
     r"(?P<kind>\.(?:jsonl|json|csv|tsv|parquet))(?:\.(?:gz|xz))?"
 )
-"""A data file's name. The hub's converter puts a hash behind the shard."""
+"""The name of a data file. The Hub's converter appends a hash to the shard."""
 _NO_SPLITS = frozenset({"dataset_infos", "dataset_info", "state"})
-"""JSON files that describe a data set."""
+"""Stems of JSON files that describe a data set."""
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def is_data_file(name: str) -> bool:
-    """Whether a file of that name is read as rows."""
+    """Return True if a file with this name contains rows."""
     return _NAME.fullmatch(Path(name).name) is not None
 
 
-def read_path(path: Path, split: str) -> Iterator[Placed]:
-    """The rows of one split of a folder, or all rows of a file, in order.
+def read_path(path: Path, split: str) -> Iterator[PlacedRow]:
+    """Read the rows of one split of a folder, or all rows of a file, in order.
 
     Raises:
-        BadInput: there is no such split, or a file is not what its name says.
+        BadInput: the folder has no such split, or a file does not have the format of its name.
     """
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            yield from _saved(path, split)
+            yield from _saved_dataset(path, split)
             return
         for file in _files_of(path, split):
             yield from _file(file)
@@ -52,9 +53,14 @@ def read_path(path: Path, split: str) -> Iterator[Placed]:
         yield from _file(path)
 
 
-def read_table(place: str, table: Any) -> Iterator[Placed]:
-    """The rows of a `datasets.Dataset`: batches of columns are read ten times faster than single rows."""
-    number = 0
+def read_dataset(place: str, table: Any) -> Iterator[PlacedRow]:
+    """Read the rows of a `datasets.Dataset` in order.
+
+    Args:
+        place: Description of the data set, for error messages.
+        table: The data set.
+    """
+    number = 0  # batches of columns are ten times faster than single rows
     for batch in table.iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             yield f"{place}, row {number}", dict(zip(batch, values, strict=True))
@@ -66,54 +72,55 @@ def read_table(place: str, table: Any) -> Iterator[Placed]:
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
-    there = _splits(folder)
-    if split not in there:
-        names = ", ".join(sorted(there)) or "none: it holds no .jsonl, .json, .csv, .tsv or .parquet file"
+    splits = _splits(folder)
+    if split not in splits:
+        names = ", ".join(sorted(splits)) or "none: it contains no .jsonl, .json, .csv, .tsv or .parquet file"
         raise BadInput(f"{folder} has no split {split!r}. Allowed: {names}.")
-    files = sorted(there[split])
-    found = [_NAME.fullmatch(file.name) for file in files]
-    shards = {match["shards"] for match in found if match}
+    files = sorted(splits[split])
+    matches = [_NAME.fullmatch(file.name) for file in files]
+    shards = {match["shards"] for match in matches if match}
     if len(files) > 1 and (None in shards or len(shards) > 1):
-        raise BadInput(f"{folder} has split {split!r} in several files: {', '.join(file.name for file in files)}.")
-    if (said := shards.pop()) is not None and len(files) != int(said):
-        raise BadInput(f"{folder}: split {split!r} has {len(files)} of its {int(said)} files.")
+        names = ", ".join(file.name for file in files)
+        raise BadInput(f"{folder} has split {split!r} in several files: {names}. Keep one file, or shards of one file.")
+    if (count := shards.pop()) is not None and len(files) != int(count):
+        raise BadInput(f"{folder}: split {split!r} has {len(files)} of its {int(count)} files. Add the missing files.")
     return files
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
-    """Split -> its files, by their names."""
-    found: dict[str, list[Path]] = {}
+    """Return the files of every split, by their names."""
+    splits: dict[str, list[Path]] = {}
     places = [(folder, ""), (folder / "data", "")]
     places += [(inner, f"{inner.name}_") for inner in sorted((folder / "round0").glob("*")) if inner.is_dir()]
     for place, prefix in places:
         for file in place.glob("*"):
             match = _NAME.fullmatch(file.name)
             if match and file.is_file() and match["split"] not in _NO_SPLITS:
-                found.setdefault(prefix + match["split"], []).append(file)
-    return found
+                splits.setdefault(prefix + match["split"], []).append(file)
+    return splits
 
 
-def _saved(folder: Path, split: str) -> Iterator[Placed]:
+def _saved_dataset(folder: Path, split: str) -> Iterator[PlacedRow]:
     try:
         from datasets import DatasetDict, load_from_disk
     except ImportError as error:
-        raise HbvError(f"{folder} is a folder of the package `datasets`, which is not installed.") from error
+        raise HbvError(f"{folder} needs the package `datasets`: pip install datasets.") from error
     try:
         table = load_from_disk(str(folder))
-    except Exception as error:  # whatever Arrow and JSON raise on a damaged folder
-        raise BadInput(f"{folder} cannot be read as a data set: {_first_line(error)}") from error
+    except Exception as error:  # Arrow and JSON raise many kinds of errors on a damaged folder
+        raise BadInput(f"{folder} cannot be read as a data set: {_first_line(error)}.") from error
     if isinstance(table, DatasetDict):
         if split not in table:
             raise BadInput(f"{folder} has no split {split!r}. Allowed: {', '.join(sorted(table))}.")
         table = table[split]
-    yield from read_table(f"{folder}, split {split}", table)
+    yield from read_dataset(f"{folder}, split {split}", table)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def _file(path: Path) -> Iterator[Placed]:
+def _file(path: Path) -> Iterator[PlacedRow]:
     match = _NAME.fullmatch(path.name)
     kind = match["kind"] if match else ".jsonl"
     if kind == ".parquet":
@@ -132,8 +139,8 @@ def _text(path: Path) -> str:
         raise BadInput(f"{path} cannot be read: {_first_line(error)}.") from error
 
 
-def _json(path: Path) -> Iterator[Placed]:
-    """One array of objects, or an object a line, whatever the file's name promises."""
+def _json(path: Path) -> Iterator[PlacedRow]:
+    """Read one array of objects, or one object per line, whichever of the two the file contains."""
     text = _text(path)
     if text.lstrip()[:1] == "[":
         try:
@@ -143,7 +150,7 @@ def _json(path: Path) -> Iterator[Placed]:
         for number, values in enumerate(array):
             yield _object(f"{path}, row {number}", values)
         return
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut inside a text
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines also splits at characters inside a text
         if line.strip():
             place = f"{path}, line {number}"
             try:
@@ -153,21 +160,21 @@ def _json(path: Path) -> Iterator[Placed]:
             yield _object(place, values)
 
 
-def _object(place: str, values: Any) -> Placed:
+def _object(place: str, values: Any) -> PlacedRow:
     if not isinstance(values, dict):
-        raise BadInput(f"{place}: a row is a JSON object, not {type(values).__name__}.")
+        raise BadInput(f"{place}: a row must be a JSON object, not {type(values).__name__}.")
     return place, values
 
 
-def _delimited(path: Path, delimiter: str) -> Iterator[Placed]:
-    """Rows below a header. All values are text, but for `is_safe` and `label`, where they are written as such."""
-    csv.field_size_limit(2**31 - 1)  # answers are longer than the module expects
+def _delimited(path: Path, delimiter: str) -> Iterator[PlacedRow]:
+    """Read rows below a header. All values are text, except booleans in `is_safe` and integers in `label`."""
+    csv.field_size_limit(2**31 - 1)  # answers are longer than the default limit
     reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
     try:
         for values in reader:
             place = f"{path}, line {reader.line_num}"
             if None in values or None in values.values():
-                raise BadInput(f"{place}: it has another number of fields than the header.")
+                raise BadInput(f"{place}: the number of fields differs from the header.")
             if (safe := values.get("is_safe", "").lower()) in ("true", "false", "1", "0"):
                 values["is_safe"] = safe in ("true", "1")
             if re.fullmatch(r"-?\d+", values.get("label", "")):
@@ -177,7 +184,7 @@ def _delimited(path: Path, delimiter: str) -> Iterator[Placed]:
         raise BadInput(f"{path}, line {reader.line_num}: not a table: {error}.") from error
 
 
-def _parquet(path: Path) -> Iterator[Placed]:
+def _parquet(path: Path) -> Iterator[PlacedRow]:
     import pyarrow
     from pyarrow import parquet
 
@@ -190,7 +197,7 @@ def _parquet(path: Path) -> Iterator[Placed]:
                     yield f"{path}, row {number}", dict(zip(batch.schema.names, values, strict=True))
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise BadInput(f"{path} cannot be read as parquet: {_first_line(error)}") from error
+        raise BadInput(f"{path} cannot be read as parquet: {_first_line(error)}.") from error
 
 
 def _first_line(error: Exception) -> str:

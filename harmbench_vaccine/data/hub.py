@@ -1,9 +1,9 @@
-"""Data sets and models of the hub: their names, the revision that is read, and what is said when they cannot be had.
+"""Load data sets and models from the Hub at a fixed commit, with readable errors.
 
-A name is `owner/name`, with a configuration (`openai/gsm8k:main`) or a file (`owner/name:folder/rows.json`) behind a
-colon, and a branch, tag or commit behind `@`. A branch moves; results must not. So the first use of a name settles the
-commit: the one that the hub's cache on this machine holds, else the one that the hub tells. It is remembered in
-`$HBV_HOME/revisions.json`, and that commit is read from then on; delete the file to follow a branch on.
+A name is `owner/name`. A colon adds a configuration (`openai/gsm8k:main`) or a file (`owner/name:folder/rows.json`);
+`@` adds a branch, tag or commit. A branch moves, but results must not change. So the first use of a name fixes the
+commit: the one in the Hub's cache on this machine, or else the current one on the Hub. It is stored in
+`$HBV_HOME/revisions.json` and used from then on; delete that file to use newer commits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.paths import home
 
-from .files import Placed, is_data_file, read_path, read_table
+from .files import PlacedRow, is_data_file, read_dataset, read_path
 
 Kind = Literal["dataset", "model"]
 
@@ -31,22 +31,23 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class HubName:
-    """A location on the hub, taken apart."""
+    """The parts of a location on the Hub."""
 
     id: str
+    """The repository, `owner/name`."""
     inside: str | None
     """A configuration, or the path of a file in the repository."""
     revision: str | None
-    """What was asked for; None: the default branch."""
+    """The branch, tag or commit; None: the default branch."""
 
     @property
     def is_file(self) -> bool:
-        """It names a file of the repository."""
+        """True if the location is a file of the repository."""
         return self.inside is not None and is_data_file(self.inside)
 
 
 def parse_hub_name(location: str) -> HubName | None:
-    """A location as a name of the hub; None where it has another form."""
+    """Parse a location as a name on the Hub; None if it has another form."""
     match = _NAME.fullmatch(location)
     if match is None or (match["inside"] is None and is_data_file(match["id"])):
         return None
@@ -58,20 +59,20 @@ def parse_hub_name(location: str) -> HubName | None:
 
 
 def resolve_commit(kind: Kind, name: HubName) -> str | None:
-    """The commit that a name stands for on this machine; None where nothing tells it: offline, and not in the cache."""
+    """Return the commit of a name on this machine; None if neither the cache nor the Hub gives one."""
     if name.revision and _COMMIT.fullmatch(name.revision):
         return name.revision
     key = f"{kind} {name.id}@{name.revision or 'main'}"
-    if known := _remembered().get(key):
+    if known := _stored_commits().get(key):
         return known
-    found = _cached(kind, name) or _told_by_hub(kind, name.id, name.revision)
-    if found:
-        _remember(key, found)
-    return found
+    commit = _cached_commit(kind, name) or _current_commit(kind, name.id, name.revision)
+    if commit:
+        _store_commit(key, commit)
+    return commit
 
 
-def _cached(kind: Kind, name: HubName) -> str | None:
-    """The commit of the copy in the hub's cache."""
+def _cached_commit(kind: Kind, name: HubName) -> str | None:
+    """Return the commit of the copy in the Hub's cache."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.id.replace('/', '--')}"
@@ -82,7 +83,7 @@ def _cached(kind: Kind, name: HubName) -> str | None:
 
 
 def is_cached(kind: Kind, name: HubName) -> bool:
-    """Whether a name can be read without a network: a model's weights, a file, or a data set as `datasets` keeps it."""
+    """Return True if a model's weights, a file or a data set can be read without a network."""
     from huggingface_hub import constants
 
     snapshots = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.id.replace('/', '--')}" / "snapshots"
@@ -90,121 +91,122 @@ def is_cached(kind: Kind, name: HubName) -> bool:
         return any(snapshots.glob("*/*.safetensors")) or any(snapshots.glob("*/*.bin"))
     if name.is_file:
         return any(snapshots.glob(f"*/{name.inside}"))
-    kept = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
-    return any((kept / name.id.replace("/", "___")).rglob("*.arrow"))
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    return any((cache / name.id.replace("/", "___")).rglob("*.arrow"))
 
 
 def download_size(kind: Kind, name: HubName) -> int:
-    """How many bytes the hub has of it: of a model in two formats, the safetensors.
+    """Return the size in bytes on the Hub; for a model in two formats, without the pickled weights.
 
     Raises:
-        HbvError: it does not tell.
+        HbvError: the Hub does not answer.
     """
     from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
         raise HbvError("HF_HUB_OFFLINE is set")
     api = HfApi()
-    ask: Any = api.dataset_info if kind == "dataset" else api.model_info
+    info: Any = api.dataset_info if kind == "dataset" else api.model_info
     try:
-        files = ask(name.id, revision=name.revision, files_metadata=True, timeout=10).siblings or []
-    except Exception as error:  # the libraries raise a dozen kinds
+        files = info(name.id, revision=name.revision, files_metadata=True, timeout=10).siblings or []
+    except Exception as error:  # the libraries raise many kinds of errors
         raise HbvError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     sizes = {file.rfilename: file.size or 0 for file in files}
     if name.is_file:
         return sizes.get(str(name.inside), 0)
     safe = any(file.endswith(".safetensors") for file in sizes)
-    return sum(download_size for file, download_size in sizes.items() if not (safe and file.endswith((".bin", ".pth"))))
+    return sum(size for file, size in sizes.items() if not (safe and file.endswith((".bin", ".pth"))))
 
 
-@lru_cache(maxsize=128)  # a hub that does not answer is asked once
-def _told_by_hub(kind: Kind, name: str, revision: str | None) -> str | None:
+@lru_cache(maxsize=128)  # one request per name and process, since an unreachable Hub costs 10 seconds
+def _current_commit(kind: Kind, name: str, revision: str | None) -> str | None:
     from huggingface_hub import HfApi
 
     api = HfApi()
-    ask: Any = api.dataset_info if kind == "dataset" else api.model_info
+    info: Any = api.dataset_info if kind == "dataset" else api.model_info
     try:
-        found = ask(name, revision=revision, timeout=10).sha
-    except Exception:  # no network, no access: reading will say why
+        commit = info(name, revision=revision, timeout=10).sha
+    except Exception:  # no network or no access: loading reports the reason
         return None
-    return found if found and _COMMIT.fullmatch(found) else None
+    return commit if commit and _COMMIT.fullmatch(commit) else None
 
 
-def _memory() -> Path:
+def _commits_file() -> Path:
     return home() / "revisions.json"
 
 
-def _remembered() -> dict[str, str]:
+def _stored_commits() -> dict[str, str]:
     with suppress(OSError, ValueError):
-        known: dict[str, str] = json.loads(_memory().read_text(encoding="utf-8"))
-        return known
+        commits: dict[str, str] = json.loads(_commits_file().read_text(encoding="utf-8"))
+        return commits
     return {}
 
 
-def _remember(key: str, found: str) -> None:
+def _store_commit(key: str, commit: str) -> None:
     from filelock import FileLock
 
-    file = _memory()
-    with suppress(OSError):  # a home that cannot be written to is told where it matters
+    file = _commits_file()
+    with suppress(OSError):  # `ensure_writable` reports a read-only home
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_name(".revisions.lock")):
-            aside = file.with_suffix(".new")
-            aside.write_text(json.dumps({**_remembered(), key: found}, indent=1, sort_keys=True), encoding="utf-8")
-            aside.replace(file)
+            temporary = file.with_suffix(".new")
+            commits = {**_stored_commits(), key: commit}
+            temporary.write_text(json.dumps(commits, indent=1, sort_keys=True), encoding="utf-8")
+            temporary.replace(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
 
-def read_hub(location: str, name: HubName, split: str) -> Iterator[Placed]:
-    """The rows of one split, in order; downloaded where the cache does not have them.
+def read_hub(location: str, name: HubName, split: str) -> Iterator[PlacedRow]:
+    """Read the rows of one split of a Hub data set in order, downloading it if necessary.
 
     Raises:
-        BadInput: there is no such data set, split, configuration, file or revision, or no access to it.
-        HbvError: it is not on this machine, and the hub does not answer.
+        BadInput: the data set, split, configuration, file or revision does not exist, or access is denied.
+        HbvError: the data set is not on this machine, and the Hub is not reachable.
     """
-    known = resolve_commit("dataset", name)
+    commit = resolve_commit("dataset", name)
     if name.is_file:
-        yield from read_path(_downloaded(location, name, known), split)
+        yield from read_path(_download_file(location, name, commit), split)
     else:
-        yield from read_table(f"{location}, split {split}", _loaded(location, name, known, split))
+        yield from read_dataset(f"{location}, split {split}", _load_dataset(location, name, commit, split))
 
 
-def _downloaded(location: str, name: HubName, known: str | None) -> Path:
+def _download_file(location: str, name: HubName, commit: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     assert name.inside is not None
     try:
-        path = hf_hub_download(name.id, name.inside, repo_type="dataset", revision=known or name.revision)
-    except Exception as error:  # the libraries raise a dozen kinds; the user needs the sentence
-        raise _refusal(location, "", error) from error
+        path = hf_hub_download(name.id, name.inside, repo_type="dataset", revision=commit or name.revision)
+    except Exception as error:  # the libraries raise many kinds of errors
+        raise _load_error(location, "", error) from error
     return Path(path)
 
 
-def _loaded(location: str, name: HubName, known: str | None, split: str) -> Any:
+def _load_dataset(location: str, name: HubName, commit: str | None, split: str) -> Any:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise HbvError(f"Data set {location!r} is read by the package `datasets`, which is not installed.") from error
+        raise HbvError(f"Data set {location!r} needs the package `datasets`: pip install datasets.") from error
     try:
-        table = load_dataset(name.id, name.inside, split=split, revision=known or name.revision)
+        table = load_dataset(name.id, name.inside, split=split, revision=commit or name.revision)
     except Exception as error:
-        raise _refusal(location, split, error) from error
-    read = {Path(file["filename"]).parent.name for file in table.cache_files}
-    read = {resolve_commit for resolve_commit in read if _COMMIT.fullmatch(resolve_commit)}
-    if known and read - {known}:  # offline, the library takes whatever commit it has
+        raise _load_error(location, split, error) from error
+    folders = {Path(file["filename"]).parent.name for file in table.cache_files}
+    cached = {folder for folder in folders if _COMMIT.fullmatch(folder)}
+    if commit and cached - {commit}:  # offline, the library loads any cached commit
         raise HbvError(
-            f"Data set {location!r} is cached at commit {min(read - {known})}, and {known} is asked for: "
-            "connect to the hub once, or write that commit behind @."
+            f"Data set {location!r} is cached at commit {min(cached - {commit})}, but commit {commit} is requested: "
+            "connect to the Hub once, or append @ and the cached commit to the name."
         )
-    if not known and len(read) == 1:
-        _remember(f"dataset {name.id}@{name.revision or 'main'}", read.pop())
+    if not commit and len(cached) == 1:
+        _store_commit(f"dataset {name.id}@{name.revision or 'main'}", cached.pop())
     return table
 
 
-def _refusal(location: str, split: str, error: Exception) -> HbvError:
-    """What the user needs to know of a library's error, in one sentence."""
+def _load_error(location: str, split: str, error: Exception) -> HbvError:
+    """Translate a library's error about a data set into one sentence."""
     kinds, text = error_class_names(error), " ".join(str(error).split())
     what = f"Data set {location!r}"
     if "Unknown split" in text:
@@ -212,39 +214,49 @@ def _refusal(location: str, split: str, error: Exception) -> HbvError:
         return BadInput(f"{what} has no split {split!r}. Allowed: {names}.")
     if "Config name is missing" in text or re.match(r"BuilderConfig .* not found", text):
         names = text.partition("[")[2].partition("]")[0].replace("'", "")
-        return BadInput(f"{what} needs one of its configurations behind a colon, owner/name:CONFIG: {names}.")
+        return BadInput(f"{what} has several configurations; choose one as owner/name:CONFIG. Allowed: {names}.")
     if "scripts are no longer supported" in text:
-        return BadInput(f"{what} is made by a script, which is not run: name a file of it, owner/name:FILE.json.")
+        return BadInput(
+            f"{what} needs a script, which hbv does not run: choose one of its files as owner/name:FILE.json."
+        )
     if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
-        return BadInput(f"{what}: the hub's data set has no such file.")
-    unread = HbvError(f"{what}, split {split!r}, cannot be read: {text}")
-    return hub_access_error(what, error, "name a file or folder with --data NAME=PATH") or unread
+        return BadInput(f"{what}: the data set on the Hub has no such file. See its page for the file names.")
+    other_error = HbvError(f"{what}, split {split!r}, cannot be read: {text}")
+    return hub_access_error(what, error, "use a file or folder with --data NAME=PATH") or other_error
 
 
 def hub_access_error(what: str, error: BaseException, otherwise: str) -> HbvError | None:
-    """Why the hub does not give something, in one sentence, `otherwise` being what to do without it; None where the
-    error is of another kind."""
+    """Translate a Hub exception (gated, missing, offline) into a one-line error.
+
+    Args:
+        what: Description of the data set or model, at the beginning of the message.
+        error: The exception.
+        otherwise: What the user can do without the Hub.
+
+    Returns:
+        The error, or None if the exception has another cause.
+    """
     kinds, text = error_class_names(error), " ".join(str(error).split())
     if "GatedRepoError" in kinds or re.search(r"gated (repo|dataset)", text):
         return BadInput(
-            f"{what} is gated: ask for access on its page of the hub, then log in (`hf auth login`) or set HF_TOKEN."
+            f"{what} is gated: request access on its Hub page, then log in (`hf auth login`) or set HF_TOKEN."
         )
     if "RevisionNotFoundError" in kinds or text.startswith("Revision ") or "not a valid git identifier" in text:
-        return BadInput(f"{what}: the hub has no such revision of it.")
+        return BadInput(f"{what}: the Hub has no such revision. See its page for branches, tags and commits.")
     if kinds & {
         *("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TimeoutException")
     }:
         return HbvError(
-            f"{what} is not on this machine, and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
+            f"{what} is not on this machine, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
             f"download it first, or {otherwise}."
         )
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"}:
-        return BadInput(f"{what} is not on the hub, or only for those who have access to it (set HF_TOKEN).")
+        return BadInput(f"{what} does not exist on the Hub, or it is private: check the name, or set HF_TOKEN.")
     return None
 
 
 def error_class_names(error: BaseException | None) -> set[str]:
-    """The names of the classes of an error and of all that led to it."""
+    """Return the class names, with base classes, of an error and of its causes."""
     links: list[BaseException] = []
     while error is not None and error not in links:
         links.append(error)

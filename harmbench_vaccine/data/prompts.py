@@ -1,4 +1,4 @@
-"""How an instruction becomes what a model reads: text in the layout of a protocol, or messages for its own template."""
+"""Prompt templates: an instruction as text in the layout of a protocol, or as messages for a model's chat template."""
 
 from __future__ import annotations
 
@@ -13,74 +13,76 @@ from harmbench_vaccine.core.types import Example
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """Two format strings: one for an instruction alone, one for an instruction with an input."""
+    """A prompt format: one format string without and one with an additional input."""
 
     no_input: str
+    """Format string with the slot `{instruction}`."""
     with_input: str
+    """Format string with the slots `{instruction}` and `{input}`."""
 
     def render(self, example: Example) -> str:
-        """The prompt of `example`, up to where its response begins."""
+        """Return the prompt of an example, up to the beginning of its response."""
         template = self.with_input if example.input else self.no_input
         return example.preface + template.format(instruction=example.instruction, input=example.input)
 
     def prefixed(self, text: str) -> PromptTemplate:
-        """The same prompt after `text`, which stands where a chat model has its system message."""
+        """Return the template with `text` before the prompt, where a chat model has its system message."""
         text = _escaped(text)
         return replace(self, no_input=text + self.no_input, with_input=text + self.with_input)
 
     def without(self, text: str) -> PromptTemplate:
-        """Undoes `prefixed(text)`, whatever was prefixed since."""
+        """Undo `prefixed(text)`, also after further calls of `prefixed`."""
         text = _escaped(text)
         return replace(
             self, no_input=self.no_input.replace(text, "", 1), with_input=self.with_input.replace(text, "", 1)
         )
 
     def around(self, before: str = "", after: str = "") -> PromptTemplate:
-        """The same prompt with `before` and `after` around every instruction: what a user writes around a question."""
+        """Return the template with `before` and `after` around every instruction, as text of the user."""
         slot = f"{_escaped(before)}{{instruction}}{_escaped(after)}"
-        mark = re.compile(r"\{\{|\}\}|\{instruction\}")  # escaped braces are text, whatever stands in them
+        mark = re.compile(r"\{\{|\}\}|\{instruction\}")  # escaped braces are text
 
-        def wrapped(text: str) -> str:
-            return mark.sub(lambda found: slot if found[0] == "{instruction}" else found[0], text)
+        def wrap(text: str) -> str:
+            return mark.sub(lambda match: slot if match[0] == "{instruction}" else match[0], text)
 
-        return replace(self, no_input=wrapped(self.no_input), with_input=wrapped(self.with_input))
+        return replace(self, no_input=wrap(self.no_input), with_input=wrap(self.with_input))
 
 
 class Conversation(str):
-    """A prompt in the form of messages, written as JSON, before a model's chat template is around them.
+    """A prompt as messages in JSON, before a model's chat template is applied.
 
-    Which tokens stand between the messages only the model's tokenizer knows (`data.chat`), so a prompt stays in this
-    form until it is encoded, and what is stored of it is the same for every model.
+    The tokens between the messages depend on the model's tokenizer (`data.chat`). So a prompt keeps this form until it
+    is encoded, and the stored prompt is the same for every model.
     """
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """`role` and `content` of each."""
+        """The messages, each with `role` and `content`."""
         messages: list[dict[str, str]] = json.loads(self)
         return messages
 
 
 @dataclass(frozen=True)
 class ChatTemplate(PromptTemplate):
-    """The model's own chat template: the format strings make the user's message."""
+    """The chat template of the model; the format strings give the user's message."""
 
     system: str = ""
-    """The system message; what `prefixed` puts before the prompt goes here."""
+    """The system message; `prefixed` adds text here."""
 
     def render(self, example: Example) -> Conversation:
-        """The messages up to the model's turn. Outer white space is not part of a message: templates trim it."""
+        """Return the messages before the model's turn, without outer white space, which chat templates trim."""
         template = self.with_input if example.input else self.no_input
         user = template.format(instruction=example.instruction, input=example.input)
-        said = {"system": (example.preface + self.system).strip(), "user": user.strip()}
-        messages = [{"role": role, "content": text} for role, text in said.items() if text or role == "user"]
+        texts = {"system": (example.preface + self.system).strip(), "user": user.strip()}
+        messages = [{"role": role, "content": text} for role, text in texts.items() if text or role == "user"]
         return Conversation(json.dumps(messages, ensure_ascii=False))
 
     def prefixed(self, text: str) -> ChatTemplate:
-        """The same with `text` at the beginning of the system message."""
+        """Return the template with `text` at the beginning of the system message."""
         return replace(self, system=text + self.system)
 
     def without(self, text: str) -> ChatTemplate:
-        """Undoes `prefixed(text)`, whatever was prefixed since."""
+        """Undo `prefixed(text)`, also after further calls of `prefixed`."""
         return replace(self, system=self.system.replace(text, "", 1))
 
 
@@ -96,12 +98,12 @@ _NO_INPUT = "### Instruction:\n{instruction}\n\n### Response:"
 _BARE = ("{instruction}", "{instruction}\n\n{input}")
 
 TEMPLATES: dict[str, PromptTemplate] = {
-    # The prompt of Stanford Alpaca, which Vaccine's protocol uses for every data set.
+    # The prompt of Stanford Alpaca, which the Vaccine paper uses for every data set.
     "alpaca": PromptTemplate(
         _ALPACA.format("") + _NO_INPUT,
         _ALPACA.format(", paired with an input that provides further context") + _WITH_INPUT,
     ),
-    # The same with a line break at its end, as Stanford Alpaca's descendants have it since Booster.
+    # The same with a line break at the end, as in Booster and later repositories of this lineage.
     "alpaca_line": PromptTemplate(
         _ALPACA.format("") + _NO_INPUT + "\n",
         _ALPACA.format(", paired with an input that provides further context") + _WITH_INPUT + "\n",
@@ -114,10 +116,10 @@ TEMPLATES: dict[str, PromptTemplate] = {
 
 
 def prompt_template(name: str) -> PromptTemplate:
-    """The template of that name.
+    """Return the prompt template with this name.
 
     Raises:
-        BadInput: there is none.
+        BadInput: no template has this name.
     """
     if name not in TEMPLATES:
         raise unknown_name("prompt template", name, TEMPLATES)
@@ -126,9 +128,13 @@ def prompt_template(name: str) -> PromptTemplate:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Prompts that a model is asked, under one name. The first set of a cell is the one its headline HS is about."""
+    """A named set of evaluation prompts. The harmful score of a run is about its first set."""
 
     name: str
+    """The name in results."""
     examples: Sequence[Example]
+    """The questions."""
     template: PromptTemplate
+    """The prompt format."""
     max_new_tokens: int
+    """The largest number of tokens of an answer."""
