@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,14 +69,14 @@ def test_every_check_can_fail(
     """Run the checks on invented results: one wrong value makes exactly one check fail."""
     measured = {**PASSING, **changes}
 
-    def run(specs: Sequence[RunSpec]) -> list[dict[str, Any]]:
+    def run(specs: Sequence[RunSpec]) -> list[SimpleNamespace]:
         return [
-            {
-                "defense": spec.defense[0].name,
-                "harmful_score": measured[spec.defense[0].name][float(str(spec.attack[0].params[""]))],
-                "finetune_accuracy": measured["accuracy"][spec.task],
-                "before": {"finetune_accuracy": 10.0},
-            }
+            SimpleNamespace(
+                defense=spec.defense[0].name,
+                harmful_score=measured[spec.defense[0].name][float(str(spec.attack[0].params[""]))],
+                finetune_accuracy=measured["accuracy"][spec.task],
+                before=SimpleNamespace(finetune_accuracy=10.0),
+            )
             for spec in specs
         ]
 
@@ -85,7 +86,7 @@ def test_every_check_can_fail(
     (tmp_path / "testbed.json").write_text(json.dumps({"judge_held_out": {"flag": {"f1": measured["judge"]}}}))
     monkeypatch.setattr(testbed_report, "ensure_testbed", built_testbed)
     report = testbed_report.measure_testbed(run, quick=True)
-    assert [check.what for check in report.checks if not check.holds] == [
-        check.what for check in report.checks if failing and failing in check.what
+    assert [check.requirement for check in report.checks if not check.holds] == [
+        check.requirement for check in report.checks if failing and failing in check.requirement
     ]
     assert report.holds is (failing is None)

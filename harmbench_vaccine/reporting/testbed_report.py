@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.statistics import mean_interval
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
@@ -84,10 +84,10 @@ class MeanInterval:
 
 @dataclass(frozen=True)
 class TestbedCheck:
-    """A property that the testbed must have: its description, the measured value, and whether it holds."""
+    """A property that the testbed must have, with the measured value."""
 
-    what: str
-    found: str
+    requirement: str
+    measured: str
     holds: bool
 
 
@@ -106,36 +106,12 @@ class TestbedReport:
 
     @property
     def holds(self) -> bool:
-        """Whether every check holds."""
+        """True if every check holds."""
         return all(check.holds for check in self.checks)
 
 
-@dataclass(frozen=True)
-class _Measurement:
-    """The values of a run that the report uses."""
-
-    defense: str
-    ratio: float
-    task: str
-    harmful_score: float
-    accuracy_before: float
-    accuracy_after: float
-
-    @classmethod
-    def of(cls, spec: RunSpec, result: dict[str, Any]) -> _Measurement:
-        """Read the values from a run and its result."""
-        return cls(
-            defense=result["defense"],
-            ratio=float(str(spec.attack[0].params[""])),
-            task=spec.task,
-            harmful_score=result["harmful_score"],
-            accuracy_before=result["before"]["finetune_accuracy"],
-            accuracy_after=result["finetune_accuracy"],
-        )
-
-
 def measure_testbed(
-    run: Callable[[Sequence[RunSpec]], Sequence[dict[str, Any]]], quick: bool = False, progress: Progress = SILENT
+    run: Callable[[Sequence[RunSpec]], Sequence[Result]], quick: bool = False, progress: Progress = SILENT
 ) -> TestbedReport:
     """Run the suite of the report and check the results.
 
@@ -148,18 +124,16 @@ def measure_testbed(
     suite = ReportSuite.model_validate(yaml.safe_load(text))
     size = suite.quick if quick else suite.full
     specs = _report_specs(suite, size)
-    measurements = [_Measurement.of(spec, result) for spec, result in zip(specs, run(specs), strict=True)]
-
     scores: dict[str, dict[float, list[float]]] = {}
     accuracies: dict[str, dict[str, list[float]]] = {}
-    for measurement in measurements:
-        if measurement.task == suite.task:
-            curve = scores.setdefault(measurement.defense, {})
-            curve.setdefault(measurement.ratio, []).append(measurement.harmful_score)
-        if measurement.defense == suite.baseline and measurement.ratio == suite.attack_ratio:
-            values = accuracies.setdefault(measurement.task, {"before": [], "after": []})
-            values["before"].append(measurement.accuracy_before)
-            values["after"].append(measurement.accuracy_after)
+    for spec, result in zip(specs, run(specs), strict=True):
+        ratio = float(str(spec.attack[0].params[""]))
+        if spec.task == suite.task:
+            scores.setdefault(result.defense, {}).setdefault(ratio, []).append(result.harmful_score)
+        if result.defense == suite.baseline and ratio == suite.attack_ratio:
+            values = accuracies.setdefault(spec.task, {"before": [], "after": []})
+            values["before"].append(result.before.finetune_accuracy)
+            values["after"].append(result.finetune_accuracy)
     harmful = {name: {ratio: MeanInterval.of(v) for ratio, v in curve.items()} for name, curve in scores.items()}
     accuracy = {task: {when: MeanInterval.of(v) for when, v in values.items()} for task, values in accuracies.items()}
     facts = json.loads((ensure_testbed(progress).path / "testbed.json").read_text(encoding="utf-8"))
