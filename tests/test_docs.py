@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pkgutil
 import re
+import runpy
 import shlex
 import sys
 import tomllib
@@ -19,7 +21,7 @@ import yaml
 from harmbench_vaccine import __version__
 from harmbench_vaccine.cli import commands
 from harmbench_vaccine.core.types import TrainSettings
-from harmbench_vaccine.evaluation.results import COLUMNS
+from harmbench_vaccine.evaluation.records import COLUMNS
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import Protocol
 from harmbench_vaccine.experiment.spec import RunSpec
@@ -222,6 +224,13 @@ def test_citation_file_agrees_with_the_package() -> None:
     assert citation["version"] == project["version"] == __version__
 
 
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_every_dotted_name_of_the_package_exists(path: Path) -> None:
+    for span in code_spans(path.read_text(encoding="utf-8")):
+        if re.fullmatch(r"harmbench_vaccine(?:\.\w+)+", span):
+            assert pkgutil.resolve_name(span) is not None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pages that list what the code has
 
@@ -247,6 +256,12 @@ def test_protocols_page_explains_every_key() -> None:
 
 def test_results_page_explains_every_column() -> None:
     assert set(COLUMNS) - spans_of("results.md") == set()
+
+
+def test_results_page_has_the_fields_of_the_schema() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "render_results.py"))
+    text = script["PAGE"].read_text(encoding="utf-8")
+    assert text == script["page"](text), "run: python docs/render_results.py"
 
 
 def test_architecture_page_names_every_room_and_only_files_that_exist() -> None:
