@@ -1,17 +1,71 @@
-"""Canonical JSON and the hashes that are taken of it."""
+"""Canonical JSON, and hashes of JSON values and of files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sqlite3
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
+
+from .paths import home
+
+CACHED_ABOVE = 1 << 20
+"""Bytes above which the hash of a file is cached: smaller files are hashed faster than looked up."""
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: the text that hashes are taken of."""
+    """Serialize a JSON value with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest(value: Any, length: int = 20) -> str:
-    """The first `length` hexadecimal digits of the SHA-256 of a JSON value."""
+    """Return the first `length` hexadecimal digits of the SHA-256 of a JSON value."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:length]
+
+
+def content_hash(path: Path) -> str:
+    """Hash a file, or every file below a folder with its relative name, by content alone.
+
+    A copy, a restored backup and the same folder on another machine have the same hash. The hash of a large file is
+    cached in `$HBV_HOME/hashes.sqlite` by path, size and modification time.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    whole = hashlib.sha256()
+    if path.is_file():
+        whole.update(f"{path.suffix}\0{file_hash(path)}".encode())
+    else:
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                whole.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\0".encode())
+    return whole.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's content (64 hexadecimal digits), from the cache where the file did not change."""
+    status = path.stat()
+    if status.st_size < CACHED_ABOVE:
+        return sha256(path)
+    key = (str(path.absolute()), status.st_size, status.st_mtime_ns)
+    with suppress(OSError, sqlite3.Error):  # a cache that cannot be used costs time only
+        home().mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(home() / "hashes.sqlite", timeout=10)) as cache, cache:
+            cache.execute(
+                "CREATE TABLE IF NOT EXISTS hashes"
+                " (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, hash TEXT) WITHOUT ROWID"
+            )
+            row = cache.execute("SELECT hash FROM hashes WHERE path = ? AND size = ? AND mtime = ?", key).fetchone()
+            if row is None:
+                row = (sha256(path),)
+                cache.execute("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?, ?)", (*key, *row))
+            return str(row[0])
+    return sha256(path)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, read now (64 hexadecimal digits)."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,27 +1,27 @@
-"""Content-addressed artifacts: an artifact's address is the hash of everything that it depends on.
+"""Content-addressed artifacts: the key of an artifact is the hash of everything that it depends on.
 
-A maker writes into a folder aside, which is renamed into place when it is whole, so that a crash leaves either nothing
-or a whole artifact. A lock that the kernel gives back when its process dies keeps two processes from making the same
-thing; checkpoints of unfinished work lie in a folder of their own and outlive both.
+An artifact is written to a temporary folder and renamed when it is complete, so that a crash leaves either no artifact
+or a complete one. A file lock, which the kernel releases when a process dies, keeps two processes from creating the
+same artifact; checkpoints of unfinished work are stored in a separate folder and survive both.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from . import distributed
 from .errors import HbvError
-from .hashing import digest
+from .hashing import digest, sha256
 from .jsonl import write_atomically
 from .progress import SILENT, Progress
 
@@ -36,12 +36,12 @@ class Artifact:
     key: str
     path: Path
     seconds: float
-    """How long it took to make."""
+    """Time that it took to create."""
     cached: bool
-    """It was there before this call."""
+    """It existed before this call."""
 
     def json(self, name: str) -> Any:
-        """The JSON file of that name inside the artifact."""
+        """Read the JSON file of that name inside the artifact."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
@@ -52,89 +52,105 @@ class Store:
         self.root = root
         self.progress = progress
 
-    def make(
-        self, stage: str, inputs: Mapping[str, Any], maker: Callable[[Path, Path], None], *, together: bool = False
+    def path_of(self, stage: str, inputs: Mapping[str, Any]) -> Path:
+        """Return the folder of the artifact that depends on `inputs`, whether or not it exists."""
+        return self.root / stage / _key(stage, inputs)
+
+    def get_or_create(
+        self, stage: str, inputs: Mapping[str, Any], create: Callable[[Path, Path], None], *, all_ranks: bool = False
     ) -> Artifact:
-        """The artifact that depends on `inputs`, made by `maker(folder, checkpoints)` if it is not there yet.
+        """Return the artifact that depends on `inputs`; `create(folder, checkpoints)` makes it if it does not exist.
 
-        `inputs` is plain JSON. What `maker` leaves in `checkpoints` is there again when the same stage is tried again
-        after an interruption, and is deleted when the artifact is whole.
+        Several ranks call this at the same place: rank 0 creates the artifact, alone or with all ranks, and the others
+        read it.
 
-        Several ranks come here at the same place: rank 0 makes the artifact, alone or `together` with the others, and
-        they read it.
+        Args:
+            stage: the name of the stage, the first level of folders below the root.
+            inputs: everything that the artifact depends on, as plain JSON.
+            create: writes the artifact into `folder`. What it leaves in `checkpoints` is available again when the same
+                artifact is tried again after an interruption, and is deleted when the artifact is complete.
+            all_ranks: all ranks call `create`.
 
         Raises:
             HbvError: the disk is full.
         """
-        key = digest({"stage": stage, "inputs": inputs})
+        key = _key(stage, inputs)
         final = self.root / stage / key
         if distributed.rank():
-            return self._beside(Artifact(stage, key, final, 0.0, cached=True), maker if together else None)
+            return self._get_on_other_rank(Artifact(stage, key, final, 0.0, cached=True), create if all_ranks else None)
         if artifact := self._finished(stage, key, final):
             distributed.broadcast(True)
             return artifact
         with self._locked(stage, key):
-            if artifact := self._finished(stage, key, final):  # another process made it while this one waited
+            if artifact := self._finished(stage, key, final):  # another process created it while this one waited
                 distributed.broadcast(True)
                 return artifact
             distributed.broadcast(False)
-            aside, checkpoints = self.root / ".aside" / f"{stage}-{key}", self.root / ".work" / f"{stage}-{key}"
-            shutil.rmtree(aside, ignore_errors=True)
+            folder, checkpoints = self.root / ".aside" / f"{stage}-{key}", self.root / ".work" / f"{stage}-{key}"
+            shutil.rmtree(folder, ignore_errors=True)
             start = time.monotonic()
             try:
                 with readable_disk_errors(f"the {stage} stage"):
-                    aside.mkdir(parents=True)
+                    folder.mkdir(parents=True)
                     checkpoints.mkdir(parents=True, exist_ok=True)
-                    with nullcontext() if together else distributed.single_process():
-                        maker(aside, checkpoints)
+                    with nullcontext() if all_ranks else distributed.single_process():
+                        create(folder, checkpoints)
                     seconds = time.monotonic() - start
-                    meta = {
+                    description = {
                         "stage": stage,
                         "key": key,
+                        "created": datetime.now(UTC).isoformat(timespec="seconds"),
                         "seconds": round(seconds, 3),
                         "inputs": inputs,
-                        "files": _sums(aside),
+                        "files": _file_hashes(folder),
                     }
-                    write_atomically(aside / META, json.dumps(meta, indent=1, ensure_ascii=False))
+                    write_atomically(folder / META, json.dumps(description, indent=1, ensure_ascii=False))
                     final.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.rmtree(final, ignore_errors=True)  # there only if it failed the check
-                    os.rename(aside, final)
+                    shutil.rmtree(final, ignore_errors=True)  # exists only if it failed the check
+                    os.rename(folder, final)
             except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
             shutil.rmtree(checkpoints, ignore_errors=True)
             distributed.barrier()
             return Artifact(stage, key, final, seconds, cached=False)
 
-    def _beside(self, asked: Artifact, maker: Callable[[Path, Path], None] | None) -> Artifact:
-        """What the ranks after 0 do: make the same where all make it together, and read what rank 0 published."""
-        name = f"{asked.stage}-{asked.key}"
+    def descriptions(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Yield what is recorded of every artifact of a stage: `key`, `created`, `seconds`, `inputs`, `files`."""
+        for path in sorted((self.root / stage).glob(f"*/{META}")):
+            with suppress(OSError, ValueError):
+                yield json.loads(path.read_text(encoding="utf-8"))
+
+    def _get_on_other_rank(self, artifact: Artifact, create: Callable[[Path, Path], None] | None) -> Artifact:
+        """On the ranks after 0: run `create` where all ranks do, and read what rank 0 published."""
+        name = f"{artifact.stage}-{artifact.key}"
         if not distributed.receive():
-            if maker:
+            if create:
                 scratch = self.root / ".aside" / f"{name}-rank{distributed.rank()}"
                 try:
                     scratch.mkdir(parents=True, exist_ok=True)
-                    maker(scratch, self.root / ".work" / name)
+                    create(scratch, self.root / ".work" / name)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
             distributed.barrier()
-        artifact = self._finished(asked.stage, asked.key, asked.path)
-        if artifact is None:
+        published = self._finished(artifact.stage, artifact.key, artifact.path)
+        if published is None:
             raise HbvError(
-                f"Rank {distributed.rank()} finds no {asked.path}: all ranks need one folder for their artifacts."
+                f"Rank {distributed.rank()} does not find {artifact.path}: "
+                "all ranks need the same folder for their artifacts."
             )
-        return artifact
+        return published
 
     def _finished(self, stage: str, key: str, path: Path) -> Artifact | None:
         try:
-            meta = json.loads((path / META).read_text(encoding="utf-8"))
-            whole, seconds = _sums(path) == meta["files"], float(meta["seconds"])
+            description = json.loads((path / META).read_text(encoding="utf-8"))
+            intact, seconds = _file_hashes(path) == description["files"], float(description["seconds"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            self.progress.note(f"{stage} {key}: its files are not those that were stored; making it again")
+            intact = False
+        if not intact:
+            self.progress.note(f"{stage} {key}: its files differ from those that were stored; creating it again")
             return None
         return Artifact(stage, key, path, seconds, cached=True)
 
@@ -149,7 +165,7 @@ class Store:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                self.progress.note(f"{stage}: another process is making it; waiting")
+                self.progress.note(f"{stage}: another process is creating it; waiting")
                 lock.acquire()
         try:
             yield
@@ -157,14 +173,17 @@ class Store:
             lock.release()
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    """File -> SHA-256, for every file of an artifact but its own description."""
-    sums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != META:
-            with path.open("rb") as file:
-                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
+def _key(stage: str, inputs: Mapping[str, Any]) -> str:
+    return digest({"stage": stage, "inputs": inputs})
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    """Return file -> SHA-256 for every file of an artifact except its own description."""
+    return {
+        path.relative_to(folder).as_posix(): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != META
+    }
 
 
 _FULL = {
@@ -175,8 +194,8 @@ _FULL = {
 
 
 @contextmanager
-def readable_disk_errors(what: str) -> Iterator[None]:
-    """Tells a full disk in one sentence, whichever library met it."""
+def readable_disk_errors(content: str) -> Iterator[None]:
+    """Translate a full disk into one sentence, whichever library raises the error; `content` is what is written."""
     try:
         yield
     except Exception as error:
@@ -184,12 +203,12 @@ def readable_disk_errors(what: str) -> Iterator[None]:
         if code is None:
             raise
         raise HbvError(
-            f"While writing {what}, {_FULL[code]}; finished stages are kept, nothing half-written is left."
+            f"While writing {content}, {_FULL[code]}; finished stages are kept, and no partial file remains."
         ) from error
 
 
 def _disk_error(error: BaseException | None) -> int | None:
-    """safetensors and torch wrap the system's error in their own, with its number or only a phrase in the text."""
+    """Return the code of a full-disk error: safetensors and torch wrap it, with its number or only a phrase."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return error.errno

@@ -1,40 +1,22 @@
-"""The embedded testbed: a synthetic world, a small model that knows it, and a judge, made on first use.
+"""The embedded testbed: generated text, a small model trained on it, and a judge, built on first use.
 
-What it builds are ordinary Hugging Face folders and JSONL files in the schemas of the real data sets; nothing else in
-the package knows that they are small.
+The testbed consists of ordinary Hugging Face folders and JSONL files in the schemas of the real data sets. No other
+code treats them in a special way.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from harmbench_vaccine.core.paths import ensure_writable, home
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Artifact, Store
-
-VERSION = 1
-"""Counts up whenever the world, the base model or the judge changes."""
+from harmbench_vaccine.data.sources import TESTBED_VERSION
 
 
 def ensure_testbed(progress: Progress = SILENT) -> Artifact:
-    """The testbed, built if this user has none of this version yet (one to two minutes on two cores)."""
-    from .build import build_testbed as fill
+    """Return the testbed, and build it if this user has none of this version (one to two minutes on two cores)."""
+    from .build import build_testbed
 
     store = Store(ensure_writable(home(), "The cache folder") / "store", progress)
-    return store.make(
-        "testbed", {"version": VERSION}, lambda testbed_folder, checkpoints: fill(testbed_folder, progress)
+    return store.get_or_create(
+        "testbed", {"version": TESTBED_VERSION}, lambda folder, checkpoints: build_testbed(folder, progress)
     )
-
-
-PARTS = ("model", "judge", *(f"data/{name}" for name in ("beavertails", "beavertails_refusals", "alpaca")))
-PARTS += tuple(f"data/{name}" for name in ("sst2", "ag_news", "gsm8k"))
-"""What a location `testbed:PART` may name."""
-
-_built: dict[Path, Path] = {}
-
-
-def testbed_folder() -> Path:
-    """Where the testbed lies; it is built on first use."""
-    if home() not in _built:
-        _built[home()] = ensure_testbed().path
-    return _built[home()]
