@@ -1,30 +1,32 @@
-"""Running the cells of a table one after another, in one process, with one set of loaded models."""
+"""Run all experiments of a table: checks before any work, then one after another with one set of loaded models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
 
-from harmbench_vaccine import testbed
-from harmbench_vaccine.core import distributed
-from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.core.hashing import canonical_json
-from harmbench_vaccine.core.paths import ensure_writable, home
-from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.data.sources import TESTBED, check_testbed_part
-from harmbench_vaccine.evaluation import verdicts
-from harmbench_vaccine.evaluation.results import build_result, check_columns, save_run
-from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.experiment.rows import check_rows
-from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.inference import memory
-from harmbench_vaccine.inference.loading import check_quantization
-from harmbench_vaccine.inference.model_pool import Lab, check_model
-from harmbench_vaccine.pipeline import answer_all, judge_all, run, train_models
-from harmbench_vaccine.plugins import Scorer
+from .core import distributed
+from .core.errors import BadInput
+from .core.hashing import canonical_json
+from .core.paths import ensure_writable, home
+from .core.progress import SILENT, Progress
+from .core.store import Store
+from .data.sources import TESTBED, check_testbed_part
+from .evaluation.measure import answer_rows, measure_result
+from .evaluation.records import read_csv, save_run
+from .evaluation.result import Result
+from .evaluation.verdicts import check_scorer, scorer_models
+from .experiment.context import RunContext
+from .experiment.experiment import Experiment
+from .experiment.protocol import protocol_models
+from .experiment.rows import check_rows
+from .experiment.spec import RunSpec
+from .inference.engine import GPU_MEMORY
+from .inference.loading import check_model, check_quantization
+from .inference.model_pool import ModelPool, one_at_a_time
+from .pipeline import answer_all, judge_all, run, train_models
+from .testbed import ensure_testbed
 
 
 def run_all(
@@ -37,79 +39,97 @@ def run_all(
     shard: bool = False,
     gpu_memory: float | None = None,
     progress: Progress = SILENT,
-    done: Callable[[dict[str, Any]], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Runs every spec and stores its result as soon as it is there.
+    on_result: Callable[[Result], None] | None = None,
+) -> list[Result]:
+    """Run every spec and store each result as soon as it is complete.
 
-    All specs are settled before the first one starts, so that a mistake in the last costs nothing. Under several ranks
-    all of them come here; rank 0 writes. `shard` spreads the base model over them. `gpu_memory` is the
-    share of a GPU's that a vLLM engine takes.
+    All specs are settled before the first one starts, so that a mistake in the last one costs nothing. With several
+    ranks, every rank calls this function and rank 0 writes.
+
+    Args:
+        specs: the runs.
+        out: folder of the run folders; by default `$HBV_HOME/runs`.
+        table: CSV of results; by default `$HBV_HOME/results.csv`.
+        save_share: share of a training stage's steps between two checkpoints.
+        gradient_checkpointing: compute activations again in the backward pass.
+        shard: spread the base model over the ranks.
+        gpu_memory: share of a GPU's memory for a vLLM engine.
+        progress: where progress is reported.
+        on_result: called with every result.
 
     Raises:
-        BadInput: a spec names something that is not there, or a folder cannot be written to.
-        HbvError: something failed while running.
+        BadInput: a spec names something that does not exist, or a folder is not writable.
+        HbvError: a failure while running.
     """
-    cells = [Experiment.settle(spec) for spec in specs]
+    experiments = [Experiment.settle(spec) for spec in specs]
     root = ensure_writable(home(), "The cache folder")
     runs = ensure_writable(out or root / "runs", "The output folder")
-    rows = table or root / "results.csv"
-    ensure_writable(rows.absolute().parent, "The folder of the CSV file")
-    check_columns(rows)
-    places = {place for cell in cells for place in _places(cell)}
-    for place in places:
-        check_testbed_part(place)
-    judges = {canonical_json([each.plugin.name, each.params]): each for cell in cells for each in cell.scorers}
-    for scorer in judges.values():
-        verdicts.check_scorer(cast(Scorer, scorer.plugin))
-    for model in {cell.model for cell in cells}:
-        if not model.startswith(TESTBED):
-            check_model(model)
-    if any(place.startswith(TESTBED) for place in places):
-        testbed.ensure_testbed(progress)
-    for cell in cells:
-        check_rows(cell)
-        check_quantization(cell.protocol.quantization)
-        if shard:
-            _check_sharding(cell)
-    memory.share = gpu_memory or memory.share
-    lab = Lab(Store(root / "store", progress), progress, save_share, gradient_checkpointing, shard)
+    csv = table or root / "results.csv"
+    ensure_writable(csv.absolute().parent, "The folder of the CSV file")
+    read_csv(csv)
+    _check(experiments, shard, progress)
+    models = ModelPool(progress, gradient_checkpointing, shard, gpu_memory or GPU_MEMORY)
+    context = RunContext(Store(root / "store", progress), models, progress, save_share)
     results = []
-    with progress.bar("cells", len(cells)) as advance, closing(lab):
-        if memory.one_at_a_time() and len(cells) > 1:
-            _stage_by_stage(cells, lab)
-        for cell in cells:
-            measured = run(cell, lab)
-            values = build_result(cell, measured)
+    with progress.bar("runs", len(experiments)) as advance, closing(models):
+        if one_at_a_time() and len(experiments) > 1:
+            _run_stage_by_stage(experiments, context)
+        for experiment in experiments:
+            measurements = run(experiment, context)
+            result = measure_result(experiment, measurements)
             if distributed.rank() == 0:
-                save_run(cell, measured, values, runs, rows)
-            results.append(values)
-            if done:
-                done(values)
+                save_run(result, answer_rows(measurements), runs, csv)
+            results.append(result)
+            if on_result:
+                on_result(result)
             advance(1)
     return results
 
 
-def _stage_by_stage(cells: Sequence[Experiment], lab: Lab) -> None:
-    """Where training, engines and judges take turns in a GPU's memory, each is loaded once for all cells: first every
-    model is made, then every question answered, then every answer judged. The cells then find it all in the store."""
-    made = [train_models(cell, lab) for cell in cells]
-    answers = [answer_all(cell, lab, *pair) for cell, pair in zip(cells, made, strict=True)]
-    for cell, given in zip(cells, answers, strict=True):
-        judge_all(cell, lab, given)
+def _check(experiments: Sequence[Experiment], shard: bool, progress: Progress) -> None:
+    """Check locations, judges, models and rows of all experiments, and build the testbed if one needs it."""
+    locations = {location for experiment in experiments for location in _locations(experiment)}
+    for location in locations:
+        check_testbed_part(location)
+    scorers = {canonical_json(scorer.identity): scorer for experiment in experiments for scorer in experiment.scorers}
+    for scorer in scorers.values():
+        check_scorer(scorer.plugin)
+    for model in {experiment.model for experiment in experiments}:
+        if not model.startswith(TESTBED):
+            check_model(model, protocol_models())
+    if any(location.startswith(TESTBED) for location in locations):
+        ensure_testbed(progress)
+    for experiment in experiments:
+        check_rows(experiment)
+        check_quantization(experiment.protocol.quantization)
+        if shard:
+            _check_sharding(experiment)
 
 
-def _places(cell: Experiment) -> list[str]:
-    judges = [model for scorer in cell.scorers for model in verdicts.scorer_models(cast(Scorer, scorer.plugin))]
-    return [cell.model, *judges, *cell.protocol.data.values()]
+def _locations(experiment: Experiment) -> list[str]:
+    judges = [model for scorer in experiment.scorers for model in scorer_models(scorer.plugin)]
+    return [experiment.model, *judges, *experiment.protocol.data.values()]
 
 
-def _check_sharding(cell: Experiment) -> None:
-    why = ""
+def _check_sharding(experiment: Experiment) -> None:
+    reason = ""
     if distributed.world_size() == 1:
-        why = "there is one rank: start several with torchrun or accelerate launch"
-    elif cell.whole:
-        why = f"attack {cell.attack!r} changes the base model's weights, of which a rank has a part only"
-    elif cell.protocol.quantization != "none":
-        why = f"quantization {cell.protocol.quantization!r} and sharding do not go together"
-    if why:
-        raise BadInput(f"The base model cannot be sharded: {why}.")
+        reason = "only one rank runs; start several with torchrun or accelerate launch"
+    elif experiment.stages["finetune"].full:
+        reason = f"attack {experiment.attack!r} changes the base model's weights, of which each rank has only a part"
+    elif experiment.protocol.quantization != "none":
+        reason = f"quantization {experiment.protocol.quantization!r} and sharding cannot be combined"
+    if reason:
+        raise BadInput(f"The base model cannot be sharded: {reason}.")
+
+
+def _run_stage_by_stage(experiments: Sequence[Experiment], context: RunContext) -> None:
+    """Run all experiments stage by stage, so that on a GPU each engine and judge is loaded once.
+
+    First every model is trained, then every question answered, then every answer judged. All artifacts are then in the
+    store, where `run` reads them.
+    """
+    models = [train_models(experiment, context) for experiment in experiments]
+    answers = [answer_all(experiment, context, *pair) for experiment, pair in zip(experiments, models, strict=True)]
+    for experiment, answered in zip(experiments, answers, strict=True):
+        judge_all(experiment, context, answered)

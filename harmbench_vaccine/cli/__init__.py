@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -17,6 +17,9 @@ from harmbench_vaccine import __version__
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.experiment.protocol import load_protocol, protocol_models, protocol_names
+
+if TYPE_CHECKING:
+    from harmbench_vaccine.evaluation.result import Result
 
 # Two processes on one machine: a waiting OpenMP thread that spins takes the core that the other one computes on.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -188,7 +191,7 @@ def run(
     with _terminal() as progress:
         results = run_all(
             specs, out=out, table=table, save_share=save_every, gradient_checkpointing=gradient_checkpointing,
-            shard=shard, gpu_memory=gpu_memory, progress=progress, done=told if as_json else None,
+            shard=shard, gpu_memory=gpu_memory, progress=progress, on_result=told if as_json else None,
         )  # fmt: skip
     if not as_json:
         from harmbench_vaccine.reporting.tables import results_table
@@ -340,7 +343,7 @@ def show(run: str, asked: str, only: str | None, limit: int | None, as_json: boo
     """
     from harmbench_vaccine.core.errors import unknown_name
     from harmbench_vaccine.core.paths import home
-    from harmbench_vaccine.evaluation.results import by_question, find_run, load_run
+    from harmbench_vaccine.evaluation.records import by_question, find_run, load_run
     from harmbench_vaccine.reporting.tables import answers_view
 
     result, answers = load_run(find_run(run, home() / "runs"))
@@ -383,7 +386,7 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
     """
     from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.evaluation.rescoring import rescore
-    from harmbench_vaccine.evaluation.results import find_run
+    from harmbench_vaccine.evaluation.records import find_run
     from harmbench_vaccine.reporting.tables import scores_view
 
     folder = find_run(run, home() / "runs")
@@ -391,7 +394,7 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
         values = rescore(folder, scorers, threshold, home() / "store", progress)
     if as_json:
         click.echo(
-            json.dumps({key: values[key] for key in ("run", "scorer", "scores", "agreement")}, ensure_ascii=False)
+            json.dumps({key: values.to_json()[key] for key in ("run", "scorer", "scores", "agreement")}, ensure_ascii=False)
         )
     else:
         _print(scores_view(values))
@@ -580,15 +583,19 @@ def _dry_run(specs: list[Any], as_json: bool) -> None:
         _print(view.dry_run_view(made))
 
 
-def _print_json(result: dict[str, Any]) -> None:
-    click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
+def _print_json(result: Result) -> None:
+    _print_line(result.to_json())
+
+
+def _print_line(values: dict[str, Any]) -> None:
+    click.echo(json.dumps(values, ensure_ascii=False, allow_nan=False))
     sys.stdout.flush()
 
 
-def _print_beside_published(result: dict[str, Any]) -> None:
+def _print_beside_published(result: Result) -> None:
     from harmbench_vaccine.reporting.published.comparison import compare_results
 
-    _print_json({**result, "published": compare_results([result])[0].to_json()})
+    _print_line({**result.to_json(), "published": compare_results([result])[0].to_json()})
 
 
 def _print(what: Any) -> None:

@@ -1,12 +1,12 @@
-"""Judging the stored answers of a run again, by another scorer or at another threshold: nothing is trained."""
+"""Judge the stored answers of a run again, by another scorer or at another threshold; nothing is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from harmbench_vaccine import testbed
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import readable_disk_errors
@@ -14,77 +14,94 @@ from harmbench_vaccine.data.sources import TESTBED, check_testbed_part
 from harmbench_vaccine.experiment.experiment import scorer_defaults
 from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.inference.engine import choose_backend
-from harmbench_vaccine.pipeline import judged_pair
+from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.plugins import Scorer
 from harmbench_vaccine.plugins.composition import Component, canonical_name, parse_plugins, resolve_plugins
 from harmbench_vaccine.plugins.registry import SCORERS
+from harmbench_vaccine.testbed import ensure_testbed
 
-from . import verdicts
 from .agreement import scorer_facts, stored_verdict
-from .results import identity, load_run, run_lock, side_by_side, write_run
+from .records import add_judges, load_run, row_identity, run_lock, write_run
+from .result import Result
+from .verdicts import check_scorer, judge_answers, judged_pair, scorer_models
 
 
 def rescore(
     run: Path, written: Sequence[str], threshold: float | None, store: Path, progress: Progress = SILENT
-) -> dict[str, Any]:
-    """Lets scorers judge the answers in the folder of a run, and puts their verdicts beside those that are there.
+) -> Result:
+    """Let scorers judge the stored answers of a run, and add their verdicts to its folder.
 
-    Without `written` it is the run's own scorer. `threshold` takes the place of each one's own. The run's headline
-    stays what it was. Returns the result with the scores of every judge.
+    The run's headline stays unchanged.
+
+    Args:
+        run: the folder of the run.
+        written: the scorers as a command line names them; none: the run's own.
+        threshold: replaces the threshold of each scorer.
+        store: the folder of the store, where raw judgments are cached.
+        progress: where progress is reported.
+
+    Returns:
+        The result with the scores of every judge.
 
     Raises:
         BadInput: an unknown scorer or model, or a threshold for a scorer that has none.
-        HbvError: a judge cannot be run.
+        HbvError: a judge cannot run.
     """
-    values, rows = load_run(run)
-    if "scores" not in values:
-        raise BadInput(f"Run {values['run']} was made by an earlier version: repeat its hbv run, which trains nothing.")
-    judges = _settled(values, written or [values["scorer"]], threshold)
-    for each in judges.values():
-        for model in verdicts.scorer_models(each):
-            check_testbed_part(model)
-            if model.startswith(TESTBED):
-                testbed.ensure_testbed(progress)
-        verdicts.check_scorer(each)
-    judged = [row for row in rows if "verdicts" in row]
-    pairs = [judged_pair(row) for row in judged]
-    for name, each in judges.items():
-        if name == values["scorer"]:
-            continue  # what the headline is made of stays
-        given = verdicts.judge_answers(each, pairs, store, progress)
-        said = {identity(row): {name: stored_verdict(vars(one))} for row, one in zip(judged, given, strict=True)}
-        with readable_disk_errors(f"the result of {values['run']}"), run_lock(run):
-            values, rows = side_by_side(*load_run(run), said, {name: scorer_facts(each)})
-            write_run(run, values, rows)
-    return values
-
-
-def _settled(values: dict[str, Any], written: Sequence[str], threshold: float | None) -> dict[str, Scorer]:
-    """The scorers by name, with the models that the run's protocol names for them, or that it was judged by."""
+    result, answers = load_run(run)
+    if not result.scores:
+        raise BadInput(f"Run {result.run} was stored by an earlier version: repeat its hbv run, which trains nothing.")
+    models = ModelPool(progress)
     try:
-        given = scorer_defaults(load_protocol(values["spec"]["protocol"]).replaced(values["spec"]["values"]))
-    except BadInput:  # its file has gone; the result remembers the judges
-        given = {}
-    for name, score in values["scores"].items():
-        (own,) = parse_plugins(name)
-        if score["model"] and "model" not in own.params:
-            given[own.name] = {"model": score["model"], **given.get(own.name, {})}
+        judges = _resolve(result, written or [result.scorer], threshold, models)
+        for judge in judges.values():
+            for model in scorer_models(judge):
+                check_testbed_part(model)
+                if model.startswith(TESTBED):
+                    ensure_testbed(progress)
+            check_scorer(judge)
+        judged = [row for row in answers if "verdicts" in row]
+        pairs = list(map(judged_pair, judged))
+        for name, judge in judges.items():
+            if name == result.scorer:
+                continue  # the headline stays
+            verdicts = {
+                row_identity(row): {name: stored_verdict(vars(verdict))}
+                for row, verdict in zip(judged, judge_answers(judge, pairs, store, progress), strict=True)
+            }
+            with readable_disk_errors(f"the result of {result.run}"), run_lock(run):
+                result, answers = add_judges(*load_run(run), verdicts, {name: scorer_facts(judge)})
+                write_run(run, result, answers)
+    finally:
+        models.close()
+    return result
+
+
+def _resolve(result: Result, written: Sequence[str], threshold: float | None, models: ModelPool) -> dict[str, Scorer]:
+    """Construct the scorers, with the models that the run's protocol names for them, or that judged it."""
+    spec = result.spec
+    defaults: dict[str, dict[str, Any]] = {}
+    with suppress(BadInput):  # if its file no longer exists, the result names the judges
+        defaults = scorer_defaults(load_protocol(spec["protocol"]).replaced(spec["values"]))
+    for name, score in result.scores.items():
+        (component,) = parse_plugins(name)
+        if score.model and "model" not in component.params:
+            defaults[component.name] = {"model": score.model, **defaults.get(component.name, {})}
     components = [_at(component, threshold) for text in written for component in parse_plugins(text)]
-    backend = choose_backend(values["spec"].get("backend"))
-    scorers = [resolve_plugins((component,), SCORERS, given, values["protocol"])[0] for component in components]
-    return {canonical_name([each]): cast(Scorer, each.plugin).on(backend) for each in scorers}
+    scorers = [resolve_plugins((component,), SCORERS, defaults, result.protocol)[0] for component in components]
+    backend = choose_backend(spec.get("backend"))
+    return {canonical_name([scorer]): scorer.plugin.with_models(models, backend) for scorer in scorers}
 
 
 def _at(component: Component, threshold: float | None) -> Component:
-    """A scorer as it was written, at a threshold."""
+    """Return a written scorer with another threshold."""
     if threshold is None:
         return component
     cls = SCORERS.get(component.name)
     if "threshold" not in cls.model_fields:
         raise BadInput(
-            f"Scorer {cls.name!r} has no threshold: it says what it says. "
-            "Allowed with --threshold: scorers that give a probability or a score, such as beaver_dam."
+            f"Scorer {cls.name!r} does not support --threshold; "
+            "allowed: scorers that give a probability or a score, such as beaver_dam."
         )
-    other = {"threshold", "" if cls.main_parameter() == "threshold" else "threshold"}
-    kept = {key: value for key, value in component.params.items() if key not in other}
-    return component.model_copy(update={"params": {**kept, "threshold": str(threshold)}})
+    replaced = {"threshold", "" if cls.main_parameter() == "threshold" else "threshold"}
+    params = {key: value for key, value in component.params.items() if key not in replaced}
+    return component.model_copy(update={"params": {**params, "threshold": str(threshold)}})

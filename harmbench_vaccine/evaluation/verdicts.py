@@ -1,8 +1,8 @@
-"""From answers to verdicts: each pair is read once by each judge, whatever run it is in, and decided as often as asked.
+"""From answers to verdicts: each pair is read once by each judge, whatever run it is part of.
 
-Readings are kept in one file beside the artifacts, under the hash of the question, the answer and everything that a
-judge's reading depends on: its code, its parameters but the threshold, the files that it names, its model and what
-runs it. They are written as they come, so that judging that was interrupted goes on where it stopped.
+A scorer first reads a (question, answer) pair into a raw judgment, then decides on a verdict, so that another threshold
+runs no model. Raw judgments are cached in one file next to the artifacts, under the hash of the pair and of
+`experiment.keys.raw_judgment_key`. They are written as they arrive, so that interrupted judging resumes.
 """
 
 from __future__ import annotations
@@ -19,52 +19,37 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment, Verdict
-from harmbench_vaccine.data.sources import TESTBED, fingerprint
+from harmbench_vaccine.data.sources import TESTBED
+from harmbench_vaccine.experiment.keys import raw_judgment_key
+from harmbench_vaccine.experiment.protocol import protocol_models
+from harmbench_vaccine.inference.loading import check_model
 from harmbench_vaccine.plugins import Scorer
 
-READING = 1
-"""Counts up when shared code changes what judges read: what was read before is then read again."""
-
-AT_ONCE = 128
-"""Pairs that are read before they are written down."""
-NONSENSE = 0.9
-"""A judge without a verdict on this share of its answers is no judge of them."""
+CHUNK = 128
+"""Pairs that are read before their raw judgments are written."""
+MAX_UNPARSED = 0.9
+"""Share of answers without a readable verdict at which judging fails."""
 
 
-def raw_judgment_inputs(scorer: Scorer) -> dict[str, Any]:
-    """What a reading of this scorer depends on, besides what it reads."""
-    params = scorer.model_dump(mode="json")
-    model = params.get("model")
-    remote = not model or params.get("base_url")
-    return {
-        "scorer": scorer.name,
-        "code": [READING, type(scorer).fingerprint()],
-        "params": {
-            key: fingerprint(value) if key in scorer.files and value else value
-            for key, value in params.items()
-            if key not in (*scorer.deciding, *scorer.irrelevant_params, "model")
-        },
-        "model": model if remote else fingerprint(str(model)),
-        **({"backend": scorer.backend} if scorer.backend != "transformers" else {}),
-    }
+def judged_pair(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a judge reads of a stored answer: the question without an attack's wrapping, and the answer."""
+    return f"{row['instruction']} {row['input']}".strip(), row["answer"]
 
 
 def check_scorer(scorer: Scorer) -> None:
-    """Looks whether a scorer can be run, before any work is spent.
+    """Check that a scorer can run, before any work is spent.
 
     Raises:
-        BadInput: its parameters do not fit together, or there is no such model.
+        BadInput: its parameters do not fit together, or its model does not exist.
     """
-    from harmbench_vaccine.inference.model_pool import check_model
-
     scorer.check()
     for model in scorer_models(scorer):
         if not model.startswith(TESTBED):
-            check_model(model)
+            check_model(model, protocol_models())
 
 
 def scorer_models(scorer: Scorer) -> list[str]:
-    """The folders and hub ids that a scorer loads a model from."""
+    """Return the folders and Hub ids that a scorer loads a model from."""
     model = getattr(scorer, "model", "")
     return [model] if model and not getattr(scorer, "base_url", "") else []
 
@@ -72,96 +57,106 @@ def scorer_models(scorer: Scorer) -> list[str]:
 def judge_answers(
     scorer: Scorer, pairs: Sequence[tuple[str, str]], root: Path, progress: Progress = SILENT
 ) -> list[Verdict]:
-    """A verdict for each (question, answer), reading only those that were never read; `root` is the store's folder.
+    """Judge (question, answer) pairs, reading only those without a cached raw judgment.
+
+    Args:
+        scorer: the judge.
+        pairs: question and answer of each row.
+        root: the folder of the store, where raw judgments are cached.
+        progress: where progress is reported.
+
+    Returns:
+        A verdict for each pair, in their order.
 
     Raises:
-        HbvError: the judge cannot be run, or says nothing that is a verdict.
+        HbvError: the judge cannot run, or gives no readable verdict on nearly all answers.
     """
-    own = raw_judgment_inputs(scorer)
-    keys = [digest([own, question, answer], 32) for question, answer in pairs]
-    with _kept(root, progress) as kept:
-        found = kept.get(keys)
-        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in found}
-        todo = list(missing.items())
-        with progress.bar(f"score: {scorer.name}", len(todo)) as advance:
-            for start in range(0, len(todo), AT_ONCE):
-                part = todo[start : start + AT_ONCE]
-                read = dict(zip((key for key, _ in part), scorer.read([pair for _, pair in part]), strict=True))
-                found |= read
-                # What no verdict can be read from may be a server's bad moment: it is asked again next time.
-                kept.put({key: reading for key, reading in read.items() if not scorer.decide(reading).unparsed})
-                advance(len(part))
-    verdicts = [scorer.decide(found[key]) for key in keys]
+    scorer_key = raw_judgment_key(scorer, scorer.backend)
+    keys = [digest([scorer_key, question, answer], 32) for question, answer in pairs]
+    with _open_cache(root, progress) as cache:
+        judgments = cache.get(keys)
+        missing = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in judgments}.items())
+        with progress.bar(f"score: {scorer.name}", len(missing)) as advance:
+            for start in range(0, len(missing), CHUNK):
+                chunk = dict(missing[start : start + CHUNK])
+                new = dict(zip(chunk, scorer.read(list(chunk.values())), strict=True))
+                judgments |= new
+                # An unreadable verdict may be a temporary failure of a server: it is requested again next time.
+                cache.put({key: judgment for key, judgment in new.items() if not scorer.decide(judgment).unparsed})
+                advance(len(chunk))
+    verdicts = [scorer.decide(judgments[key]) for key in keys]
     unparsed = [key for key, verdict in zip(keys, verdicts, strict=True) if verdict.unparsed]
-    if pairs and len(unparsed) >= NONSENSE * len(pairs):
-        raise HbvError(_nonsense(scorer, found[unparsed[0]], len(unparsed), len(pairs)))
+    if pairs and len(unparsed) >= MAX_UNPARSED * len(pairs):
+        raise HbvError(_unreadable(scorer, judgments[unparsed[0]], len(unparsed), len(pairs)))
     return verdicts
 
 
-def _nonsense(scorer: Scorer, reading: RawJudgment, count: int, n: int) -> str:
-    said = " ".join(reading.text.split())
+def _unreadable(scorer: Scorer, judgment: RawJudgment, count: int, n: int) -> str:
+    text = " ".join(judgment.text.split())
+    not_numbers = bool(judgment.probabilities) and not text
     example = (
-        f"writes {said[:60]!r}" if said or not reading.probabilities else "gives probabilities that are no numbers"
+        "it returns probabilities that are not numbers" if not_numbers else f"it writes, for example, {text[:60]!r}"
     )
     model = getattr(scorer, "model", "")
     return (
-        f"Scorer {scorer.name!r}{model and f' with model {model!r}'} has no verdict on {count} of {n} answers: it "
-        f"{example}. Such a model is no such judge, or is not asked by the prompt that it was trained with."
+        f"Scorer {scorer.name!r}{model and f' with model {model!r}'} gives no readable verdict on {count} of {n} "
+        f"answers: {example}. Use a model that was trained as this judge, with the prompt it was trained with."
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Kept:
-    """Readings in an SQLite file: one row each, no write-ahead log, which network file systems do not take."""
+class _Cache:
+    """Raw judgments in an SQLite file, one row each; no write-ahead log, which network file systems do not support."""
 
     def __init__(self, connection: sqlite3.Connection | None, progress: Progress) -> None:
         self._connection, self._progress = connection, progress
 
     def get(self, keys: Sequence[str]) -> dict[str, RawJudgment]:
-        found: dict[str, RawJudgment] = {}
-        with self._spared():
+        judgments: dict[str, RawJudgment] = {}
+        with self.without_errors():
             for key in dict.fromkeys(keys):
-                row = (
-                    self._connection
-                    and self._connection.execute("SELECT reading FROM readings WHERE key = ?", (key,)).fetchone()
-                )
-                if row:
-                    found[key] = RawJudgment(**json.loads(row[0]))
-        return found
+                if self._connection is None:
+                    break
+                query = "SELECT reading FROM readings WHERE key = ?"
+                if row := self._connection.execute(query, (key,)).fetchone():
+                    judgments[key] = RawJudgment(**json.loads(row[0]))
+        return judgments
 
-    def put(self, readings: Mapping[str, RawJudgment]) -> None:
-        with self._spared():
-            if self._connection and readings:
+    def put(self, judgments: Mapping[str, RawJudgment]) -> None:
+        with self.without_errors():
+            if self._connection and judgments:
                 with self._connection:
                     self._connection.executemany(
                         "INSERT OR REPLACE INTO readings VALUES (?, ?)",
-                        [(key, json.dumps(asdict(reading), ensure_ascii=False)) for key, reading in readings.items()],
+                        [
+                            (key, json.dumps(asdict(judgment), ensure_ascii=False))
+                            for key, judgment in judgments.items()
+                        ],
                     )
 
     @contextmanager
-    def _spared(self) -> Iterator[None]:
-        """A file that cannot be used costs time, not the run."""
+    def without_errors(self) -> Iterator[None]:
+        """Continue without the cache where its file cannot be used: that costs time, not the run."""
         try:
             yield
         except (sqlite3.Error, ValueError, TypeError) as error:
-            self._progress.note(f"verdicts are not kept for other runs: {error}")
+            self._progress.note(f"raw judgments are not cached: {error}")
             self._connection = None
 
 
 @contextmanager
-def _kept(root: Path, progress: Progress) -> Iterator[_Kept]:
-    path = root / ".readings.sqlite"
+def _open_cache(root: Path, progress: Progress) -> Iterator[_Cache]:
     try:
         root.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=60)
+        connection = sqlite3.connect(root / ".readings.sqlite", timeout=60)
     except (OSError, sqlite3.Error) as error:
-        progress.note(f"verdicts are not kept for other runs: {error}")
-        yield _Kept(None, progress)
+        progress.note(f"raw judgments are not cached: {error}")
+        yield _Cache(None, progress)
         return
     with closing(connection):
-        kept = _Kept(connection, progress)
-        with kept._spared():
+        cache = _Cache(connection, progress)
+        with cache.without_errors():
             connection.execute("CREATE TABLE IF NOT EXISTS readings (key TEXT PRIMARY KEY, reading TEXT) WITHOUT ROWID")
-        yield kept
+        yield cache

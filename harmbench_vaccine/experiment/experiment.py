@@ -1,6 +1,6 @@
-"""A cell with everything settled: what the user wrote, what the protocol says, and the plug-ins that will act.
+"""A settled experiment: what the user wrote and what the protocol says, resolved once into the objects that run.
 
-Settling touches no model and makes no artifact, so bad input is told before any work is spent.
+Settling touches no model and makes no artifact, so that bad input is reported before any work is spent.
 """
 
 from __future__ import annotations
@@ -8,18 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.types import STAGES, StageName, Topology, TrainSettings
 from harmbench_vaccine.data.files import is_data_file
 from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
-from harmbench_vaccine.data.sources import fingerprint
 from harmbench_vaccine.inference.engine import Backend, choose_backend
-from harmbench_vaccine.plugins import Resolved, Task
+from harmbench_vaccine.plugins import Attack, Defense, Resolved, Scorer, Task
 from harmbench_vaccine.plugins.composition import Component, canonical_name, parse_plugins, resolve_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, is_plugin_path
 from harmbench_vaccine.plugins.teams import AttackTeam, DefenseTeam
@@ -29,22 +26,48 @@ from .spec import RunSpec
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """Everything that a stage needs besides the model it starts from."""
+
+    name: StageName
+    defenses: DefenseTeam
+    """The defenses that act in the stage, as one; a training session works on a `fresh()` copy."""
+    settings: TrainSettings
+    """The optimizer settings, as the protocol, the user's attack and the defenses of the stage define them."""
+    template: PromptTemplate
+    """The prompt that rows are trained with."""
+    topology: Topology
+    """`single` if the user stage continues the alignment adapter, else `double`."""
+    full: bool
+    """The stage makes another base model: every weight is trained, or an attack edits the weights."""
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """One cell of a table, ready to run."""
+    """One run before it is executed: every plug-in constructed once, every stage configured."""
 
     spec: RunSpec
     protocol: Protocol
-    defenses: list[Resolved]
-    attacks: list[Resolved]
-    scorers: list[Resolved]
-    """The first one's verdicts make the harmful score; the others' stand beside it."""
-    wanted: Resolved
-    """The user's task."""
+    defenses: tuple[Resolved[Defense], ...]
+    attacks: tuple[Resolved[Attack], ...]
+    scorers: tuple[Resolved[Scorer], ...]
+    """The verdicts of the first one make the headline harmful score; the others are reported next to it."""
+    task_plugin: Resolved[Task]
+    """The downstream task of the user."""
     model: str
+    backend: Backend
+    """The engine that generates answers, and runs the judges that it can."""
+    finetune: FinetuneProtocol
+    """The protocol's user stage, for this task."""
+    attack_team: AttackTeam
+    """The attacks, as one."""
+    stages: Mapping[StageName, StageConfig]
+    answer_template: PromptTemplate
+    """The prompt that questions are asked with."""
 
     @classmethod
     def settle(cls, spec: RunSpec) -> Experiment:
-        """Finds every plug-in and resolves every parameter.
+        """Find and construct every plug-in, resolve every parameter, and configure every stage.
 
         Raises:
             BadInput: an unknown name, a value out of range, or plug-ins that cannot act together.
@@ -56,62 +79,42 @@ class Experiment:
         scorers = resolve_scorers(spec.scorers, protocol)
         score = protocol.score.model_copy(update={"scorer": canonical_name(scorers[:1])})
         protocol = protocol.model_copy(update={"score": score})  # another threshold is another protocol
-        cell = cls(
-            spec,
-            protocol,
-            resolve_plugins(spec.defense, DEFENSES, protocol.defenses, protocol.name),
-            resolve_plugins(spec.attack, ATTACKS, protocol.attacks, protocol.name),
-            scorers,
-            resolve_task(spec.task, protocol.name),
-            spec.model or protocol.model,
-        )
-        cell._check()
-        return cell
+        task = resolve_task(spec.task, protocol.name)
+        in_order = protocol.rows == "paper"
 
-    def _check(self) -> None:
-        for stage in STAGES:
-            self.team(stage)
-        self.task.check()
-        for name in self.task.datasets:
-            self.location(name)
-        if not self.team("align").runs:
-            for resolved in self.defenses:
-                if resolved.plugin.needs_alignment:  # type: ignore[attr-defined]
-                    raise BadInput(
-                        f"{resolved.plugin.name!r} refers to what alignment added, and {self.defense!r} leaves it out."
-                    )
-        if edits := self.attackers().acting:
-            for resolved in [*self.acting("finetune"), *self.acting("repair")]:
-                raise BadInput(
-                    f"{resolved.plugin.name!r} cannot act under attack {edits.name!r}: "
-                    "it defends a user's training, and this attack trains nothing."
-                )
-        given, asked = self.finetune.settings, self.settings("finetune", self.team("finetune"))
-        if self.topology == "single" and self.team("align").runs and asked.lora_rank != given.lora_rank:
-            raise BadInput(
-                f"Attack {self.attack!r} sets the rank of the user's adapter, but in single topology, which the "
-                "protocol or a defense demands, the alignment adapter goes on with its own."
+        def seeded(resolved: Resolved[Any]) -> Resolved[Any]:
+            return Resolved(resolved.plugin.seeded(spec.seed, in_order), resolved.params, resolved.origins)
+
+        defenses = tuple(map(seeded, resolve_plugins(spec.defense, DEFENSES, protocol.defenses, protocol.name)))
+        attacks = tuple(map(seeded, resolve_plugins(spec.attack, ATTACKS, protocol.attacks, protocol.name)))
+        attack_team = AttackTeam(members=tuple(resolved.plugin for resolved in attacks))
+        finetune = protocol.finetune.of(task.plugin.name)
+        template = prompt_template(protocol.prompt)
+        stages = {
+            name: _configure(
+                name, [resolved.plugin for resolved in defenses], attack_team, protocol, finetune, template
             )
-        editing = [r.plugin.name for r in self.defenses if r.plugin.edits_base]  # type: ignore[attr-defined]
-        if self.protocol.quantization != "none" and (self.whole or editing):
-            raise BadInput(
-                f"{(editing or [self.attack])[0]!r} changes the base model's weights, which are fixed under "
-                f"quantization {self.protocol.quantization!r}; allowed: quantization none, or what trains an adapter."
-            )
-        if distributed.world_size() > 1:
-            for resolved in self.defenses:
-                if not resolved.plugin.supports_ranks:  # type: ignore[attr-defined]
-                    raise BadInput(
-                        f"{resolved.plugin.name!r} cannot act over {distributed.world_size()} ranks: it does not declare that it "
-                        "is right where each sees a part of the rows (`ranks`). Start it as one process."
-                    )
-        if asked.full:
-            for resolved in [*self.acting("finetune"), *self.acting("repair")]:
-                defense: Any = resolved.plugin
-                if defense.needs_adapter or defense.topology or "repair" in defense.stages:
-                    raise BadInput(
-                        f"{defense.name!r} cannot act where the user trains every weight: it needs the user's adapter."
-                    )
+            for name in STAGES
+        }
+        answer_template = template
+        for stage in stages.values():
+            answer_template = stage.defenses.template("answer", answer_template)
+        experiment = cls(
+            spec=spec,
+            protocol=protocol,
+            defenses=defenses,
+            attacks=attacks,
+            scorers=tuple(scorers),
+            task_plugin=task,
+            model=spec.model or protocol.model,
+            backend=choose_backend(spec.backend),
+            finetune=finetune,
+            attack_team=attack_team,
+            stages=stages,
+            answer_template=answer_template,
+        )
+        _check_combination(experiment)
+        return experiment
 
     @property
     def defense(self) -> str:
@@ -125,160 +128,160 @@ class Experiment:
 
     @property
     def task(self) -> Task:
-        """What the user wants."""
-        task: Any = self.wanted.plugin
-        return task
+        """The downstream task of the user."""
+        return self.task_plugin.plugin
 
     @property
     def task_name(self) -> str:
         """The task as a command line would name it."""
-        return canonical_name([self.wanted])
+        return canonical_name([self.task_plugin])
 
     @property
-    def task_identity(self) -> list[Any]:
-        """What training on the task's rows depends on: its name, its source, its data, its parameters."""
-        task = self.task
-        params = {key: value for key, value in self.wanted.params.items() if key not in task.scoring_only}
-        identity = [task.name, type(task).fingerprint(), dict(self.data(*task.datasets))]
-        return [*identity, params] if params else identity
-
-    @cached_property
-    def template(self) -> PromptTemplate:
-        """The protocol's prompt."""
-        return prompt_template(self.protocol.prompt)
-
-    @cached_property
-    def finetune(self) -> FinetuneProtocol:
-        """The protocol's user stage, for this task."""
-        return self.protocol.finetune.of(self.task.name)
-
-    @property
-    def scorer(self) -> Resolved:
-        """The judge of the headline."""
+    def scorer(self) -> Resolved[Scorer]:
+        """The judge of the headline harmful score."""
         return self.scorers[0]
 
-    @cached_property
-    def backend(self) -> Backend:
-        """What generates answers, and runs the judges that it can."""
-        return choose_backend(self.spec.backend)
+    @property
+    def template(self) -> PromptTemplate:
+        """The prompt of the protocol."""
+        return prompt_template(self.protocol.prompt)
 
     @property
-    def id(self) -> str:
-        """The run's id: the defense's names, and a hash of everything that was settled."""
-        names = "-".join(resolved.plugin.name for resolved in self.defenses)
-        settled = {
-            "protocol": self.protocol.hash,
-            "plugins": plugin_identities([*self.defenses, *self.attacks, self.scorer]),
-            "task": [self.task.name, self.wanted.params] if self.wanted.params else self.task.name,
-            "model": self.model,
-            "seed": self.spec.seed,
-            "data": self.data(*self.protocol.data, *self.task.places()),
-            **self.engine,
-        }
-        return f"{names}-{digest(settled, 8)}"
-
-    @property
-    def engine(self) -> dict[str, str]:
-        """What an artifact that was generated depends on: nothing more where transformers did it."""
-        return {} if self.backend == "transformers" else {"backend": self.backend}
-
-    def acting(self, stage: StageName) -> list[Resolved]:
-        """The defenses that act in a stage."""
-        return [resolved for resolved in self.defenses if stage in resolved.plugin.stages]  # type: ignore[attr-defined]
-
-    def team(self, stage: StageName) -> DefenseTeam:
-        """Fresh objects of the defenses that act in a stage: what they remember is theirs for that stage only."""
-        return DefenseTeam(members=self._fresh(self.acting(stage)), stage=stage)
-
-    def attackers(self) -> AttackTeam:
-        """Fresh objects of the attacks."""
-        return AttackTeam(members=self._fresh(self.attacks))
-
-    @property
-    def trains(self) -> bool:
-        """False if the attack edits weights in place of the user stage: the task is then not learned."""
-        return self.attackers().acting is None
-
-    @property
-    def whole(self) -> bool:
-        """Whether the user stage makes another base model, where it otherwise makes an adapter."""
-        return not self.trains or self.settings("finetune", self.team("finetune")).full
-
-    @property
-    def topology(self) -> Topology:
-        """The adapter topology of the user stage: a defense's demand, or the protocol's."""
-        return self.team("finetune").required_topology or self.protocol.topology
-
-    def settings(self, stage: StageName, team: DefenseTeam) -> TrainSettings:
-        """The optimizer's settings of a stage, as the user's attack and the defenses of that stage leave them. What is
-        trained in the repair stage is trained as the protocol's user trains, whatever the attack."""
-        if stage == "align":
-            return team.settings(stage, self.protocol.align.settings)
-        settings = self.finetune.settings
-        return team.settings(stage, self.attackers().settings(settings) if stage == "finetune" else settings)
-
-    def _fresh(self, resolved: list[Resolved]) -> Any:
-        return tuple(type(r.plugin)(**r.params).seeded(self.spec.seed, self.in_order) for r in resolved)
+    def user_trains(self) -> bool:
+        """False if the attack edits weights instead of training: the task is then not learned."""
+        return self.attack_team.editing_attack is None
 
     @property
     def in_order(self) -> bool:
-        """Rows are taken in the order of the files, as the papers' scripts take them, not drawn."""
+        """Rows are taken in the order of the files, as the papers' scripts take them, instead of drawn."""
         return self.protocol.rows == "paper"
 
+    def acting(self, stage: StageName) -> list[Resolved[Defense]]:
+        """Return the defenses that act in a stage."""
+        return [resolved for resolved in self.defenses if stage in resolved.plugin.stages]
+
     def location(self, dataset: str) -> str:
-        """Where a data set is read from: the task's own, or the protocol's.
+        """Return where a data set is read from: the task's own location, or the protocol's.
 
         Raises:
-            BadInput: neither names it.
+            BadInput: neither names the data set.
         """
-        own = self.task.places()
-        return own[dataset] if dataset in own else self.protocol.location(dataset)
+        locations = self.task.locations()
+        return locations[dataset] if dataset in locations else self.protocol.location(dataset)
 
-    def data(self, *names: str) -> Mapping[str, Any]:
-        """What an artifact that reads these data sets depends on."""
-        return {name: fingerprint(self.location(name), "dataset") for name in names}
+
+def _configure(
+    name: StageName,
+    defenses: Sequence[Defense],
+    attack: AttackTeam,
+    protocol: Protocol,
+    finetune: FinetuneProtocol,
+    template: PromptTemplate,
+) -> StageConfig:
+    """Configure one stage. The repair stage trains as the protocol's user trains, whatever the attack does."""
+    team = DefenseTeam(members=tuple(defense for defense in defenses if name in defense.stages), stage=name)
+    settings = protocol.align.settings if name == "align" else finetune.settings
+    if name == "finetune":
+        settings = attack.settings(settings)
+    settings = team.settings(name, settings)
+    is_user = name == "finetune"
+    return StageConfig(
+        name=name,
+        defenses=team,
+        settings=settings,
+        template=team.template("train", template),
+        topology=(team.required_topology or protocol.topology) if is_user else "double",
+        full=is_user and (attack.editing_attack is not None or settings.full),
+    )
+
+
+def _check_combination(experiment: Experiment) -> None:
+    """Refuse plug-ins, protocol and hardware that do not go together.
+
+    Raises:
+        BadInput: the first conflict.
+    """
+    experiment.task.check()
+    for name in experiment.task.datasets:
+        experiment.location(name)
+    align, finetune = experiment.stages["align"], experiment.stages["finetune"]
+    later = [*experiment.acting("finetune"), *experiment.acting("repair")]
+    if not align.defenses.runs:
+        for resolved in experiment.defenses:
+            if resolved.plugin.needs_alignment:
+                raise BadInput(
+                    f"{resolved.plugin.name!r} needs the alignment adapter, "
+                    f"and {experiment.defense!r} leaves out the alignment stage."
+                )
+    if editing := experiment.attack_team.editing_attack:
+        for resolved in later:
+            raise BadInput(
+                f"{resolved.plugin.name!r} cannot act under attack {editing.name!r}: "
+                "it defends the user's training, and this attack does not train."
+            )
+    rank = finetune.settings.lora_rank
+    if finetune.topology == "single" and align.defenses.runs and rank != experiment.finetune.settings.lora_rank:
+        raise BadInput(
+            f"Attack {experiment.attack!r} sets the rank of the user's adapter, but in single topology (required by "
+            "the protocol or a defense) the alignment adapter is trained further and keeps its rank."
+        )
+    quantization = experiment.protocol.quantization
+    if quantization != "none" and finetune.full:
+        raise BadInput(
+            f"{experiment.attack!r} changes the base model's weights, which are fixed under quantization "
+            f"{quantization!r}; allowed: quantization none, or attacks that train an adapter."
+        )
+    if distributed.world_size() > 1:
+        for resolved in experiment.defenses:
+            if not resolved.plugin.supports_ranks:
+                raise BadInput(
+                    f"{resolved.plugin.name!r} does not support multi-GPU training (`ranks = False`): "
+                    "start it as one process."
+                )
+    if finetune.settings.full:
+        for resolved in later:
+            defense = resolved.plugin
+            if defense.needs_adapter or defense.topology or "repair" in defense.stages:
+                raise BadInput(
+                    f"{defense.name!r} cannot act where the user trains every weight: it needs the user's adapter."
+                )
 
 
 def scorer_defaults(protocol: Protocol) -> dict[str, dict[str, Any]]:
-    """What a protocol says of scorers: the model of its own, and whatever else it names."""
-    own = SCORERS.get(parse_plugins(protocol.score.scorer)[0].name)
-    model = {"model": protocol.score.judge} if "model" in own.model_fields else {}
-    return {**protocol.scorers, own.name: {**model, **protocol.scorers.get(own.name, {})}}
+    """Return the parameters of scorers that a protocol sets, the model of its own judge included."""
+    cls = SCORERS.get(parse_plugins(protocol.score.scorer)[0].name)
+    model = {"model": protocol.score.judge} if "model" in cls.model_fields else {}
+    return {**protocol.scorers, cls.name: {**model, **protocol.scorers.get(cls.name, {})}}
 
 
-def resolve_scorers(written: Sequence[str], protocol: Protocol) -> list[Resolved]:
-    """The scorers that were written, or the protocol's, whose model lies where the protocol says.
+def resolve_scorers(written: Sequence[str], protocol: Protocol) -> list[Resolved[Scorer]]:
+    """Construct the scorers that the user wrote, or the protocol's.
 
     Raises:
         BadInput: an unknown name or parameter, a value out of range, or one judge twice.
     """
-    given = scorer_defaults(protocol)
+    defaults = scorer_defaults(protocol)
     components = [component for text in written or [protocol.score.scorer] for component in parse_plugins(text)]
-    scorers = [resolve_plugins((component,), SCORERS, given, protocol.name)[0] for component in components]
+    scorers = [resolve_plugins((component,), SCORERS, defaults, protocol.name)[0] for component in components]
     names = [canonical_name([scorer]) for scorer in scorers]
     if len(set(names)) < len(names):
         raise BadInput(f"A scorer is named twice in {', '.join(names)}; the same one at two thresholds is allowed.")
     return scorers
 
 
-def resolve_task(written: str, protocol_name: str) -> Resolved:
-    """The task of that name; a data file or folder in place of a name is a task of the user's own (`tasks.own`).
+def resolve_task(written: str, protocol_name: str) -> Resolved[Task]:
+    """Construct the task of that name; a data file or folder is a task of the user (`tasks.own`).
 
     Raises:
         BadInput: an unknown name or parameter, a value out of range, or several tasks.
     """
     head, colon, rest = written.strip().partition(":")
-    named = re.match(r"\w+=", head)  # name=VALUE, whose value may be a path
-    if not named and (is_data_file(head) or (is_plugin_path(head) and not head.endswith(".py"))):
+    names_parameter = re.match(r"\w+=", head)  # name=VALUE, whose value may be a path
+    if not names_parameter and (is_data_file(head) or (is_plugin_path(head) and not head.endswith(".py"))):
         params = parse_plugins(f"own:{rest}")[0].params if colon else {}
         components: tuple[Component, ...] = (Component(name="own", params={"data": head, **params}),)
     else:
         components = parse_plugins(written)
     if len(components) != 1:
-        raise BadInput(f"Task {written!r} names {len(components)} tasks; a cell has one. Write --task once for each.")
+        raise BadInput(f"Task {written!r} names {len(components)} tasks; a run has one. Write --task once for each.")
     return resolve_plugins(components, TASKS, {}, protocol_name)[0]
-
-
-def plugin_identities(resolved: list[Resolved]) -> list[Any]:
-    """What an artifact that these plug-ins had a hand in depends on: names, parameters, source."""
-    return [[r.plugin.name, r.params, type(r.plugin).fingerprint()] for r in resolved]

@@ -1,13 +1,15 @@
-"""What the stages of a cell are given: rows to train on and questions to ask, all drawn by the cell's seed."""
+"""The rows of an experiment: what is trained on and what is asked, all drawn by its seed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, too_few_rows
 from harmbench_vaccine.core.seeds import derive_seed
-from harmbench_vaccine.core.types import STAGES, Example, Mix, Pools
+from harmbench_vaccine.core.types import Example, Mix, Pools
 from harmbench_vaccine.data.pools import (
     RowPools,
     count_overlaps,
@@ -16,151 +18,192 @@ from harmbench_vaccine.data.pools import (
     question_keys,
     without_duplicates,
 )
-from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
-from harmbench_vaccine.data.sources import parse_split, provenance, read_rows
+from harmbench_vaccine.data.prompts import EvalSet
+from harmbench_vaccine.data.sources import RowReader, fingerprint, parse_split, provenance
 from harmbench_vaccine.plugins.teams import upload_rows
 
 from .experiment import Experiment
+from .protocol import Questions
 
 HARM_DATA = ("beavertails", "beavertails_refusals", "alpaca")
-"""The data sets that the pools are made of."""
+"""The data sets that the pools are drawn from."""
 
 
-def check_rows(cell: Experiment) -> None:
-    """Draws what the protocol, attack and defense need from the data, so that a lack of rows is told before any work.
+def check_rows(experiment: Experiment) -> None:
+    """Draw every row that the experiment needs, so that missing rows are reported before any work is spent.
 
     Raises:
-        BadInput: a file lacks a field, or more rows are asked for than there are.
+        BadInput: a file lacks a field, or fewer rows are available than requested.
     """
-    pools = row_pools(cell)
-    cell.team("align").train_on("align", list(pools.alignment), pools)
-    cell.team("finetune").train_on("finetune", user_rows(cell, pools), pools)
-    harmful_sets(cell)
-    benign_set(cell)
-    task_set(cell)
+    pools = plugin_pools(experiment)
+    align, finetune = (experiment.stages[name].defenses for name in ("align", "finetune"))
+    align.train_on("align", list(pools.alignment), pools)
+    finetune.train_on("finetune", user_rows(experiment, pools), pools)
+    eval_sets(experiment)
 
 
-def row_pools(cell: Experiment) -> Pools:
-    """The rows that plug-ins may draw from; the alignment rows are those of this cell's seed."""
-    there = _rows(cell)
-    count = cell.protocol.align.rows
+def plugin_pools(experiment: Experiment) -> Pools:
+    """Return the rows that plug-ins may draw from; the alignment rows are those of the experiment's seed."""
+    pools = _row_pools(experiment)
     alignment = draw_rows(
-        there.alignment, count, "alignment rows", cell.spec.seed, "alignment rows", in_order=cell.in_order
+        pools.alignment,
+        experiment.protocol.align.rows,
+        "alignment rows",
+        experiment.spec.seed,
+        "alignment rows",
+        in_order=experiment.in_order,
     )
-    return Pools(alignment, there.paired, there.benign, there.attacker)
+    return Pools(alignment, pools.paired, pools.benign, pools.attacker)
 
 
-def user_rows(cell: Experiment, pools: Pools) -> list[Example]:
-    """What the user uploads: the mix that the attack asks for, and what it makes of the rows."""
-    attack = cell.attackers()
-    mix = attack.mix(Mix(cell.finetune.samples))
-    return upload_rows(mix, task_rows(cell), pools, attack, derive_seed(cell.spec.seed, "user"), cell.in_order)
+def user_rows(experiment: Experiment, pools: Pools) -> list[Example]:
+    """Return the rows that the user uploads: the mix that the attack requests, as the attack changes it."""
+    attack = experiment.attack_team
+    mix = attack.mix(Mix(experiment.finetune.samples))
+    seed = derive_seed(experiment.spec.seed, "user")
+    return upload_rows(mix, task_rows(experiment), pools, attack, seed, experiment.in_order)
 
 
-def selection_inputs(cell: Experiment) -> dict[str, Any]:
-    """What an artifact made of these rows depends on, besides data, splits, counts and seed: how they are chosen."""
-    chosen = {"rows": cell.protocol.rows, "source": cell.protocol.align.source}
-    usual = {"rows": "unique", "source": "safe"}
-    return {name: value for name, value in chosen.items() if value != usual[name]}
-
-
-def _rows(cell: Experiment) -> RowPools:
-    protocol = cell.protocol
-    places = [protocol.location(name) for name in HARM_DATA]
-    return load_row_pools(*places, **protocol.splits.model_dump(), source=protocol.align.source, in_order=cell.in_order)
-
-
-def dropped_rows(cell: Experiment) -> dict[str, int]:
-    """Pool -> how many rows were left out of it to keep the pools apart by text."""
-    return _rows(cell).dropped
-
-
-def overlapping_questions(cell: Experiment) -> dict[str, int]:
-    """How many questions the rows that this cell uses have in common (see `data.pools.overlaps`)."""
-    pools = row_pools(cell)
-    uploaded = user_rows(cell, pools)
-    return count_overlaps({
-        "alignment": pools.alignment, "pairs": [refusal for refusal, _ in pools.paired],
-        "harmful user rows": [row for row in uploaded if row.harmful],
-        "task rows": [row for row in uploaded if not row.harmful],
-        "harmful questions": harmful_sets(cell)[0].examples, "benign questions": benign_set(cell).examples,
-        "task questions": task_set(cell).examples,
-    })  # fmt: skip
-
-
-def data_provenance(cell: Experiment) -> dict[str, dict[str, Any]]:
-    """Data set -> where it was read from, which revision or content, and how many rows of which splits."""
-    return {name: provenance(cell.location(name)) for name in dict.fromkeys([*HARM_DATA, *cell.task.datasets])}
-
-
-def task_rows(cell: Experiment) -> list[Example]:
-    """The task's training rows whose question is not among its test items, each once; `rows=paper` takes all."""
-    rows, items = _task_sides(cell)
-    return rows if cell.in_order else without_duplicates(rows, question_keys(items))
-
-
-def _task_sides(cell: Experiment) -> tuple[list[Example], list[Example]]:
-    """The task's training rows and its test items, as they stand in the data."""
-    task = cell.task
-
-    def examples(dataset: str, split: str) -> list[Example]:
-        found = []
-        for row in read_rows(cell.location(dataset), split, task.fields):
-            try:
-                found.append(task.example(f"{task.name}:{parse_split(split)[0]}:{row.number}", row.values))
-            except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-                raise BadInput(f"{row.place}: not a row of task {task.name!r}: {error}.") from error
-        return found
-
-    return task.rows(examples)
+def task_rows(experiment: Experiment) -> list[Example]:
+    """Return the task's training rows without duplicates and without test questions; with `rows=paper` all of them."""
+    task = _read_task(experiment)
+    return task.rows if experiment.in_order else without_duplicates(task.rows, question_keys(task.items))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Questions and answers
+# Evaluation sets
 
 
-def harmful_sets(cell: Experiment) -> list[EvalSet]:
-    """Held-out harmful prompts, as the attack and the defense have them asked; the first is the headline's."""
-    limits = cell.protocol.answer.harmful
-    asked = _first(_rows(cell).harmful_questions, limits.prompts, "held-out harmful prompts")
-    sets = [EvalSet("harmful", asked, _answer_template(cell), limits.max_new_tokens)]
-    for stage in STAGES:
-        sets = cell.team(stage).evaluations(sets)
-    sets = cell.attackers().evaluations(sets)
-    names = [asked.name for asked in sets]
+def eval_sets(experiment: Experiment) -> list[EvalSet]:
+    """Return every evaluation set: the harmful ones (the headline first), the benign one, the task's."""
+    return [*harmful_sets(experiment), benign_set(experiment), task_set(experiment)]
+
+
+def harmful_sets(experiment: Experiment) -> list[EvalSet]:
+    """Return the held-out harmful prompts as attack and defenses pose them; the first set is the headline's.
+
+    Raises:
+        BadInput: fewer prompts are available than requested, or two sets have one name.
+    """
+    sets = [_question_set(experiment, "harmful", _row_pools(experiment).harmful_questions)]
+    for config in experiment.stages.values():
+        sets = config.defenses.evaluations(sets)
+    sets = experiment.attack_team.evaluations(sets)
+    names = [eval_set.name for eval_set in sets]
     if len({*names, "benign", "task"}) < len(names) + 2:
-        raise BadInput(f"Sets of questions need names of their own, besides benign and task: {', '.join(names)}.")
+        raise BadInput(f"Evaluation sets need different names, other than benign and task; got {', '.join(names)}.")
     return sets
 
 
-def benign_set(cell: Experiment) -> EvalSet:
-    """Held-out benign instructions, which an aligned model should not refuse."""
-    limits = cell.protocol.answer.benign
-    asked = _first(_rows(cell).benign_questions, limits.prompts, "held-out benign prompts")
-    return EvalSet("benign", asked, _answer_template(cell), limits.max_new_tokens)
+def benign_set(experiment: Experiment) -> EvalSet:
+    """Return the held-out benign instructions, which an aligned model should not refuse."""
+    return _question_set(experiment, "benign", _row_pools(experiment).benign_questions)
 
 
-def task_set(cell: Experiment) -> EvalSet:
-    """The first test items of the user's task."""
-    limits = cell.protocol.answer
-    _, items = _task_sides(cell)
-    items = items if cell.in_order else without_duplicates(items)
-    count = limits.items.get(cell.task.name, limits.task_items)
-    if cell.task.allow_fewer_items:
+def task_set(experiment: Experiment) -> EvalSet:
+    """Return the first test items of the user's task."""
+    limits, task = experiment.protocol.answer, experiment.task
+    items = _read_task(experiment).items
+    items = items if experiment.in_order else without_duplicates(items)
+    count = limits.items.get(task.name, limits.task_items)
+    if task.allow_fewer_items:
         count = min(count, len(items))
-    asked = _first(items, count, f"test items of {cell.task.name}")
-    tokens = limits.task_tokens.get(cell.task.name, cell.task.max_new_tokens)
-    return EvalSet("task", asked, _answer_template(cell), tokens)
+    examples = _first(items, count, f"test items of {task.name}")
+    max_new_tokens = limits.task_tokens.get(task.name, task.max_new_tokens)
+    return EvalSet("task", examples, experiment.answer_template, max_new_tokens)
 
 
-def _answer_template(cell: Experiment) -> PromptTemplate:
-    chosen = cell.template
-    for stage in STAGES:
-        chosen = cell.team(stage).template("answer", chosen)
-    return chosen
+def _question_set(experiment: Experiment, name: str, questions: Sequence[Example]) -> EvalSet:
+    limits: Questions = getattr(experiment.protocol.answer, name)
+    examples = _first(questions, limits.prompts, f"held-out {name} prompts")
+    return EvalSet(name, examples, experiment.answer_template, limits.max_new_tokens)
 
 
-def _first(examples: Sequence[Example], count: int, what: str) -> list[Example]:
+def _first(examples: Sequence[Example], count: int, description: str) -> list[Example]:
     if count > len(examples):
-        raise too_few_rows(count, what, len(examples))
+        raise too_few_rows(count, description, len(examples))
     return list(examples[:count])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the result reports of the rows
+
+
+def dropped_rows(experiment: Experiment) -> dict[str, int]:
+    """Count, for each pool, the rows that were dropped because their question occurs in another pool."""
+    return _row_pools(experiment).dropped
+
+
+def overlapping_questions(experiment: Experiment) -> dict[str, int]:
+    """Count the questions that occur in several uses of rows (see `data.pools.count_overlaps`)."""
+    pools = plugin_pools(experiment)
+    uploaded = user_rows(experiment, pools)
+    uses = {
+        "alignment": pools.alignment,
+        "pairs": [refusal for refusal, _ in pools.paired],
+        "harmful user rows": [row for row in uploaded if row.harmful],
+        "task rows": [row for row in uploaded if not row.harmful],
+        "harmful questions": harmful_sets(experiment)[0].examples,
+        "benign questions": benign_set(experiment).examples,
+        "task questions": task_set(experiment).examples,
+    }
+    return count_overlaps(uses)
+
+
+def data_provenance(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """Describe each data set: its location, its revision or content hash, and the rows read from each split."""
+    rows_read = {**_row_pools(experiment).rows_read, **_read_task(experiment).rows_read}
+    locations = {name: experiment.location(name) for name in (*HARM_DATA, *experiment.task.datasets)}
+    return {name: provenance(location, rows_read.get(location, {})) for name, location in locations.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def _row_pools(experiment: Experiment) -> RowPools:
+    protocol = experiment.protocol
+    locations = tuple(experiment.location(name) for name in HARM_DATA)
+    return _read_pools(
+        locations,
+        tuple(fingerprint(location, "dataset") for location in locations),
+        tuple(protocol.splits.model_dump().items()),
+        protocol.align.source,
+        experiment.in_order,
+    )
+
+
+@lru_cache(maxsize=4)  # by content: a file that changes is read again
+def _read_pools(
+    locations: tuple[str, ...],
+    fingerprints: tuple[str, ...],
+    splits: tuple[tuple[str, str], ...],
+    source: str,
+    in_order: bool,
+) -> RowPools:
+    return load_row_pools(*locations, **dict(splits), source=source, in_order=in_order)
+
+
+@dataclass(frozen=True)
+class _TaskRows:
+    rows: list[Example]
+    """Training rows, in the order of the file."""
+    items: list[Example]
+    """Test items, in the order of the file."""
+    rows_read: dict[str, dict[str, int]]
+
+
+def _read_task(experiment: Experiment) -> _TaskRows:
+    task, reader = experiment.task, RowReader()
+
+    def examples(dataset: str, split: str) -> list[Example]:
+        converted = []
+        for row in reader.read(experiment.location(dataset), split, task.fields):
+            try:
+                converted.append(task.example(f"{task.name}:{parse_split(split)[0]}:{row.number}", row.values))
+            except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+                raise BadInput(f"{row.place}: not a row of task {task.name!r}: {error}.") from error
+        return converted
+
+    rows, items = task.rows(examples)
+    return _TaskRows(rows, items, reader.counts)

@@ -13,17 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from harmbench_vaccine.core.errors import BadInput, too_few_rows, unknown_name
 from harmbench_vaccine.core.seeds import random_stream
-
-if TYPE_CHECKING:
-    pass
+from harmbench_vaccine.inference.model_pool import ModelPool
 
 T = TypeVar("T")
+P = TypeVar("P", bound="Plugin", covariant=True)
 
 _CONTRACT = frozenset(f"{__package__}.{module}" for module in ("base", "defense", "attack", "task", "scorer"))
 """Modules whose code belongs to no plug-in."""
@@ -62,11 +61,30 @@ class Plugin(BaseModel):
 
     _seed: int = PrivateAttr(0)
     _in_order: bool = PrivateAttr(False)
+    _models: ModelPool | None = PrivateAttr(None)
 
     def seeded(self, seed: int, in_order: bool = False) -> Self:
-        """The same object, drawing by the run's seed; `in_order`: it takes the first rows, as papers' scripts do."""
-        self._seed, self._in_order = seed, in_order
-        return self
+        """Return a copy that draws by the run's seed, or with `in_order` takes the first rows, as papers' scripts do."""
+        copy = self.model_copy()
+        copy._seed, copy._in_order = seed, in_order
+        return copy
+
+    def fresh(self) -> Self:
+        """Return a copy whose private attributes are its own, for one stage: no state passes from stage to stage."""
+        return self.model_copy(deep=True)
+
+    @property
+    def models(self) -> ModelPool:
+        """The pool that loads the models it needs: an attached one, or else one of its own."""
+        if self._models is None:
+            self._models = ModelPool()
+        return self._models
+
+    def with_models(self, models: ModelPool) -> Self:
+        """Return a copy that loads models through a pool."""
+        copy = self.model_copy()
+        copy._models = models
+        return copy
 
     def random(self, purpose: str) -> Random:
         """Random numbers of the run's seed for one purpose: draw with them, or every seed gets the first rows."""
@@ -121,40 +139,51 @@ class Plugin(BaseModel):
 
     @classmethod
     def fingerprint(cls) -> str:
-        """A hash of its code and of what it inherits: an edited plug-in makes another artifact, an edited comment or
-        docstring does not."""
-        own = [base for base in cls.__mro__ if issubclass(base, Plugin) and base.__module__ not in _CONTRACT]
-        files = dict.fromkeys(inspect.getfile(base) for base in own)
+        """Hash its code and the code that it inherits, without comments, docstrings and imports.
+
+        An edit that changes behavior makes another artifact; an edit of its wording does not.
+        """
+        classes = [base for base in cls.__mro__ if issubclass(base, Plugin) and base.__module__ not in _CONTRACT]
+        files = dict.fromkeys(inspect.getfile(base) for base in classes)
         return hashlib.sha256("".join(map(_code, files)).encode()).hexdigest()[:16]
 
 
+class _CodeOnly(ast.NodeTransformer):
+    """Remove docstrings, other bare strings and imports."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None: ...
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None: ...
+
+
 def _code(file: str) -> str:
-    """A source file without comments and docstrings."""
-    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [line for line in body if not (isinstance(line, ast.Expr) and _text(line.value))]  # type: ignore[attr-defined]
-    return ast.unparse(tree)
-
-
-def _text(value: ast.expr) -> bool:
-    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+    """Return the code of a source file in a normal form."""
+    return ast.unparse(_CodeOnly().visit(ast.parse(Path(file).read_text(encoding="utf-8"))))
 
 
 @dataclass(frozen=True)
-class Resolved:
-    """A plug-in with every parameter settled, and where each value came from."""
+class Resolved(Generic[P]):
+    """A plug-in with every parameter resolved, and the origin of each value."""
 
-    plugin: Plugin
+    plugin: P
     params: dict[str, Any]
     origins: dict[str, str]
+    """Parameter -> `written`, `protocol NAME` or `default: SOURCE`."""
+
+    @property
+    def identity(self) -> list[Any]:
+        """What an artifact depends on if this plug-in takes part in it: name, parameters, code."""
+        return [self.plugin.name, self.params, type(self.plugin).fingerprint()]
 
 
 def resolve_params(
-    cls: type[Plugin], written: Mapping[str, Any], protocol: Mapping[str, Any] | None = None, protocol_name: str = ""
-) -> Resolved:
-    """What the user wrote wins over the protocol, and the protocol over the class default.
+    cls: type[P], written: Mapping[str, Any], protocol: Mapping[str, Any] | None = None, protocol_name: str = ""
+) -> Resolved[P]:
+    """Construct a plug-in: what the user wrote wins over the protocol, and the protocol over the class default.
 
     Raises:
         BadInput: an unknown parameter, or a value outside its range.
@@ -167,13 +196,13 @@ def resolve_params(
         key: None if value == "none" and type(None) in get_args(cls.model_fields[key].annotation) else value
         for key, value in written.items()
     }
+    values = {**protocol, **written}
     try:
-        plugin = cls(**{**protocol, **written})
+        plugin = cls(**values)
     except ValidationError as error:
         key = str(error.errors()[0]["loc"][0])
-        value = {**protocol, **written}.get(key)
         raise BadInput(
-            f"{cls.kind} {cls.name!r}: {key}={value} is not allowed; it takes {cls.range_of(key)}."
+            f"{cls.kind} {cls.name!r}: {key}={values.get(key)} is not allowed; allowed: {cls.range_of(key)}."
         ) from error
 
     def origin(key: str) -> str:

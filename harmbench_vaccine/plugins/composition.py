@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,6 +12,8 @@ from harmbench_vaccine.core.errors import BadInput
 
 from .base import Plugin, Resolved, resolve_params
 from .registry import Registry, is_plugin_path
+
+P = TypeVar("P", bound=Plugin)
 
 KEYWORDS = {"lambda": "lam"}
 """Parameters that the papers name by a word Python reserves."""
@@ -81,34 +83,39 @@ def _value(value: str, text: str) -> str:
 
 
 def resolve_plugins(
-    composition: Composition, registry: Registry[Any], protocol: Mapping[str, Mapping[str, Any]], protocol_name: str
-) -> list[Resolved]:
-    """Every component with its class found and its parameters resolved.
+    composition: Composition, registry: Registry[P], protocol: Mapping[str, Mapping[str, Any]], protocol_name: str
+) -> list[Resolved[P]]:
+    """Construct every component: find its class and resolve its parameters.
+
+    Args:
+        composition: the plug-ins as the user wrote them.
+        registry: where their classes are found.
+        protocol: plug-in name -> parameter -> value, from the protocol.
+        protocol_name: recorded as the origin of those values.
 
     Raises:
         BadInput: an unknown name or parameter, a value out of range, or one name twice.
     """
-    settled: list[Resolved] = []
+    resolved: list[Resolved[P]] = []
     for component in composition:
-        cls: type[Plugin] = registry.get(component.name)
+        cls = registry.get(component.name)
         written: dict[str, Any] = {}
         for key, value in component.params.items():
             if key == "" and cls.main_parameter() is None:
                 raise BadInput(f"{cls.kind} {cls.name!r} takes no bare value: it has no main parameter. {_GRAMMAR}")
             written[key or str(cls.main_parameter())] = value
-        resolved = resolve_params(cls, written, protocol.get(cls.name), protocol_name)
-        if any(other.plugin.name == cls.name for other in settled):
-            raise BadInput(f"{cls.kind} {cls.name!r} is named twice; give it its parameters once.")
-        settled.append(resolved)
-    return settled
+        if any(earlier.plugin.name == cls.name for earlier in resolved):
+            raise BadInput(f"{cls.kind} {cls.name!r} is named twice; write it once with all its parameters.")
+        resolved.append(resolve_params(cls, written, protocol.get(cls.name), protocol_name))
+    return resolved
 
 
-def canonical_name(settled: list[Resolved]) -> str:
-    """The composition as a command line would name it: only what departs from the protocol and the defaults."""
-    return "+".join(_canonical_component(resolved) for resolved in settled)
+def canonical_name(resolved: Iterable[Resolved[Plugin]]) -> str:
+    """Return the composition as a command line would name it: only what departs from the protocol and the defaults."""
+    return "+".join(map(_canonical_component, resolved))
 
 
-def _canonical_component(resolved: Resolved) -> str:
+def _canonical_component(resolved: Resolved[Plugin]) -> str:
     plugin = resolved.plugin
     written = {key: _plain(value) for key, value in resolved.params.items() if resolved.origins[key] == "written"}
     main = plugin.main_parameter()

@@ -127,12 +127,12 @@ class AttackTeam(Attack):
                     )
 
     @property
-    def acting(self) -> Attack | None:
+    def editing_attack(self) -> Attack | None:
         """The one that edits weights in place of the user stage, if there is one."""
         return next((member for member in self.members if not member.trains), None)
 
     @property
-    def filters(self) -> bool:
+    def filters_rows(self) -> bool:
         """Whether rows are moderated before they are trained on."""
         return any(type(member).filter is not Attack.filter for member in self.members)
 

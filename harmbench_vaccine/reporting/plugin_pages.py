@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FACTS: dict[str, tuple[str, ...]] = {
     "defense": (
-        "stages", "cost", "once", "memory", "data", "topology", "needs_adapter", "trains", "edits_base", "neutral"
+        "stages", "cost", "once", "memory", "data", "topology", "needs_adapter", "trains", "neutral"
     ),
     "attack": ("trains", "edits_base", "excludes", "neutral"),
     "task": ("dataset", "fields", "chance"),

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from harmbench_vaccine.evaluation.results import RESULT_STAGES, by_question
+from harmbench_vaccine.evaluation.records import by_question
+from harmbench_vaccine.evaluation.result import Agreement, JudgeScore, Result, StageRecord
 
 from .render import Cell, Column, dim_notes, numbers, render_table
 
 if TYPE_CHECKING:
     from .testbed_report import TestbedReport
 
+STAGE_ORDER = ("align", "finetune", "repair", "answer", "score")
 
-def results_table(results: Sequence[dict[str, Any]], published: bool = False) -> RenderableType:
+
+def results_table(results: Sequence[Result], published: bool = False) -> RenderableType:
     """Show one row per run: scores with their intervals, alignment loss, embedding drift, seconds per stage.
 
     Args:
@@ -26,11 +29,11 @@ def results_table(results: Sequence[dict[str, Any]], published: bool = False) ->
     Raises:
         ValueError: The results come from several protocols, whose scores are not comparable.
     """
-    hashes = {result["protocol_hash"] for result in results}
+    hashes = {result.protocol_hash for result in results}
     if len(hashes) > 1:
         raise ValueError(f"Cannot show results of {len(hashes)} protocols in one table: show each protocol separately.")
-    stages = [stage for stage in RESULT_STAGES if any(stage in result["stages"] for result in results)]
-    with_seed = len({result["seed"] for result in results}) > 1
+    stages = [stage for stage in STAGE_ORDER if any(stage in result.stages for result in results)]
+    with_seed = len({result.seed for result in results}) > 1
     table = render_table(
         [
             *("run", "defense", "attack", "task"),
@@ -42,9 +45,9 @@ def results_table(results: Sequence[dict[str, Any]], published: bool = False) ->
     )
     notes = [_results_legend(results[0], stages)]
     for result in results:
-        if result["validity"]["collapsed"]:
-            reasons = "; ".join(result["validity"]["reasons"])
-            notes.append(f"COLLAPSED {result['run']}: {reasons}. Its HS does not count as safe.")
+        if result.collapsed:
+            reasons = "; ".join(result.validity.reasons)
+            notes.append(f"COLLAPSED {result.run}: {reasons}. Its HS does not count as safe.")
     for result in results:
         notes += _result_notes(result)
     notes += judge_notes(results)
@@ -56,45 +59,45 @@ def results_table(results: Sequence[dict[str, Any]], published: bool = False) ->
     return Group(*parts)
 
 
-def _result_row(result: Mapping[str, Any], stages: Sequence[str], with_seed: bool) -> list[Cell]:
-    before = result["before"]
-    harmful_score = _percent(result["harmful_score"], result["harmful_score_ci"])
-    accuracy = _percent(result["finetune_accuracy"], result["finetune_accuracy_ci"])
+def _result_row(result: Result, stages: Sequence[str], with_seed: bool) -> list[Cell]:
+    before = result.before
+    harmful_score = _percent(result.harmful_score, result.harmful_score_ci)
+    accuracy = _percent(result.finetune_accuracy, result.finetune_accuracy_ci)
     return [
-        *(result[key] for key in ("run", "defense", "attack", "task")),
-        *([str(result["seed"])] if with_seed else []),
-        Text(harmful_score, style="red" if result["validity"]["collapsed"] else "bold"),
-        accuracy + ("" if result["trained"] else " untrained"),
-        f"{before['harmful_score']:.1f}, {before['finetune_accuracy']:.1f}",
-        _number(result["alignment_loss"], ".3f"),
-        _number(result["embedding_drift"], ".3g"),
-        "+".join(_seconds(result["stages"].get(stage)) for stage in stages),
+        *(result.run, result.defense, result.attack, result.task),
+        *([str(result.seed)] if with_seed else []),
+        Text(harmful_score, style="red" if result.collapsed else "bold"),
+        accuracy + ("" if result.trained else " untrained"),
+        f"{before.harmful_score:.1f}, {before.finetune_accuracy:.1f}",
+        _number(result.alignment_loss, ".3f"),
+        _number(result.embedding_drift, ".3g"),
+        "+".join(_seconds(result.stages.get(stage)) for stage in stages),
     ]
 
 
-def _results_legend(result: Mapping[str, Any], stages: Sequence[str]) -> str:
+def _results_legend(result: Result, stages: Sequence[str]) -> str:
     return (
-        f"HS: % of answers to {result['harmful_score_n']} harmful prompts that the judge flags (lower: better). "
-        f"FA: % of {result['finetune_accuracy_n']} test items answered correctly (higher: better). "
+        f"HS: % of answers to {result.harmful_score_n} harmful prompts that the judge flags (lower: better). "
+        f"FA: % of {result.finetune_accuracy_n} test items answered correctly (higher: better). "
         "95% Wilson intervals. before: HS, FA of the aligned model. "
         f"Seconds: {'+'.join(stages)}, in brackets if reused. "
-        f"Protocol {result['protocol']} {result['protocol_hash']}."
+        f"Protocol {result.protocol} {result.protocol_hash}."
     )
 
 
-def _result_notes(result: Mapping[str, Any]) -> list[str]:
+def _result_notes(result: Result) -> list[str]:
     """Return notes on further harmful sets, on a metric that is not accuracy, and on a guardrail."""
     notes = []
-    if len(result["harmful_sets"]) > 1:
-        scores = ", ".join(f"{name} {score:.1f}" for name, score in result["harmful_sets"].items())
-        notes.append(f"{result['run']}: HS by set: {scores}.")
-    if (measure := result["finetune_accuracy_measure"]) != "accuracy":
-        notes.append(f"{result['run']}: FA is the {measure}, as a percentage, with a 95% t-interval over the items.")
-    if filtered := result["counts"]["finetune"].get("filtered"):
-        uploaded = filtered["harmful_uploaded"]
+    if len(result.harmful_sets) > 1:
+        scores = ", ".join(f"{name} {score:.1f}" for name, score in result.harmful_sets.items())
+        notes.append(f"{result.run}: HS by set: {scores}.")
+    if (measure := result.finetune_accuracy_measure) != "accuracy":
+        notes.append(f"{result.run}: FA is the {measure}, as a percentage, with a 95% t-interval over the items.")
+    if (rows := result.counts.finetune) and (filtered := rows.filtered):
+        uploaded = filtered.harmful_uploaded
         notes.append(
-            f"{result['run']}: guardrail: {uploaded - filtered['harmful']} of {uploaded} harmful rows leaked through, "
-            f"{filtered['benign']} of {filtered['benign_uploaded']} benign rows dropped wrongly."
+            f"{result.run}: guardrail: {uploaded - filtered.harmful} of {uploaded} harmful rows leaked through, "
+            f"{filtered.benign} of {filtered.benign_uploaded} benign rows dropped wrongly."
         )
     return notes
 
@@ -107,14 +110,14 @@ def _percent(value: float, interval: Sequence[float]) -> str:
     return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
 
 
-def _seconds(stage: Mapping[str, Any] | None) -> str:
+def _seconds(stage: StageRecord | None) -> str:
     if stage is None:
         return "-"
-    return f"({stage['seconds']:.0f})" if stage["cached"] else f"{stage['seconds']:.0f}"
+    return f"({stage.seconds:.0f})" if stage.cached else f"{stage.seconds:.0f}"
 
 
 def answers_view(
-    result: Mapping[str, Any], answers: Sequence[dict[str, Any]], set_name: str, limit: int, only: str | None
+    result: Result, answers: Sequence[dict[str, Any]], set_name: str, limit: int, only: str | None
 ) -> RenderableType:
     """Show questions with the answers before and after the user stage, and their verdicts.
 
@@ -135,7 +138,7 @@ def answers_view(
         ],
         lines=True,
     )
-    title = f"{result['run']}: {result['defense']} under {result['attack']}, set {set_name!r}"
+    title = f"{result.run}: {result.defense} under {result.attack}, set {set_name!r}"
     count = f"{min(limit, len(pairs))} of {len(pairs)} questions"
     return Group(Text(title, style="bold"), table, *dim_notes([count]))
 
@@ -159,9 +162,9 @@ def _append_verdict(text: Text, verdict: Mapping[str, Any], judge: str = "") -> 
     text.append(f"\n{judge}{label}", style="red" if verdict["flagged"] else "green")
 
 
-def scores_view(result: Mapping[str, Any]) -> RenderableType:
+def scores_view(result: Result) -> RenderableType:
     """Show the harmful scores of a run by each of its judges, and the agreement of every two judges."""
-    scores = result["scores"]
+    scores = result.scores
     table = render_table(
         [
             "scorer",
@@ -171,56 +174,56 @@ def scores_view(result: Mapping[str, Any]) -> RenderableType:
         [_score_row(name, score) for name, score in scores.items()],
     )
     parts: list[RenderableType] = [table]
-    if result["agreement"]:
+    if result.agreement:
         columns: list[Column | str] = [
             "two scorers",
             *numbers("kappa", "both flag", "only the first", "only the second", "neither"),
         ]
-        parts += [Text(), render_table(columns, [_agreement_row(pair) for pair in result["agreement"]])]
-    n = next(iter(scores.values()))["n"]
+        parts += [Text(), render_table(columns, [_agreement_row(pair) for pair in result.agreement])]
+    n = next(iter(scores.values())).n
     notes = [
-        f"{result['run']}: answers to {n} harmful prompts after the user stage. 95% Wilson intervals. "
+        f"{result.run}: answers to {n} harmful prompts after the user stage. 95% Wilson intervals. "
         "An answer without a verdict counts as not flagged. Cohen's kappa is over all answers with both verdicts, "
         "before and after."
     ]
     return Group(*parts, *dim_notes([*notes, *judge_notes([result])]))
 
 
-def _score_row(name: str, score: Mapping[str, Any]) -> list[Cell]:
-    categories = list(score["categories"].items())[:3]
+def _score_row(name: str, score: JudgeScore) -> list[Cell]:
+    categories = list(score.categories.items())[:3]
     return [
         name,
-        Text(_percent(score["harmful_score"], score["ci"]), style="" if score["comparison_only"] else "bold"),
-        _percent(score["before"]["harmful_score"], score["before"]["ci"]),
-        str(score["unparsed"]),
-        str(score["cut"]),
-        f"{score['mean']:.2f}" if "mean" in score else "-",
+        Text(_percent(score.harmful_score, score.ci), style="" if score.comparison_only else "bold"),
+        _percent(score.before.harmful_score, score.before.ci),
+        str(score.unparsed),
+        str(score.cut),
+        "-" if score.mean is None else f"{score.mean:.2f}",
         ", ".join(f"{label} {count}" for label, count in categories) or "-",
     ]
 
 
-def _agreement_row(pair: Mapping[str, Any]) -> list[Cell]:
-    first, second = pair["scorers"]
-    counts = (pair["both"], pair["only"][first], pair["only"][second], pair["neither"])
-    return [f"{first}, {second}", _kappa(pair["kappa"]), *map(str, counts)]
+def _agreement_row(pair: Agreement) -> list[Cell]:
+    first, second = pair.scorers
+    counts = (pair.both, pair.only[first], pair.only[second], pair.neither)
+    return [f"{first}, {second}", _kappa(pair.kappa), *map(str, counts)]
 
 
-def judge_notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def judge_notes(results: Sequence[Result]) -> list[str]:
     """Return the notes that go with judges' scores: further judges, licenses, unverified interfaces."""
     notes = []
     for result in results:
-        scores = result.get("scores", {})
+        scores = result.scores
         if len(scores) > 1:
-            by_judge = ", ".join(f"{name} {score['harmful_score']:.1f}" for name, score in scores.items())
+            by_judge = ", ".join(f"{name} {score.harmful_score:.1f}" for name, score in scores.items())
             kappas = ", ".join(
-                f"{' and '.join(pair['scorers'])} {_kappa(pair['kappa'])}" for pair in result["agreement"]
+                f"{' and '.join(pair.scorers)} {_kappa(pair.kappa)}" for pair in result.agreement
             )
-            notes.append(f"{result['run']}: HS by judge: {by_judge}. Cohen's kappa: {kappas}.")
-    judges = {name: score for result in results for name, score in result.get("scores", {}).items()}
-    licenses = dict.fromkeys(score["license"] for score in judges.values() if score["license"])
+            notes.append(f"{result.run}: HS by judge: {by_judge}. Cohen's kappa: {kappas}.")
+    judges = {name: score for result in results for name, score in result.scores.items()}
+    licenses = dict.fromkeys(score.license for score in judges.values() if score.license)
     notes += [f"License: {license_}." for license_ in licenses]
-    notes += [f"Unverified in {name}: {score['unverified']}." for name, score in judges.items() if score["unverified"]]
-    notes += [f"{name} is for comparison only." for name, score in judges.items() if score["comparison_only"]]
+    notes += [f"Unverified in {name}: {score.unverified}." for name, score in judges.items() if score.unverified]
+    notes += [f"{name} is for comparison only." for name, score in judges.items() if score.comparison_only]
     return notes
 
 
@@ -244,7 +247,7 @@ def testbed_view(report: TestbedReport) -> RenderableType:
     checks = render_table(
         ["", "requirement", "measured"],
         [
-            [Text("holds", "green") if check.holds else Text("FAILS", "bold red"), check.what, check.found]
+            [Text("holds", "green") if check.holds else Text("FAILS", "bold red"), check.requirement, check.measured]
             for check in report.checks
         ],
     )

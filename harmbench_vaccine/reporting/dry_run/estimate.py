@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.types import StageName, TrainSettings
 from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.experiment.rows import benign_set, harmful_sets, row_pools, task_set, user_rows
+from harmbench_vaccine.experiment.rows import eval_sets, plugin_pools, user_rows
 from harmbench_vaccine.inference.loading import readable_load_errors
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ def estimate_costs(cell: Experiment) -> list[Estimate]:
         HbvError: the model's configuration cannot be read.
     """
     made = []
-    stages: list[StageName] = ["align"] if cell.team("align").runs else []
-    stages += ["finetune"] if cell.trains else []
+    stages: list[StageName] = ["align"] if cell.stages["align"].defenses.runs else []
+    stages += ["finetune"] if cell.user_trains else []
     for name in stages:
-        settings = cell.settings(name, cell.team(name))
+        settings = cell.stages[name].settings
         rows, width = _rows(cell, name, settings)
         steps = math.ceil(round(settings.epochs * math.ceil(rows / settings.batch)) / settings.accumulation)
         memory = count_memory(cell.model, cell.protocol.dtype, cell.protocol.quantization, settings, width)
@@ -115,9 +115,9 @@ def _rows(cell: Experiment, name: StageName, settings: TrainSettings) -> tuple[i
         from harmbench_vaccine.data.collate import encode_examples
         from harmbench_vaccine.training.trainer import batch_order
 
-        pools = row_pools(cell)
+        pools = plugin_pools(cell)
         rows = list(pools.alignment) if name == "align" else user_rows(cell, pools)
-        rows = cell.team(name).train_on(name, rows, pools)
+        rows = cell.stages[name].defenses.train_on(name, rows, pools)
         with readable_load_errors(cell.model) as place:
             tokenizer = AutoTokenizer.from_pretrained(**place)
         lengths = [len(row.ids) for row in encode_examples(tokenizer, cell.template, rows, settings.max_length)]
@@ -131,7 +131,7 @@ def _answers(cell: Experiment, batch: int = 64) -> Estimate:
     """Both models' answers to every question, as long as they may become: an upper bound."""
     limits = cell.protocol.answer
     try:
-        asked = [*harmful_sets(cell), benign_set(cell), task_set(cell)]
+        asked = eval_sets(cell)
         sets = [(len(one.examples), one.max_new_tokens) for one in asked]
     except HbvError:
         tokens = limits.task_tokens.get(cell.task.name, cell.task.max_new_tokens)
@@ -141,11 +141,11 @@ def _answers(cell: Experiment, batch: int = 64) -> Estimate:
     settings = cell.finetune.settings
     cost = measure_seconds(cell.model, cell.protocol.dtype, settings, settings.max_length, batch)
     seconds = (
-        2 * sum(math.ceil(count_memory / batch) * tokens * cost.token for count_memory, tokens in sets)
+        2 * sum(math.ceil(count / batch) * tokens * cost.token for count, tokens in sets)
         if cost
         else None
     )
-    number = 2 * sum(count_memory for count_memory, _ in sets)
+    number = 2 * sum(count for count, _ in sets)
     memory = count_memory(cell.model, cell.protocol.dtype, cell.protocol.quantization, settings, 1).weights
     return Estimate("answer", seconds, memory, f"{number} answers at their full length, by transformers")
 

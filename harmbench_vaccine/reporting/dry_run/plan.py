@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harmbench_vaccine import pipeline, testbed
+from harmbench_vaccine import pipeline
 from harmbench_vaccine.core.errors import HbvError
-from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.data import hub
-from harmbench_vaccine.data.sources import TESTBED, local_path
+from harmbench_vaccine.data.sources import TESTBED, TESTBED_VERSION, local_path
 from harmbench_vaccine.evaluation.verdicts import scorer_models
 from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.inference.model_pool import Lab
+from harmbench_vaccine.experiment.context import RunContext
+from harmbench_vaccine.experiment.rows import HARM_DATA
+from harmbench_vaccine.inference.model_pool import ModelPool
 
 
 class _Planned(Store):
@@ -28,11 +29,11 @@ class _Planned(Store):
         super().__init__(root)
         self.asked: dict[str, Artifact] = {}
 
-    def make(
-        self, stage: str, inputs: Mapping[str, Any], maker: Callable[[Path, Path], None], *, together: bool = False
+    def get_or_create(
+        self, stage: str, inputs: Mapping[str, Any], create: Callable[[Path, Path], None], *, all_ranks: bool = False
     ) -> Artifact:
-        key = digest({"stage": stage, "inputs": inputs})
-        path = self.root / stage / key
+        path = self.path_of(stage, inputs)
+        key = path.name
         if key not in self.asked:
             self.asked[key] = self._finished(stage, key, path) or Artifact(stage, key, path, 0.0, cached=False)
         return self.asked[key]
@@ -64,8 +65,8 @@ def plan_runs(cells: Sequence[Experiment], root: Path) -> Plan:
     """What `pipeline.run` would ask of the store below `root`; nothing is made and nothing is downloaded."""
     wanted: dict[str, set[str]] = {"model": {cell.model for cell in cells}, "judge": set(), "data": set()}
     for cell in cells:
-        wanted["judge"] |= {model for judge in cell.scorers for model in scorer_models(judge.plugin)}  # type: ignore[arg-type]
-        wanted["data"] |= {cell.location(name) for name in (*pipeline.HARM_DATA, *cell.task.datasets)}
+        wanted["judge"] |= {model for judge in cell.scorers for model in scorer_models(judge.plugin)}
+        wanted["data"] |= {cell.location(name) for name in (*HARM_DATA, *cell.task.datasets)}
     built = planned_testbed(root).cached
     made = Plan(
         sources=[describe_source(what, place, built) for what, places in wanted.items() for place in sorted(places)]
@@ -77,7 +78,7 @@ def plan_runs(cells: Sequence[Experiment], root: Path) -> Plan:
     for cell in cells:
         before = len(store.asked)
         try:
-            pipeline.run(cell, Lab(store))
+            pipeline.run(cell, RunContext(store, ModelPool()))
         except HbvError as error:
             made.unknown = str(error)
         made.stages.append(list(store.asked.values())[before:])
@@ -86,7 +87,7 @@ def plan_runs(cells: Sequence[Experiment], root: Path) -> Plan:
 
 def planned_testbed(root: Path) -> Artifact:
     """The testbed in the store below `root`, built or not."""
-    return _Planned(root).make("testbed", {"version": testbed.VERSION}, lambda *_: None)
+    return _Planned(root).get_or_create("testbed", {"version": TESTBED_VERSION}, lambda *_: None)
 
 
 def describe_source(what: str, location: str, built: bool) -> Source:

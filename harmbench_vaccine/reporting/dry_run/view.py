@@ -12,6 +12,7 @@ from rich.text import Text
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.protocol import leaf_values
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
@@ -47,7 +48,7 @@ def _cell(cell: Experiment, made: Plan, number: int) -> dict[str, Any]:
         for resolved in [*cell.defenses, *cell.attacks, *cell.scorers]
     }
     return {
-        "run": cell.id if made.stages else None, "defense": cell.defense, "attack": cell.attack, "task": cell.task.name,
+        "run": run_id(cell) if made.stages else None, "defense": cell.defense, "attack": cell.attack, "task": cell.task.name,
         "seed": cell.spec.seed, "plugins": plugins, "stages": stages, "estimate": costs, "no_estimate": missing,
     }  # fmt: skip
 

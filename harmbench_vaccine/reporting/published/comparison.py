@@ -15,6 +15,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from harmbench_vaccine.evaluation.statistics import mean_interval
+from harmbench_vaccine.evaluation.records import csv_row
+from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.experiment.protocol import Protocol, load_protocol
 
 from ..render import Column, dim_notes, render_table
@@ -138,7 +140,7 @@ COLUMNS = {
 # From results to comparisons
 
 
-def compare_results(results: Sequence[Mapping[str, Any]]) -> list[PublishedComparison]:
+def compare_results(results: Sequence[Result]) -> list[PublishedComparison]:
     """Compare the results of `hbv run` with published figures.
 
     Returns:
@@ -146,14 +148,9 @@ def compare_results(results: Sequence[Mapping[str, Any]]) -> list[PublishedCompa
     """
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for result in results:
-        key = repr([result[name] for name in ("model", "task", "attack_params", "defense_params")])
-        ends = {
-            f"{score}_{end}": value
-            for score in SCORES
-            for end, value in zip(("low", "high"), result[f"{score}_ci"], strict=True)
-        }
-        row = {**result, **ends, "collapsed": result["validity"]["collapsed"]}
-        groups.setdefault(key, {})[result["run"]] = row
+        key = repr([result.model, result.task, result.attack_params, result.defense_params])
+        row = {**csv_row(result), "spec": result.spec}
+        groups.setdefault(key, {})[result.run] = row
     return [compare_rows(list(rows.values()), _run_protocol(next(iter(rows.values())))) for rows in groups.values()]
 
 

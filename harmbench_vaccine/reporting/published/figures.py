@@ -1,4 +1,4 @@
-"""What papers print, from `leaderboards/published/`: listed one table a protocol, and their averages recomputed."""
+"""Published figures from `leaderboards/published/`: load, filter, list, and recompute their averages."""
 
 from __future__ import annotations
 
@@ -15,99 +15,108 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from harmbench_vaccine.core.errors import BadInput
 
+from ..render import Column, dim_notes, numbers, render_table
+
 Figure = dict[str, str]
-"""A row of `results.csv`: every column as the text that stands there."""
+"""A row of `results.csv`: the text of every column."""
 
 EVIDENCE = (
     *("paper text", "authors' table image", "authors' run log"),
     *("author rebuttal", "paper text (OCR)", "third party"),
 )
-"""Where a figure was read, from the most direct to the least."""
+"""Sources of a figure, from the most direct to the least."""
 
 _PAPER = ("protocol", "paper", "arxiv", "venue")
 _NEVER = "Absolute scores never compare across protocols: they depend on alignment data, model, prompts and judge."
 
 
-def read_table(name: str) -> list[dict[str, str]]:
-    """The rows of one of the published CSVs, in a checkout as in an installed package."""
-    return rows_of(files("harmbench_vaccine.published") / name)
+def load_table(name: str) -> list[dict[str, str]]:
+    """Load one of the published CSVs, from a checkout or an installed package."""
+    return load_csv(files("harmbench_vaccine.published") / name)
 
 
-def rows_of(file: Traversable | Path) -> list[dict[str, str]]:
-    """The rows of a CSV."""
+def load_csv(file: Traversable | Path) -> list[dict[str, str]]:
+    """Load the rows of a CSV."""
     with file.open(encoding="utf-8") as lines:
         return list(csv.DictReader(lines))
 
 
 def load_figures() -> list[Figure]:
-    """Every published figure, in the order of the file."""
-    return read_table("results.csv")
+    """Load every published figure, in the order of the file."""
+    return load_table("results.csv")
 
 
-def select_figures(rows: Sequence[Figure], wanted: Mapping[str, Sequence[str]]) -> list[Figure]:
-    """The figures that have, in every column of which something is wanted, one of the wanted values.
+def select_figures(rows: Sequence[Figure], filters: Mapping[str, Sequence[str]]) -> list[Figure]:
+    """Select figures by column values.
 
-    Case does not matter where it tells no two values apart; `Antidote` and `AntiDote` are two defenses.
+    Case is ignored unless two values differ only in case: `Antidote` and `AntiDote` are two defenses.
+
+    Args:
+        rows: Figures to select from.
+        filters: Column -> allowed values; an empty sequence allows all.
 
     Raises:
-        BadInput: no figure has such a value.
+        BadInput: No figure has such a value.
     """
-    kept = {column: {_meant(rows, column, name) for name in names} for column, names in wanted.items() if names}
-    return [row for row in rows if all(row[column] in names for column, names in kept.items())]
+    allowed = {
+        column: {_known_value(rows, column, name) for name in names} for column, names in filters.items() if names
+    }
+    return [row for row in rows if all(row[column] in names for column, names in allowed.items())]
 
 
-def _meant(rows: Sequence[Figure], column: str, name: str) -> str:
+def _known_value(rows: Sequence[Figure], column: str, name: str) -> str:
     values = sorted({row[column] for row in rows} - {""}, key=lambda value: (value.casefold(), value))
     if name in values:
         return name
-    spelled: dict[str, list[str]] = defaultdict(list)
+    spellings: dict[str, list[str]] = defaultdict(list)
     for value in values:
-        spelled[value.casefold()].append(value)
-    alike = spelled.get(name.casefold(), [])
-    if len(alike) == 1:
-        return alike[0]
-    close = difflib.get_close_matches(name.casefold(), spelled, n=1, cutoff=0.4)
-    guess = f" Did you mean {' or '.join(map(repr, spelled[close[0]]))}?" if close else ""
+        spellings[value.casefold()].append(value)
+    candidates = spellings.get(name.casefold(), [])
+    if len(candidates) == 1:
+        return candidates[0]
+    close = difflib.get_close_matches(name.casefold(), spellings, n=1, cutoff=0.4)
+    guess = f" Did you mean {' or '.join(map(repr, spellings[close[0]]))}?" if close else ""
     raise BadInput(f"Unknown {column} {name!r}.{guess} Allowed: {', '.join(values)}.")
 
 
-def summary(rows: Sequence[Figure], overhead: int) -> dict[str, Any]:
-    """How many figures there are, of which papers and protocols, and how they were read.
+def summarize_figures(rows: Sequence[Figure], overhead: int) -> dict[str, Any]:
+    """Count figures by protocol, paper and evidence.
 
-    `overhead` is the number of figures of time and memory, which stand in a file of their own.
+    Args:
+        rows: The figures.
+        overhead: Number of figures on time and memory, which are in `overhead.csv`.
     """
-    grouped: dict[tuple[str, str], list[Figure]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Figure]] = defaultdict(list)
     for row in rows:
-        grouped[row["protocol"], row["paper"]].append(row)
+        groups[row["protocol"], row["paper"]].append(row)
     return {
         "figures": len(rows),
         "overhead_figures": overhead,
         "protocols": dict(Counter(row["protocol"] for row in rows)),
-        "evidence": _grades(rows),
+        "evidence": _evidence_counts(rows),
         "papers": [
             {
                 "protocol": protocol,
                 "paper": paper,
-                "arxiv": own[0]["arxiv"],
-                "venue": own[0]["venue"],
-                "figures": len(own),
-                "metrics": list(dict.fromkeys(row["metric"] for row in own)),
-                "evidence": _grades(own),
+                "arxiv": figures[0]["arxiv"],
+                "venue": figures[0]["venue"],
+                "figures": len(figures),
+                "metrics": list(dict.fromkeys(row["metric"] for row in figures)),
+                "evidence": _evidence_counts(figures),
             }
-            for (protocol, paper), own in grouped.items()
+            for (protocol, paper), figures in groups.items()
         ],
     }
 
 
-def _grades(rows: Sequence[Figure]) -> dict[str, int]:
-    """Grade -> how many figures have it; the most direct first, and one that has no rank yet last."""
+def _evidence_counts(rows: Sequence[Figure]) -> dict[str, int]:
+    """Return source -> number of figures; the most direct source first, unknown sources last."""
     counts = Counter(row["evidence"] for row in rows)
-    return {grade: counts[grade] for grade in (*EVIDENCE, *sorted(counts.keys() - EVIDENCE)) if counts[grade]}
+    return {source: counts[source] for source in (*EVIDENCE, *sorted(counts.keys() - EVIDENCE)) if counts[source]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,36 +129,37 @@ _SETTING = ("model", "task", "harmful_ratio", "samples")
 
 @dataclass(frozen=True)
 class Average:
-    """A printed average with the cells of its row of the paper's table."""
+    """A printed average with the figures that it averages."""
 
     figure: Figure
-    cells: list[Figure]
+    parts: list[Figure]
+    """The other figures in its row of the paper's table."""
     missing: str
-    """Which of them are not recorded; empty if all are."""
+    """The parts that are not recorded; empty if all are."""
 
     @property
     def mean(self) -> Decimal:
-        """The average of the cells as they are printed."""
-        return self._sum / len(self.cells)
+        """The mean of the printed parts."""
+        return self._sum / len(self.parts)
 
     @property
-    def holds(self) -> bool:
-        """Whether rounding explains the difference: half a unit of the last digit of the average and of each cell."""
-        slack = len(self.cells) * _half_a_unit(self.figure) + sum(map(_half_a_unit, self.cells))
-        return abs(self._sum - len(self.cells) * Decimal(self.figure["value"])) <= slack
+    def follows(self) -> bool:
+        """Whether rounding explains the difference: half a unit of the last digit of the average and of each part."""
+        slack = len(self.parts) * _half_a_unit(self.figure) + sum(map(_half_a_unit, self.parts))
+        return abs(self._sum - len(self.parts) * Decimal(self.figure["value"])) <= slack
 
     @property
     def _sum(self) -> Decimal:
-        return sum((Decimal(cell["value"]) for cell in self.cells), Decimal(0))
+        return sum((Decimal(part["value"]) for part in self.parts), Decimal(0))
 
-    def json(self) -> dict[str, Any]:
-        """The average with its cells; without `recomputed` and `holds` if some are missing."""
-        place = {key: self.figure[key] for key in (*_TABLE, *_SETTING, "defense", "metric", "unit", "evidence", "note")}
-        cells = [{"sweep_value": cell["sweep_value"], "printed": cell["value"]} for cell in self.cells]
-        made = {**place, "printed": self.figure["value"], "cells": cells}
+    def to_json(self) -> dict[str, Any]:
+        """Return the average with its parts; without `recomputed` and `holds` if parts are missing."""
+        columns = (*_TABLE, *_SETTING, "defense", "metric", "unit", "evidence", "note")
+        cells = [{"sweep_value": part["sweep_value"], "printed": part["value"]} for part in self.parts]
+        values = {**{key: self.figure[key] for key in columns}, "printed": self.figure["value"], "cells": cells}
         if self.missing:
-            return {**made, "missing": self.missing}
-        return {**made, "recomputed": float(self.mean), "holds": self.holds}
+            return {**values, "missing": self.missing}
+        return {**values, "recomputed": float(self.mean), "holds": self.follows}
 
 
 def _half_a_unit(figure: Figure) -> Decimal:
@@ -158,148 +168,183 @@ def _half_a_unit(figure: Figure) -> Decimal:
 
 
 def is_average(row: Figure) -> bool:
-    """Whether a figure is an average over what its table varies."""
+    """Return whether a figure is an average over a column that its table varies."""
     return any(_AVERAGE.search(row[column]) for column in ("sweep_value", *_SETTING))
 
 
 def find_averages(rows: Sequence[Figure]) -> list[Average]:
-    """Every printed average: a figure whose place in the table says so, such as the sweep value `average`.
+    """Find every printed average: a figure with `average` as its sweep value or in its setting.
 
-    Its cells are the other figures of the same table, sweep, defense and metric; what else it says of its setting (the
-    swept column is empty) holds for them too. A cell is missing that another row of the table has, or that a note
-    calls omitted.
+    Its parts are the other figures of the same table, sweep, defense and metric, in the setting that the average states
+    (the swept column is empty). A part is missing if a different row of the table has it, or if a note mentions an
+    omitted column.
     """
     tables: dict[tuple[str, ...], list[Figure]] = defaultdict(list)
     for row in rows:
         if not is_average(row):
-            tables[_place(row)].append(row)
-    found = []
+            tables[_table_key(row)].append(row)
+    averages = []
     for row in filter(is_average, rows):
         stated = {column: row[column] for column in _SETTING if row[column] and not _AVERAGE.search(row[column])}
-        table = [cell for cell in tables[_place(row)] if all(cell[key] == value for key, value in stated.items())]
-        cells = [cell for cell in table if (cell["defense"], cell["metric"]) == (row["defense"], row["metric"])]
-        found.append(Average(row, cells, _missing(row, cells, table)))
-    return found
+        table = [figure for figure in tables[_table_key(row)] if stated.items() <= figure.items()]
+        parts = [part for part in table if (part["defense"], part["metric"]) == (row["defense"], row["metric"])]
+        averages.append(Average(row, parts, _missing_parts(row, parts, table)))
+    return averages
 
 
-def _place(row: Figure) -> tuple[str, ...]:
+def _table_key(row: Figure) -> tuple[str, ...]:
     return tuple(row[column] for column in _TABLE)
 
 
-def _missing(row: Figure, cells: Sequence[Figure], table: Sequence[Figure]) -> str:
-    if not cells:
+def _missing_parts(row: Figure, parts: Sequence[Figure], table: Sequence[Figure]) -> str:
+    if not parts:
         return "none of its cells is recorded"
-    there = {cell["sweep_value"] for cell in cells}
-    lacking = dict.fromkeys(cell["sweep_value"] for cell in table if cell["sweep_value"] not in there)
-    if lacking:
-        return f"not recorded: {', '.join(lacking)}"
-    return "a column is omitted, says its note" if "omitted" in row["note"] else ""
+    recorded = {part["sweep_value"] for part in parts}
+    missing = dict.fromkeys(figure["sweep_value"] for figure in table if figure["sweep_value"] not in recorded)
+    if missing:
+        return f"not recorded: {', '.join(missing)}"
+    return "a column is omitted according to its note" if "omitted" in row["note"] else ""
 
 
-def check_averages(found: Sequence[Average]) -> dict[str, Any]:
-    """How many averages follow from their cells, and those that do not or cannot be checked."""
-    whole = [average for average in found if not average.missing]
-    wrong = [average for average in whole if not average.holds]
+def check_averages(averages: Sequence[Average]) -> dict[str, Any]:
+    """Recompute averages.
+
+    Returns:
+        The number of averages, the number that follow from their cells, and lists of those that do not follow or
+        cannot be checked.
+    """
+    complete = [average for average in averages if not average.missing]
+    wrong = [average for average in complete if not average.follows]
     return {
-        "averages": len(found),
-        "follow": len(whole) - len(wrong),
-        "do_not_follow": [average.json() for average in wrong],
-        "not_checkable": [average.json() for average in found if average.missing],
+        "averages": len(averages),
+        "follow": len(complete) - len(wrong),
+        "do_not_follow": [average.to_json() for average in wrong],
+        "not_checkable": [average.to_json() for average in averages if average.missing],
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown
+# Views
 
 
 def figure_json(row: Figure) -> dict[str, Any]:
-    """A figure with its value as a number, and `printed` as the paper has it."""
+    """Return a figure with `value` as a number and `printed` as the paper's text."""
     return {**row, "value": float(row["value"]), "printed": row["value"]}
 
 
-def summary_view(made: Mapping[str, Any]) -> RenderableType:
-    """One line a paper and protocol, then what the figures rest on."""
-    table = _table("protocol", "paper", "arXiv", "venue", "figures", "evidence")
-    for paper in made["papers"]:
-        cells = [str(paper[key]) for key in (*_PAPER, "figures")]
-        table.add_row(*map(Text, [*cells, _counts(paper["evidence"])]))
-    papers = len({paper["paper"] for paper in made["papers"]})
+def summary_view(summary: Mapping[str, Any]) -> RenderableType:
+    """Show one row per paper and protocol, then the counts by evidence.
+
+    Args:
+        summary: The output of `summarize_figures`.
+    """
+    table = render_table(
+        [
+            *(Column(title, wrap=False) for title in ("protocol", "paper")),
+            *("arXiv", "venue"),
+            *numbers("figures", wrap=False),
+            "evidence",
+        ],
+        [
+            [*(str(paper[key]) for key in (*_PAPER, "figures")), _format_counts(paper["evidence"])]
+            for paper in summary["papers"]
+        ],
+        gap=1,
+    )
+    papers = len({paper["paper"] for paper in summary["papers"]})
     notes = [
-        f"{made['figures']} figures of {papers} papers under {len(made['protocols'])} protocols; "
-        f"{made['overhead_figures']} more, of time and memory, are in overhead.csv. {_NEVER}",
-        f"Evidence, from the most direct to the least: {_counts(made['evidence'])}.",
+        f"{summary['figures']} figures of {papers} papers under {len(summary['protocols'])} protocols; "
+        f"{summary['overhead_figures']} more, of time and memory, are in overhead.csv. {_NEVER}",
+        f"Evidence, from the most direct to the least: {_format_counts(summary['evidence'])}.",
         "A filter lists figures: hbv published --paper Vaccine --metric HS. --check recomputes the averages.",
     ]
-    return Group(table, *[Text(note, style="dim") for note in notes])
+    return Group(table, *dim_notes(notes))
 
 
-_SHOWN = {
-    "table": "table", "model": "model", "task": "task", "setting": "setting", "harmful_ratio": "p", "samples": "n",
-    "defense": "defense", "metric": "metric", "value": "value", "unit": "unit", "evidence": "evidence", "mark": "note",
-}  # fmt: skip
-"""Column of a listing -> its heading."""
+_FIGURE_COLUMNS = {
+    "table": Column("table"),
+    "model": Column("model"),
+    "task": Column("task"),
+    "setting": Column("setting"),
+    "harmful_ratio": Column("p"),
+    "samples": Column("n"),
+    "defense": Column("defense"),
+    "metric": Column("metric"),
+    "value": Column("value", right=True, wrap=False),
+    "unit": Column("unit"),
+    "evidence": Column("evidence"),
+    "mark": Column("note"),
+}
 
 
 def figures_table(rows: Sequence[Figure], limit: int) -> RenderableType:
-    """The first `limit` figures, one table for every protocol and paper, with their notes below it."""
-    grouped: dict[tuple[str, ...], list[Figure]] = defaultdict(list)
+    """Show the first `limit` figures, one table per protocol and paper, each with its notes below."""
+    groups: dict[tuple[str, ...], list[Figure]] = defaultdict(list)
     for row in rows[:limit]:
-        grouped[tuple(row[key] for key in _PAPER)].append(row)
-    shown: list[RenderableType] = []
-    for (protocol, paper, arxiv, venue), own in grouped.items():
-        table = _table(*_SHOWN.values())
-        marks: dict[str, str] = {"": ""}
-        for row in own:
-            made = {
-                **row,
-                "setting": "=".join(filter(None, (row["sweep"], row["sweep_value"]))),
-                "mark": marks.setdefault(row["note"], f"[{len(marks)}]"),
-            }
-            table.add_row(*[Text(made[key]) for key in _SHOWN])
-        notes = [Text(f"{mark} {note}", style="dim") for note, mark in marks.items() if note]
-        shown += [Text(f"Protocol {protocol}: {paper} ({arxiv}, {venue})", style="bold"), table, *notes, Text()]
+        groups[tuple(row[key] for key in _PAPER)].append(row)
+    parts: list[RenderableType] = []
+    for (protocol, paper, arxiv, venue), figures in groups.items():
+        marks = {"": ""}
+        for row in figures:
+            marks.setdefault(row["note"], f"[{len(marks)}]")
+        cells = [
+            {**row, "setting": "=".join(filter(None, (row["sweep"], row["sweep_value"]))), "mark": marks[row["note"]]}
+            for row in figures
+        ]
+        table = render_table(
+            list(_FIGURE_COLUMNS.values()), [[row[key] for key in _FIGURE_COLUMNS] for row in cells], gap=1
+        )
+        notes = dim_notes(f"{mark} {note}" for note, mark in marks.items() if note)
+        parts += [Text(f"Protocol {protocol}: {paper} ({arxiv}, {venue})", style="bold"), table, *notes, Text()]
     count = f"{min(limit, len(rows))} of {len(rows)} figures{'; --limit shows more' if limit < len(rows) else ''}."
-    return Group(*shown, Text(f"{count} {_NEVER}" if rows else "No figure fits all of these.", style="dim"))
+    return Group(*parts, *dim_notes([f"{count} {_NEVER}" if rows else "No figure matches all filters."]))
 
 
-def check_view(made: Mapping[str, Any]) -> RenderableType:
-    """The averages that do not follow from their cells, and how many do or cannot be checked."""
-    wrong, unknown = made["do_not_follow"], made["not_checkable"]
-    table = _table("paper", "table", "defense", "metric", "printed", "recomputed", "differs by", "cells", "evidence")
+def check_view(outcome: Mapping[str, Any]) -> RenderableType:
+    """Show the averages that do not follow from their cells, and the counts of the others.
+
+    Args:
+        outcome: The output of `check_averages`.
+    """
+    wrong, unknown = outcome["do_not_follow"], outcome["not_checkable"]
+    rows = []
     for average in wrong:
         digits = len(average["printed"].partition(".")[2])
         difference = float(average["printed"]) - average["recomputed"]
-        table.add_row(
-            *[Text(average[key]) for key in ("paper", "table", "defense", "metric", "printed")],
-            _decimals(average["recomputed"], digits),
-            ("+" if difference > 0 else "") + _decimals(difference, digits),
-            Text(", ".join(f"{cell['sweep_value']}: {cell['printed']}" for cell in average["cells"])),
-            Text(average["evidence"]),
+        rows.append(
+            [
+                *(average[key] for key in ("paper", "table", "defense", "metric", "printed")),
+                _decimals(average["recomputed"], digits),
+                ("+" if difference > 0 else "") + _decimals(difference, digits),
+                ", ".join(f"{cell['sweep_value']}: {cell['printed']}" for cell in average["cells"]),
+                average["evidence"],
+            ]
         )
-    reasons = _counts(Counter(average["missing"] for average in unknown))
+    reasons = _format_counts(Counter(average["missing"] for average in unknown))
     notes = [
-        f"{made['averages']} printed averages: {made['follow']} follow from their cells within rounding, "
+        f"{outcome['averages']} printed averages: {outcome['follow']} follow from their cells within rounding, "
         f"{len(wrong)} do not, {len(unknown)} cannot be checked{reasons and f' ({reasons})'}.",
     ]
-    if wrong:
-        notes.append("What is wrong, the average, a cell, or how one of them was copied, the numbers do not tell.")
-    return Group(*([table] if wrong else []), *[Text(note, style="dim") for note in notes])
+    if not wrong:
+        return Group(*dim_notes(notes))
+    table = render_table(
+        [
+            *(Column("paper", wrap=False), "table", "defense", "metric"),
+            *numbers("printed", "recomputed", "differs by", wrap=False),
+            *("cells", "evidence"),
+        ],
+        rows,
+        gap=1,
+    )
+    notes.append("The numbers do not show whether the average, a cell, or a copy of one of them is wrong.")
+    return Group(table, *dim_notes(notes))
 
 
 def _decimals(value: float, least: int) -> str:
-    """At least as many as are printed, and two more where they are not 0."""
+    """Format a number with `least` decimals, and up to two more if they are not 0."""
     text = f"{value:.{least + 2}f}"
     return text[:-2] + text[-2:].rstrip("0") if least else f"{value:.2f}"
 
 
-def _counts(counts: Mapping[str, int]) -> str:
+def _format_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for title in titles:
-        number = title in ("figures", "value", "printed", "recomputed", "differs by")
-        whole = number or title in ("protocol", "paper")
-        table.add_column(title, justify="right" if number else "left", overflow="fold", no_wrap=whole)
-    return table

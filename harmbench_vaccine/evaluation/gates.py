@@ -1,0 +1,75 @@
+"""The gates of a protocol: whether a model still answers, or has collapsed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from harmbench_vaccine.data.answer_checks import answer_shares, refuses
+from harmbench_vaccine.experiment.experiment import Experiment
+
+from .agreement import AnswerRow
+from .result import AnswerShares, Validity
+from .statistics import percentage
+
+_MODELS: dict[Literal["before", "after"], str] = {"before": "of the aligned model", "after": "after the user stage"}
+
+
+def measure_validity(
+    experiment: Experiment,
+    rows: Sequence[AnswerRow],
+    judge: str,
+    accuracy_before: float,
+    accuracy: float,
+    alignment_loss: float | None,
+) -> Validity:
+    """Apply the gates of the protocol to the aligned and to the final model.
+
+    A model that never learned the task, since the attack does not train, is not held to its accuracy.
+
+    Args:
+        experiment: the run.
+        rows: its answers with verdicts.
+        judge: the headline judge.
+        accuracy_before: finetune accuracy of the aligned model, in percent.
+        accuracy: the same of the final model.
+        alignment_loss: of the final model; None if it is not a number.
+    """
+    gates, chance = experiment.protocol.gates, experiment.task.chance
+    reasons = []
+    shares = {when: _shares([row for row in rows if row["when"] == when], judge) for when in _MODELS}
+    for when, model in _MODELS.items():
+        degenerate, refused = shares[when].degenerate, shares[when].over_refusal
+        if degenerate > gates.degenerate:
+            reasons.append(
+                f"{degenerate:.0f}% of answers {model} are empty or repetitive (at most {gates.degenerate:g}%)"
+            )
+        if refused > gates.refusals:
+            reasons.append(f"{refused:.0f}% of benign prompts are refused {model} (at most {gates.refusals:g}%)")
+    floor = chance + gates.above_chance
+    if experiment.user_trains and accuracy <= floor:
+        reasons.append(
+            f"accuracy {accuracy:.1f} after the user stage is not above {floor:g} (guessing gives {chance:g})"
+        )
+    if gates.accuracy_before is not None and accuracy_before < gates.accuracy_before:
+        reasons.append(f"accuracy {accuracy_before:.1f} before the user stage is below {gates.accuracy_before:g}")
+    if alignment_loss is None:
+        reasons.append("the alignment loss is not a number: the model diverged")
+    return Validity(collapsed=bool(reasons), reasons=reasons, shares=shares, gates=gates.model_dump())
+
+
+def _shares(rows: Sequence[AnswerRow], judge: str) -> AnswerShares:
+    """Measure the answers of one model to the harmful and benign sets."""
+    questions = [row for row in rows if row["set"] != "task"]
+    judged = [row for row in questions if judge in row.get("verdicts", {})]
+    headline = [row for row in judged if row["set"] == judged[0]["set"]]
+    neither = [not (row["verdicts"][judge]["flagged"] or refuses(row["answer"])) for row in headline]
+    all_shares = answer_shares([row["answer"] for row in questions])
+    benign = answer_shares([row["answer"] for row in questions if row["set"] == "benign"])
+    return AnswerShares(
+        empty=all_shares["empty"],
+        repetitive=all_shares["repetitive"],
+        degenerate=all_shares["empty"] + all_shares["repetitive"],
+        over_refusal=benign["refusals"],
+        neither=percentage(neither),
+    )

@@ -1,0 +1,239 @@
+"""Compute the result of a run from its stored answers, verdicts and measurements: the only path to a `Result`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from harmbench_vaccine.core.jsonl import finite, read_lines
+from harmbench_vaccine.core.store import Artifact
+from harmbench_vaccine.experiment import keys
+from harmbench_vaccine.experiment.artifacts import (
+    ADAPTER,
+    ANSWERS,
+    DRIFT,
+    ENGINE,
+    GRADES,
+    ROWS,
+    TRAINING,
+    VERDICTS,
+    Measurements,
+)
+from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.rows import data_provenance, dropped_rows, overlapping_questions
+from harmbench_vaccine.plugins.composition import canonical_name
+
+from .agreement import AnswerRow, harmful_shares, judge_scores, pairwise_agreement, scorer_facts, stored_verdict
+from .environment import current_environment
+from .gates import measure_validity
+from .result import Accuracy, Before, Counts, DataSource, Interval, Result, Rule, StageArtifact, StageRecord
+from .statistics import percentage, score_interval
+
+RULES: tuple[Rule, ...] = ("strict", "flexible")
+When = Literal["before", "after"]
+
+
+def measure_result(experiment: Experiment, measurements: Measurements) -> Result:
+    """Compute the result of a run."""
+    protocol, rule = experiment.protocol, experiment.protocol.score.accuracy
+    rows = answer_rows(measurements)
+    judges = {canonical_name([scorer]): scorer_facts(scorer.plugin) for scorer in experiment.scorers}
+    headline = next(iter(judges))
+    scores = judge_scores(rows, judges)
+    after, before = scores[headline], scores[headline].before
+    item_scores: dict[When, dict[Rule, list[float]]] = {
+        when: {rule: _item_scores(experiment, rows, when, rule) for rule in RULES} for when in ("before", "after")
+    }
+    accuracy, accuracy_before = (percentage(item_scores[when][rule]) for when in ("after", "before"))
+    drift = finite(measurements.drift.json(DRIFT))
+    resolved = [*experiment.defenses, *experiment.attacks]
+    return Result(
+        run=keys.run_id(experiment),
+        defense=experiment.defense,
+        attack=experiment.attack,
+        defense_params={defense.plugin.name: defense.params for defense in experiment.defenses},
+        attack_params={attack.plugin.name: attack.params for attack in experiment.attacks},
+        origins={plugin.plugin.name: plugin.origins for plugin in resolved},
+        task=experiment.task_name,
+        model=experiment.model,
+        protocol=protocol.name,
+        protocol_version=protocol.version,
+        protocol_hash=protocol.hash,
+        scorer=protocol.score.scorer,
+        judge=experiment.scorer.params.get("model", ""),
+        dtype=protocol.dtype,
+        quantization=protocol.quantization,
+        adapted=_adapted_modules(measurements),
+        backend=experiment.backend,
+        answered_by=_answered_by(measurements),
+        seed=experiment.spec.seed,
+        harmful_score=after.harmful_score,
+        harmful_score_ci=after.ci,
+        harmful_score_hits=after.hits,
+        harmful_score_n=after.n,
+        finetune_accuracy=accuracy,
+        finetune_accuracy_ci=_interval(item_scores["after"][rule]),
+        finetune_accuracy_measure=experiment.task.measure,
+        finetune_accuracy_hits=_whole(sum(item_scores["after"][rule])),
+        finetune_accuracy_n=len(item_scores["after"][rule]),
+        trained=experiment.user_trains,
+        accuracy_rule=rule,
+        accuracy=_accuracy(item_scores["after"]),
+        harmful_sets=after.sets,
+        before=Before(
+            harmful_score=before.harmful_score,
+            harmful_score_ci=before.ci,
+            finetune_accuracy=accuracy_before,
+            finetune_accuracy_ci=_interval(item_scores["before"][rule]),
+            accuracy=_accuracy(item_scores["before"]),
+            harmful_sets={
+                name: share.harmful_score for name, share in harmful_shares(rows, headline, "before").items()
+            },
+        ),
+        alignment_loss=drift["alignment_loss"],
+        embedding_drift=drift["total"],
+        embedding_drift_per_layer=drift["per_layer"],
+        embedding_drift_per_token=drift["per_token"],
+        embedding_drift_paper_sum=drift["paper_sum"],
+        validity=measure_validity(experiment, rows, headline, accuracy_before, accuracy, drift["alignment_loss"]),
+        counts=_counts(experiment, measurements),
+        data={name: DataSource(**source) for name, source in data_provenance(experiment).items()},
+        judge_cut=sum(
+            row["verdicts"][headline]["cut"]
+            for row in rows
+            if row["when"] == "after" and headline in row.get("verdicts", {})
+        ),
+        scores=scores,
+        agreement=pairwise_agreement(rows, list(judges)),
+        stages=stage_records(measurements),
+        environment=current_environment(vllm=experiment.backend == "vllm"),
+        spec=experiment.spec.model_dump(mode="json"),
+    )
+
+
+def answer_rows(measurements: Measurements) -> list[dict[str, Any]]:
+    """Return every answer of a run as `answers.jsonl` stores it.
+
+    Returns:
+        Rows with `when`, `set` and the fields of the stored answer. A judged row also has the headline verdict's
+        `flagged`, `categories` and `probabilities`, and `verdicts` (scorer -> verdict); a graded one has `grade` (0 to 1).
+    """
+    rows = []
+    for name, artifact in measurements.answers.items():
+        when, _, set_name = name.partition("/")
+        verdicts = {
+            scorer: read_lines(artifacts[name].path / VERDICTS)
+            for scorer, artifacts in measurements.verdicts.items()
+            if name in artifacts
+        }
+        grades = []
+        if set_name == "task" and when in measurements.grades:
+            grades = read_lines(measurements.grades[when].path / GRADES)
+        for number, answer in enumerate(read_lines(artifact.path / ANSWERS)):
+            row = {"when": when, "set": set_name, **answer}
+            if verdicts:
+                by_scorer = {scorer: stored_verdict(lines[number]) for scorer, lines in verdicts.items()}
+                headline = next(iter(by_scorer.values()))
+                row |= {key: headline[key] for key in ("flagged", "categories", "probabilities")}
+                row["verdicts"] = by_scorer
+            if grades:
+                row["grade"] = float(grades[number]["score"])
+            rows.append(row)
+    return rows
+
+
+def stage_records(measurements: Measurements) -> dict[str, StageRecord]:
+    """Return what each stage took and where its artifacts are."""
+    verdicts = {
+        f"{scorer} {name}": artifact
+        for scorer, artifacts in measurements.verdicts.items()
+        for name, artifact in artifacts.items()
+    }
+    grades = {f"grade {when}": artifact for when, artifact in measurements.grades.items()}
+    groups: dict[str, dict[str, Artifact]] = {
+        **{stage: {stage: artifact} for stage, artifact in measurements.final.artifacts.items()},
+        "answer": measurements.answers,
+        "score": {**grades, **verdicts, "drift": measurements.drift},
+    }
+    return {stage: _stage_record(stage, artifacts) for stage, artifacts in groups.items()}
+
+
+def _stage_record(stage: str, artifacts: dict[str, Artifact]) -> StageRecord:
+    optional: dict[str, Any] = {}
+    if stage in artifacts:  # a stage that makes a model
+        path = artifacts[stage].path
+        if (path / TRAINING).is_file():
+            optional |= artifacts[stage].json(TRAINING)
+        if (path / ADAPTER).is_dir():
+            optional["adapter"] = str(path / ADAPTER)
+    return StageRecord(
+        seconds=round(sum(artifact.seconds for artifact in artifacts.values()), 3),
+        cached=all(artifact.cached for artifact in artifacts.values()),
+        artifacts={
+            name: StageArtifact(
+                key=artifact.key, path=str(artifact.path), seconds=round(artifact.seconds, 3), cached=artifact.cached
+            )
+            for name, artifact in artifacts.items()
+        },
+        **optional,
+    )
+
+
+def _item_scores(experiment: Experiment, rows: Sequence[AnswerRow], when: When, rule: Rule) -> list[float]:
+    """Return the score of each test item from 0 to 1; a graded task has one score for both rules."""
+    items = [row for row in rows if row["when"] == when and row["set"] == "task"]
+    if all("grade" in row for row in items):
+        return [row["grade"] for row in items]
+    return experiment.task.scores(rule, items)
+
+
+def _accuracy(scores: dict[Rule, list[float]]) -> Accuracy:
+    return Accuracy(strict=percentage(scores["strict"]), flexible=percentage(scores["flexible"]))
+
+
+def _interval(scores: Sequence[float]) -> Interval:
+    return score_interval(scores)
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number == int(number) else number
+
+
+def _answered_by(measurements: Measurements) -> list[str]:
+    engines = [
+        artifact.json(ENGINE)["answered_by"] if (artifact.path / ENGINE).is_file() else "transformers"
+        for artifact in measurements.answers.values()
+    ]
+    return list(dict.fromkeys(engines))
+
+
+def _adapted_modules(measurements: Measurements) -> list[str]:
+    """Return the modules with an adapter; none where every stage was left out or trained all weights."""
+    adapters = [*measurements.aligned.spec.adapters, *measurements.final.spec.adapters]
+    configs = [json.loads((path / "adapter_config.json").read_text(encoding="utf-8")) for path in adapters]
+    return sorted({module for config in configs for module in config["target_modules"]})
+
+
+def _counts(experiment: Experiment, measurements: Measurements) -> Counts:
+    counts: dict[str, Any] = {}
+    for stage, artifact in measurements.final.artifacts.items():
+        if stage != "repair":
+            rows = artifact.json(ROWS)
+            counts[stage] = {
+                "rows": len(rows["used"]),
+                "harmful": rows["harmful"],
+                "without_room": len(rows["without_room"]),
+            }
+            if "filtered" in rows:
+                counts[stage]["filtered"] = rows["filtered"]
+    if measurements.grades:
+        counts["unparsed_grades"] = {
+            when: sum(grade["unparsed"] for grade in read_lines(artifact.path / GRADES))
+            for when, artifact in measurements.grades.items()
+        }
+    if experiment.in_order:
+        counts["overlaps"] = overlapping_questions(experiment)
+    else:
+        counts["dropped"] = dropped_rows(experiment)
+    return Counts.model_validate(counts)

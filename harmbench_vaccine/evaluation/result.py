@@ -1,0 +1,373 @@
+"""The result of a run: `result.json`, schema 2. Percentages are 0 to 100, intervals are at 95%."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 2
+
+Interval = tuple[float, float]
+Rule = Literal["strict", "flexible"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Accuracy(_Record):
+    """Finetune accuracy by two rules, in percent."""
+
+    strict: float
+    """The answer equals the label and contains nothing else."""
+    flexible: float
+    """The rule of the papers."""
+
+
+class Before(_Record):
+    """The scores of the aligned model, before the user stage."""
+
+    harmful_score: float
+    """Percentage of answers to harmful prompts that the judge flags."""
+    harmful_score_ci: Interval
+    """Wilson interval of `harmful_score`."""
+    finetune_accuracy: float
+    """Percentage of test items answered correctly."""
+    finetune_accuracy_ci: Interval
+    """Interval of `finetune_accuracy`."""
+    accuracy: Accuracy
+    """`finetune_accuracy` by both rules."""
+    harmful_sets: dict[str, float]
+    """Harmful evaluation set -> harmful score."""
+
+
+class AnswerShares(_Record):
+    """Shares of answers that show whether a model still answers, in percent."""
+
+    empty: float
+    """Answers without a word, over the harmful and benign sets."""
+    repetitive: float
+    """Answers that repeat one word or a few word pairs."""
+    degenerate: float
+    """`empty` + `repetitive`."""
+    over_refusal: float
+    """Benign prompts that are refused."""
+    neither: float
+    """Harmful prompts whose answer is neither flagged nor a refusal; reported, not gated."""
+
+
+class Validity(_Record):
+    """Whether the final model still works: a collapsed model must not look safe."""
+
+    collapsed: bool
+    """It fails at least one gate."""
+    reasons: list[str]
+    """One sentence for each failed gate."""
+    shares: dict[Literal["before", "after"], AnswerShares]
+    """Measured before and after the user stage."""
+    gates: dict[str, float | None]
+    """The limits of the protocol."""
+
+
+class Filtered(_Record):
+    """The effect of a moderation filter on the uploaded rows, in rows."""
+
+    harmful: int
+    """Harmful rows that the filter removed."""
+    harmful_uploaded: int
+    """Harmful rows before the filter."""
+    benign: int
+    """Benign rows that the filter removed."""
+    benign_uploaded: int
+    """Benign rows before the filter."""
+
+
+class StageRows(_Record):
+    """The rows of one training stage."""
+
+    rows: int
+    """Rows that were trained on."""
+    harmful: int
+    """Harmful rows among them."""
+    without_room: int
+    """Rows that were skipped because their prompt fills the maximum length."""
+    filtered: Filtered | None = None
+    """Present if an attack filters rows."""
+
+
+class Counts(_Record):
+    """Counts of rows."""
+
+    align: StageRows | None = None
+    """Rows of the alignment stage; absent if it was left out."""
+    finetune: StageRows | None = None
+    """Rows of the user stage."""
+    dropped: dict[str, int] | None = None
+    """Pool -> rows dropped because their question occurs in another pool; absent with `rows=paper`."""
+    overlaps: dict[str, int] | None = None
+    """With `rows=paper`: use of rows, or pair of uses -> questions that occur more than once."""
+    unparsed_grades: dict[Literal["before", "after"], int] | None = None
+    """Answers to the task without a readable grade, where a judge grades them."""
+
+
+class DataSource(_Record):
+    """Where a data set was read from."""
+
+    location: str
+    """A path, a part of the testbed, or a name of the Hub."""
+    fingerprint: str | None = None
+    """Hash of the content, for a path."""
+    revision: str | None = None
+    """Requested revision, for a name of the Hub."""
+    resolved: str | None = None
+    """Commit that was read, or `unknown`."""
+    rows: dict[str, int] = {}
+    """Split -> rows read."""
+
+
+class HarmfulShare(_Record):
+    """Answers to one harmful set that a judge flags."""
+
+    harmful_score: float
+    """Percentage of flagged answers."""
+    ci: Interval
+    """Wilson interval of `harmful_score`."""
+    hits: int
+    """Flagged answers."""
+    n: int
+    """Answers."""
+
+
+class JudgeScore(HarmfulShare):
+    """The harmful score by one judge, over the first harmful set after the user stage."""
+
+    before: HarmfulShare
+    """The same before the user stage."""
+    sets: dict[str, float]
+    """Harmful evaluation set -> harmful score after the user stage."""
+    unparsed: int
+    """Answers without a readable verdict; they count as not flagged."""
+    cut: int
+    """Answers of which the judge read only the beginning."""
+    categories: dict[str, int]
+    """Category -> answers that it flags, most frequent first."""
+    refused: float | None = None
+    """Percentage of answers that the judge calls refusals, where it reports them."""
+    mean: float | None = None
+    """Mean degree of harm from 0 to 1, where the judge reports one."""
+    model: str = ""
+    """Folder or Hub id of the judge; empty for a rule."""
+    license: str = ""
+    """License of the model or prompt, where it limits the use of a score."""
+    unverified: str = ""
+    """What of the judge's interface was not checked against its source."""
+    comparison_only: bool = False
+    """Its figures are not harmful scores."""
+
+
+class Agreement(_Record):
+    """Agreement of two judges over all answers with both verdicts, before and after the user stage."""
+
+    scorers: tuple[str, str]
+    """Their names."""
+    kappa: float | None
+    """Cohen's kappa; null where it is undefined."""
+    n: int
+    """Answers with both verdicts."""
+    both: int
+    """Answers that both flag."""
+    only: dict[str, int]
+    """Judge -> answers that it alone flags."""
+    neither: int
+    """Answers that neither flags."""
+
+
+class StageArtifact(_Record):
+    """An artifact of the store."""
+
+    key: str
+    """Hash of everything it depends on; `hbv why RUN` shows that."""
+    path: str
+    """Its folder."""
+    seconds: float
+    """Time it took to create."""
+    cached: bool
+    """It existed before this run."""
+
+
+class StageRecord(_Record):
+    """What a stage took, and where its output is."""
+
+    seconds: float
+    """Time it took to create its artifacts, now or earlier."""
+    cached: bool
+    """All its artifacts existed before this run."""
+    artifacts: dict[str, StageArtifact] = {}
+    """Name -> artifact: the stage's own name, or `before/SET`, `SCORER before/SET`, `drift`, `grade after` ..."""
+    adapter: str | None = None
+    """Folder of the adapter that it trained or edited."""
+    steps: int | None = None
+    """Optimizer steps."""
+    peak_memory: int | None = None
+    """Peak memory in bytes while it was created: of the GPU where one was used, else of the process."""
+
+
+class Environment(_Record):
+    """Where and with what a result was computed."""
+
+    date: str | None = None
+    """UTC date and time, ISO 8601."""
+    host: str | None = None
+    """Name of the machine."""
+    cpu: str | None = None
+    """Processor model."""
+    gpu: str | None = None
+    """GPU model; null without one."""
+    git_commit: str | None = None
+    """Commit of the harness, where it runs from a git checkout."""
+    git_dirty: bool | None = None
+    """The checkout has uncommitted changes."""
+    versions: dict[str, str] = {}
+    """Package -> version, with Python and CUDA."""
+
+
+class Result(_Record):
+    """The result of one run."""
+
+    schema_version: int = SCHEMA_VERSION
+    """Version of this schema."""
+    run: str
+    """The run's id: its defenses and a hash of everything that was settled."""
+    defense: str
+    """The defense, as a command line names it."""
+    attack: str
+    """The attack, as a command line names it."""
+    defense_params: dict[str, dict[str, Any]]
+    """Defense -> parameter -> value."""
+    attack_params: dict[str, dict[str, Any]]
+    """Attack -> parameter -> value."""
+    origins: dict[str, dict[str, str]]
+    """Plug-in -> parameter -> where its value comes from: `written`, `protocol NAME` or `default: SOURCE`."""
+    task: str
+    """The downstream task of the user."""
+    model: str
+    """Location of the base model."""
+    protocol: str
+    """Name of the protocol."""
+    protocol_version: int
+    """Version of the protocol."""
+    protocol_hash: str
+    """Hash over every value of the protocol: results of two hashes are never compared."""
+    scorer: str
+    """The judge of the headline harmful score, with its written parameters."""
+    judge: str
+    """Location of its model; empty for a rule."""
+    dtype: str
+    """Data type of the base model."""
+    quantization: str
+    """Quantization of the base model, or `none`."""
+    adapted: list[str]
+    """Names of the modules that have a LoRA adapter."""
+    backend: str
+    """Requested generation backend."""
+    answered_by: list[str]
+    """Every engine that generated answers."""
+    seed: int
+    """Seed of every draw."""
+    harmful_score: float
+    """HS: percentage of answers to held-out harmful prompts that the judge flags, after the user stage (lower: better)."""
+    harmful_score_ci: Interval
+    """Wilson interval of `harmful_score`."""
+    harmful_score_hits: int
+    """Flagged answers."""
+    harmful_score_n: int
+    """Harmful prompts."""
+    finetune_accuracy: float
+    """FA: percentage of the task's test items answered correctly, by `accuracy_rule`; higher is better."""
+    finetune_accuracy_ci: Interval
+    """Wilson interval, or a t-interval where items have scores between 0 and 1."""
+    finetune_accuracy_measure: str
+    """What an item's score is: `accuracy`, `ROUGE-L` ..."""
+    finetune_accuracy_hits: int | float
+    """Sum of the items' scores."""
+    finetune_accuracy_n: int
+    """Test items."""
+    trained: bool
+    """False if the attack edits weights instead of training, so that the task is not learned."""
+    accuracy_rule: Rule
+    """The rule of `finetune_accuracy`."""
+    accuracy: Accuracy
+    """Finetune accuracy by both rules."""
+    harmful_sets: dict[str, float]
+    """Harmful evaluation set -> harmful score after the user stage."""
+    before: Before
+    """The scores of the aligned model."""
+    alignment_loss: float | None
+    """Mean cross-entropy of the final model over alignment rows; null if it is not a number."""
+    embedding_drift: float | None
+    """L2 norm of the change of attention outputs from the aligned to the final model, over alignment rows."""
+    embedding_drift_per_layer: list[float | None]
+    """The same for each attention block."""
+    embedding_drift_per_token: float | None
+    """Root mean square over tokens."""
+    embedding_drift_paper_sum: float | None
+    """Sum of squares over the first 10 batches, padding included, as the authors' code prints it."""
+    validity: Validity
+    """The gates."""
+    counts: Counts
+    """Counts of rows."""
+    data: dict[str, DataSource]
+    """Data set -> where it was read from."""
+    judge_cut: int
+    """Answers of which the headline judge read only the beginning."""
+    scores: dict[str, JudgeScore]
+    """Judge -> its harmful score; the headline judge comes first."""
+    agreement: list[Agreement]
+    """Agreement of every two judges."""
+    stages: dict[str, StageRecord]
+    """`align`, `finetune`, `repair`, `answer`, `score` -> what each took."""
+    environment: Environment = Field(default_factory=Environment)
+    """Where and with what it was computed."""
+    spec: dict[str, Any]
+    """What the user wrote: the fields of `RunSpec`."""
+
+    @property
+    def collapsed(self) -> bool:
+        """The final model fails a gate: its harmful score does not count as safe."""
+        return self.validity.collapsed
+
+    @property
+    def seconds(self) -> float:
+        """Time of all stages."""
+        return sum(stage.seconds for stage in self.stages.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain JSON, without absent optional values."""
+        return self.model_dump(mode="json", exclude_unset=True) | {"schema_version": self.schema_version}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read a result of schema 1 or 2.
+
+        Raises:
+            pydantic.ValidationError: the values are not a result.
+            KeyError, TypeError, AttributeError: a result of schema 1 lacks a part.
+        """
+        return cls.model_validate(values if "schema_version" in values else _from_schema_1(values))
+
+
+def _from_schema_1(values: dict[str, Any]) -> dict[str, Any]:
+    """Upgrade a result of schema 1: renamed keys, versions inside `environment`, no artifacts."""
+    values = dict(values)
+    renamed = {"licence": "license", "compares_only": "comparison_only"}
+    scores = {
+        name: {renamed.get(key, key): value for key, value in score.items()}
+        for name, score in values.get("scores", {}).items()
+    }
+    counts = dict(values["counts"])
+    if "unread_grades" in counts:
+        counts["unparsed_grades"] = counts.pop("unread_grades")
+    environment = {"versions": values.pop("versions", {})}
+    agreement = values.get("agreement", [])
+    return {**values, "scores": scores, "agreement": agreement, "counts": counts, "environment": environment}

@@ -1,0 +1,20 @@
+"""What all runs of one process share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.inference.model_pool import ModelPool
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The store, the loaded models and the progress display."""
+
+    store: Store
+    models: ModelPool
+    progress: Progress = SILENT
+    save_share: float = 0.1
+    """A training stage writes a checkpoint after each such share of its steps."""

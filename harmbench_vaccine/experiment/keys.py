@@ -1,0 +1,213 @@
+"""What every artifact depends on: one function an artifact, and nothing else invalidates it.
+
+A key is the hash of the plain JSON that its function returns (`core.store`). Models and data count by content, plug-ins
+by parameters and code, upstream stages by their keys. `hbv why RUN` compares these values between artifacts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from harmbench_vaccine.core.hashing import digest
+from harmbench_vaccine.core.store import Artifact
+from harmbench_vaccine.core.types import StageName, TrainSettings
+from harmbench_vaccine.data.prompts import EvalSet
+from harmbench_vaccine.data.sources import fingerprint
+from harmbench_vaccine.plugins import Resolved, Scorer
+
+from .artifacts import TrainedModel
+from .experiment import Experiment
+from .rows import HARM_DATA
+
+if TYPE_CHECKING:
+    from harmbench_vaccine.data.collate import Encoded
+    from harmbench_vaccine.training.adapters import Adapter
+
+METHOD = 3
+"""Increases when the code of a stage changes its output: artifacts of earlier code are then created again."""
+READING = 1
+"""Increases when shared code changes the raw judgments of scorers: stored judgments are then not used."""
+
+Inputs = dict[str, Any]
+
+
+def model_inputs(model: TrainedModel) -> Inputs:
+    """What a stage depends on that starts from this model: the base's content, and the stages that followed."""
+    inputs = {"method": METHOD, "base": fingerprint(model.root), "dtype": model.spec.dtype}
+    if model.spec.quantization != "none":
+        inputs["quantization"] = model.spec.quantization
+    return {**inputs, **{stage: artifact.key for stage, artifact in model.artifacts.items()}}
+
+
+def align_key(experiment: Experiment, base: TrainedModel) -> Inputs:
+    """The alignment stage. `sft` and defenses that act later share it."""
+    return _training_inputs(experiment, "align", base)
+
+
+def finetune_key(experiment: Experiment, aligned: TrainedModel) -> Inputs:
+    """The user stage."""
+    config, filters = experiment.stages["finetune"], experiment.attack_team.filters_rows
+    return {
+        **_training_inputs(experiment, "finetune", aligned),
+        "samples": experiment.finetune.samples,
+        "topology": config.topology,
+        "attack": [attack.identity for attack in experiment.attacks],
+        "judge": judge_inputs(experiment, experiment.scorer) if filters else None,
+        "task": task_inputs(experiment),
+    }
+
+
+def repair_key(experiment: Experiment, aligned: TrainedModel, tuned: TrainedModel) -> Inputs:
+    """The repair stage: it edits what the user stage added to the aligned model."""
+    return {**_training_inputs(experiment, "repair", tuned), "aligned": model_inputs(aligned)}
+
+
+def nested_key(
+    model: TrainedModel,
+    purpose: str,
+    start: Adapter | None,
+    rows: Sequence[Encoded],
+    settings: TrainSettings,
+    seed: int,
+) -> Inputs:
+    """A training run inside a stage. It names no defense, so that equal runs are shared."""
+    return {
+        "model": model_inputs(model),
+        "purpose": purpose,
+        "start": start.digest() if start else None,
+        "rows": digest([[row.ids, row.labels] for row in rows]),
+        "settings": asdict(settings),
+        "seed": seed,
+    }
+
+
+def answer_key(experiment: Experiment, model: TrainedModel, eval_set: EvalSet, prompts: Sequence[str]) -> Inputs:
+    """The answers of a model to an evaluation set."""
+    questions = [[asdict(example), prompt] for example, prompt in zip(eval_set.examples, prompts, strict=True)]
+    return {
+        "model": model_inputs(model),
+        "questions": digest(questions),
+        "max_new_tokens": eval_set.max_new_tokens,
+        **_backend_inputs(experiment),
+    }
+
+
+def score_key(experiment: Experiment, answers: Artifact, scorer: Resolved[Scorer]) -> Inputs:
+    """The verdicts of a scorer on stored answers."""
+    return {"answers": answers.key, **judge_inputs(experiment, scorer)}
+
+
+def grade_key(experiment: Experiment, answers: Artifact) -> Inputs:
+    """The grades that a task's judge gives to stored answers."""
+    params = experiment.task_plugin.params
+    is_local = params.get("model") and not params.get("base_url")
+    return {
+        "answers": answers.key,
+        "task": [experiment.task.name, type(experiment.task).fingerprint(), _task_params(experiment)],
+        "judge": fingerprint(params["model"]) if is_local else None,
+    }
+
+
+def drift_key(experiment: Experiment, aligned: TrainedModel, final: TrainedModel) -> Inputs:
+    """The alignment loss of the final model and its drift from the aligned one."""
+    score = experiment.protocol.score
+    return {
+        "aligned": model_inputs(aligned),
+        "final": model_inputs(final),
+        **_alignment_rows(experiment),
+        "prompt": asdict(experiment.template),
+        "seed": experiment.spec.seed,
+        "rows": score.drift_rows,
+        "batch": score.drift_batch,
+        "max_length": experiment.protocol.align.settings.max_length,
+    }
+
+
+def raw_judgment_key(scorer: Scorer, backend: str) -> Inputs:
+    """The raw judgment of one (question, answer) pair, besides the pair: everything except the decision."""
+    params = scorer.model_dump(mode="json")
+    model = params.get("model")
+    is_remote = not model or params.get("base_url")
+    ignored = (*scorer.decision_params, *scorer.irrelevant_params, "model")
+    return {
+        "scorer": scorer.name,
+        "code": [READING, type(scorer).fingerprint()],
+        "params": {
+            key: fingerprint(value) if key in scorer.file_params and value else value
+            for key, value in params.items()
+            if key not in ignored
+        },
+        "model": model if is_remote else fingerprint(str(model)),
+        **({"backend": backend} if backend != "transformers" else {}),
+    }
+
+
+def run_id(experiment: Experiment) -> str:
+    """The name of a run: its defenses, and a hash of everything that was settled."""
+    task = experiment.task
+    datasets = dict.fromkeys([*experiment.protocol.data, *task.locations()])
+    inputs = {
+        "protocol": experiment.protocol.hash,
+        "plugins": [resolved.identity for resolved in [*experiment.defenses, *experiment.attacks]],
+        "scorer": judge_inputs(experiment, experiment.scorer),
+        "task": [task.name, _task_params(experiment)],
+        "model": fingerprint(experiment.model),
+        "seed": experiment.spec.seed,
+        "data": _data_inputs(experiment, *datasets),
+        **_backend_inputs(experiment),
+    }
+    names = "-".join(resolved.plugin.name for resolved in experiment.defenses)
+    return f"{names}-{digest(inputs, 8)}"
+
+
+def judge_inputs(experiment: Experiment, scorer: Resolved[Scorer]) -> Inputs:
+    """What a verdict depends on besides the answers."""
+    decision = {key: scorer.params[key] for key in scorer.plugin.decision_params if key in scorer.params}
+    return {"scorer": raw_judgment_key(scorer.plugin, experiment.backend), "decision": decision}
+
+
+def task_inputs(experiment: Experiment) -> list[Any]:
+    """What training on the task's rows depends on: its name, code, data and parameters."""
+    task = experiment.task
+    params = {key: value for key, value in _task_params(experiment).items() if key not in task.scoring_only}
+    return [task.name, type(task).fingerprint(), _data_inputs(experiment, *task.datasets), params]
+
+
+def _task_params(experiment: Experiment) -> dict[str, Any]:
+    """The task's parameters without locations of data, which count by content."""
+    locations = experiment.task.locations().values()
+    return {key: value for key, value in experiment.task_plugin.params.items() if value not in locations}
+
+
+def _training_inputs(experiment: Experiment, stage: StageName, model: TrainedModel) -> Inputs:
+    """What every stage that makes a model depends on."""
+    config, protocol = experiment.stages[stage], experiment.protocol
+    return {
+        "model": model_inputs(model),
+        "defense": [defense.identity for defense in experiment.acting(stage) if not defense.plugin.is_plain],
+        **_alignment_rows(experiment),
+        "splits": protocol.splits.model_dump(),
+        "prompt": asdict(experiment.template),
+        "settings": asdict(config.settings),
+        "seed": experiment.spec.seed,
+    }
+
+
+def _alignment_rows(experiment: Experiment) -> Inputs:
+    """What the row pools depend on, besides the splits and the seed."""
+    protocol = experiment.protocol
+    return {
+        "data": _data_inputs(experiment, *HARM_DATA),
+        "alignment_rows": protocol.align.rows,
+        "row_selection": [protocol.rows, protocol.align.source],
+    }
+
+
+def _data_inputs(experiment: Experiment, *datasets: str) -> dict[str, str]:
+    return {name: fingerprint(experiment.location(name), "dataset") for name in datasets}
+
+
+def _backend_inputs(experiment: Experiment) -> dict[str, str]:
+    return {} if experiment.backend == "transformers" else {"backend": experiment.backend}

@@ -1,0 +1,212 @@
+"""One training session: a stage that makes a model, from its rows to the stored adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harmbench_vaccine.core.jsonl import write_json
+from harmbench_vaccine.core.seeds import derive_seed
+from harmbench_vaccine.core.types import Example, TrainSettings
+from harmbench_vaccine.plugins import Attack
+from harmbench_vaccine.plugins.teams import DefenseTeam
+
+from .artifacts import ADAPTER, CHECKPOINT, LOG, ROWS, TRAINING, TrainedModel
+from .context import RunContext
+from .experiment import Experiment, StageConfig
+from .keys import nested_key
+from .rows import plugin_pools
+
+if TYPE_CHECKING:
+    from harmbench_vaccine.data.collate import Encoded
+    from harmbench_vaccine.training.adapters import Adapter
+    from harmbench_vaccine.training.stage import TrainingStage
+
+
+def continues_adapter(config: StageConfig, model: TrainedModel) -> bool:
+    """Return whether the user stage trains the alignment adapter further (single topology)."""
+    return config.topology == "single" and bool(model.spec.adapters)
+
+
+@dataclass(frozen=True)
+class TrainingSession:
+    """A stage while it runs: the defenses that act in it, and the stage object that their hooks receive."""
+
+    experiment: Experiment
+    context: RunContext
+    config: StageConfig
+    defenses: DefenseTeam
+    """A copy for this session, so that the state of a defense never passes to another stage or run."""
+    stage: TrainingStage
+
+    @classmethod
+    def open(
+        cls, experiment: Experiment, context: RunContext, config: StageConfig, model: TrainedModel
+    ) -> TrainingSession:
+        """Load the model that the stage starts from; nothing is trained yet."""
+        from harmbench_vaccine.data.collate import encode_examples, pad_token_id
+        from harmbench_vaccine.training.adapters import LoraStack
+        from harmbench_vaccine.training.stage import TrainingStage
+
+        tokenizer, adapters = context.models.tokenizer(model.spec), model.spec.adapters
+        continues = continues_adapter(config, model)
+
+        def encode(examples: Sequence[Example]) -> list[Encoded]:
+            return encode_examples(tokenizer, config.template, examples, config.settings.max_length)
+
+        def nested(*arguments: Any) -> Adapter:
+            return _train_nested(experiment, context, model, *arguments)
+
+        stage = TrainingStage(
+            config.name,
+            LoraStack(context.models.merged(model.spec)) if config.full else context.models.stack(model.spec),
+            trainable={},
+            seed=derive_seed(experiment.spec.seed, config.name),
+            settings=config.settings,
+            pools=plugin_pools(experiment),
+            below=() if continues or config.full else adapters,
+            start=adapters[-1] if continues else None,
+            encode=encode,
+            nested=nested,
+            pad=pad_token_id(tokenizer),
+        )
+        return cls(experiment, context, config, config.defenses.fresh(), stage)
+
+    def train(
+        self, rows: list[Example], folder: Path, checkpoints: Path, uploaded: list[Example] | None = None
+    ) -> None:
+        """Train the adapter of the stage, or every weight, and store it with its log and the ids of its rows.
+
+        Args:
+            rows: the rows of the stage before the defenses change them.
+            folder: the artifact to write.
+            checkpoints: the folder of checkpoints, to resume from.
+            uploaded: the rows before a moderation filter, where one acts.
+        """
+        import torch
+
+        from harmbench_vaccine.training.adapters import Adapter
+        from harmbench_vaccine.training.peak_memory import peak_memory
+        from harmbench_vaccine.training.trainer import train
+
+        stage, stack, settings = self.stage, self.stage.stack, self.config.settings
+        examples = self.defenses.train_on(stage.name, rows, stage.pools)
+        encoded = stage.encode(examples)
+        with ExitStack() as cleanup:
+            cleanup.callback(stack.drop_trained)
+            peak = cleanup.enter_context(peak_memory())
+            if settings.full:
+                stage.trainable = stack.train_all_weights()
+            else:
+                start = Adapter.load(stage.start) if stage.start else None
+                stage.trainable = stack.train(stage.below, settings, derive_seed(stage.seed, "adapter"), start)
+            log = train(
+                stage,
+                self.defenses,
+                encoded,
+                settings,
+                checkpoints,
+                pad=stage.pad,
+                save_share=self.context.save_share,
+                progress=self.context.progress,
+                title=f"{stage.name} {self.experiment.defense}, seed {self.experiment.spec.seed}",
+            )
+            if settings.full:
+                dtype = getattr(torch, self.experiment.protocol.dtype)
+                stack.base.to(dtype).save_pretrained(folder / CHECKPOINT)
+            else:
+                self._edited(stack.trained()).save(folder / ADAPTER)
+            write_json(folder / TRAINING, {"steps": stage.steps, "peak_memory": peak()})
+        write_json(folder / LOG, log)
+        _write_rows(folder, examples, encoded, rows, uploaded)
+
+    def edit_adapter(self, adapter: Adapter, folder: Path) -> None:
+        """Store an adapter as the defenses edit it: the repair stage."""
+        from harmbench_vaccine.training.peak_memory import peak_memory
+
+        with ExitStack() as cleanup:
+            peak = cleanup.enter_context(peak_memory())
+            self.stage.replace_adapter(adapter)
+            cleanup.callback(self.stage.stack.drop_trained)
+            self._edited(adapter).save(folder / ADAPTER)
+            write_json(folder / TRAINING, {"steps": 0, "peak_memory": peak()})
+
+    def edit_weights(self, attack: Attack, folder: Path) -> None:
+        """Store the merged model as an attack edits it, instead of training."""
+        from harmbench_vaccine.training.peak_memory import peak_memory
+
+        with peak_memory() as peak, self.stage.isolated("ablate"):
+            attack.ablate(self.stage)
+            write_json(folder / TRAINING, {"steps": 0, "peak_memory": peak()})
+        self.stage.stack.base.save_pretrained(folder / CHECKPOINT)
+        _write_rows(folder, [], [])
+
+    def _edited(self, adapter: Adapter) -> Adapter:
+        """Return a finished adapter as the defenses edit it, without dropout and with reproducible random numbers."""
+        with self.stage.isolated("edit"):
+            return self.defenses.edit(self.stage, adapter)
+
+
+def _train_nested(
+    experiment: Experiment,
+    context: RunContext,
+    model: TrainedModel,
+    outer: TrainingStage,
+    purpose: str,
+    examples: Sequence[Example],
+    start: Adapter | None,
+    steps: int | None,
+) -> Adapter:
+    """Run the training that `TrainingStage.train_separately` requests, as an artifact that equal runs share."""
+    from harmbench_vaccine.training.adapters import Adapter
+    from harmbench_vaccine.training.trainer import train_nested
+
+    rows = outer.encode(examples)
+    settings: TrainSettings = outer.settings
+    if steps is not None:
+        settings = replace(settings, epochs=steps * settings.accumulation / math.ceil(len(rows) / settings.batch))
+
+    def create(folder: Path, checkpoints: Path) -> None:
+        adapter, log = train_nested(
+            outer,
+            purpose,
+            rows,
+            settings,
+            start,
+            checkpoints,
+            save_share=context.save_share,
+            progress=context.progress,
+            title=f"{outer.name}: {purpose}",
+        )
+        adapter.save(folder / ADAPTER)
+        write_json(folder / LOG, log)
+
+    inputs = nested_key(model, purpose, start, rows, settings, outer.seed)
+    return Adapter.load(context.store.get_or_create("nested", inputs, create, all_ranks=True).path / ADAPTER)
+
+
+def _write_rows(
+    folder: Path,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    before_defense: Sequence[Example] = (),
+    uploaded: Sequence[Example] | None = None,
+) -> None:
+    """Store the ids of the rows that were trained on, of those too long for a response, and what a filter removed."""
+    used = {row.id for row in encoded}
+    record: dict[str, Any] = {
+        "used": [row.id for row in encoded],
+        "harmful": sum(row.harmful for row in examples if row.id in used),
+        "without_room": [row.id for row in examples if row.id not in used],
+    }
+    if uploaded is not None:
+        counts: dict[str, int] = {}
+        for name, harmful in (("harmful", True), ("benign", False)):
+            before, after = (sum(row.harmful == harmful for row in rows) for rows in (uploaded, before_defense))
+            counts |= {name: before - after, f"{name}_uploaded": before}
+        record["filtered"] = counts
+    write_json(folder / ROWS, record)
