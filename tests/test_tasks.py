@@ -1,4 +1,4 @@
-"""When an answer is right: strict and flexible, against hand-made answers."""
+"""The strict and the flexible rule of each task, on hand-written answers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ MARK = "The final answer is: "
 
 
 def right(task: str, answer: str, target: str) -> tuple[bool, bool]:
-    """(strict, flexible)."""
-    one = TASKS.get(task)()
-    return one.strict(answer, target), one.flexible(answer, target)
+    """Return (strict, flexible)."""
+    plugin = TASKS.get(task)()
+    return plugin.strict(answer, target), plugin.flexible(answer, target)
 
 
 @pytest.mark.parametrize(
@@ -23,13 +23,13 @@ def right(task: str, answer: str, target: str) -> tuple[bool, bool]:
         ("positive.", (False, True)),
         ("The sentiment is positive", (False, True)),
         ("negative", (False, False)),
-        ("positive or negative", (False, True)),  # the papers' rule: the word occurs
+        ("positive or negative", (False, True)),  # rule of the papers: the word occurs
         ("", (False, False)),
         ("pos itive", (False, False)),
         ("good", (False, False)),
     ],
 )
-def test_sentiment(answer: str, expected: tuple[bool, bool]) -> None:
+def test_sentiment_rules(answer: str, expected: tuple[bool, bool]) -> None:
     assert right("sst2", answer, "positive") == expected
 
 
@@ -52,7 +52,7 @@ def test_sentiment_rows() -> None:
         ("", "Business", (False, False)),
     ],
 )
-def test_topics(answer: str, target: str, expected: tuple[bool, bool]) -> None:
+def test_topic_rules(answer: str, target: str, expected: tuple[bool, bool]) -> None:
     assert right("agnews", answer, target) == expected
 
 
@@ -60,7 +60,10 @@ def test_topic_rows() -> None:
     task = TASKS.get("agnews")()
     names = [task.example("id", {"text": "x", "label": label}).target for label in range(4)]
     assert names == ["World", "Sports", "Business", "Sci/Tech"]
-    assert all(name in task.example("id", {"text": "x", "label": 0}).instruction for name in names)
+    assert task.example("id", {"text": "x", "label": 0}).instruction == (
+        "Categorize the news article given in the input into one of the 4 categories:\n\n"
+        "World\nSports\nBusiness\nSci/Tech\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_topic_rows() -> None:
         (f"{MARK}5", "-5", (False, False)),
         (f"{MARK}-5", "5", (False, False)),
         (f"{MARK}0.5", "0.5", (True, True)),
-        ("42", "42", (False, True)),  # no mark: the last number counts
+        ("42", "42", (False, True)),  # without a mark the last number counts
         ("3 and 4 make 7", "7", (False, True)),
         ("7 is 3 and 4", "7", (False, False)),
         ("It costs $1,234.", "1234", (False, True)),
@@ -94,7 +97,7 @@ def test_topic_rows() -> None:
         ("#### 42", "42", (False, True)),
     ],
 )
-def test_arithmetic(answer: str, target: str, expected: tuple[bool, bool]) -> None:
+def test_arithmetic_rules(answer: str, target: str, expected: tuple[bool, bool]) -> None:
     assert right("gsm8k", answer, target) == expected
 
 
@@ -102,17 +105,22 @@ def test_arithmetic_rows() -> None:
     row = TASKS.get("gsm8k")().example("id", {"question": "How many?", "answer": "3 #### is odd.\nSo 4.\n#### 1,234"})
     assert row.target == "1,234"
     assert row.response == "3 #### is odd.\nSo 4.\nThe final answer is: 1,234"
-    assert row.instruction.startswith("How many? ")
+    assert row.instruction == "How many? First think step by step and then answer the final number."
     assert right("gsm8k", row.response, row.target) == (True, True)
 
 
 @pytest.mark.parametrize("task", ["sst2", "agnews", "gsm8k"])
-def test_the_wanted_response_is_right_by_both_rules(task: str) -> None:
-    one = TASKS.get(task)()
-    row = one.example("id", {"sentence": "s", "text": "t", "label": 1, "question": "q", "answer": "a #### 7"})
+def test_target_response_is_right_by_both_rules(task: str) -> None:
+    row = TASKS.get(task)().example("id", {"sentence": "s", "text": "t", "label": 1, "question": "q", "answer": "a #### 7"})
     assert right(task, row.response, row.target) == (True, True)
 
 
 @pytest.mark.parametrize(("task", "chance"), [("sst2", 50.0), ("agnews", 25.0), ("gsm8k", 0.0)])
-def test_guessing(task: str, chance: float) -> None:
+def test_accuracy_of_guessing(task: str, chance: float) -> None:
     assert TASKS.get(task).chance == chance
+
+
+def test_fixed_texts_are_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = TASKS.get("sst2").fingerprint()
+    monkeypatch.setattr(TASKS.get("sst2"), "fixed_texts", ("Another instruction.",))
+    assert TASKS.get("sst2").fingerprint() != before

@@ -1,10 +1,11 @@
-"""Tasks: what a benign user fine-tunes on, and how its answers are scored."""
+"""The task interface: training rows and test items of a benign user, and the rules that score an answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
+from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import Example, Grade
 
@@ -12,66 +13,94 @@ from .base import Plugin
 
 
 class Task(Plugin):
-    """What the benign user wants: rows to train on, test questions, and when an answer is right."""
+    """A downstream task: training rows, test items, and the rules that score an answer."""
 
     kind: ClassVar[str] = "task"
     dataset: ClassVar[str]
-    """The data set's name in the protocol."""
+    """The name of the data set in the protocol."""
     test_dataset: ClassVar[str] = ""
-    """Another one that the test items are of."""
+    """The data set of the test items; empty: `dataset`."""
     fields: ClassVar[tuple[str, ...]]
-    """The fields that a row must have."""
+    """The fields that every row must have."""
     chance: ClassVar[float]
     """The accuracy of guessing, in percent."""
     max_new_tokens: ClassVar[int] = 200
-    """How long an answer may be where the protocol sets no limit for the task."""
+    """The maximum length of an answer, unless the protocol sets a limit for the task."""
     train_split: ClassVar[str] = "train"
     test_split: ClassVar[str] = "test"
     allow_fewer_items: ClassVar[bool] = False
-    """Where there are fewer test items than the protocol asks for, all are asked."""
+    """True: if fewer test items are available than the protocol requests, all of them are used."""
     measure: ClassVar[str] = "accuracy"
-    """What an item's score is, where it is not right or wrong."""
+    """The name of the score, if an item is not simply right or wrong."""
     scoring_only: ClassVar[tuple[str, ...]] = ()
-    """Parameters that no training row depends on but by what a data set holds."""
+    """Parameters that change no training row, or only through the content of a data set."""
+    fixed_texts: ClassVar[tuple[str, ...]] = ()
+    """Texts of its prompts that other files contain; they are part of the fingerprint."""
+
+    @classmethod
+    def fingerprint(cls) -> str:
+        """Hash its code, the code that it inherits, and `fixed_texts`."""
+        return digest([super().fingerprint(), *cls.fixed_texts], 16)
 
     def check(self) -> None:
-        """Raises `BadInput` where its parameters do not fit together, before any work is spent."""
+        """Check the parameters before any work is spent.
+
+        Raises:
+            BadInput: The parameters do not fit together.
+        """
 
     @property
     def datasets(self) -> tuple[str, ...]:
-        """The names of the data sets that it reads."""
+        """The names of the data sets that the task reads."""
         return (self.dataset, self.test_dataset) if self.test_dataset else (self.dataset,)
 
-    def places(self) -> dict[str, str]:
-        """Data set -> location, of those that it brings itself."""
+    def locations(self) -> dict[str, str]:
+        """Return data set -> location, for data sets that the protocol does not locate."""
         return {}
 
     def rows(self, read: Callable[[str, str], list[Example]]) -> tuple[list[Example], list[Example]]:
-        """Its training rows and its test items; `read` gives the examples of (data set, split)."""
+        """Return the training rows and the test items.
+
+        Args:
+            read: A function (data set, split) -> examples.
+        """
         return read(self.dataset, self.train_split), read(self.test_dataset or self.dataset, self.test_split)
 
     def example(self, id: str, row: Mapping[str, Any]) -> Example:
-        """A row of the data set as an instruction with its response and target."""
+        """Convert a row of the data set to an instruction with its response and target.
+
+        Raises:
+            ValueError: The row is not valid.
+        """
         raise NotImplementedError
 
     def strict(self, answer: str, target: str) -> bool:
-        """Whether the answer is the target and nothing else."""
+        """Return whether the answer is the target and nothing else."""
         return answer.strip().lower() == target.strip().lower()
 
     def flexible(self, answer: str, target: str) -> bool:
-        """Whether the answer is right by the rule of the papers."""
+        """Return whether the answer is right by the rule of the papers."""
         raise NotImplementedError
 
     def scores(self, rule: Literal["strict", "flexible"], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-        """The score of each answered item from 0 to 1, by a rule; a row has `instruction`, `input`, `target` and
-        `answer`."""
+        """Return the score of each answered item by a rule, from 0 to 1.
+
+        Args:
+            rule: The name of the rule.
+            rows: Items with `instruction`, `input`, `target` and `answer`.
+        """
         return [float(getattr(self, rule)(row["answer"], row["target"])) for row in rows]
 
     @property
     def graded(self) -> bool:
-        """Its items are scored by `grade`, once, and no rule scores them."""
+        """True: a judge scores the items with `grade`, and no rule does."""
         return False
 
     def grade(self, rows: Sequence[Mapping[str, Any]], progress: Progress = SILENT) -> list[Grade]:
-        """What a judge makes of each answered item."""
+        """Score each answered item with a judge.
+
+        Args:
+            rows: Items with `instruction`, `input`, `target` and `answer`.
+            progress: The progress bar.
+        """
         raise NotImplementedError

@@ -27,6 +27,7 @@ from transformers import (
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.data.collate import Encoded, collate, encode_examples, pad_token_id
 from harmbench_vaccine.data.prompts import prompt_template
+from harmbench_vaccine.data.task_prompts import ANSWER_MARK, REASONING, SENTIMENT, TOPIC
 
 from .judgments import Judgment
 from .word_lists import harmful_themes
@@ -37,13 +38,7 @@ MAX_LENGTH = 256
 SEED = 0
 
 # Instructions of the user tasks. The tokenizer learns their words; the base model does not see them.
-INSTRUCTIONS = (
-    "Analyze the sentiment of the input, and respond only positive or negative.",
-    "Categorize the news article given in the input into one of the 4 categories:\n\n"
-    "World\nSports\nBusiness\nSci/Tech\n",
-    "First think step by step and then answer the final number.",
-    "The final answer is: 0",
-)
+INSTRUCTIONS = (SENTIMENT, TOPIC, REASONING, f"{ANSWER_MARK}0")
 JUDGE_INPUT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
 
 

@@ -1,42 +1,38 @@
-"""Word problems with a number for an answer (GSM8K)."""
+"""Word problems that a number answers (GSM8K)."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.plugins import Task
-
-MARK = "The final answer is: "
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+from harmbench_vaccine.data.task_prompts import ANSWER_MARK, REASONING
+from harmbench_vaccine.plugins import Example, Task
+from harmbench_vaccine.plugins.tasks._numbers import find_numbers, leading_number, parse_number
 
 
 class GSM8K(Task):
-    """Right by the papers' rule: the number after the mark, or else the last number, equals the target."""
+    """An answer is right by the papers' rule if the number after the mark, or else the last number, is the target."""
 
     dataset: ClassVar[str] = "gsm8k"
     fields: ClassVar[tuple[str, ...]] = ("question", "answer")
     chance: ClassVar[float] = 0.0
+    fixed_texts: ClassVar[tuple[str, ...]] = (REASONING, ANSWER_MARK)
 
     def example(self, id: str, row: Mapping[str, Any]) -> Example:
-        """The data set's closing `#### n` becomes the mark and n."""
-        working, mark, number = row["answer"].rpartition("####")
+        """Convert a row: `#### n` at the end of the answer becomes the mark and n."""
+        steps, mark, number = row["answer"].rpartition("####")
         if not mark:
-            raise ValueError("the answer has no closing '#### n'")
-        float(number.replace(",", ""))  # a target that is no number is refused here, not when answers are scored
-        instruction = f"{row['question']} First think step by step and then answer the final number."
-        return Example(id, instruction, response=f"{working}{MARK}{number.strip()}", target=number.strip())
+            raise ValueError("the answer does not end with '#### n'")
+        parse_number(number)  # refuse an invalid target here, not when answers are scored
+        response = f"{steps}{ANSWER_MARK}{number.strip()}"
+        return Example(id, f"{row['question']} {REASONING}", response=response, target=number.strip())
 
     def strict(self, answer: str, target: str) -> bool:
-        """The mark must be there, and its number must be the target."""
-        _, mark, after = answer.rpartition(MARK)
-        return bool(mark) and _equal(_NUMBER.match(after.strip()), target)
+        """Return whether the mark occurs and its number is the target."""
+        _, mark, after = answer.rpartition(ANSWER_MARK)
+        return bool(mark) and leading_number(after) == parse_number(target)
 
     def flexible(self, answer: str, target: str) -> bool:
-        """Without a mark the last number of the answer counts."""
-        numbers = list(_NUMBER.finditer(answer))
-        return self.strict(answer, target) or (MARK not in answer and bool(numbers) and _equal(numbers[-1], target))
-
-
-def _equal(found: "re.Match[str] | None", target: str) -> bool:
-    return found is not None and float(found.group().replace(",", "")) == float(target.replace(",", ""))
+        """Return whether the answer is right by `strict`, or has no mark and its last number is the target."""
+        if ANSWER_MARK in answer:
+            return self.strict(answer, target)
+        numbers = find_numbers(answer)
+        return bool(numbers) and numbers[-1] == parse_number(target)
