@@ -1,15 +1,14 @@
-"""Who has which rows: the provider's alignment data, the defender's pairs, the attacker's rows, the evaluation.
+"""Divide rows among their users: alignment data, the defender's pairs, the attacker's rows, and the evaluation.
 
-Prompts are kept apart by text, not by index: what is asked in the evaluation is trained on by nobody, and what the
-defender has the attacker has not. The papers' scripts take the rows as they stand in the files, and prompts repeat
-there: `rows=paper` does so too, and `overlaps` counts what it costs.
+Prompts are compared as text, not by row number: evaluation prompts are never trained on, and the attacker has none of
+the defender's prompts. The scripts of the papers use the rows in file order instead, where prompts repeat. `rows=paper`
+does the same, and `count_overlaps` counts the repeated prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import combinations
 from typing import TypeVar
 
@@ -17,62 +16,73 @@ from harmbench_vaccine.core.errors import too_few_rows
 from harmbench_vaccine.core.seeds import random_stream
 from harmbench_vaccine.core.types import Example
 
-from .sources import SourceRow, parse_split, read_rows
+from .sources import RowReader, SourceRow, parse_split
 
 T = TypeVar("T")
 
 BEAVERTAILS = ("prompt", "response", "is_safe")
+"""The fields of a BeaverTails row."""
 REFUSALS = ("prompt", "response", "refusal")
+"""The fields of a row of the refusal set."""
 ALPACA = ("instruction", "output")
+"""The fields of an Alpaca row."""
 
 
 def normalize(prompt: str) -> str:
-    """A prompt as it is compared: case and white space do not make another question."""
+    """Return a prompt in the form for comparisons: without differences in case and white space."""
     return " ".join(prompt.lower().split())
 
 
-def without_duplicates(examples: Iterable[Example], besides: Iterable[str] = ()) -> list[Example]:
-    """The examples whose instruction and input were not seen before, in order, nor stand in `besides`."""
-    seen = set(besides)
-    kept = []
+def without_duplicates(examples: Iterable[Example], excluded: Iterable[str] = ()) -> list[Example]:
+    """Return the first example of every question, in order.
+
+    Args:
+        examples: The examples.
+        excluded: Keys of questions to skip (see `question_key`).
+    """
+    keys = set(excluded)
+    unique = []
     for example in examples:
         key = question_key(example)
-        if key not in seen:
-            seen.add(key)
-            kept.append(example)
-    return kept
+        if key not in keys:
+            keys.add(key)
+            unique.append(example)
+    return unique
 
 
 def question_key(example: Example) -> str:
-    """What is asked, as it is compared."""
+    """Return the question of an example (instruction and input) in the form for comparisons."""
     return normalize(f"{example.instruction} {example.input}")
 
 
 def question_keys(examples: Iterable[Example]) -> set[str]:
-    """The set of what is asked."""
+    """Return the set of questions in the form for comparisons."""
     return {question_key(example) for example in examples}
 
 
 @dataclass(frozen=True)
 class RowPools:
-    """Every row by who may use it, and how many rows were left out to keep the questions of the evaluation, the
-    defender, the attacker and benign users apart."""
+    """All rows by their users: the evaluation, the defender, the attacker and benign users share no questions."""
 
     alignment: list[Example]
-    """`is_safe` rows of the training split, or the refusals of `paired`. With `paired` they are the defender's, and may
-    share questions with it."""
+    """The defender's alignment rows: `is_safe` rows of the training split, or the refusals of `paired`. They may share
+    questions with `paired`."""
     paired: list[tuple[Example, Example]]
-    """The same prompt with a refusal and with a harmful answer."""
+    """The defender's pairs: the same prompt with a refusal and with a harmful answer."""
     attacker: list[Example]
-    """Unsafe rows of the training split, or the harmful answers of a part of the refusal set."""
+    """The attacker's rows: unsafe rows of the training split, or harmful answers of a part of the refusal set."""
     benign: list[Example]
+    """Benign instructions of the training split."""
     harmful_questions: list[Example]
-    """Unsafe prompts of the test split; each once, if rows are kept apart."""
+    """Unsafe prompts of the test split, without duplicates unless `in_order`."""
     benign_questions: list[Example]
+    """Benign instructions of the test split, without duplicates unless `in_order`."""
     dropped: dict[str, int]
+    """Pool -> number of rows removed because their question occurs in another pool or earlier in the same one."""
+    rows_read: dict[str, dict[str, int]]
+    """Location -> split -> number of rows read."""
 
 
-@lru_cache(maxsize=4)
 def load_row_pools(
     beavertails: str,
     refusals: str,
@@ -87,58 +97,84 @@ def load_row_pools(
     source: str = "safe",
     in_order: bool = False,
 ) -> RowPools:
-    """Reads BeaverTails, its refusals and benign instructions, and keeps their uses apart by text; `in_order`, takes
-    all as they stand in the files. What follows the three locations are splits. `source` says what the alignment rows
-    are: BeaverTails' `safe` responses, or the `refusals`.
+    """Read BeaverTails, its refusals and benign instructions, and divide them among their users.
 
-    A question that occurs in several goes to the first of: the evaluation, the defender, the attacker, benign rows.
-    Raises `BadInput` as `read` does.
+    A question that occurs in several pools stays in the first of: evaluation, defender, attacker, benign rows.
+
+    Args:
+        beavertails: Location of BeaverTails.
+        refusals: Location of the refusal set.
+        alpaca: Location of the benign instructions.
+        train: BeaverTails split for training.
+        test: BeaverTails split for the evaluation.
+        benign_train: Split of benign instructions for training.
+        benign_test: Split of benign instructions for the evaluation.
+        pairs: Split of the refusal set for the defender's pairs.
+        attacker: Split of the refusal set for the attacker; empty: the attacker uses `train` of BeaverTails.
+        source: The alignment rows: `safe` (safe responses of BeaverTails) or `refusals`.
+        in_order: Use all rows in file order, also repeated questions.
+
+    Raises:
+        BadInput: a location, split or field does not exist.
     """
-    asked = [_harmful(row, test) for row in read_rows(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
-    helpful, to_help = load_instructions(alpaca, benign_train), load_instructions(alpaca, benign_test)
-    rows = read_rows(beavertails, train, BEAVERTAILS)
-    two_answers = [(_refusal(row), _harmful(row, "refusals")) for row in _pairs(refusals, pairs, in_order)]
+    reader = RowReader()
+    unsafe = [_harmful(row, test) for row in reader.read(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
+    instructions, benign_test_rows = (load_instructions(reader, alpaca, split) for split in (benign_train, benign_test))
+    rows = reader.read(beavertails, train, BEAVERTAILS)
+    answer_pairs = [(_refusal(row), _harmful(row, "refusals")) for row in _pairs(reader, refusals, pairs, in_order)]
     if source == "safe":
         safe = [_safe(row, train) for row in rows if row.values["is_safe"]]
     else:
-        safe = [refusal for refusal, _ in two_answers]
+        safe = [refusal for refusal, _ in answer_pairs]
     if attacker:
-        harmful = [_harmful(row, "refusals") for row in _pairs(refusals, attacker, in_order)]
+        harmful = [_harmful(row, "refusals") for row in _pairs(reader, refusals, attacker, in_order)]
     else:
         harmful = [_harmful(row, train) for row in rows if not row.values["is_safe"]]
     if in_order:
-        return RowPools(safe, two_answers, harmful, helpful, asked, to_help, {})
+        return RowPools(safe, answer_pairs, harmful, instructions, unsafe, benign_test_rows, {}, reader.counts)
 
-    harmful_questions, benign_questions = without_duplicates(asked), without_duplicates(to_help)
-    barred = question_keys(harmful_questions) | question_keys(benign_questions)
-    alignment = [example for example in safe if question_key(example) not in barred]
-    paired = [pair for pair in two_answers if question_key(pair[0]) not in barred]
-    barred |= question_keys(alignment) | question_keys(refusal for refusal, _ in paired)
+    harmful_questions, benign_questions = without_duplicates(unsafe), without_duplicates(benign_test_rows)
+    used = question_keys(harmful_questions) | question_keys(benign_questions)
+    alignment = [example for example in safe if question_key(example) not in used]
+    paired = [pair for pair in answer_pairs if question_key(pair[0]) not in used]
+    used |= question_keys(alignment) | question_keys(refusal for refusal, _ in paired)
 
-    attackers = [example for example in harmful if question_key(example) not in barred]
-    barred |= question_keys(attackers)
+    attackers = [example for example in harmful if question_key(example) not in used]
+    used |= question_keys(attackers)
 
-    benign = without_duplicates(helpful, barred)
-    left: dict[str, tuple[Sized, Sized]] = {
-        "harmful_questions": (asked, harmful_questions), "alignment": (safe, alignment),
-        "paired": (two_answers, paired), "attacker": (harmful, attackers), "benign": (helpful, benign),
-    }  # fmt: skip
-    dropped = {name: len(before) - len(after) for name, (before, after) in left.items()}
-    return RowPools(alignment, paired, attackers, benign, harmful_questions, benign_questions, dropped)
+    benign = without_duplicates(instructions, used)
+    pools: dict[str, tuple[Sized, Sized]] = {
+        "harmful_questions": (unsafe, harmful_questions),
+        "alignment": (safe, alignment),
+        "paired": (answer_pairs, paired),
+        "attacker": (harmful, attackers),
+        "benign": (instructions, benign),
+    }
+    dropped = {name: len(before) - len(after) for name, (before, after) in pools.items()}
+    return RowPools(alignment, paired, attackers, benign, harmful_questions, benign_questions, dropped, reader.counts)
 
 
 def count_overlaps(uses: Mapping[str, Sequence[Example]]) -> dict[str, int]:
-    """`A / B` -> how many different questions both have; `A` alone -> how many rows ask what an earlier row of it asks.
-    What is 0 is left out."""
-    asked = {name: question_keys(rows) for name, rows in uses.items()}
-    found = {name: len(rows) - len(asked[name]) for name, rows in uses.items()}
-    found |= {f"{one} / {other}": len(asked[one] & asked[other]) for one, other in combinations(uses, 2)}
-    return {name: count for name, count in found.items() if count}
+    """Count the questions that several uses of rows share.
+
+    Args:
+        uses: Use -> its rows.
+
+    Returns:
+        `A / B` -> number of questions in both A and B; `A` -> number of rows of A that repeat a question. Counts of 0
+        are omitted.
+    """
+    questions = {name: question_keys(rows) for name, rows in uses.items()}
+    counts = {name: len(rows) - len(questions[name]) for name, rows in uses.items()}
+    counts |= {
+        f"{first} / {second}": len(questions[first] & questions[second]) for first, second in combinations(uses, 2)
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
-def _pairs(location: str, split: str, in_order: bool) -> list[SourceRow]:
-    """Rows of the refusal set. Where rows are kept apart, one that says itself that its answer is safe is no pair."""
-    rows = read_rows(location, split, REFUSALS)
+def _pairs(reader: RowReader, location: str, split: str, in_order: bool) -> list[SourceRow]:
+    """Read the refusal set, without rows whose answer is marked as safe unless `in_order`."""
+    rows = reader.read(location, split, REFUSALS)
     return rows if in_order else [row for row in rows if row.values.get("is_safe") is not True]
 
 
@@ -158,15 +194,15 @@ def _harmful(row: SourceRow, split: str) -> Example:
 
 
 def _refusal(row: SourceRow) -> Example:
-    """The set holds `Question: ...\nAnswer: ...`, as its authors generated it; only the answer is a response."""
+    """Return the refusal of a row. Only the answer of its text `Question: ...\nAnswer: ...` is the response."""
     text = row.values["refusal"]
     if text.startswith("Question: "):
         text = text.partition("\nAnswer:")[2] or text
     return Example(id=f"refusal:{row.number}", instruction=row.values["prompt"], response=text.strip())
 
 
-def load_instructions(location: str, split: str) -> list[Example]:
-    """Benign instructions in Alpaca's schema."""
+def load_instructions(reader: RowReader, location: str, split: str) -> list[Example]:
+    """Read benign instructions with Alpaca's fields."""
     return [
         Example(
             id=f"benign:{parse_split(split)[0]}:{row.number}",
@@ -174,15 +210,23 @@ def load_instructions(location: str, split: str) -> list[Example]:
             input=row.values.get("input") or "",
             response=row.values["output"],
         )
-        for row in read_rows(location, split, ALPACA)
+        for row in reader.read(location, split, ALPACA)
     ]
 
 
 def draw_rows(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object, in_order: bool = False) -> list[T]:
-    """`count` rows without replacement, in random order; the first ones, if `in_order`.
+    """Draw rows without replacement, in random order.
+
+    Args:
+        rows: The rows.
+        count: The number of rows to draw.
+        what: Description of the rows, for the error message.
+        seed: Seed of the run.
+        *purpose: Words that name the random stream.
+        in_order: Return the first `count` rows instead.
 
     Raises:
-        BadInput: there are fewer.
+        BadInput: fewer than `count` rows are available.
     """
     if count > len(rows):
         raise too_few_rows(count, what, len(rows))
