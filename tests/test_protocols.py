@@ -1,4 +1,4 @@
-"""Protocol files: every value has a source, a hash says which values two rows share, and a value can be replaced."""
+"""Protocol files: every value has a source, the hash covers every value, and a value can be replaced."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def test_every_value_has_a_source(name: str) -> None:
     for path in paths:
         covered = path in ("name", "version") or any(path == key or path.startswith(f"{key}.") for key in sources)
         assert covered, path
-    for key in sources:  # and no source is of a value that is not there
+    for key in sources:  # every source is that of a value
         assert any(path == key or path.startswith(f"{key}.") for path in paths), key
 
 
-def test_the_testbed_keeps_its_hash_so_that_its_table_can_be_added_to() -> None:
+def test_the_testbed_hash_is_that_of_the_committed_table() -> None:
     table = Path(__file__).parent.parent / "leaderboards" / "testbed.csv"
     columns, first, *_ = table.read_text(encoding="utf-8").splitlines()
     assert first.split(",")[columns.split(",").index("protocol_hash")] == load_protocol("testbed").hash
@@ -40,14 +40,14 @@ def test_the_testbed_keeps_its_hash_so_that_its_table_can_be_added_to() -> None:
 def test_a_paper_protocol_settles_with_every_defense_and_attack_that_it_names(name: str) -> None:
     protocol = load_protocol(name)
     for defense in protocol.defenses:
-        cell = Experiment.settle(RunSpec(protocol=name, defense=parse_plugins(defense)))
-        assert cell.defenses[0].params == {**cell.defenses[0].params, **protocol.defenses[defense]}
-        assert {cell.defenses[0].origins[key] for key in protocol.defenses[defense]} == {"protocol " + name}
-    assert cell.scorers[0].params["model"] == "PKU-Alignment/beaver-dam-7b"
+        experiment = Experiment.settle(RunSpec(protocol=name, defense=parse_plugins(defense)))
+        assert experiment.defenses[0].params == {**experiment.defenses[0].params, **protocol.defenses[defense]}
+        assert {experiment.defenses[0].origins[key] for key in protocol.defenses[defense]} == {"protocol " + name}
+    assert experiment.scorers[0].params["model"] == "PKU-Alignment/beaver-dam-7b"
 
 
-def test_the_papers_differ_where_they_do() -> None:
-    """protocol.md's list, by hand."""
+def test_the_paper_protocols_differ_as_the_papers_do() -> None:
+    """The expected values are copied by hand from the papers and their scripts."""
     vaccine, booster, lisa = (load_protocol(f"{name}-paper") for name in ("vaccine", "booster", "lisa"))
     assert [p.align.rows for p in (vaccine, booster, lisa)] == [2000, 5000, 10000]
     assert [p.align.source for p in (vaccine, booster, lisa)] == ["safe", "refusals", "safe"]
@@ -65,15 +65,15 @@ def world(tmp_path: Path) -> Path:
     return make_world(tmp_path / "world")
 
 
-def test_a_task_has_settings_of_its_own_in_the_cell(world: Path) -> None:
+def test_settings_of_a_task_replace_those_of_the_user_stage(world: Path) -> None:
     values = yaml.safe_load(world.read_text(encoding="utf-8"))
     values["finetune"]["tasks"] = {"agnews": {"samples": 4, "settings": {"lr": 0.125}}}
     values["answer"]["items"] = {"agnews": 3}
     world.write_text(yaml.safe_dump(values), encoding="utf-8")
-    own, plain = (Experiment.settle(RunSpec(protocol=str(world), task=task)) for task in ("agnews", "sst2"))
-    assert own.settings("finetune", own.team("finetune")).lr == 0.125
-    assert own.finetune.samples == 4
-    assert plain.settings("finetune", plain.team("finetune")).lr == values["finetune"]["settings"]["lr"]
+    agnews, sst2 = (Experiment.settle(RunSpec(protocol=str(world), task=task)) for task in ("agnews", "sst2"))
+    assert agnews.stages["finetune"].settings.lr == 0.125
+    assert agnews.finetune.samples == 4
+    assert sst2.stages["finetune"].settings.lr == values["finetune"]["settings"]["lr"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_task_has_settings_of_its_own_in_the_cell(world: Path) -> None:
         ({"sst2": {"samples": 0}}, "finetune.tasks.sst2.samples: Input should be greater than or equal to 1"),
     ],
 )
-def test_wrong_settings_of_a_task_are_refused(world: Path, tasks: dict[str, Any], message: str) -> None:
+def test_invalid_task_settings_are_refused(world: Path, tasks: dict[str, Any], message: str) -> None:
     values = yaml.safe_load(world.read_text(encoding="utf-8"))
     values["finetune"]["tasks"] = tasks
     world.write_text(yaml.safe_dump(values), encoding="utf-8")
@@ -91,18 +91,24 @@ def test_wrong_settings_of_a_task_are_refused(world: Path, tasks: dict[str, Any]
         Experiment.settle(RunSpec(protocol=str(world)))
 
 
-def test_a_value_is_replaced_as_it_is_written() -> None:
+def test_a_replaced_value_is_read_as_yaml() -> None:
     protocol = load_protocol("vaccine-paper")
-    other = protocol.replaced(
-        {"rows": "paper", "align.settings.lr": "2e-4", "align.settings.lora_targets": "[q_proj, v_proj]",
-         "data.sst2": "./mine.csv", "defenses.vaccine": "{rho: 5}", "finetune.tasks.sst2": "{samples: 7}"}
-    )  # fmt: skip
-    assert (other.rows, other.align.settings.lr, other.data["sst2"]) == ("paper", 2e-4, "./mine.csv")
-    assert other.align.settings.lora_targets == ("q_proj", "v_proj")
-    assert other.defenses == {**protocol.defenses, "vaccine": {"rho": 5}}
-    assert other.finetune.of("sst2").samples == 7
-    assert other.finetune.of("gsm8k") == protocol.finetune.of("gsm8k")
-    assert len({protocol.hash, other.hash, protocol.replaced({"rows": "paper"}).hash}) == 3
+    changed = protocol.replaced(
+        {
+            "rows": "paper",
+            "align.settings.lr": "2e-4",
+            "align.settings.lora_targets": "[q_proj, v_proj]",
+            "data.sst2": "./mine.csv",
+            "defenses.vaccine": "{rho: 5}",
+            "finetune.tasks.sst2": "{samples: 7}",
+        }
+    )
+    assert (changed.rows, changed.align.settings.lr, changed.data["sst2"]) == ("paper", 2e-4, "./mine.csv")
+    assert changed.align.settings.lora_targets == ("q_proj", "v_proj")
+    assert changed.defenses == {**protocol.defenses, "vaccine": {"rho": 5}}
+    assert changed.finetune.of("sst2").samples == 7
+    assert changed.finetune.of("gsm8k") == protocol.finetune.of("gsm8k")
+    assert len({protocol.hash, changed.hash, protocol.replaced({"rows": "paper"}).hash}) == 3
     assert protocol.replaced({}).hash == protocol.replaced({"rows": "unique"}).hash == protocol.hash
 
 
@@ -120,17 +126,17 @@ def test_a_value_is_replaced_as_it_is_written() -> None:
         ("name", "mine", "Unknown value 'name'"),
     ],
 )
-def test_a_value_that_is_not_allowed_is_refused(path: str, value: str, message: str) -> None:
+def test_an_invalid_replacement_is_refused(path: str, value: str, message: str) -> None:
     with pytest.raises(BadInput) as refusal:
         load_protocol("vaccine-paper").replaced({path: value})
     assert message in str(refusal.value)
 
 
-def test_a_judge_that_is_written_takes_the_place_of_the_protocols() -> None:
-    def cell(*scorers: str) -> Experiment:
+def test_a_requested_judge_replaces_the_judge_of_the_protocol() -> None:
+    def experiment(*scorers: str) -> Experiment:
         return Experiment.settle(RunSpec(protocol="vaccine-paper", scorers=scorers))
 
-    assert cell().protocol.hash == cell("beaver_dam").protocol.hash
-    other = cell("beaver_dam:model=org/name,threshold=0.4")
-    assert other.scorer.params["model"] == "org/name"
-    assert other.protocol.hash != cell().protocol.hash
+    assert experiment().protocol.hash == experiment("beaver_dam").protocol.hash
+    requested = experiment("beaver_dam:model=org/name,threshold=0.4")
+    assert requested.scorer.params["model"] == "org/name"
+    assert requested.protocol.hash != experiment().protocol.hash
