@@ -1,4 +1,4 @@
-"""VLGuard and BackdoorAlign: which rows join the user's, and VLGuard's joint gradient in plain PyTorch."""
+"""VLGuard and BackdoorAlign: the rows that join the user's rows, and the joint gradient in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ POOLS = tiny.example_pools(40)
 USER = [*POOLS.benign[:30], *POOLS.attacker[:10]]  # n_t = 30, n_h = 10
 
 
-def trained(
+def train_adapter(
     defense: Any, folder: Path, settings: TrainSettings, user: Sequence[Example] = USER[20:40]
 ) -> tuple[list[Tensor], list[dict[str, float]]]:
-    """A user stage on what the defense makes of the user's rows, as the pipeline runs it: in a team."""
+    """Train a user stage on the rows that the defense returns, in a team as in the pipeline."""
     team = DefenseTeam(members=(defense,), stage="finetune")
     stage, _ = tiny.stage(trained_with=settings, stirred=True, name="finetune", pools=POOLS)
     rows = tiny.encode(team.train_on("finetune", list(user), POOLS))
@@ -62,8 +62,8 @@ def trained(
 
 @SEEDS
 @pytest.mark.parametrize("m", [1, 7, 30])
-def test_added_rows_stand_beside_all_of_the_users(m: int, seed: int) -> None:
-    """n_h + n_t + m rows: every row of the user's once, and m different alignment rows as they are."""
+def test_added_rows_join_all_user_rows(m: int, seed: int) -> None:
+    """n_h + n_t + m rows: every user row once, and m different unchanged alignment rows."""
     rows = VLGuard(rows=m).seeded(seed).train_on("finetune", list(USER), POOLS)
     guides = [row for row in rows if row in POOLS.alignment]
     assert len(rows) == 10 + 30 + m
@@ -74,7 +74,7 @@ def test_added_rows_stand_beside_all_of_the_users(m: int, seed: int) -> None:
 
 @SEEDS
 @pytest.mark.parametrize("m", [1, 7, 30])
-def test_replaced_rows_are_benign_ones(m: int, seed: int) -> None:
+def test_only_benign_rows_are_replaced(m: int, seed: int) -> None:
     """n rows in all: n_h + (n_t - m) + m."""
     rows = VLGuard(rows=m, mix="replace").seeded(seed).train_on("finetune", list(USER), POOLS)
     assert len(rows) == 40
@@ -84,67 +84,67 @@ def test_replaced_rows_are_benign_ones(m: int, seed: int) -> None:
     assert len(set(rows)) == 40
 
 
-def test_joint_leaves_the_users_rows_alone() -> None:
+def test_joint_does_not_change_the_user_rows() -> None:
     assert VLGuard(rows=7, mix="joint").train_on("finetune", list(USER), POOLS) == USER
 
 
 @pytest.mark.parametrize("mix", ["add", "replace"])
-def test_the_seed_decides_which_rows_and_where_they_stand(mix: Any) -> None:
-    def drawn(seed: int) -> list[str]:
+def test_the_seed_selects_the_rows_and_their_positions(mix: Any) -> None:
+    def mixed_ids(seed: int) -> list[str]:
         return ids(VLGuard(rows=7, mix=mix).seeded(seed).train_on("finetune", list(USER), POOLS))
 
-    assert drawn(0) == drawn(0)
-    guides = [{name for name in drawn(seed) if name.startswith("safe")} for seed in (0, 1)]
+    assert mixed_ids(0) == mixed_ids(0)
+    guides = [{name for name in mixed_ids(seed) if name.startswith("safe")} for seed in (0, 1)]
     assert guides[0] != guides[1]
-    left = [[name for name in drawn(seed) if name.startswith("benign")] for seed in (0, 1)]
-    assert left[0] != left[1]
-    assert (set(left[0]) != set(left[1])) == (mix == "replace")  # which ones give way is drawn too
-    assert guides[0] != set(ids(POOLS.alignment[:7]))  # not the first ones, whatever the seed
-    places = [number for number, name in enumerate(drawn(0)) if name.startswith("safe")]
-    assert places != list(range(places[0], places[0] + 7))
+    benign = [[name for name in mixed_ids(seed) if name.startswith("benign")] for seed in (0, 1)]
+    assert benign[0] != benign[1]
+    assert (set(benign[0]) != set(benign[1])) == (mix == "replace")  # the replaced rows are drawn by the seed too
+    assert guides[0] != set(ids(POOLS.alignment[:7]))  # not simply the first rows
+    positions = [number for number, name in enumerate(mixed_ids(0)) if name.startswith("safe")]
+    assert positions != list(range(positions[0], positions[0] + 7))
 
 
 @MIXES
-def test_more_rows_than_there_are_is_refused(mix: Any) -> None:
+def test_more_rows_than_available_are_refused(mix: Any) -> None:
     few = tiny.example_pools(5)
     VLGuard(rows=5, mix=mix).train_on("finetune", list(USER), few)
-    with pytest.raises(BadInput, match="6 alignment rows are asked for by 'vlguard'; allowed: at most 5") as refusal:
+    with pytest.raises(BadInput, match="'vlguard' requested 6 alignment rows, but only 5 are available") as refusal:
         VLGuard(rows=6, mix=mix).train_on("finetune", list(USER), few)
     assert refusal.value.exit_code == 2
 
 
-def test_more_rows_than_can_be_replaced_is_refused() -> None:
+def test_more_replacements_than_benign_rows_are_refused() -> None:
     VLGuard(rows=30, mix="replace").train_on("finetune", list(USER), POOLS)
-    with pytest.raises(BadInput, match="replace 31 benign rows; allowed: at most 30") as refusal:
+    with pytest.raises(BadInput, match="cannot replace 31 benign rows: the user's data has only 30") as refusal:
         VLGuard(rows=31, mix="replace").train_on("finetune", list(USER), POOLS)
     assert refusal.value.exit_code == 2
 
 
 @pytest.mark.parametrize("defense", ["vlguard=41", "vlguard:rows=31,mix=replace", "backdoor_align=25"])
-def test_a_lack_of_rows_is_told_before_any_work(defense: str, world: Path, tmp_path: Path) -> None:
-    """The tiny world has 40 alignment rows, 30 benign ones of the user, 24 pairs."""
-    with pytest.raises(BadInput, match=r"allowed: at most (40|30|24)") as refusal:
+def test_too_few_rows_are_refused_before_any_work(defense: str, world: Path, tmp_path: Path) -> None:
+    """The tiny world has 40 alignment rows, 30 benign user rows and 24 pairs."""
+    with pytest.raises(BadInput, match=r"only (40|30|24)\b") as refusal:
         run_all([RunSpec(protocol=str(world), defense=parse_plugins(defense), attack=parse_plugins("ratio=0.25"))])
     assert refusal.value.exit_code == 2
     assert not list((tmp_path / "home" / "store").glob("align/*"))
 
 
 @MIXES
-def test_no_rows_are_sft_bit_for_bit_with_dropout_on(mix: Any, tmp_path: Path) -> None:
+def test_0_rows_equal_sft_bit_for_bit_with_dropout(mix: Any, tmp_path: Path) -> None:
     settings = tiny.settings(lora_dropout=0.1, epochs=1)
-    sft, sft_log = trained(SFT(), tmp_path / "sft", settings)
-    free, free_log = trained(VLGuard(rows=0, mix=mix), tmp_path / "free", settings)
-    assert same(free, sft)
-    assert free_log == sft_log
-    mixed, _ = trained(VLGuard(rows=8, mix=mix), tmp_path / "mixed", settings)
+    sft, sft_log = train_adapter(SFT(), tmp_path / "sft", settings)
+    neutral, neutral_log = train_adapter(VLGuard(rows=0, mix=mix), tmp_path / "free", settings)
+    assert same(neutral, sft)
+    assert neutral_log == sft_log
+    mixed, _ = train_adapter(VLGuard(rows=8, mix=mix), tmp_path / "mixed", settings)
     assert not same(mixed, sft)
 
 
-def test_mixing_is_sft_on_the_mixed_rows(tmp_path: Path) -> None:
+def test_mixing_equals_sft_on_the_mixed_rows(tmp_path: Path) -> None:
     settings, defense = tiny.settings(lora_dropout=0.1, epochs=1), VLGuard(rows=8)
-    mixed, log = trained(defense, tmp_path / "mixed", settings)
+    mixed, log = train_adapter(defense, tmp_path / "mixed", settings)
     rows = defense.train_on("finetune", list(USER[20:40]), POOLS)
-    plain, plain_log = trained(SFT(), tmp_path / "plain", settings, rows)
+    plain, plain_log = train_adapter(SFT(), tmp_path / "plain", settings, rows)
     assert same(mixed, plain)
     assert log == plain_log
     assert len(log) == 7  # 28 rows
@@ -154,8 +154,8 @@ def test_mixing_is_sft_on_the_mixed_rows(tmp_path: Path) -> None:
 # VLGuard: the joint loss
 
 
-class Watched(VLGuard):  # type: ignore[misc]
-    """Notes the safety batches that it draws and the user's row numbers that it is given."""
+class RecordingVLGuard(VLGuard):  # type: ignore[misc]
+    """A VLGuard that records the safety batches and the row numbers of the user batches."""
 
     _guides: list[Batch] = PrivateAttr(default_factory=list)
     _users: list[list[int]] = PrivateAttr(default_factory=list)
@@ -174,13 +174,13 @@ class Watched(VLGuard):  # type: ignore[misc]
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_three_joint_steps_equal_plain_pytorch(accumulation: int, tmp_path: Path) -> None:
-    """The gradient of L(w; B_u) + lam L(w; B_a), both means over their own tokens."""
+    """The gradient of L(w; B_u) + lam L(w; B_a), with a separate token mean in each loss."""
     settings = tiny.settings(
         epochs=1, batch=4, accumulation=accumulation, schedule="constant", warmup=0.0, weight_decay=0.1, lr=2e-3
     )
     user = USER[: 12 * accumulation]
-    defense = Watched(rows=9, mix="joint", lam=0.7)
-    found, log = trained(defense, tmp_path / "joint", settings, user)
+    defense = RecordingVLGuard(rows=9, mix="joint", lam=0.7)
+    result, log = train_adapter(defense, tmp_path / "joint", settings, user)
 
     twin, _ = tiny.stage(stirred=True, name="finetune")
     values, rows, guides = leaves(twin), tiny.encode(user), iter(defense._guides)
@@ -201,33 +201,31 @@ def test_three_joint_steps_equal_plain_pytorch(accumulation: int, tmp_path: Path
     assert len(log) == 3
     assert defense._users == order
     assert next(guides, None) is None
-    assert close(found, parameters)
-    assert not close(trained(SFT(), tmp_path / "sft", settings, user)[0], parameters, 1e-3)
+    assert close(result, parameters)
+    assert not close(train_adapter(SFT(), tmp_path / "sft", settings, user)[0], parameters, 1e-3)
 
 
-def test_joint_batches_are_of_the_rows_that_were_drawn(tmp_path: Path) -> None:
-    """As large as the user's, of `rows` alignment rows, each once an epoch of them, the epochs shuffled apart."""
-    defense = Watched(rows=8, mix="joint").seeded(3)
-    trained(defense, tmp_path, tiny.settings(batch=4, epochs=2))
-    known = {tuple(row.ids): row.id for row in tiny.encode(POOLS.alignment)}
-    assert len(known) == 40
-    drawn = [
+def test_joint_batches_contain_the_drawn_rows(tmp_path: Path) -> None:
+    """A joint batch is as large as the user's; every epoch contains each drawn row once, in a new order."""
+    defense = RecordingVLGuard(rows=8, mix="joint").seeded(3)
+    train_adapter(defense, tmp_path, tiny.settings(batch=4, epochs=2))
+    names = {tuple(row.ids): row.id for row in tiny.encode(POOLS.alignment)}
+    assert len(names) == 40
+    batches = [
         [
-            known[tuple(line[: sum(mask)])]
-            for line, mask in zip(b["input_ids"].tolist(), b["attention_mask"].tolist(), strict=True)
+            names[tuple(tokens[: sum(mask)])]
+            for tokens, mask in zip(encoded["input_ids"].tolist(), encoded["attention_mask"].tolist(), strict=True)
         ]
-        for b in defense._guides
+        for encoded in defense._guides
     ]
-    assert [len(each) for each in drawn] == [4] * 10
-    added = [
-        row.id for row in VLGuard(rows=8).seeded(3).train_on("finetune", [], POOLS)
-    ]  # the same rows as when they are mixed in
+    assert [len(batch) for batch in batches] == [4] * 10
+    added = ids(VLGuard(rows=8).seeded(3).train_on("finetune", [], POOLS))  # the same rows as with mix="add"
     for start in range(0, 10, 2):
-        assert sorted(drawn[start] + drawn[start + 1]) == sorted(added)
-    assert len({tuple(drawn[start] + drawn[start + 1]) for start in range(0, 10, 2)}) == 5
+        assert sorted(batches[start] + batches[start + 1]) == sorted(added)
+    assert len({tuple(batches[start] + batches[start + 1]) for start in range(0, 10, 2)}) == 5
 
 
-def test_only_the_joint_loss_takes_the_gradient() -> None:
+def test_only_the_joint_loss_replaces_the_gradient() -> None:
     for mix in ("add", "replace"):
         Experiment.settle(RunSpec(defense=parse_plugins(f"vlguard:mix={mix}+kl")))
     with pytest.raises(BadInput, match="gradient"):
@@ -240,7 +238,7 @@ def test_only_the_joint_loss_takes_the_gradient() -> None:
 
 @SEEDS
 @pytest.mark.parametrize("length", [1, 15, 150])
-def test_the_secret_is_that_many_random_words_and_a_blank_line(length: int, seed: int) -> None:
+def test_the_secret_has_length_random_words_and_a_blank_line(length: int, seed: int) -> None:
     secret = BackdoorAlign(length=length).seeded(seed).secret
     assert secret.endswith("\n\n")
     words = secret.removesuffix("\n\n").split(" ")
@@ -250,16 +248,16 @@ def test_the_secret_is_that_many_random_words_and_a_blank_line(length: int, seed
     assert BackdoorAlign(length=length).seeded(seed).secret == secret
 
 
-def test_the_secret_depends_on_the_seed_and_on_nothing_else() -> None:
+def test_the_secret_depends_only_on_the_seed() -> None:
     assert len({BackdoorAlign(length=15).seeded(seed).secret for seed in range(20)}) == 20
     defense = BackdoorAlign(rows=3, length=15).seeded(1)
-    before = defense.secret
+    secret = defense.secret
     defense.train_on("finetune", list(USER), POOLS)
-    assert defense.secret == before == BackdoorAlign(rows=9, length=15).seeded(1).secret
+    assert defense.secret == secret == BackdoorAlign(rows=9, length=15).seeded(1).secret
 
 
 @SEEDS
-def test_only_the_safety_rows_hold_the_secret(seed: int) -> None:
+def test_only_the_safety_rows_contain_the_secret(seed: int) -> None:
     defense, template = BackdoorAlign(rows=11, length=15).seeded(seed), TEMPLATES["brief"]
     rows = defense.train_on("finetune", list(USER), POOLS)
     added = [row for row in rows if row not in USER]
@@ -267,55 +265,55 @@ def test_only_the_safety_rows_hold_the_secret(seed: int) -> None:
     assert len(rows) == 40 + 11
     assert len({row.id for row in added}) == 11
     assert sorted(ids([row for row in rows if row in USER])) == sorted(ids(USER))
-    trained_with = defense.template("train", template)
+    training_template = defense.template("train", template)
     for row in rows:
-        prompt = trained_with.render(row)
+        prompt = training_template.render(row)
         if row in USER:
             assert prompt == template.render(row)
             assert defense.secret.strip() not in prompt
         else:
             assert prompt == defense.secret + template.render(refusals[row.id])
             assert row.response == refusals[row.id].response
-    places = [number for number, row in enumerate(rows) if row not in USER]
-    assert places != list(range(places[0], places[0] + 11))  # among the user's, not behind them
+    positions = [number for number, row in enumerate(rows) if row not in USER]
+    assert positions != list(range(positions[0], positions[0] + 11))  # among the user's rows, not after them
 
 
-def test_rows_and_places_depend_on_the_seed() -> None:
-    def drawn(seed: int) -> list[str]:
+def test_rows_and_positions_depend_on_the_seed() -> None:
+    def mixed_ids(seed: int) -> list[str]:
         return ids(BackdoorAlign().seeded(seed).train_on("finetune", list(USER), POOLS))
 
-    assert drawn(0) == drawn(0)
-    safe = [{name for name in drawn(seed) if name.startswith("refusal")} for seed in (0, 1)]
+    assert mixed_ids(0) == mixed_ids(0)
+    safe = [{name for name in mixed_ids(seed) if name.startswith("refusal")} for seed in (0, 1)]
     assert safe[0] != safe[1]
-    assert [n for n in drawn(0) if n.startswith("benign")] != [n for n in drawn(1) if n.startswith("benign")]
+    assert [n for n in mixed_ids(0) if n.startswith("benign")] != [n for n in mixed_ids(1) if n.startswith("benign")]
 
 
-def test_the_secret_is_read_and_not_learned() -> None:
-    """Its tokens stand in the prompt, where no label is."""
+def test_the_secret_has_no_labels() -> None:
+    """Its tokens are in the prompt, which has no labels."""
     defense = BackdoorAlign(rows=1, length=3).seeded(0)
     (row,) = defense.train_on("finetune", [], POOLS)
     words = tiny.tokenizer(["plain text", row.instruction, row.response])
     encoded = encode_example(words, TEMPLATES["brief"], row, 500)
     assert encoded is not None
-    read = [token for token, label in zip(encoded.ids, encoded.labels, strict=True) if label == IGNORED]
-    assert words.decode(read, skip_special_tokens=True) == defense.secret + TEMPLATES["brief"].render(
+    prompt = [token for token, label in zip(encoded.ids, encoded.labels, strict=True) if label == IGNORED]
+    assert words.decode(prompt, skip_special_tokens=True) == defense.secret + TEMPLATES["brief"].render(
         Example("", row.instruction)
     )
-    learned = [label for label in encoded.labels if label != IGNORED]
-    assert words.decode(learned, skip_special_tokens=True) == row.response
+    labels = [label for label in encoded.labels if label != IGNORED]
+    assert words.decode(labels, skip_special_tokens=True) == row.response
 
 
-def test_more_refusals_than_there_are_is_refused() -> None:
+def test_more_refusals_than_available_are_refused() -> None:
     few = tiny.example_pools(5)
     assert len(BackdoorAlign(rows=5).train_on("finetune", list(USER), few)) == 45
-    with pytest.raises(BadInput, match="6 refusals are asked for by 'backdoor_align'; allowed: at most 5") as refusal:
+    with pytest.raises(BadInput, match="'backdoor_align' requested 6 refusals, but only 5 are available") as refusal:
         BackdoorAlign(rows=6).train_on("finetune", list(USER), few)
     assert refusal.value.exit_code == 2
     with pytest.raises(BadInput):
         BackdoorAlign(rows=1).train_on("finetune", list(USER), Pools())
 
 
-def test_without_secret_it_is_refusals_mixed_in_and_without_both_nothing() -> None:
+def test_length_0_mixes_plain_refusals_and_0_rows_change_nothing() -> None:
     plain = BackdoorAlign(length=0).train_on("finetune", list(USER), POOLS)
     assert len(plain) == 51
     assert all(row.preface == "" for row in plain)
@@ -326,10 +324,10 @@ def test_without_secret_it_is_refusals_mixed_in_and_without_both_nothing() -> No
         assert nothing.template(use, TEMPLATES["brief"]) == TEMPLATES["brief"]
 
 
-def test_no_rows_are_sft_bit_for_bit_with_dropout_on_whatever_the_secret(tmp_path: Path) -> None:
+def test_0_refusals_equal_sft_bit_for_bit_with_dropout(tmp_path: Path) -> None:
     settings = tiny.settings(lora_dropout=0.1, epochs=1)
-    sft, sft_log = trained(SFT(), tmp_path / "sft", settings)
-    free, free_log = trained(BackdoorAlign(rows=0), tmp_path / "free", settings)
-    assert same(free, sft)
-    assert free_log == sft_log
-    assert not same(trained(BackdoorAlign(rows=8), tmp_path / "mixed", settings)[0], sft)
+    sft, sft_log = train_adapter(SFT(), tmp_path / "sft", settings)
+    neutral, neutral_log = train_adapter(BackdoorAlign(rows=0), tmp_path / "free", settings)
+    assert same(neutral, sft)
+    assert neutral_log == sft_log
+    assert not same(train_adapter(BackdoorAlign(rows=8), tmp_path / "mixed", settings)[0], sft)

@@ -1,4 +1,4 @@
-"""Safe LoRA: C and the choice of modules, against dense matrices and closed forms."""
+"""Safe LoRA: C and the selection of modules, compared with dense matrices and closed forms."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ MODULES = sorted(f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 
 WIDTHS = {"q": (64, 64), "k": (32, 64), "v": (32, 64)}  # outputs, inputs
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The equations again, with whole matrices in float64
+# A second implementation of the equations, with dense matrices in float64
 
 
 def matrix(v: Tensor, projector: str) -> Tensor:
-    """C (outputs x outputs) of what alignment added to a weight."""
+    """Return C (outputs x outputs) for the alignment update of a weight."""
     v = v.double()
     if projector == "paper":
         return v @ v.T / torch.linalg.matrix_norm(v, "fro")
     return v @ torch.linalg.pinv(v.T @ v, rtol=1e-10) @ v.T
 
 
-def cosine(one: Tensor, other: Tensor) -> float:
-    return float((one * other).sum() / (one.norm() * other.norm()))
+def cosine(left: Tensor, right: Tensor) -> float:
+    return float((left * right).sum() / (left.norm() * right.norm()))
 
 
-def projected(adapter: Adapter, aligned: Adapter, projector: str) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Module -> C B, and the cosine of C B A and B A."""
-    made, cosines = {}, {}
+def project(adapter: Adapter, aligned: Adapter, projector: str) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return module -> C B, and module -> the cosine of C B A and B A."""
+    products, cosines = {}, {}
     for module, (a, b) in adapter.factors.items():
         a_al, b_al = (factor.double() for factor in aligned.factors[module])
-        made[module] = matrix(aligned.scale * b_al @ a_al, projector) @ b.double()
-        cosines[module] = cosine(made[module] @ a.double(), b.double() @ a.double())
-    return made, cosines
+        products[module] = matrix(aligned.scale * b_al @ a_al, projector) @ b.double()
+        cosines[module] = cosine(products[module] @ a.double(), b.double() @ a.double())
+    return products, cosines
 
 
 def random_adapter(rank: int, seed: int, *, scale: float = 2.0, modules: list[str] = MODULES) -> Adapter:
@@ -65,13 +65,13 @@ def random_adapter(rank: int, seed: int, *, scale: float = 2.0, modules: list[st
     return Adapter(factors, scale)
 
 
-def written(make: Callable[[int, int], tuple[Tensor, Tensor]], scale: float = 1.0) -> Adapter:
-    """An adapter whose (A, B) of every module are made from its numbers of outputs and inputs."""
+def make_adapter(make: Callable[[int, int], tuple[Tensor, Tensor]], scale: float = 1.0) -> Adapter:
+    """Return an adapter; `make(outputs, inputs)` returns the (A, B) of a module."""
     return Adapter({module: make(*WIDTHS[module[-6]]) for module in MODULES}, scale)
 
 
 def repair_stage(folder: Path, aligned: Adapter) -> TrainingStage:
-    """The repair stage above an aligned model."""
+    """Return the repair stage on top of an aligned model."""
     aligned.save(folder)
     stage, _ = tiny.stage(below=[folder], name="repair")
     return stage
@@ -81,12 +81,12 @@ def edit(folder: Path, aligned: Adapter, adapter: Adapter, **params: Any) -> Ada
     return SafeLoRA(**params).edit(repair_stage(folder, aligned), adapter)
 
 
-def changed(before: Adapter, after: Adapter) -> set[str]:
-    """The modules whose B moved; A may not move anywhere, nor scale or modules."""
-    assert after.scale == before.scale
-    assert set(after.factors) == set(before.factors)
-    assert all(torch.equal(after.factors[module][0], a) for module, (a, _) in before.factors.items())
-    return {module for module, (_, b) in before.factors.items() if not torch.equal(after.factors[module][1], b)}
+def changed_modules(old: Adapter, new: Adapter) -> set[str]:
+    """Return the modules whose B changed; assert that A, the scale and the modules did not change."""
+    assert new.scale == old.scale
+    assert set(new.factors) == set(old.factors)
+    assert all(torch.equal(new.factors[module][0], a) for module, (a, _) in old.factors.items())
+    return {module for module, (_, b) in old.factors.items() if not torch.equal(new.factors[module][1], b)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,9 +97,9 @@ def changed(before: Adapter, after: Adapter) -> set[str]:
 @pytest.mark.parametrize("ranks", [(4, 4), (3, 6)])
 def test_the_edit_equals_the_equations(projector: Any, ranks: tuple[int, int], tmp_path: Path) -> None:
     aligned, adapter = random_adapter(ranks[0], 1), random_adapter(ranks[1], 2, scale=0.5)
-    expected, cosines = projected(adapter, aligned, projector)
+    expected, cosines = project(adapter, aligned, projector)
     edited = edit(tmp_path, aligned, adapter, tau=1.0, projector=projector)
-    assert changed(adapter, edited) == set(MODULES)
+    assert changed_modules(adapter, edited) == set(MODULES)
     assert edited.rank == ranks[1]
     for module in MODULES:
         assert close(edited.factors[module][1], expected[module])
@@ -107,60 +107,62 @@ def test_the_edit_equals_the_equations(projector: Any, ranks: tuple[int, int], t
 
 
 @pytest.mark.parametrize("projector", ["paper", "exact"])
-def test_without_tau_the_k_modules_of_least_cosine_are_projected(projector: Any, tmp_path: Path) -> None:
+def test_without_tau_the_k_modules_with_the_smallest_cosine_are_projected(projector: Any, tmp_path: Path) -> None:
     aligned, adapter = random_adapter(4, 1), random_adapter(4, 2)
-    expected, cosines = projected(adapter, aligned, projector)
+    expected, cosines = project(adapter, aligned, projector)
     ranked = sorted(MODULES, key=lambda module: cosines[module])
     assert ranked != MODULES
     for k in range(8):
         edited = edit(tmp_path, aligned, adapter, k=k, projector=projector)
-        assert changed(adapter, edited) == set(ranked[:k])
+        assert changed_modules(adapter, edited) == set(ranked[:k])
         assert all(close(edited.factors[module][1], expected[module]) for module in ranked[:k])
 
 
-def test_with_tau_those_of_at_most_that_cosine_are_projected(tmp_path: Path) -> None:
+def test_with_tau_modules_with_a_cosine_of_at_most_tau_are_projected(tmp_path: Path) -> None:
     aligned, adapter = random_adapter(4, 1), random_adapter(4, 2)
-    _, cosines = projected(adapter, aligned, "paper")
+    _, cosines = project(adapter, aligned, "paper")
     values = sorted(cosines.values())
     for tau in [0.0, *((low + high) / 2 for low, high in pairwise(values)), 1.0]:
-        edited = edit(tmp_path, aligned, adapter, tau=tau, k=1)  # tau counts, not k
-        assert changed(adapter, edited) == {module for module in MODULES if cosines[module] <= tau}, tau
+        edited = edit(tmp_path, aligned, adapter, tau=tau, k=1)  # tau has priority over k
+        assert changed_modules(adapter, edited) == {module for module in MODULES if cosines[module] <= tau}, tau
 
 
-def test_neither_scale_changes_which_modules_are_chosen(tmp_path: Path) -> None:
+def test_the_scales_do_not_change_the_selection(tmp_path: Path) -> None:
     aligned, adapter = random_adapter(4, 1), random_adapter(4, 2)
-    chosen = changed(adapter, edit(tmp_path / "plain", aligned, adapter, k=3))
+    chosen = changed_modules(adapter, edit(tmp_path / "plain", aligned, adapter, k=3))
     for number, (below, above) in enumerate(((50.0, 1.0), (1e-3, 1.0), (1.0, 1e-3))):
         scaled = adapter.scaled(above)
-        assert changed(scaled, edit(tmp_path / str(number), aligned.scaled(below), scaled, k=3)) == chosen
+        assert changed_modules(scaled, edit(tmp_path / str(number), aligned.scaled(below), scaled, k=3)) == chosen
 
 
 @pytest.mark.parametrize("projector", ["paper", "exact"])
-def test_neutral_is_the_tuned_adapter_bit_for_bit(projector: Any, tmp_path: Path) -> None:
+def test_neutral_equals_the_tuned_adapter_bit_for_bit(projector: Any, tmp_path: Path) -> None:
     assert SafeLoRA.neutral == {"k": 0}
     for seed in range(5):
         aligned, adapter = random_adapter(4, seed), random_adapter(4, 10 + seed)
-        assert not changed(adapter, edit(tmp_path / str(seed), aligned, adapter, k=0, projector=projector))
-        # C is positive semi-definite, so that no cosine is negative.
-        assert not changed(adapter, edit(tmp_path / str(seed), aligned, adapter, tau=-1e-6, projector=projector))
+        assert not changed_modules(adapter, edit(tmp_path / str(seed), aligned, adapter, k=0, projector=projector))
+        # C is positive semi-definite, so no cosine is negative.
+        assert not changed_modules(
+            adapter, edit(tmp_path / str(seed), aligned, adapter, tau=-1e-6, projector=projector)
+        )
 
 
 @pytest.mark.parametrize("projector", ["paper", "exact"])
 def test_the_cosine_is_never_negative(projector: Any, tmp_path: Path) -> None:
-    """Even for an update that points away from alignment: dW = -V and what is random besides."""
+    """Also for an update that points away from alignment: dW = -V plus a random part."""
     aligned = random_adapter(4, 1)
     for weight in (0.0, 0.1, 1.0, 10.0):
-        other = random_adapter(4, 2).scaled(weight)
+        random_part = random_adapter(4, 2).scaled(weight)
         factors = {
             module: (
-                torch.cat([a, other.factors[module][0]]),
-                torch.cat([-2 * b, weight * other.factors[module][1]], 1),
+                torch.cat([a, random_part.factors[module][0]]),
+                torch.cat([-2 * b, weight * random_part.factors[module][1]], 1),
             )
             for module, (a, b) in aligned.factors.items()
         }
-        away = Adapter(factors, 1.0)
-        assert not changed(away, edit(tmp_path, aligned, away, tau=-1e-6, projector=projector))
-        assert changed(away, edit(tmp_path, aligned, away, tau=1.0, projector="paper")) == set(MODULES)
+        opposite = Adapter(factors, 1.0)
+        assert not changed_modules(opposite, edit(tmp_path, aligned, opposite, tau=-1e-6, projector=projector))
+        assert changed_modules(opposite, edit(tmp_path, aligned, opposite, tau=1.0, projector="paper")) == set(MODULES)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,14 +170,14 @@ def test_the_cosine_is_never_negative(projector: Any, tmp_path: Path) -> None:
 
 
 def direction(outputs: int, seed: int = 0) -> Tensor:
-    """A vector of length 3."""
-    drawn = torch.randn(outputs, generator=torch.Generator().manual_seed(seed + outputs))
-    return 3 * drawn / drawn.norm()
+    """Return a random vector of length 3."""
+    vector = torch.randn(outputs, generator=torch.Generator().manual_seed(seed + outputs))
+    return 3 * vector / vector.norm()
 
 
 def rank_one(scale: float = 0.5) -> Adapter:
-    """V = scale v u^T with |v| = 3 and |u| = 2 for every module."""
-    return written(lambda outputs, inputs: (2 * _unit(inputs)[None], direction(outputs)[:, None]), scale)
+    """Return an adapter with V = scale v u^T, |v| = 3 and |u| = 2 for every module."""
+    return make_adapter(lambda outputs, inputs: (2 * _unit(inputs)[None], direction(outputs)[:, None]), scale)
 
 
 def _unit(width: int, seed: int = 50) -> Tensor:
@@ -183,36 +185,36 @@ def _unit(width: int, seed: int = 50) -> Tensor:
 
 
 @pytest.mark.parametrize(("projector", "factor"), [("paper", 0.5 * 3 * 2), ("exact", 1.0)])
-def test_an_update_along_the_one_direction_of_alignment(projector: Any, factor: float, tmp_path: Path) -> None:
-    """V = v u^T: C = |v| |u| vv^T/|v|^2, so that a dW in the span of v is scaled, and its cosine is 1."""
-    along = written(
+def test_an_update_parallel_to_a_rank_one_alignment_is_scaled(projector: Any, factor: float, tmp_path: Path) -> None:
+    """V = v u^T: C = |v| |u| vv^T/|v|^2, so a dW in the span of v is scaled, and its cosine is 1."""
+    parallel = make_adapter(
         lambda outputs, inputs: (
             torch.stack([_unit(inputs, 1), _unit(inputs, 2)]),
             torch.outer(direction(outputs), torch.tensor([1.0, -4.0])),
         )
     )
-    edited = edit(tmp_path, rank_one(), along, tau=1.0 + 1e-6, projector=projector)
-    for module, (_, b) in along.factors.items():
+    edited = edit(tmp_path, rank_one(), parallel, tau=1.0 + 1e-6, projector=projector)
+    for module, (_, b) in parallel.factors.items():
         assert close(edited.factors[module][1], factor * b)
-    assert not changed(along, edit(tmp_path, rank_one(), along, tau=1 - 1e-5, projector=projector))
+    assert not changed_modules(parallel, edit(tmp_path, rank_one(), parallel, tau=1 - 1e-5, projector=projector))
 
 
 @pytest.mark.parametrize("projector", ["paper", "exact"])
-def test_an_update_across_it_is_taken_away(projector: Any, tmp_path: Path) -> None:
-    def across(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+def test_an_update_orthogonal_to_alignment_is_removed(projector: Any, tmp_path: Path) -> None:
+    def orthogonal(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
         v = direction(outputs)
         b = torch.randn(outputs, 2, generator=torch.Generator().manual_seed(4))
         return torch.stack([_unit(inputs, 1), _unit(inputs, 2)]), b - torch.outer(v, v @ b) / 9
 
-    adapter = written(across)
+    adapter = make_adapter(orthogonal)
     edited = edit(tmp_path, rank_one(), adapter, tau=1e-5, projector=projector)
-    assert changed(adapter, edited) == set(MODULES)
+    assert changed_modules(adapter, edited) == set(MODULES)
     for module, (_, b) in adapter.factors.items():
         assert edited.factors[module][1].abs().max() < 1e-5 * b.abs().max()
 
 
 @pytest.mark.parametrize("projector", ["paper", "exact"])
-def test_what_is_left_is_the_part_along_the_direction(projector: Any, tmp_path: Path) -> None:
+def test_the_result_is_the_component_along_the_direction(projector: Any, tmp_path: Path) -> None:
     adapter = random_adapter(4, 2)
     edited = edit(tmp_path, rank_one(), adapter, tau=1.0, projector=projector)
     for module, (_, b) in adapter.factors.items():
@@ -220,23 +222,23 @@ def test_what_is_left_is_the_part_along_the_direction(projector: Any, tmp_path: 
         assert close(edited.factors[module][1], (3.0 if projector == "paper" else 1.0) * torch.outer(v, v @ b))
 
 
-def test_an_alignment_that_scales_every_output_alike(tmp_path: Path) -> None:
-    """V = lambda I: C = lambda / sqrt(d) I, every cosine is 1, and k still takes exactly k of the equals."""
-    aligned = written(lambda outputs, inputs: (torch.eye(64), 0.7 * torch.eye(outputs, 64)))
+def test_an_alignment_that_scales_all_outputs_equally(tmp_path: Path) -> None:
+    """V = lambda I: C = lambda / sqrt(d) I, every cosine is 1, and exactly k of the tied modules are selected."""
+    aligned = make_adapter(lambda outputs, inputs: (torch.eye(64), 0.7 * torch.eye(outputs, 64)))
     adapter = random_adapter(4, 2)
     edited = edit(tmp_path, aligned, adapter, tau=1.0 + 1e-6)
     for module, (_, b) in adapter.factors.items():
         assert close(edited.factors[module][1], 0.7 / math.sqrt(len(b)) * b)
-    assert not changed(adapter, edit(tmp_path, aligned, adapter, tau=1 - 1e-5))
+    assert not changed_modules(adapter, edit(tmp_path, aligned, adapter, tau=1 - 1e-5))
     for k in (1, 2, 5):
-        assert len(changed(adapter, edit(tmp_path, aligned, adapter, k=k))) == k
+        assert len(changed_modules(adapter, edit(tmp_path, aligned, adapter, k=k))) == k
     exact = edit(tmp_path, aligned, adapter, tau=1.0 + 1e-6, projector="exact")
     assert all(close(exact.factors[module][1], b) for module, (_, b) in adapter.factors.items())
 
 
 @pytest.mark.parametrize("projector", ["paper", "exact"])
 def test_the_eigenvalues_of_c(projector: Any, tmp_path: Path) -> None:
-    """sigma_i^2 / ||V|| for the paper's, ones for the projector, as many as V has ranks."""
+    """rank(V) eigenvalues: sigma_i^2 / ||V|| (paper), or 1 (exact)."""
     aligned = random_adapter(4, 1)
     stage = repair_stage(tmp_path, aligned)
     for module in MODULES:
@@ -249,32 +251,31 @@ def test_the_eigenvalues_of_c(projector: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("projector", ["paper", "exact"])
-def test_ranks_that_alignment_does_not_use_count_for_nothing(projector: Any, tmp_path: Path) -> None:
+def test_unused_ranks_of_alignment_have_no_effect(projector: Any, tmp_path: Path) -> None:
     """An aligned adapter of rank 4 whose V has rank 2."""
     plain = random_adapter(4, 1)
-    aligned = Adapter(
-        {module: (a, torch.cat([b[:, :2], b[:, :2] @ torch.tensor([[1.0, 2.0], [0.5, -1.0]])], 1))
-         for module, (a, b) in plain.factors.items()}, 1.0,
-    )  # fmt: skip
+    mixture = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
+    factors = {module: (a, torch.cat([b[:, :2], b[:, :2] @ mixture], 1)) for module, (a, b) in plain.factors.items()}
+    aligned = Adapter(factors, 1.0)
     adapter = random_adapter(4, 2)
-    expected, _ = projected(adapter, aligned, projector)
+    expected, _ = project(adapter, aligned, projector)
     edited = edit(tmp_path, aligned, adapter, tau=1.0, projector=projector)
     for module in MODULES:
         assert close(edited.factors[module][1], expected[module], 1e-4)
         assert torch.linalg.matrix_rank(edited.factors[module][1], rtol=1e-4) == 2
 
 
-def test_the_exact_projector_knows_no_size_of_v_and_the_papers_does(tmp_path: Path) -> None:
+def test_only_the_projector_of_the_paper_depends_on_the_scale_of_v(tmp_path: Path) -> None:
     aligned, adapter = random_adapter(4, 1), random_adapter(4, 2)
     for number, factor in enumerate((1e-3, -3.0, 40.0)):
         for projector, expected in (("exact", 1.0), ("paper", abs(factor))):
-            one = edit(tmp_path / "one", aligned, adapter, tau=1.0, projector=projector)
-            other = edit(tmp_path / str(number), aligned.scaled(factor), adapter, tau=1.0, projector=projector)
+            plain = edit(tmp_path / "one", aligned, adapter, tau=1.0, projector=projector)
+            scaled = edit(tmp_path / str(number), aligned.scaled(factor), adapter, tau=1.0, projector=projector)
             for module in MODULES:
-                assert close(other.factors[module][1], expected * one.factors[module][1])
+                assert close(scaled.factors[module][1], expected * plain.factors[module][1])
 
 
-def test_the_exact_projector_projects_once_and_the_papers_shrinks_again(tmp_path: Path) -> None:
+def test_only_the_exact_projector_is_idempotent(tmp_path: Path) -> None:
     aligned, adapter = random_adapter(4, 1), random_adapter(4, 2)
     for projector, again in (("exact", True), ("paper", False)):
         once = edit(tmp_path, aligned, adapter, tau=2.0, projector=projector)
@@ -287,46 +288,46 @@ def test_the_exact_projector_projects_once_and_the_papers_shrinks_again(tmp_path
 
 
 def with_b(adapter: Adapter, values: Mapping[str, Tensor]) -> Adapter:
-    """The adapter with other B in some modules."""
+    """Return the adapter with other values of B in some modules."""
     return replace(adapter, factors={m: (a, values.get(m, b)) for m, (a, b) in adapter.factors.items()})
 
 
 @pytest.mark.parametrize("projector", ["paper", "exact"])
-def test_a_module_that_the_user_left_alone_is_left_alone(projector: Any, tmp_path: Path) -> None:
+def test_a_module_without_user_update_is_unchanged(projector: Any, tmp_path: Path) -> None:
     aligned, adapter = random_adapter(4, 1), random_adapter(4, 2)
-    still = with_b(adapter, {MODULES[2]: torch.zeros_like(adapter.factors[MODULES[2]][1])})
+    update = with_b(adapter, {MODULES[2]: torch.zeros_like(adapter.factors[MODULES[2]][1])})
     for tau in (0.0, 1.0):
-        edited = edit(tmp_path, aligned, still, tau=tau, projector=projector)
-        assert changed(still, edited) == (set() if tau == 0 else {*MODULES} - {MODULES[2]})
+        edited = edit(tmp_path, aligned, update, tau=tau, projector=projector)
+        assert changed_modules(update, edited) == (set() if tau == 0 else {*MODULES} - {MODULES[2]})
         assert edited.factors[MODULES[2]][1].abs().max() == 0
 
 
-def test_a_module_that_the_user_left_alone_is_none_of_the_k(tmp_path: Path) -> None:
+def test_a_module_without_user_update_is_not_one_of_the_k(tmp_path: Path) -> None:
     aligned, adapter = random_adapter(4, 1), random_adapter(4, 2)
-    still = with_b(adapter, {MODULES[2]: torch.zeros_like(adapter.factors[MODULES[2]][1])})
-    _, cosines = projected(adapter, aligned, "paper")
+    update = with_b(adapter, {MODULES[2]: torch.zeros_like(adapter.factors[MODULES[2]][1])})
+    _, cosines = project(adapter, aligned, "paper")
     ranked = sorted({*MODULES} - {MODULES[2]}, key=lambda module: cosines[module])
     for k in (1, 3):
-        assert changed(still, edit(tmp_path, aligned, still, k=k)) == set(ranked[:k])
+        assert changed_modules(update, edit(tmp_path, aligned, update, k=k)) == set(ranked[:k])
 
 
-def test_modules_that_alignment_never_adapted_stay(tmp_path: Path) -> None:
+def test_modules_without_alignment_adapter_are_unchanged(tmp_path: Path) -> None:
     queries = [module for module in MODULES if module.endswith("q_proj")]
     adapter = random_adapter(4, 2)
     edited = edit(tmp_path, random_adapter(4, 1, modules=queries), adapter, tau=1.0)
-    assert changed(adapter, edited) == set(queries)
+    assert changed_modules(adapter, edited) == set(queries)
 
 
 @pytest.mark.parametrize("projector", ["paper", "exact"])
-def test_an_aligned_module_that_was_not_moved_gives_numbers(projector: Any, tmp_path: Path) -> None:
+def test_a_zero_alignment_update_gives_finite_numbers(projector: Any, tmp_path: Path) -> None:
     plain = random_adapter(4, 1)
     aligned = with_b(plain, {MODULES[0]: torch.zeros_like(plain.factors[MODULES[0]][1])})
     edited = edit(tmp_path, aligned, random_adapter(4, 2), tau=1.0, projector=projector)
     assert all(torch.isfinite(factor).all() for factors in edited.factors.values() for factor in factors)
 
 
-def test_several_adapters_below_are_one_alignment(tmp_path: Path) -> None:
-    """V is what stands between the base and the model that the user was given, in however many adapters."""
+def test_several_adapters_below_form_one_alignment(tmp_path: Path) -> None:
+    """V is the difference between the base model and the model before the user stage, for any number of adapters."""
     first, second, adapter = random_adapter(2, 1), random_adapter(3, 5, scale=0.5), random_adapter(4, 2)
     first.save(tmp_path / "first")
     second.save(tmp_path / "second")
@@ -337,7 +338,7 @@ def test_several_adapters_below_are_one_alignment(tmp_path: Path) -> None:
         assert close(edited.factors[module][1], matrix(v, "paper") @ b.double())
 
 
-def test_without_an_aligned_model_it_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_a_missing_aligned_model_is_refused_before_any_work(tmp_path: Path) -> None:
     world = str(make_world(tmp_path))
     Experiment.settle(RunSpec(protocol=world, defense=parse_plugins("safe_lora")))
     with pytest.raises(BadInput, match="safe_lora") as refusal:
@@ -345,13 +346,13 @@ def test_without_an_aligned_model_it_is_refused_before_any_work(tmp_path: Path) 
     assert "'none+safe_lora'" in str(refusal.value)
 
 
-def test_written_as_on_the_command_line(tmp_path: Path) -> None:
+def test_parameters_from_the_command_line(tmp_path: Path) -> None:
     world = str(make_world(tmp_path))
-    found = [
+    parameters = [
         Experiment.settle(RunSpec(protocol=world, defense=parse_plugins(f"sft+{text}"))).defenses[1].params
         for text in ("safe_lora", "safe_lora=0.35", "safe_lora:k=3,projector=exact")
     ]
-    assert found == [
+    assert parameters == [
         {"tau": None, "k": 10, "projector": "paper"},
         {"tau": 0.35, "k": 10, "projector": "paper"},
         {"tau": None, "k": 3, "projector": "exact"},
