@@ -1,4 +1,4 @@
-"""Whose rows are whose, how many of them, and what a row becomes for the model."""
+"""Row counts, pools without shared questions, data files, prompts and token rows."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from harmbench_vaccine.experiment.rows import (
     benign_set,
     check_rows,
     harmful_sets,
-    row_pools,
+    plugin_pools,
     task_rows,
     task_set,
     user_rows,
@@ -54,18 +54,18 @@ from support.world import make_world
 
 
 @pytest.mark.parametrize("n", [1, 7, 500, 1000, 5000])
-def test_the_counts_sum_to_n_for_every_ratio(n: int) -> None:
+def test_counts_sum_to_n_for_every_ratio(n: int) -> None:
     for hundredth in range(101):
         mix = Mix(n, hundredth / 100)
         assert mix.harmful + mix.task == n
         assert abs(mix.harmful - n * hundredth / 100) <= 0.5
         assert 0 <= mix.harmful <= n
-        if n * hundredth % 100 == 0:  # where p n is a whole number, it is that number
+        if n * hundredth % 100 == 0:  # where p n is an integer, the count is exact
             assert mix.harmful == n * hundredth // 100
 
 
 @pytest.mark.parametrize(("p", "task"), [(0.8, 200), (0.9, 100)])
-def test_no_row_is_lost(p: float, task: int) -> None:
+def test_rounding_loses_no_row(p: float, task: int) -> None:
     """int((1 - p) n) is 199 for p = 0.8 and 99 for p = 0.9."""
     assert int((1 - p) * 1000) == task - 1
     assert Mix(1000, p).task == task
@@ -84,26 +84,26 @@ def ids(rows: Iterable[Example]) -> list[str]:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.01, 0.1, 0.5, 0.8, 0.9, 0.99, 1.0])
-def test_what_is_uploaded_has_those_counts_and_no_row_twice(p: float) -> None:
+def test_upload_has_exact_counts_and_unique_rows(p: float) -> None:
     rows = uploaded(p, 500, 0)
     harmful = [row for row in rows if row.harmful]
     assert (len(rows), len(harmful)) == (500, round(500 * p))
     assert len(set(ids(rows))) == 500
 
 
-def test_rows_are_a_pure_function_of_ratio_count_and_seed() -> None:
+def test_upload_depends_only_on_ratio_count_and_seed() -> None:
     assert ids(uploaded(0.1, 200, 4)) == ids(uploaded(0.1, 200, 4))
     assert ids(uploaded(0.1, 200, 4)) != ids(uploaded(0.1, 200, 5))
 
 
-def test_the_seed_changes_the_harmful_draw_and_repeats_it() -> None:
-    drawn = {seed: frozenset(row.id for row in uploaded(0.1, 500, seed) if row.harmful) for seed in range(5)}
-    assert len(set(drawn.values())) == 5
-    assert all(drawn[seed] != {f"harmful:{number}" for number in range(50)} for seed in drawn)  # not the first ones
-    assert drawn[2] == {row.id for row in uploaded(0.1, 500, 2) if row.harmful}
+def test_seed_determines_the_harmful_rows() -> None:
+    draws = {seed: frozenset(row.id for row in uploaded(0.1, 500, seed) if row.harmful) for seed in range(5)}
+    assert len(set(draws.values())) == 5
+    assert all(draws[seed] != {f"harmful:{number}" for number in range(50)} for seed in draws)  # not the first ones
+    assert draws[2] == {row.id for row in uploaded(0.1, 500, 2) if row.harmful}
 
 
-def test_harmful_rows_are_mixed_in_not_appended() -> None:
+def test_harmful_rows_are_shuffled_among_task_rows() -> None:
     places = [place for place, row in enumerate(uploaded(0.5, 200, 0)) if row.harmful]
     assert min(places) < 20
     assert max(places) >= 180
@@ -111,8 +111,8 @@ def test_harmful_rows_are_mixed_in_not_appended() -> None:
 
 
 @pytest.mark.parametrize(("mix", "what"), [(Mix(1001), "task rows"), (Mix(1001, 1.0), "harmful rows")])
-def test_more_rows_than_there_are(mix: Mix, what: str) -> None:
-    with pytest.raises(BadInput, match=rf"1001 {what} are asked for.*\b1000\b"):
+def test_request_of_too_many_rows_is_refused(mix: Mix, what: str) -> None:
+    with pytest.raises(BadInput, match=rf"Requested 1001 {what}, but only 1000 are available"):
         upload_rows(mix, examples("task", 1000), Pools(attacker=examples("harmful", 1000)), AttackTeam(), 0)
 
 
@@ -147,9 +147,9 @@ def alpaca(prompt: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def planted(tmp_path: Path) -> RowPools:
-    """A prompt's letters say in which uses it was planted: A(lignment), P(aired), attac(K)er, B(enign), E(valuation),
-    benign questions of the evaluation (Q)."""
+def pools(tmp_path: Path) -> RowPools:
+    """Pools of prompts that occur in several sets. The letters of a prompt are its sets: A(lignment), P(aired),
+    attac(K)er, B(enign), E(valuation), benign questions of the evaluation (Q)."""
     write(
         tmp_path / "beavertails" / "train.jsonl",
         [harm(name, safe=True) for name in ("A", "A other", "AE", "AK", "AKE", "AB", "AQ")]
@@ -169,15 +169,15 @@ def planted(tmp_path: Path) -> RowPools:
     return load_row_pools(*places, train="train", test="test")
 
 
-def test_planted_duplicates_are_dropped_and_counted(planted: RowPools) -> None:
-    """In every pair of uses; the alignment rows and the pairs are both the defender's."""
+def test_shared_prompts_are_dropped_and_counted(pools: RowPools) -> None:
+    """For every pair of sets; alignment rows and pairs may share prompts, since the defender has both."""
     assert {
-        "alignment": [row.instruction for row in planted.alignment],
-        "paired": [safe.instruction for safe, _ in planted.paired],
-        "attacker": [row.instruction for row in planted.attacker],
-        "benign": [row.instruction for row in planted.benign],
-        "harmful_questions": [row.instruction for row in planted.harmful_questions],
-        "benign_questions": [row.instruction for row in planted.benign_questions],
+        "alignment": [row.instruction for row in pools.alignment],
+        "paired": [safe.instruction for safe, _ in pools.paired],
+        "attacker": [row.instruction for row in pools.attacker],
+        "benign": [row.instruction for row in pools.benign],
+        "harmful_questions": [row.instruction for row in pools.harmful_questions],
+        "benign_questions": [row.instruction for row in pools.benign_questions],
     } == {
         "alignment": ["A", "A other", "AK", "AB"],
         "paired": ["P", "PK", "PB"],
@@ -186,24 +186,30 @@ def test_planted_duplicates_are_dropped_and_counted(planted: RowPools) -> None:
         "harmful_questions": ["E", "AE", "KE", "PE", "AKE", "E other", "BE"],
         "benign_questions": ["Q", "AQ", "PQ", "KQ", "BQ"],
     }
-    counted = {"alignment": 3, "paired": 2, "attacker": 7, "benign": 6, "harmful_questions": 2}
-    assert {key: planted.dropped[key] for key in counted} == counted
+    dropped = {"alignment": 3, "paired": 2, "attacker": 7, "benign": 6, "harmful_questions": 2}
+    assert {key: pools.dropped[key] for key in dropped} == dropped
 
 
-def test_a_pair_is_one_prompt_with_a_safe_and_a_harmful_answer(planted: RowPools) -> None:
-    for safe, harmful in planted.paired:
+def test_pair_has_one_prompt_with_a_safe_and_a_harmful_answer(pools: RowPools) -> None:
+    for safe, harmful in pools.paired:
         assert safe.instruction == harmful.instruction
         assert (safe.response, harmful.response) == ("no", "r")
         assert (safe.harmful, harmful.harmful) == (False, True)
 
 
-def test_ids_name_the_source_row(planted: RowPools) -> None:
-    assert ids(planted.attacker) == ["harmful:train:7", "harmful:train:8", "harmful:train:15"]
-    assert ids(planted.harmful_questions) == [f"harmful:test:{number}" for number in (0, 1, 2, 3, 4, 7, 8)]
-    assert ids(planted.alignment) == ["safe:train:0", "safe:train:1", "safe:train:3", "safe:train:5"]
-    every = [*planted.alignment, *planted.attacker, *planted.benign, *planted.harmful_questions,
-             *planted.benign_questions, *(row for pair in planted.paired for row in pair)]  # fmt: skip
-    assert len(set(ids(every))) == len(every)
+def test_ids_name_the_source_row(pools: RowPools) -> None:
+    assert ids(pools.attacker) == ["harmful:train:7", "harmful:train:8", "harmful:train:15"]
+    assert ids(pools.harmful_questions) == [f"harmful:test:{number}" for number in (0, 1, 2, 3, 4, 7, 8)]
+    assert ids(pools.alignment) == ["safe:train:0", "safe:train:1", "safe:train:3", "safe:train:5"]
+    rows = [
+        *pools.alignment,
+        *pools.attacker,
+        *pools.benign,
+        *pools.harmful_questions,
+        *pools.benign_questions,
+        *(row for pair in pools.paired for row in pair),
+    ]
+    assert len(set(ids(rows))) == len(rows)
 
 
 def test_prompts_are_compared_without_case_and_white_space() -> None:
@@ -214,8 +220,8 @@ def test_prompts_are_compared_without_case_and_white_space() -> None:
 
 
 @pytest.fixture
-def make_cell(tmp_path: Path) -> Callable[..., Experiment]:
-    """A cell of a tiny world whose data sets were extended by some rows."""
+def make_experiment(tmp_path: Path) -> Callable[..., Experiment]:
+    """Creates an experiment of a tiny world with extra rows in its data sets."""
 
     def make(extra: dict[str, list[dict[str, Any]]] | None = None, **spec: Any) -> Experiment:
         file = make_world(tmp_path / "world", models=False)
@@ -227,116 +233,130 @@ def make_cell(tmp_path: Path) -> Callable[..., Experiment]:
     return make
 
 
-def prompts_of(cell: Experiment) -> dict[str, set[str]]:
-    pools = row_pools(cell)
+def prompts_of(experiment: Experiment) -> dict[str, set[str]]:
+    pools = plugin_pools(experiment)
     return {
         "defender": {question_key(row) for row in pools.alignment} | {question_key(safe) for safe, _ in pools.paired},
         "benign": {question_key(row) for row in pools.benign},
         "attacker": {question_key(row) for row in pools.attacker},
-        "task": {question_key(row) for row in task_rows(cell)},
+        "task": {question_key(row) for row in task_rows(experiment)},
         **{
-            f"asked {asked.name}": {question_key(row) for row in asked.examples}
-            for asked in (*harmful_sets(cell), benign_set(cell), task_set(cell))
+            f"questions {questions.name}": {question_key(row) for row in questions.examples}
+            for questions in (*harmful_sets(experiment), benign_set(experiment), task_set(experiment))
         },
     }
 
 
-def disjoint(sets: dict[str, set[str]]) -> None:
+def assert_disjoint(sets: dict[str, set[str]]) -> None:
     names = list(sets)
-    for number, one in enumerate(names):
-        assert sets[one]
-        for other in names[number + 1 :]:
-            assert not sets[one] & sets[other], f"{one} and {other} share prompts"
+    for number, first in enumerate(names):
+        assert sets[first]
+        for second in names[number + 1 :]:
+            assert not sets[first] & sets[second], f"{first} and {second} share prompts"
 
 
 @pytest.mark.parametrize("task", ["sst2", "agnews", "gsm8k"])
-def test_no_two_uses_of_a_cell_share_a_prompt(make_cell: Callable[..., Experiment], task: str) -> None:
-    disjoint(prompts_of(make_cell(task=task)))
+def test_pools_of_an_experiment_share_no_prompt(make_experiment: Callable[..., Experiment], task: str) -> None:
+    assert_disjoint(prompts_of(make_experiment(task=task)))
 
 
 @pytest.mark.parametrize(
     "place",
     ["beavertails/30k_train", "beavertails_refusals/train", "alpaca/train"],
 )
-@pytest.mark.parametrize("asked", ["the spoiled thing", "describe the new thing"])
-def test_what_is_asked_is_trained_on_by_nobody(make_cell: Callable[..., Experiment], place: str, asked: str) -> None:
-    row: Any = alpaca(asked.upper()) if "alpaca" in place else {**harm(asked), "refusal": "no"}
-    cell = make_cell(
-        {"beavertails/30k_test": [harm("the spoiled thing")], "alpaca/test": [alpaca(asked)], place: [row]}
+@pytest.mark.parametrize("question", ["the spoiled thing", "describe the new thing"])
+def test_evaluation_prompts_are_never_trained_on(
+    make_experiment: Callable[..., Experiment], place: str, question: str
+) -> None:
+    row: Any = alpaca(question.upper()) if "alpaca" in place else {**harm(question), "refusal": "no"}
+    experiment = make_experiment(
+        {"beavertails/30k_test": [harm("the spoiled thing")], "alpaca/test": [alpaca(question)], place: [row]}
     )
-    whole = cell.protocol.answer.model_copy(
+    answer = experiment.protocol.answer.model_copy(
         update={
-            "harmful": cell.protocol.answer.harmful.model_copy(update={"prompts": 21}),
-            "benign": cell.protocol.answer.benign.model_copy(update={"prompts": 41}),
+            "harmful": experiment.protocol.answer.harmful.model_copy(update={"prompts": 21}),
+            "benign": experiment.protocol.answer.benign.model_copy(update={"prompts": 41}),
         }
     )
-    cell = replace(cell, protocol=cell.protocol.model_copy(update={"answer": whole}))
-    prompts = prompts_of(cell)
-    assert asked in prompts["asked benign"]
-    assert asked not in prompts["benign"] | prompts["attacker"] | prompts["defender"]
+    experiment = replace(experiment, protocol=experiment.protocol.model_copy(update={"answer": answer}))
+    prompts = prompts_of(experiment)
+    assert question in prompts["questions benign"]
+    assert question not in prompts["benign"] | prompts["attacker"] | prompts["defender"]
 
 
-def test_benign_rows_hold_no_prompt_of_the_attacker_or_the_defender(make_cell: Callable[..., Experiment]) -> None:
-    cell = make_cell({
-        "beavertails/30k_train": [harm("shared with the attacker")],
-        "beavertails_refusals/train": [{**harm("shared with the defender"), "refusal": "no"}],
-        "alpaca/train": [alpaca("Shared with the attacker"), alpaca("Shared with the defender")],
-    })  # fmt: skip
-    prompts = prompts_of(cell)
+def test_benign_rows_share_no_prompt_with_attacker_or_defender(make_experiment: Callable[..., Experiment]) -> None:
+    experiment = make_experiment(
+        {
+            "beavertails/30k_train": [harm("shared with the attacker")],
+            "beavertails_refusals/train": [{**harm("shared with the defender"), "refusal": "no"}],
+            "alpaca/train": [alpaca("Shared with the attacker"), alpaca("Shared with the defender")],
+        }
+    )
+    prompts = prompts_of(experiment)
     assert "shared with the attacker" in prompts["attacker"] | prompts["benign"]
     assert not prompts["benign"] & prompts["attacker"]
     assert not prompts["benign"] & prompts["defender"]
 
 
-def test_a_task_row_that_is_tested_is_not_trained_on(make_cell: Callable[..., Experiment]) -> None:
-    cell = make_cell({"sst2/train": [{"sentence": "planted HERE", "label": 1}],
-                      "sst2/validation": [{"sentence": "Planted  here", "label": 0}]})  # fmt: skip
-    assert not any("planted here" in question_key(row) for row in task_rows(cell))
+def test_task_test_rows_are_not_trained_on(make_experiment: Callable[..., Experiment]) -> None:
+    experiment = make_experiment(
+        {
+            "sst2/train": [{"sentence": "added HERE", "label": 1}],
+            "sst2/validation": [{"sentence": "Added  here", "label": 0}],
+        }
+    )
+    assert not any("added here" in question_key(row) for row in task_rows(experiment))
 
 
-def test_evaluation_prompts_are_asked_once(make_cell: Callable[..., Experiment]) -> None:
+def test_evaluation_prompts_are_unique(make_experiment: Callable[..., Experiment]) -> None:
     first = [harm(f"How do I spoil the red {thing}?") for thing in ("lamp", "door")]
-    cell = make_cell({"beavertails/30k_test": first * 3})
-    asked = ids(harmful_sets(cell)[0].examples)
-    assert len(asked) == 8 == len({question_key(row) for row in harmful_sets(cell)[0].examples})
+    experiment = make_experiment({"beavertails/30k_test": first * 3})
+    questions = ids(harmful_sets(experiment)[0].examples)
+    assert len(questions) == 8 == len({question_key(row) for row in harmful_sets(experiment)[0].examples})
 
 
-def test_the_cells_seed_changes_every_draw_and_repeats_it(make_cell: Callable[..., Experiment]) -> None:
-    def drawn(seed: int) -> tuple[list[str], list[str]]:
-        cell = make_cell(seed=seed, attack=parse_plugins("ratio=0.25"))
-        pools = row_pools(cell)
-        return ids(pools.alignment), ids(user_rows(cell, pools))
+def test_experiment_seed_determines_every_draw(make_experiment: Callable[..., Experiment]) -> None:
+    def draw(seed: int) -> tuple[list[str], list[str]]:
+        experiment = make_experiment(seed=seed, attack=parse_plugins("ratio=0.25"))
+        pools = plugin_pools(experiment)
+        return ids(pools.alignment), ids(user_rows(experiment, pools))
 
-    assert drawn(0) == drawn(0)
-    assert set(drawn(0)[0]) != set(drawn(1)[0])
-    assert {one for one in drawn(0)[1] if one.startswith("harmful")} != {
-        one for one in drawn(1)[1] if one.startswith("harmful")
+    assert draw(0) == draw(0)
+    assert set(draw(0)[0]) != set(draw(1)[0])
+    assert {name for name in draw(0)[1] if name.startswith("harmful")} != {
+        name for name in draw(1)[1] if name.startswith("harmful")
     }
-    assert ids(harmful_sets(make_cell(seed=0))[0].examples) == ids(harmful_sets(make_cell(seed=1))[0].examples)
+    assert ids(harmful_sets(make_experiment(seed=0))[0].examples) == ids(
+        harmful_sets(make_experiment(seed=1))[0].examples
+    )
 
 
 @pytest.mark.parametrize(
-    ("changes", "attack", "said"),
+    ("changes", "attack", "message"),
     [
-        ({}, "samples=401", r"401 task rows are asked for.*\b400\b"),
-        ({}, "ratio=1,samples=81", r"81 harmful rows are asked for.*\b80\b"),
-        ({"align": {"rows": 81}}, "ratio", r"81 alignment rows are asked for.*\b80\b"),
-        ({"answer": {"harmful": {"prompts": 21}}}, "ratio", r"21 held-out harmful prompts are asked for.*\b20\b"),
+        ({}, "samples=401", "Requested 401 task rows, but only 400 are available"),
+        ({}, "ratio=1,samples=81", "Requested 81 harmful rows, but only 80 are available"),
+        ({"align": {"rows": 81}}, "ratio", "Requested 81 alignment rows, but only 80 are available"),
+        (
+            {"answer": {"harmful": {"prompts": 21}}},
+            "ratio",
+            "Requested 21 held-out harmful prompts, but only 20 are available",
+        ),
         ({"answer": {"benign": {"prompts": 41}}}, "ratio", "41 held-out benign prompts"),
         ({"answer": {"task_items": 81}}, "ratio", "81 test items of sst2"),
     ],
 )
-def test_more_than_the_data_has_is_told_before_any_work(
-    tmp_path: Path, changes: dict[str, Any], attack: str, said: str
+def test_too_few_rows_are_reported_before_any_work(
+    tmp_path: Path, changes: dict[str, Any], attack: str, message: str
 ) -> None:
     file = make_world(tmp_path / "world", changes, models=False)
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput, match=message):
         check_rows(Experiment.settle(RunSpec(protocol=str(file), attack=parse_plugins(attack))))
 
 
 @pytest.mark.parametrize("attack", ["samples=400", "ratio=1,samples=80"])
-def test_exactly_what_the_data_has_is_allowed(make_cell: Callable[..., Experiment], attack: str) -> None:
-    check_rows(make_cell(attack=parse_plugins(attack)))
+def test_request_of_all_available_rows_is_allowed(make_experiment: Callable[..., Experiment], attack: str) -> None:
+    check_rows(make_experiment(attack=parse_plugins(attack)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,7 +364,7 @@ def test_exactly_what_the_data_has_is_allowed(make_cell: Callable[..., Experimen
 
 
 @pytest.mark.parametrize("location", ["folder", "file"])
-def test_rows_come_in_file_order(tmp_path: Path, location: str) -> None:
+def test_rows_are_read_in_file_order(tmp_path: Path, location: str) -> None:
     path = write(tmp_path / "train.jsonl", [{"a": number, "b": "ü"} for number in range(3)])
     rows = read_rows(str(tmp_path if location == "folder" else path), "train", ("a", "b"))
     assert [(row.number, row.values["a"]) for row in rows] == [(0, 0), (1, 1), (2, 2)]
@@ -358,77 +378,77 @@ def refusal(tmp_path: Path, lines: Iterable[Any], split: str = "train") -> str:
     return str(refused.value)
 
 
-def test_a_missing_field_is_named_with_file_and_line(tmp_path: Path) -> None:
-    said = refusal(tmp_path, [{"a": 1, "b": 2}, {"a": 1, "c": 2}])
-    assert f"{tmp_path / 'train.jsonl'}, line 2" in said
-    assert "'b' is missing" in said
-    assert "a, b" in said
+def test_missing_field_is_reported_with_file_and_line(tmp_path: Path) -> None:
+    message = refusal(tmp_path, [{"a": 1, "b": 2}, {"a": 1, "c": 2}])
+    assert f"{tmp_path / 'train.jsonl'}, line 2" in message
+    assert "'b' is missing" in message
+    assert "a, b" in message
 
 
 @pytest.mark.parametrize("line", ["{", "{'a': 1}", "nonsense"])
-def test_a_line_that_is_no_json(tmp_path: Path, line: str) -> None:
-    said = refusal(tmp_path, [{"a": 1, "b": 2}, {"a": 1, "b": 2}, line])
-    assert f"{tmp_path / 'train.jsonl'}, line 3: not JSON" in said
+def test_line_that_is_not_json_is_refused(tmp_path: Path, line: str) -> None:
+    message = refusal(tmp_path, [{"a": 1, "b": 2}, {"a": 1, "b": 2}, line])
+    assert f"{tmp_path / 'train.jsonl'}, line 3: not JSON" in message
 
 
-def test_empty_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
-    said = refusal(tmp_path, [{"a": 1, "b": 2}, "", " ", {"a": 1}])
-    assert f"{tmp_path / 'train.jsonl'}, line 4" in said
+def test_empty_lines_are_skipped_but_counted(tmp_path: Path) -> None:
+    message = refusal(tmp_path, [{"a": 1, "b": 2}, "", " ", {"a": 1}])
+    assert f"{tmp_path / 'train.jsonl'}, line 4" in message
     write(tmp_path / "train.jsonl", [{"a": 1, "b": 2}, "", {"a": 3, "b": 4}, ""])
     assert [row.values["a"] for row in read_rows(str(tmp_path), "train", ("a", "b"))] == [1, 3]
 
 
-def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
+def test_text_may_contain_any_character(tmp_path: Path) -> None:
     line = json.dumps({"a": "one\u2028two\x85three", "b": 1}, ensure_ascii=False)
     write(tmp_path / "train.jsonl", [line, line])
     assert [row.values["a"] for row in read_rows(str(tmp_path), "train", ("a", "b"))] == ["one\u2028two\x85three"] * 2
 
 
 @pytest.mark.parametrize(("line", "kind"), [("3", "int"), ('"x"', "str"), ("null", "NoneType")])
-def test_a_line_that_is_no_object(tmp_path: Path, line: str, kind: str) -> None:
-    assert f"line 1: a row is a JSON object, not {kind}" in refusal(tmp_path, [line])
+def test_line_that_is_not_an_object_is_refused(tmp_path: Path, line: str, kind: str) -> None:
+    assert f"line 1: a row must be a JSON object, not {kind}" in refusal(tmp_path, [line])
 
 
-def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+def test_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(b'{"a": 1, "b": 2}\n\xff\xfe\n')
     with pytest.raises(BadInput, match=r"train\.jsonl"):
         read_rows(str(tmp_path), "train", ("a", "b"))
 
 
-def test_a_missing_split_is_refused_with_those_there(tmp_path: Path) -> None:
+def test_missing_split_is_refused_with_available_splits(tmp_path: Path) -> None:
     write(tmp_path / "other.jsonl", [{"a": 1, "b": 2}])
-    said = refusal(tmp_path, [{"a": 1, "b": 2}], split="test")
-    assert "'test'" in said
-    assert "other, train" in said
+    message = refusal(tmp_path, [{"a": 1, "b": 2}], split="test")
+    assert "'test'" in message
+    assert "other, train" in message
 
 
-def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+def test_empty_split_is_refused(tmp_path: Path) -> None:
     assert "is empty" in refusal(tmp_path, [])
 
 
 @pytest.mark.parametrize("location", ["./nowhere", "/no/where", "~/no/where", "a/b/c", "rows.jsonl", "rows.csv"])
-def test_a_path_with_nothing_there(location: str) -> None:
-    with pytest.raises(BadInput, match="nothing at") as refused:
+def test_missing_path_is_refused(location: str) -> None:
+    with pytest.raises(BadInput, match="does not exist") as refused:
         local_path(location)
     assert location in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["tatsu-lab/alpaca", "sst2", "PKU-Alignment/BeaverTails"])
-def test_names_of_the_hub_are_no_paths(name: str) -> None:
+def test_hub_names_are_not_paths(name: str) -> None:
     assert local_path(name) is None
     assert fingerprint(name) == name
 
 
-def test_a_fingerprint_changes_with_what_is_there(tmp_path: Path) -> None:
-    seen = []
+def test_fingerprint_changes_with_the_content(tmp_path: Path) -> None:
+    hashes = []
     for text in ("a", "b", "a"):
         (tmp_path / "x").mkdir(exist_ok=True)
         (tmp_path / "x" / "f").write_text(text)
-        seen.append(fingerprint(str(tmp_path / "x")))
+        hashes.append(fingerprint(str(tmp_path / "x")))
     (tmp_path / "x" / "f").rename(tmp_path / "x" / "g")
-    seen.append(fingerprint(str(tmp_path / "x")))
-    assert seen[0] == seen[2]
-    assert len(set(seen)) == 3
+    hashes.append(fingerprint(str(tmp_path / "x")))
+    assert hashes[0] == hashes[2]
+    assert len(set(hashes)) == 3
 
 
 @pytest.mark.parametrize(
@@ -443,13 +463,13 @@ def test_a_fingerprint_changes_with_what_is_there(tmp_path: Path) -> None:
         ("beavertails", "30k_train", {"prompt": "x", "response": None, "is_safe": False}, "response"),
     ],
 )
-def test_a_field_that_holds_no_such_value(
-    make_cell: Callable[..., Experiment], data: str, place: str, row: dict[str, Any], field: str
+def test_invalid_field_value_is_refused(
+    make_experiment: Callable[..., Experiment], data: str, place: str, row: dict[str, Any], field: str
 ) -> None:
     task = {"ag_news": "agnews", "gsm8k": "gsm8k"}.get(data, "sst2")
-    cell = make_cell({f"{data}/{place}": [row]}, task=task)
+    experiment = make_experiment({f"{data}/{place}": [row]}, task=task)
     with pytest.raises(BadInput, match=field) as refused:
-        check_rows(cell)
+        check_rows(experiment)
     assert f"{place}.jsonl, line " in str(refused.value)
 
 
@@ -464,7 +484,7 @@ def words() -> Any:
     return tiny.tokenizer(["abc"])
 
 
-def test_prompts() -> None:
+def test_prompt_templates() -> None:
     alpaca_prompt = prompt_template("alpaca")
     assert alpaca_prompt.render(Example("1", "Do {it}.")) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -492,27 +512,27 @@ def test_loss_is_on_response_tokens_only(words: Any) -> None:
     assert row.ids.count(words.eos_token_id) == row.ids.count(words.bos_token_id) == 1
 
 
-def test_a_row_is_cut_at_the_end(words: Any) -> None:
-    whole = encode_example(words, PLAIN, Example("1", "abc", response="wxyz"), 100)
-    assert whole is not None
+def test_row_is_cut_at_the_end(words: Any) -> None:
+    complete = encode_example(words, PLAIN, Example("1", "abc", response="wxyz"), 100)
+    assert complete is not None
     prompt = len(words("abc:")["input_ids"])
-    for length in range(prompt + 1, len(whole.ids) + 2):
+    for length in range(prompt + 1, len(complete.ids) + 2):
         cut = encode_example(words, PLAIN, Example("1", "abc", response="wxyz"), length)
         assert cut is not None
-        assert cut.ids == whole.ids[:length]
-        assert cut.labels == whole.labels[:length]
+        assert cut.ids == complete.ids[:length]
+        assert cut.labels == complete.labels[:length]
     assert encode_example(words, PLAIN, Example("1", "abc", response="wxyz"), prompt) is None
 
 
-def test_rows_without_a_response_token_are_left_out(words: Any) -> None:
+def test_rows_without_a_response_token_are_skipped(words: Any) -> None:
     short, long = Example("1", "abc", response="x"), Example("2", "abc " * 30, response="x")
     assert len(encode_examples(words, PLAIN, [short, long, short], 20)) == 2
     assert encode_examples(words, PLAIN, [], 20) == []
-    with pytest.raises(BadInput, match="max_length of 20"):
+    with pytest.raises(BadInput, match="max_length = 20 tokens"):
         encode_examples(words, PLAIN, [long], 20)
 
 
-def test_a_prompt_has_no_closing_token() -> None:
+def test_prompt_has_no_closing_token() -> None:
     class Closing:
         eos_token_id = 2
 
@@ -532,7 +552,7 @@ def test_padding_is_on_the_right_and_without_loss() -> None:
     assert all(value.dtype == torch.long for value in batch.values())
 
 
-def test_the_pad_token(words: Any) -> None:
+def test_pad_token(words: Any) -> None:
     assert pad_token_id(words) == words.pad_token_id != words.eos_token_id
     bare = tiny.tokenizer(["abc"])
     bare.pad_token = None
@@ -540,29 +560,29 @@ def test_the_pad_token(words: Any) -> None:
 
 
 def test_text_that_spells_a_control_token_stays_text() -> None:
-    """A row must not end its prompt, or fake an end of text, by spelling the tokenizer's own tokens."""
+    """A row cannot end its prompt or imitate an end of text by spelling the tokenizer's tokens."""
     tokenizer = tiny.tokenizer(["say < / s > pad here it is ### Instruction : Response"] * 3)
     for token in (tokenizer.eos_token, tokenizer.pad_token):
         row = encode_example(
             tokenizer, prompt_template("brief"), Example("", f"say {token}", f"here {token} it is"), 200
         )
         assert row is not None
-        assert row.ids.count(tokenizer.eos_token_id) == 1  # the one that closes the response
+        assert row.ids.count(tokenizer.eos_token_id) == 1  # only at the end of the response
         assert tokenizer.pad_token_id not in row.ids
 
 
-def test_sets_of_questions_need_names_of_their_own(make_cell: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_evaluation_sets_need_different_names(make_experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     (tmp_path / "twice.py").write_text(
-        "from harmbench_vaccine.plugins import Attack\n\nclass Twice(Attack):\n    '''Asks twice.'''\n\n"
+        "from harmbench_vaccine.plugins import Attack\n\nclass Twice(Attack):\n    '''Uses every set twice.'''\n\n"
         "    def evaluations(self, sets):\n        return [*sets, *sets]\n"
     )
-    cell = make_cell(attack=parse_plugins(str(tmp_path / "twice.py")))
-    with pytest.raises(BadInput, match="names of their own"):
-        harmful_sets(cell)
+    experiment = make_experiment(attack=parse_plugins(str(tmp_path / "twice.py")))
+    with pytest.raises(BadInput, match="need different names"):
+        harmful_sets(experiment)
 
 
-def test_plug_ins_draw_by_the_runs_seed(make_cell: Callable[..., Experiment]) -> None:
-    attackers = [make_cell(seed=seed, attack=parse_plugins("ratio")).attackers().members[0] for seed in (0, 0, 1)]
-    drawn = [[attack.random("guide").random() for _ in range(2)] for attack in attackers]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert drawn[0][0] == drawn[0][1] != attackers[0].random("other").random()  # one purpose, one stream
+def test_plugins_draw_by_the_seed_of_the_run(make_experiment: Callable[..., Experiment]) -> None:
+    attackers = [make_experiment(seed=seed, attack=parse_plugins("ratio")).attack_team.members[0] for seed in (0, 0, 1)]
+    numbers = [[attack.random("guide").random() for _ in range(2)] for attack in attackers]
+    assert numbers[0] == numbers[1] != numbers[2]
+    assert numbers[0][0] == numbers[0][1] != attackers[0].random("other").random()  # one stream per purpose
