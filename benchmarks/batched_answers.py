@@ -1,4 +1,4 @@
-"""How much faster prompts are answered in batches than one at a time: the ratio, from one run.
+"""Measure the speedup of answering prompts in batches instead of one at a time, in one process.
 
 python benchmarks/batched_answers.py
 """
@@ -22,18 +22,18 @@ PROMPTS, TOKENS = 64, 32
 
 
 def main() -> None:
-    """Prints the seconds of both ways and the ratio."""
+    """Print the seconds of both batch sizes and their ratio."""
     torch.manual_seed(0)
-    words = {f"w{number}": number for number in range(1000)}
-    model = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="w1", pad_token="w2", unk_token="w0")
+    vocabulary = {f"w{number}": number for number in range(1000)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2", unk_token="w0")
     config = LlamaConfig(
         vocab_size=1000, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4
     )
     stack = LoraStack(LlamaForCausalLM(config))
-    draw = random.Random(0)
-    prompts = [" ".join(draw.choices(sorted(words), k=draw.randint(8, 24))) for _ in range(PROMPTS)]
+    generator = random.Random(0)
+    prompts = [" ".join(generator.choices(sorted(vocabulary), k=generator.randint(8, 24))) for _ in range(PROMPTS)]
     seconds = {}
     for batch in (1, PROMPTS):
         start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""How much longer a Vaccine step is than an SFT step: the ratio, from one run that takes them in turn.
+"""Measure the time of a Vaccine step relative to an SFT step, in one process that alternates between them.
 
     python benchmarks/vaccine_step.py                                         # the testbed's shape
     python benchmarks/vaccine_step.py --shape llama-2-7b --record             # on a GPU
 
 The paper's table 5 gives, for batches of 5 rows, 0.73 s / 0.37 s = 1.97 for Llama-2-7B on an A100 (38.57 and 38.45 GB),
-and its appendix 0.17 s / 0.09 s for OPT-6.7B on an H100. Weights are random here: shapes alone decide.
+and its appendix 0.17 s / 0.09 s for OPT-6.7B on an H100. Weights are random here: the time depends on shapes only.
 """
 
 from __future__ import annotations
@@ -31,23 +31,43 @@ from harmbench_vaccine.training.stage import TrainingStage
 SHAPES: dict[str, tuple[Any, dict[str, Any], int, int]] = {
     "testbed": (
         LlamaForCausalLM,
-        {"vocab_size": 1200, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-         "num_attention_heads": 4},
-        10, 52,
+        {
+            "vocab_size": 1200,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+        },
+        10,
+        52,
     ),
     "llama-2-7b": (
         LlamaForCausalLM,
-        {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-         "num_attention_heads": 32, "max_position_embeddings": 4096},
-        5, 200,
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 4096,
+        },
+        5,
+        200,
     ),
     "opt-6.7b": (
         OPTForCausalLM,
-        {"vocab_size": 50272, "hidden_size": 4096, "ffn_dim": 16384, "word_embed_proj_dim": 4096,
-         "num_hidden_layers": 32, "num_attention_heads": 32},
-        5, 200,
+        {
+            "vocab_size": 50272,
+            "hidden_size": 4096,
+            "ffn_dim": 16384,
+            "word_embed_proj_dim": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+        5,
+        200,
     ),
-}  # fmt: skip
+}
 """Name -> model class, configuration, rows and tokens of a batch."""
 
 WARM_UP = 3
@@ -55,10 +75,12 @@ WARM_UP = 3
 
 @click.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="testbed", show_default=True)
-@click.option("--pairs", default=30, show_default=True, help="Steps of each.")
-@click.option("--record", is_flag=True, help="Write the figures to benchmarks/results, with the machine's name.")
+@click.option("--pairs", default=30, show_default=True, help="Steps of each defense.")
+@click.option(
+    "--record", is_flag=True, help="Write the figures to a file in benchmarks/results, named after the machine."
+)
 def main(shape: str, pairs: int, record: bool) -> None:
-    """Prints the medians, the peak memory where there is a GPU, and the ratio."""
+    """Print the medians, the peak memory on a GPU, and the ratio."""
     torch.manual_seed(0)
     model_class, values, rows, length = SHAPES[shape]
     gpu = torch.cuda.is_available()
@@ -93,9 +115,15 @@ def main(shape: str, pairs: int, record: bool) -> None:
     if record:
         machine = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()}, CPU"
         figures = {
-            "shape": shape, "machine": machine, "torch": torch.__version__, "rows": rows, "tokens": length,
-            "dtype": str(model.dtype), "seconds": {"sft": sft, "vaccine": vaccine}, "peak_gb": peak if gpu else None,
-        }  # fmt: skip
+            "shape": shape,
+            "machine": machine,
+            "torch": torch.__version__,
+            "rows": rows,
+            "tokens": length,
+            "dtype": str(model.dtype),
+            "seconds": {"sft": sft, "vaccine": vaccine},
+            "peak_gb": peak if gpu else None,
+        }
         file = Path(__file__).parent / "results" / f"vaccine_step-{shape}-{machine.replace(' ', '_')}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ from .experiment.rows import check_rows
 from .experiment.spec import RunSpec
 from .inference.engine import GPU_MEMORY
 from .inference.loading import check_model, check_quantization
-from .inference.model_pool import ModelPool, one_at_a_time
+from .inference.model_pool import ModelPool
 from .pipeline import answer_all, judge_all, run, train_models
 from .testbed import ensure_testbed
 
@@ -72,7 +72,7 @@ def run_all(
     context = RunContext(Store(root / "store", progress), models, progress, save_share)
     results = []
     with progress.bar("runs", len(experiments)) as advance, closing(models):
-        if one_at_a_time() and len(experiments) > 1:
+        if models.one_at_a_time() and len(experiments) > 1:
             _run_stage_by_stage(experiments, context)
         for experiment in experiments:
             measurements = run(experiment, context)

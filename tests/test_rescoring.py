@@ -16,6 +16,7 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.types import RawJudgment
 from harmbench_vaccine.evaluation import agreement, verdicts
 from harmbench_vaccine.evaluation.statistics import cohen_kappa
+from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.plugins import Scorer, param
 from harmbench_vaccine.plugins.registry import SCORERS
 from support.cli import hbv
@@ -131,7 +132,7 @@ def test_whatever_else_changes_reads_again(tmp_path: Path) -> None:
     for change in (
         lambda: one, lambda: Counting(**{**one.model_dump(), "scale": 0.2}),
         lambda: template.write_text("two") and one, lambda: (model / "config.json").write_text("{ }") and one,
-        lambda: Counting(**one.model_dump()).on("vllm"),
+        lambda: Counting(**one.model_dump()).with_models(ModelPool(), "vllm"),
     ):  # fmt: skip
         scorer: Any = change()
         scorer = scorer if isinstance(scorer, Scorer) else one
@@ -340,9 +341,9 @@ def test_the_protocols_judge_is_found_under_another_headline(world: Path, tmp_pa
     ("args", "said"),
     [
         (("--scorer", "beaver"), "Unknown scorer 'beaver'. Did you mean 'beaver_dam'?"),
-        (("--scorer", "refusal_keywords", "--threshold", "0.5"), "Scorer 'refusal_keywords' has no threshold"),
+        (("--scorer", "refusal_keywords", "--threshold", "0.5"), "Scorer 'refusal_keywords' does not support --threshold"),
         (("--scorer", "harmbench"), "Scorer 'harmbench' needs its prompt"),
-        (("--scorer", "llama_guard:model=/nowhere/guard"), "There is nothing at '/nowhere/guard'"),
+        (("--scorer", "llama_guard:model=/nowhere/guard"), "'/nowhere/guard' does not exist"),
         (("--scorer", "llama_guard:model=meta-llama/Llama-Guard-3-8B"), "'meta-llama/Llama-Guard-3-8B'"),
         (("--threshold", "1.5"), "1.5"), (("--scorer", "beaver_dam:tokens=0"), "tokens=0 is not allowed"),
         (("--scorer", "refusal_keywords:model=x"), "Unknown parameter 'model'"),

@@ -39,13 +39,6 @@ Occupant = Literal["training", "engine", "judge", "judge engine", "judge classif
 engines of a judge that writes and of a judge that classifies."""
 
 
-def one_at_a_time() -> bool:
-    """Return True if models have to take turns in memory: a GPU exists."""
-    import torch
-
-    return bool(torch.cuda.is_available())
-
-
 @dataclass(frozen=True)
 class ModelSpec:
     """A model that a stage produced: a base model and the adapters on it."""
@@ -102,6 +95,13 @@ class ModelPool:
     # -----------------------------------------------------------------------------------------------------------------
     # Memory
 
+    @staticmethod
+    def one_at_a_time() -> bool:
+        """Return True if models have to take turns in memory: a GPU exists."""
+        import torch
+
+        return bool(torch.cuda.is_available())
+
     def acquire(self, occupant: Occupant, evict: Callable[[], None]) -> None:
         """Announce that a model is about to be loaded; on a GPU, evict every other one first.
 
@@ -109,7 +109,7 @@ class ModelPool:
             occupant: Kind of the model.
             evict: Unloads it.
         """
-        if one_at_a_time():
+        if self.one_at_a_time():
             import torch
 
             self.evict(*(key for key, callback in self._evictions.items() if key != occupant or callback != evict))

@@ -48,12 +48,6 @@ class Scorer(Plugin):
         """Library that runs its model: transformers or vllm."""
         return self._backend
 
-    def on(self, backend: str) -> Self:
-        """Return a copy whose model `backend` runs."""
-        copy = self.model_copy()
-        copy._backend = backend
-        return copy
-
     def with_models(self, models: ModelPool, backend: str = "transformers") -> Self:
         """Return a copy that loads its model through a pool.
 
