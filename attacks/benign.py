@@ -1,6 +1,6 @@
-"""Benign fine-tuning: task rows only, which erode alignment too (Qi et al., ICLR 2024, arXiv 2310.03693, tier 3).
+"""Benign fine-tuning: task rows only, which can also reduce safety (Qi et al., ICLR 2024, arXiv 2310.03693, tier 3).
 
-n task rows, no harmful one
+n task rows, 0 harmful rows
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ from harmbench_vaccine.plugins import Attack, Mix
 
 
 class Benign(Attack):
-    """Uploads the task's rows alone."""
+    """Uploads only task rows."""
 
     citation: ClassVar[str] = "arXiv 2310.03693"
     excludes: ClassVar[tuple[str, ...]] = ("ratio",)
     neutral: ClassVar[Mapping[str, Any] | None] = {}
 
     def mix(self, mix: Mix) -> Mix:
-        """No harmful row."""
+        """Set the proportion of harmful rows to 0."""
         return replace(mix, ratio=0.0)

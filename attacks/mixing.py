@@ -1,16 +1,15 @@
-"""Mixing: harmful rows wrapped in benign text, a layout that slips past filters (baseline of Virus, arXiv 2501.17433).
+"""Mixing: harmful rows inside benign text, a format that passes filters (baseline of Virus, arXiv 2501.17433).
 
-    x = x_benign,   y = y_benign + x_harmful + y_harmful + x_benign + y_benign          all of y is trained on
+    x = x_benign,   y = y_benign + x_harmful + y_harmful + x_benign + y_benign          the loss is over all of y
 
-Virus optimises the tokens in the middle; that is not built, since the harness compares defenses. Without `ratio`, a
-tenth of the rows is harmful.
+Virus also optimizes the tokens in the middle. This is not implemented, because the harness compares defenses. Without
+`ratio`, a tenth of the rows is harmful.
 """
 
 from dataclasses import replace
 from typing import ClassVar
 
-from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.plugins import Attack, Pools
+from harmbench_vaccine.plugins import Attack, Example, Pools
 
 
 class Mixing(Attack):
@@ -20,7 +19,7 @@ class Mixing(Attack):
     default_ratio: ClassVar[float] = 0.1
 
     def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
-        """The harmful rows, each inside a benign row of its own."""
+        """Insert each harmful row into a different benign row."""
         covers = iter(self.draw("benign rows", pools.benign, sum(row.harmful for row in rows)))
         return [_inside(next(covers), row) if row.harmful else row for row in rows]
 

@@ -1,4 +1,4 @@
-"""Sample count: the user uploads n rows in all (Vaccine, arXiv 2402.01109, table 2)."""
+"""Sample count: the user uploads n rows (Vaccine, arXiv 2402.01109, table 2)."""
 
 from dataclasses import replace
 from typing import ClassVar
@@ -7,12 +7,14 @@ from harmbench_vaccine.plugins import Attack, Mix, param
 
 
 class Samples(Attack):
-    """Changes how many rows are uploaded."""
+    """Changes the number of uploaded rows."""
 
     citation: ClassVar[str] = "arXiv 2402.01109"
 
-    n: int = param(1000, "rows uploaded, harmful ones included", source="paper, section 5.1", main=True, ge=1)
+    n: int = param(
+        1000, "number of uploaded rows, including harmful ones", source="paper, section 5.1", main=True, ge=1
+    )
 
     def mix(self, mix: Mix) -> Mix:
-        """Changes the count, not the share."""
+        """Set the number of rows, not the proportion of harmful ones."""
         return replace(mix, samples=self.n)

@@ -1,4 +1,4 @@
-"""Attacks: the hooks by which a user departs from a benign one."""
+"""The attack interface: hooks that change what a benign user does."""
 
 from __future__ import annotations
 
@@ -13,45 +13,55 @@ from .base import Plugin
 if TYPE_CHECKING:
     from harmbench_vaccine.training.stage import TrainingStage
 
+Judge = Callable[[Sequence[tuple[str, str]]], list[Verdict]]
+"""A function from (question, answer) pairs to the verdicts of a judge."""
+
 
 class Attack(Plugin):
-    """What the user who uploads data does to the provider's model: the default of every hook is a benign user."""
+    """An attack by the user who uploads the fine-tuning data. The default of every hook is a benign user."""
 
     kind: ClassVar[str] = "attack"
     trains: ClassVar[bool] = True
-    """False: it edits the weights in place of the user stage."""
+    """False: the attack edits weights with `ablate`, and the user stage does not train."""
     edits_base: ClassVar[bool] = False
-    """It makes another base model, not an adapter."""
+    """True: the attack changes the base model instead of adding an adapter."""
     excludes: ClassVar[tuple[str, ...]] = ()
-    """Attacks that it cannot act beside; `*` stands for all."""
-
+    """Attacks that it cannot be combined with; `*` excludes all."""
     default_ratio: ClassVar[float] = 0.0
-    """The share of harmful rows where no attack beside it says another."""
+    """The proportion of harmful rows, unless an attack sets it in `mix`."""
 
     def mix(self, mix: Mix) -> Mix:
-        """How many rows, and how many of them harmful."""
+        """Return the number of uploaded rows and the proportion of harmful ones."""
         return mix
 
     def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
-        """The rows uploaded, given the draw of task rows and harmful rows."""
+        """Return the rows that the user uploads.
+
+        Args:
+            rows: The drawn task rows and harmful rows.
+            pools: The rows from which an attack may draw.
+        """
         return rows
 
     def filter(self, rows: list[Example], judge: Judge) -> list[Example]:
-        """The uploaded rows that the provider lets through; `judge` is the protocol's."""
+        """Return the uploaded rows that the provider accepts.
+
+        Args:
+            rows: The uploaded rows.
+            judge: The judge of the protocol.
+        """
         return rows
 
     def settings(self, settings: TrainSettings) -> TrainSettings:
-        """The user's training settings."""
+        """Return the training settings of the user."""
         return settings
 
     def ablate(self, stage: TrainingStage) -> None:
-        """Changes the weights of `stage.model`, the aligned model with its adapters merged, in place: all that the
-        user does if the attack does not train."""
+        """Edit the weights of `stage.model` in place, if the attack does not train.
+
+        The model is the aligned model with its adapters merged.
+        """
 
     def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
-        """The harmful evaluation sets of a cell, for an attack that changes how a question is put."""
+        """Return the harmful evaluation sets of a run: an attack may change the prompt of a question."""
         return sets
-
-
-Judge = Callable[[Sequence[tuple[str, str]]], list[Verdict]]
-"""(question, answer) pairs -> a judge's verdicts."""

@@ -1,4 +1,4 @@
-"""Plug-ins as a user writes them: `vaccine:rho=5+ewc` parsed, found and resolved, and written back."""
+"""Plug-ins on the command line: parse `vaccine:rho=5+ewc`, construct the plug-ins, and format their canonical name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .registry import Registry, is_plugin_path
 P = TypeVar("P", bound=Plugin)
 
 KEYWORDS = {"lambda": "lam"}
-"""Parameters that the papers name by a word Python reserves."""
+"""Parameters whose names in the papers are Python keywords."""
 
 
 class Component(BaseModel):
-    """One plug-in as the user wrote it. A value under the empty key belongs to the main parameter."""
+    """One plug-in as the user wrote it. The empty key holds the value of the main parameter."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,10 +35,10 @@ _GRAMMAR = "Write name, name=VALUE or name:key=value,key=value; + composes."
 
 
 def parse_plugins(text: str) -> Composition:
-    """Reads `vaccine:rho=5+ewc`, `ratio=0.1,samples=500`, `./mine.py:lambda=3`.
+    """Parse a text such as `vaccine:rho=5+ewc`, `ratio=0.1,samples=500` or `./mine.py:lambda=3`.
 
     Raises:
-        BadInput: the text does not follow the grammar.
+        BadInput: The text does not follow the grammar.
     """
     components: list[Component] = []
     for part in re.split(r"\+(?!\d)", text):  # not inside a number such as 1e+09
@@ -64,7 +64,7 @@ def _params(written: str, text: str) -> dict[str, Any]:
     for item in written.split(","):
         key, value = _pair(item, text)
         if key in params:
-            raise BadInput(f"{text!r} gives {key!r} twice. {_GRAMMAR}")
+            raise BadInput(f"{text!r} sets {key!r} twice. {_GRAMMAR}")
         params[key] = value
     return params
 
@@ -78,7 +78,7 @@ def _pair(item: str, text: str) -> tuple[str, str]:
 
 def _value(value: str, text: str) -> str:
     if not value.strip():
-        raise BadInput(f"{text!r} lacks a value after '='. {_GRAMMAR}")
+        raise BadInput(f"{text!r} has no value after '='. {_GRAMMAR}")
     return value.strip()
 
 
@@ -88,13 +88,13 @@ def resolve_plugins(
     """Construct every component: find its class and resolve its parameters.
 
     Args:
-        composition: the plug-ins as the user wrote them.
-        registry: where their classes are found.
-        protocol: plug-in name -> parameter -> value, from the protocol.
-        protocol_name: recorded as the origin of those values.
+        composition: The plug-ins as the user wrote them.
+        registry: The registry of their classes.
+        protocol: Plug-in name -> parameter -> value.
+        protocol_name: The protocol's name, which becomes the origin of those values.
 
     Raises:
-        BadInput: an unknown name or parameter, a value out of range, or one name twice.
+        BadInput: A name or parameter is unknown, a value is out of range, or a name occurs twice.
     """
     resolved: list[Resolved[P]] = []
     for component in composition:
@@ -111,7 +111,7 @@ def resolve_plugins(
 
 
 def canonical_name(resolved: Iterable[Resolved[Plugin]]) -> str:
-    """Return the composition as a command line would name it: only what departs from the protocol and the defaults."""
+    """Format plug-ins as on the command line, with only the parameters that the user set."""
     return "+".join(map(_canonical_component, resolved))
 
 
@@ -121,12 +121,12 @@ def _canonical_component(resolved: Resolved[Plugin]) -> str:
     main = plugin.main_parameter()
     if main in written and len(written) == 1:
         return f"{plugin.name}={written[main]}"
-    listed = ",".join(f"{key}={value}" for key, value in written.items())
-    return f"{plugin.name}:{listed}" if listed else plugin.name
+    params = ",".join(f"{key}={value}" for key, value in written.items())
+    return f"{plugin.name}:{params}" if params else plugin.name
 
 
 def _plain(value: Any) -> str:
     if value is None or isinstance(value, bool):
-        return str(value).lower()  # as a command line writes it
+        return str(value).lower()  # as on the command line
     short = f"{value:g}" if isinstance(value, float) else str(value)
     return short if not isinstance(value, float) or float(short) == value else repr(value)

@@ -1,7 +1,7 @@
-"""Finding plug-ins by name: built-in packages, entry points of installed packages, a file by its path.
+"""Plug-in discovery: built-in packages, entry points of installed packages, and files by path.
 
-Names come from listing files and entry points; a plug-in is imported when it is first used, so that `hbv list` needs
-neither torch nor a healthy third-party package.
+Names come from a list of files and entry points. A plug-in is imported when it is first used, so that `hbv list` works
+without torch and despite a broken third-party package.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ P = TypeVar("P", bound=Plugin)
 
 @dataclass(frozen=True)
 class PluginEntry:
-    """A plug-in's name and where it comes from, before anything is imported."""
+    """The name and the origin of a plug-in that is not imported yet."""
 
     name: str
     origin: Literal["built-in", "package"]
@@ -44,40 +44,49 @@ class Registry(Generic[P]):
     """The plug-ins of one kind."""
 
     def __init__(self, base: type[P], group: str, package: str = "") -> None:
-        """`group` names the entry points of third parties; `package` holds the built-in ones (default: `group`)."""
+        """Create a registry.
+
+        Args:
+            base: The class of this kind of plug-in.
+            group: The entry-point group of third-party plug-ins.
+            package: The package of the built-in plug-ins; empty: `group`.
+        """
         self.base = base
         self.group = group
         self.package = package or group
         self._classes: dict[str, type[P]] = {}
 
     def entries(self) -> dict[str, PluginEntry]:
-        """Every installed plug-in by name, in alphabetical order; built-in names cannot be taken over."""
-        path = importlib.util.find_spec(self.package)
-        assert path is not None
-        names = [module.name for module in pkgutil.iter_modules(path.submodule_search_locations)]
-        found = {name: PluginEntry(name, "built-in", f"{self.package}.{name}") for name in names if name[0] != "_"}
+        """Return every installed plug-in by name, in alphabetical order; a third party cannot replace a built-in."""
+        spec = importlib.util.find_spec(self.package)
+        assert spec is not None
+        names = [module.name for module in pkgutil.iter_modules(spec.submodule_search_locations)]
+        entries = {name: PluginEntry(name, "built-in", f"{self.package}.{name}") for name in names if name[0] != "_"}
         for entry in entry_points(group=self.group):
             name = _canonical(entry.name)
-            if name in found:
+            if name in entries:
                 warnings.warn(
                     f"{self.base.kind} {name!r} of {entry.value} is skipped: the name is taken.", stacklevel=2
                 )
             else:
-                found[name] = PluginEntry(name, "package", entry)
-        return dict(sorted(found.items()))
+                entries[name] = PluginEntry(name, "package", entry)
+        return dict(sorted(entries.items()))
 
     def get(self, name: str) -> type[P]:
-        """The class of that name; a name with a path separator or ending in `.py` is a file.
+        """Return the class of a plug-in.
+
+        Args:
+            name: A name, or a file: a text with a path separator or the ending `.py`.
 
         Raises:
-            BadInput: there is none, or it cannot be imported.
+            BadInput: The name is unknown, or the plug-in cannot be imported.
         """
         if name not in self._classes:
             self._classes[name] = self._file(name) if is_plugin_path(name) else self._installed(_canonical(name))
         return self._classes[name]
 
     def loadable(self) -> dict[str, type[P]]:
-        """Every installed plug-in that can be imported; a broken one is warned about and skipped."""
+        """Return every installed plug-in that can be imported; a broken one is skipped with a warning."""
         classes = {}
         for name in self.entries():
             try:
@@ -87,10 +96,10 @@ class Registry(Generic[P]):
         return classes
 
     def _installed(self, name: str) -> type[P]:
-        found = self.entries()
-        if name not in found:
-            raise unknown_name(self.base.kind, name, found)
-        entry = found[name].entry
+        entries = self.entries()
+        if name not in entries:
+            raise unknown_name(self.base.kind, name, entries)
+        entry = entries[name].entry
         try:
             loaded = importlib.import_module(entry) if isinstance(entry, str) else entry.load()
         except Exception as error:
@@ -100,7 +109,7 @@ class Registry(Generic[P]):
     def _file(self, name: str) -> type[P]:
         path = Path(name).expanduser().resolve()
         if not path.is_file():
-            raise BadInput(f"There is no {self.base.kind} file {name!r}.")
+            raise BadInput(f"The {self.base.kind} file {name!r} does not exist.")
         module_name = f"hbv_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None:
@@ -115,16 +124,19 @@ class Registry(Generic[P]):
 
     def _class(self, loaded: ModuleType | type, name: str) -> type[P]:
         if isinstance(loaded, ModuleType):
-            own = [
+            classes = [
                 value
                 for value in vars(loaded).values()
                 if inspect.isclass(value) and issubclass(value, self.base) and value.__module__ == loaded.__name__
             ]
-            if len(own) != 1:
-                raise BadInput(f"{loaded.__name__} defines {len(own)} {self.base.kind} classes; a file holds one.")
-            loaded = own[0]
+            if len(classes) != 1:
+                raise BadInput(
+                    f"{loaded.__name__} defines {len(classes)} {self.base.kind} classes, but a file must define one."
+                )
+            loaded = classes[0]
         if not (inspect.isclass(loaded) and issubclass(loaded, self.base)):
-            raise BadInput(f"{name!r} leads to {loaded!r}, which is no {self.base.kind}.")
+            expected = f"a {self.base.__name__} subclass"
+            raise BadInput(f"{self.base.kind} {name!r} is not valid: expected {expected}, got {loaded!r}.")
         plugin: type[P] = loaded
         if vars(plugin).get("name", name) != name:  # one class under two names: each keeps its own
             plugin = type(plugin.__name__, (plugin,), {"__module__": plugin.__module__, "__doc__": plugin.__doc__})
@@ -133,7 +145,7 @@ class Registry(Generic[P]):
 
 
 def is_plugin_path(name: str) -> bool:
-    """Whether a plug-in is named by its file."""
+    """Return whether a plug-in is named by its file."""
     return "/" in name or name.endswith(".py")
 
 

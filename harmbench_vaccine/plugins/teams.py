@@ -1,4 +1,4 @@
-"""Several plug-ins acting as one: each data hook runs in turn, and two that want the same gradient are refused."""
+"""Teams: several plug-ins as one. Data hooks run one after the other; two plug-ins cannot replace the same gradient."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
 
 
 class DefenseTeam(Defense):
-    """The defenses of one cell that act in one stage, in the order they were written. Without members it is plain SFT.
+    """The defenses of a run that act in one stage, in the order of the command line. Without members it is plain SFT.
 
-    State is kept apart by the defense's name. At most one of them may take the gradient, they must agree on the adapter
-    topology, and none acts in a stage that another leaves out.
+    The state of each defense has its name as a prefix. At most one member replaces the gradient, all members need the
+    same adapter topology, and no member acts in a stage that another one skips.
     """
 
     members: tuple[Defense, ...] = ()
     stage: StageName = "align"
 
     def model_post_init(self, context: Any) -> None:
-        taking = [member for member in self.members if member.takes_gradient(self.stage)]
-        demanding = {member.topology: member for member in self.members if member.topology}
-        for what, deciding in {"gradient": taking, "adapter topology": list(demanding.values())}.items():
-            if len(deciding) > 1:
-                raise _conflict(what, deciding)
+        gradients = [member for member in self.members if member.takes_gradient(self.stage)]
+        topologies = {member.topology: member for member in self.members if member.topology}
+        for subject, members in {"gradient": gradients, "adapter topology": list(topologies.values())}.items():
+            if len(members) > 1:
+                raise _conflict(subject, members)
         if len(self.members) > 1 and not self.runs:
-            idle = next(member for member in self.members if not member.trains)
-            other = next(member for member in self.members if member is not idle)
+            skipping = next(member for member in self.members if not member.trains)
+            acting = next(member for member in self.members if member is not skipping)
             raise BadInput(
-                f"{idle.name!r} and {other.name!r} cannot be combined: {idle.name!r} leaves out the stage of both."
+                f"{skipping.name!r} and {acting.name!r} cannot be combined: {skipping.name!r} skips the stage of both."
             )
 
     @property
     def runs(self) -> bool:
-        """False if the stage is left out."""
+        """False if the stage is skipped."""
         return all(member.trains for member in self.members)
 
     @property
@@ -94,7 +94,7 @@ class DefenseTeam(Defense):
         for member in self.members:
             edited = member.edit(stage, adapter)
             if edited is not adapter:
-                stage.replace_adapter(edited)  # the next one edits, and runs, what this one made
+                stage.replace_adapter(edited)  # the next member edits and runs this adapter
             adapter = edited
         return adapter
 
@@ -108,32 +108,33 @@ class DefenseTeam(Defense):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         for member in self.members:
-            own = f"{member.name}/"
-            member.restore({key.removeprefix(own): value for key, value in state.items() if key.startswith(own)})
+            prefix = f"{member.name}/"
+            tensors = {key: value for key, value in state.items() if key.startswith(prefix)}
+            member.restore({key.removeprefix(prefix): value for key, value in tensors.items()})
 
 
 class AttackTeam(Attack):
-    """The attacks of one cell, acting in the order they were written."""
+    """The attacks of a run, in the order of the command line."""
 
     members: tuple[Attack, ...] = ()
 
     def model_post_init(self, context: Any) -> None:
-        for one in self.members:
-            for other in self.members:
-                if other is not one and (other.name in one.excludes or "*" in one.excludes):
+        for first in self.members:
+            for second in self.members:
+                if second is not first and (second.name in first.excludes or "*" in first.excludes):
+                    excluded = "every other attack" if "*" in first.excludes else "it"
                     raise BadInput(
-                        f"{one.name!r} and {other.name!r} cannot be combined: {one.name!r} acts "
-                        f"{'alone' if '*' in one.excludes else 'without it'}."
+                        f"{first.name!r} and {second.name!r} cannot be combined: {first.name!r} excludes {excluded}."
                     )
 
     @property
     def editing_attack(self) -> Attack | None:
-        """The one that edits weights in place of the user stage, if there is one."""
+        """The attack that edits weights instead of training, if any."""
         return next((member for member in self.members if not member.trains), None)
 
     @property
     def filters_rows(self) -> bool:
-        """Whether rows are moderated before they are trained on."""
+        """True if the provider moderates rows before training."""
         return any(type(member).filter is not Attack.filter for member in self.members)
 
     def mix(self, mix: Mix) -> Mix:
@@ -164,19 +165,26 @@ class AttackTeam(Attack):
         return sets
 
 
-def _conflict(what: str, members: Sequence[Plugin]) -> BadInput:
+def _conflict(subject: str, members: Sequence[Plugin]) -> BadInput:
     first, second = members[0].name, members[1].name
-    return BadInput(f"{first!r} and {second!r} cannot be combined: both decide the {what} of the same stage.")
+    return BadInput(f"{first!r} and {second!r} cannot be combined: both set the {subject} of the same stage.")
 
 
 def upload_rows(
     mix: Mix, task: Sequence[Example], pools: Pools, attack: Attack, seed: int, in_order: bool = False
 ) -> list[Example]:
-    """What the user uploads: n - round(p n) task rows and round(p n) harmful ones, drawn and shuffled by the seed;
-    `in_order`, the first harmful ones and then the first task rows, which training shuffles.
+    """Draw the rows that the user uploads: n - round(p n) task rows and round(p n) harmful rows.
+
+    Args:
+        mix: The number of rows n and the proportion p of harmful rows.
+        task: The task rows to draw from.
+        pools: The harmful rows to draw from, and the rows that the attack may draw.
+        attack: The attack, which may change the rows.
+        seed: The seed of the draws and of the order.
+        in_order: True for the first harmful rows and then the first task rows, without a draw; training shuffles them.
 
     Raises:
-        BadInput: more rows are asked for than there are.
+        BadInput: The mix requests more rows than are available.
     """
     benign = draw_rows(task, mix.task, "task rows", seed, "task rows", in_order=in_order)
     harmful = draw_rows(pools.attacker, mix.harmful, "harmful rows", seed, "harmful rows", in_order=in_order)

@@ -1,4 +1,4 @@
-"""What the terminal shows of plug-ins: what they declare, and their parameters."""
+"""Pages of `hbv list --verbose` and `hbv info`: the facts and the parameters of plug-ins."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ if TYPE_CHECKING:
     from harmbench_vaccine.experiment.protocol import Protocol
 
 FACTS: dict[str, tuple[str, ...]] = {
-    "defense": (
-        "stages", "cost", "once", "memory", "data", "topology", "needs_adapter", "trains", "neutral"
-    ),
+    "defense": ("stages", "cost", "once", "memory", "data", "topology", "needs_adapter", "trains", "neutral"),
     "attack": ("trains", "edits_base", "excludes", "neutral"),
     "task": ("dataset", "fields", "chance"),
     "scorer": ("model", "form", "license", "unverified", "comparison_only"),
-}  # fmt: skip
-"""Kind -> what a class of it declares, besides what every plug-in has."""
+}
+"""Kind -> the attributes that its classes declare, in addition to those of every plug-in."""
 
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "defense": ("name", "stages", "citation", "cost", "once", "memory", "data"),
@@ -35,40 +33,44 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
 }
 _TITLES = {
     "stages": "stage",
-    "cost": "cost a step",
+    "cost": "cost of a step",
     "memory": "extra memory",
-    "data": "needs besides its rows",
+    "data": "needs other rows",
     "topology": "needs topology",
     "needs_adapter": "needs an adapter",
     "edits_base": "edits the base model",
-    "neutral": "does nothing at",
+    "neutral": "no effect at",
     "dataset": "data set",
     "fields": "fields of a row",
     "chance": "accuracy of guessing, %",
-    "summary": "what it does",
+    "summary": "description",
     "form": "kind",
     "comparison_only": "for comparison only",
 }
-"""Where the heading is not the fact's own name."""
+"""Headings that differ from the name of the fact."""
 
 
 def find_plugin_classes(name: str) -> list[type[Plugin]]:
-    """The plug-ins of that name, one for each kind that has it, or the one in the file at that path.
+    """Find the plug-ins of a name, at most one of each kind, or the plug-in in a file.
+
+    Args:
+        name: A name, or the path of a file.
 
     Raises:
-        BadInput: there is none, or it cannot be imported.
+        BadInput: The name is unknown, or the plug-in cannot be imported.
     """
     if is_plugin_path(name):
         return [Registry(Plugin, "harmbench_vaccine").get(name)]
-    kinds: dict[Registry[Any], list[str]] = {each: list(each.entries()) for each in (DEFENSES, ATTACKS, TASKS, SCORERS)}
-    having = [each for each, names in kinds.items() if name.replace("-", "_") in names]
-    if not having:
-        raise unknown_name("plug-in", name, {known for names in kinds.values() for known in names})
-    return [each.get(name) for each in having]
+    registries: tuple[Registry[Any], ...] = (DEFENSES, ATTACKS, TASKS, SCORERS)
+    names = {registry: list(registry.entries()) for registry in registries}
+    matches = [registry for registry in registries if name.replace("-", "_") in names[registry]]
+    if not matches:
+        raise unknown_name("plug-in", name, {known for registry in registries for known in names[registry]})
+    return [registry.get(name) for registry in matches]
 
 
 def plugin_facts(cls: type[Plugin]) -> dict[str, Any]:
-    """What a plug-in declares: name, kind, the first line of its docstring, citation, and the facts of its kind."""
+    """Return name, kind, the first line of the docstring, citation, and the facts of the kind."""
     return {
         "name": cls.name,
         "kind": cls.kind,
@@ -79,25 +81,29 @@ def plugin_facts(cls: type[Plugin]) -> dict[str, Any]:
 
 
 def _fact(cls: type[Plugin], key: str) -> Any:
-    """What a class declares, or the default of a parameter."""
+    """Return an attribute of a class, or the default of a parameter."""
     return cls.model_fields[key].default if key in cls.model_fields else getattr(cls, key, "")
 
 
 def plugin_mark(cls: type[Plugin]) -> str:
-    """What a name is listed with: a scorer whose interface is not verified, or that is there to compare with."""
+    """Return the mark of a scorer in a list: its interface is not verified, or it is only for comparison."""
     if getattr(cls, "comparison_only", False):
         return "comparison only"
     return "unverified" if getattr(cls, "unverified", "") else ""
 
 
 def plugin_details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[str, Any]:
-    """Its facts, its module's docstring, and every parameter with its default and its value under the protocol.
+    """Return the facts, the docstring of the module, and every parameter with its default and its value.
+
+    Args:
+        cls: The class of a plug-in.
+        protocol: The protocol that overrides parameters; None: all values are defaults.
 
     Raises:
-        BadInput: the protocol gives it a parameter that it does not have, or a value out of range.
+        BadInput: The protocol sets an unknown parameter or a value out of range.
     """
     overrides: Mapping[str, Mapping[str, Any]] = getattr(protocol, f"{cls.kind}s", {})
-    defaults, values = (resolve_params(cls, {}, given).params for given in ({}, overrides.get(cls.name)))
+    defaults, values = (resolve_params(cls, {}, params).params for params in ({}, overrides.get(cls.name)))
     return {
         **plugin_facts(cls),
         "doc": (sys.modules[cls.__module__].__doc__ or "").strip(),
@@ -117,38 +123,39 @@ def plugin_details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[
     }
 
 
-def plugin_table(kind: str, declared: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for each plug-in of a kind, given their facts."""
+def plugin_table(kind: str, plugins: Sequence[Mapping[str, Any]]) -> Table:
+    """Build a table with a row for each plug-in of a kind, from their facts."""
     columns = _COLUMNS[kind]
     table = _table(*[_TITLES.get(column, column) for column in columns])
-    for each in declared:
-        table.add_row(*[Text(_words(each[column])) for column in columns])
+    for facts in plugins:
+        table.add_row(*[Text(_fact_text(facts[column])) for column in columns])
     return table
 
 
-def plugin_page(about: Mapping[str, Any]) -> RenderableType:
-    """Everything that is known of one plug-in, given its details."""
-    declared = Table.grid(padding=(0, 2, 0, 0))
-    for key in ("citation", *FACTS[about["kind"]]):
-        declared.add_row(Text(_TITLES.get(key, key), style="bold"), Text(_words(about[key])))
-    title = Text(f"{about['kind']} {about['name']}: {about['summary']}", style="bold")
-    parts: list[RenderableType] = [title, Text(about["doc"]), declared]
-    if about["parameters"]:
-        parts.append(_parameters(about))
-    return Group(*[part for each in parts for part in (each, Text())])
+def plugin_page(details: Mapping[str, Any]) -> RenderableType:
+    """Build the page of one plug-in from its details."""
+    facts = Table.grid(padding=(0, 2, 0, 0))
+    for key in ("citation", *FACTS[details["kind"]]):
+        facts.add_row(Text(_TITLES.get(key, key), style="bold"), Text(_fact_text(details[key])))
+    title = Text(f"{details['kind']} {details['name']}: {details['summary']}", style="bold")
+    parts: list[RenderableType] = [title, Text(details["doc"]), facts]
+    if details["parameters"]:
+        parts.append(_parameters(details))
+    return Group(*[line for part in parts for line in (part, Text())])
 
 
-def _parameters(about: Mapping[str, Any]) -> RenderableType:
-    """The table of parameters, with a column for the values that a protocol overrides."""
-    overriding = [about["protocol"]] if about["protocol"] else []
-    table = _table("parameter", "default", *overriding, "range", "what it is", "source of the default")
+def _parameters(details: Mapping[str, Any]) -> RenderableType:
+    """Build the table of parameters, with a column for the values that a protocol overrides."""
+    protocols = [details["protocol"]] if details["protocol"] else []
+    table = _table("parameter", "default", *protocols, "range", "description", "source of the default")
     note = Text(style="dim")
-    for each in about["parameters"]:
-        override = _value(each["value"]) if each["value"] != each["default"] else ""
-        cells = [each["name"], _value(each["default"]), *([override] if overriding else [])]
-        table.add_row(*map(Text, [*cells, each["range"], each["doc"], each["source"]]))
-        if each["main"]:
-            note.append(f"{about['name']}=VALUE sets {each['name']}.")
+    for parameter in details["parameters"]:
+        name, default, value = (parameter[key] for key in ("name", "default", "value"))
+        override = _value_text(value) if value != default else ""
+        cells = [name, _value_text(default), *([override] if protocols else [])]
+        table.add_row(*map(Text, [*cells, parameter["range"], parameter["doc"], parameter["source"]]))
+        if parameter["main"]:
+            note.append(f"{details['name']}=VALUE sets {name}.")
     return Group(table, note)
 
 
@@ -159,17 +166,17 @@ def _table(*titles: str) -> Table:
     return table
 
 
-def _words(fact: Any) -> str:
-    """A declared fact; an empty one is none."""
+def _fact_text(fact: Any) -> str:
+    """Format a fact; an empty one is `none`."""
     if isinstance(fact, Mapping):
-        return ", ".join(f"{key}={_value(value)}" for key, value in fact.items()) or "none"
+        return ", ".join(f"{key}={_value_text(value)}" for key, value in fact.items()) or "none"
     if isinstance(fact, Sequence) and not isinstance(fact, str):
         return ", ".join(map(str, fact)) or "none"
-    return "none" if fact == "" else _value(fact)
+    return "none" if fact == "" else _value_text(fact)
 
 
-def _value(value: Any) -> str:
-    """A value as the command line takes it."""
+def _value_text(value: Any) -> str:
+    """Format a value as on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return "none" if value is None else str(value) or '""'
