@@ -45,6 +45,15 @@ MOST_IMPORT_LEVELS = 12
 SHARED_NAMES: dict[str, str] = {"main": "the entry point of a program"}
 
 
+def report(lines: list[str]) -> str:
+    return "\n".join(["", *lines, f"{len(lines)} in all"])
+
+
+def python_files() -> list[Path]:
+    folders = (PACKAGE, "defenses", "attacks", "tests", "benchmarks", "leaderboards", "docs")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Modules and imports
 
@@ -221,6 +230,21 @@ def test_public_names_are_unique() -> None:
     assert not offenders, report(offenders)
 
 
+# Names of variables and parameters that say how a value came to be, or nothing.
+NOT_NOUNS = {"asked", "found", "given", "kept", "made", "own", "said", "seen", "told", "there", "wanted"}
+
+
+@pytest.mark.parametrize("path", [relative(path) for path in python_files() if "tests" not in path.parts])
+def test_variables_are_nouns(path: str) -> None:
+    offenders = set()
+    for node in ast.walk(tree(ROOT / path)):
+        stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        name = node.id if stored else node.arg if isinstance(node, ast.arg) else ""  # type: ignore[attr-defined]
+        if name in NOT_NOUNS:
+            offenders.add((node.lineno, name))
+    assert not offenders, report([f"{path}:{line}: {name}" for line, name in sorted(offenders)])
+
+
 def test_no_test_module_imports_another() -> None:
     offenders = [
         f"{relative(path)}:{node.lineno}"
@@ -279,15 +303,6 @@ ALLOWED: dict[str, str] = {
     "behind a trigger": "the place of a hidden behavior",
     "behind an OpenAI-compatible server": "the position of a model",
 }
-
-
-def report(lines: list[str]) -> str:
-    return "\n".join(["", *lines, f"{len(lines)} in all"])
-
-
-def python_files() -> list[Path]:
-    folders = (PACKAGE, "defenses", "attacks", "tests", "benchmarks", "leaderboards", "docs")
-    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def text_files() -> list[Path]:

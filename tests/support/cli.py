@@ -1,4 +1,4 @@
-"""The `hbv` command: in this process through its real entry point, or as a process."""
+"""The `hbv` command: in this process through its real entry point, or in another process."""
 
 from __future__ import annotations
 
@@ -21,30 +21,32 @@ from transformers.utils import logging
 from harmbench_vaccine.cli import main
 
 HBV = [sys.executable, "-m", "harmbench_vaccine"]
-logging.disable_progress_bar()  # the command does so by itself where it is the first to import transformers
+logging.disable_progress_bar()  # the command does so itself if it is the first to import transformers
 
 
 @dataclass(frozen=True)
 class CommandResult:
+    """Exit code and output of a command."""
+
     code: int
     out: str
     err: str
 
     @property
     def results(self) -> list[dict[str, Any]]:
-        """What --json printed: exactly one object a line."""
+        """Parse the output of --json: exactly one object a line."""
         return [json.loads(line) for line in self.out.splitlines()]
 
     @property
     def sentence(self) -> str:
-        """The one thing that was said on stderr."""
-        said = [line for line in self.err.splitlines() if line.strip()]
-        assert len(said) == 1, self.err
-        return said[0]
+        """Return the only line on stderr."""
+        lines = [line for line in self.err.splitlines() if line.strip()]
+        assert len(lines) == 1, self.err
+        return lines[0]
 
 
 def hbv(*args: object, home: Path | None = None, **environment: str) -> CommandResult:
-    """The entry point, in this process."""
+    """Run the entry point in this process."""
     out, err = io.StringIO(), io.StringIO()
     values = {**({"HBV_HOME": str(home)} if home else {}), **environment}
     code: Any = 0
@@ -63,22 +65,27 @@ def hbv(*args: object, home: Path | None = None, **environment: str) -> CommandR
 
 
 def start_hbv(*args: object, home: Path, limit: int | None = None) -> subprocess.Popen[str]:
-    """The command in a process of its own, with at most `limit` bytes a file."""
+    """Start the command in another process, which can write at most `limit` bytes to a file."""
 
     def restrict() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # where the tests run in the background, it is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for background jobs
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     environment = {**os.environ, "HBV_HOME": str(home)}
-    if limit:  # what measures coverage in it would meet the limit too
+    if limit:  # the limit would apply to the files of coverage too
         environment = {key: value for key, value in environment.items() if not key.startswith("COV")}
     return subprocess.Popen(
-        [*HBV, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment, preexec_fn=restrict,
-    )  # fmt: skip
+        [*HBV, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=restrict,
+    )
 
 
 def finish(running: subprocess.Popen[str]) -> CommandResult:
+    """Wait for the end of a started command."""
     out, err = running.communicate(timeout=120)
     return CommandResult(running.returncode, out, err)

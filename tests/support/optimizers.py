@@ -11,10 +11,15 @@ from harmbench_vaccine.training.stage import TrainingStage
 
 
 def plain_adamw(stage: TrainingStage, gradients: Sequence[Callable[[], Sequence[Tensor | None]]]) -> list[Tensor]:
-    """AdamW at the constant rate 1e-3, weight decay 0.1, clipped at norm 1; None leaves a parameter out of a step.
+    """Train the stage with AdamW at the constant rate 1e-3, weight decay 0.1, gradients clipped at norm 1.
 
-    Returns the entries whose gradient was never below 1/1000 of the largest: the first steps of Adam go by the sign,
-    and that of a smaller entry may be rounding's.
+    Args:
+        stage: Its trainable parameters are changed.
+        gradients: One function a step, which returns a gradient for every parameter; None skips the parameter.
+
+    Returns:
+        Masks of the entries whose gradient was never below 1/1000 of the largest. The first steps of Adam follow the
+        sign of the gradient, which rounding decides for smaller entries.
     """
     parameters = list(stage.trainable.values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
@@ -33,8 +38,8 @@ def plain_adamw(stage: TrainingStage, gradients: Sequence[Callable[[], Sequence[
 
 
 def assert_equal_where_firm(ours: TrainingStage, theirs: TrainingStage, firm: Sequence[Tensor]) -> None:
-    """Equal to 1e-5 of the largest entry; nearly all entries are compared."""
-    assert torch.cat([each.flatten() for each in firm]).float().mean() > 0.9
+    """Compare the masked entries up to 1e-5 of the largest; the masks must contain 90% of all entries."""
+    assert torch.cat([mask.flatten() for mask in firm]).float().mean() > 0.9
     largest = max(parameter.abs().max().item() for parameter in theirs.trainable.values())
-    for one, other, compared in zip(ours.trainable.values(), theirs.trainable.values(), firm, strict=True):
-        torch.testing.assert_close(one[compared], other[compared], atol=1e-5 * largest, rtol=0)
+    for actual, expected, mask in zip(ours.trainable.values(), theirs.trainable.values(), firm, strict=True):
+        torch.testing.assert_close(actual[mask], expected[mask], atol=1e-5 * largest, rtol=0)

@@ -1,4 +1,4 @@
-"""The tiny model in plain PyTorch, for tests that state a method's equations: no part of the harness computes here."""
+"""The tiny model in plain PyTorch, for tests that state the equations of a method without the code of the package."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from . import tiny
 BASE = tiny.model().requires_grad_(False)
 SCALE = 2.0  # alpha / rank of tiny.settings
 Values = dict[str, Tensor]
-"""The factors of an adapter, by their names in the model."""
+"""Factors of an adapter, by their names in the model."""
 
 
 def cross_entropy(values: Values, batch: Batch) -> Tensor:
-    """Mean of -log p(next token) over response tokens, of the model whose adapter has these values."""
+    """Return the mean of -log p(next token) over the response tokens, for an adapter with these values."""
     weights = {}
     for name, a in values.items():
         if ".lora_A." in name:
@@ -30,6 +30,5 @@ def cross_entropy(values: Values, batch: Batch) -> Tensor:
 
 
 def leaves(stage: TrainingStage) -> Values:
-    """A copy of the adapter's parameters, with a graph of their own."""
+    """Return a copy of the parameters of the adapter, as leaves of a new graph."""
     return {name: value.detach().clone().requires_grad_() for name, value in stage.trainable.items()}
-

@@ -14,13 +14,14 @@ import torch
 
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.inference.model_pool import Lab, ModelSpec
+from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.sharding import shard
 from harmbench_vaccine.training.stage import Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train
+from support.runs import run_context
 
 from . import tiny
 
@@ -44,12 +45,14 @@ CASES = [*DEFENDED, *(f"{name}, sharded" for name in SHARDED), "sft, opt, sharde
 
 
 class Interrupted(Exception):
-    pass
+    """An intended end of a training run."""
 
 
 def stage_of(architecture: str, folder: Path, *, sharded: bool, checkpointing: bool = False) -> TrainingStage:
-    """A stage above a frozen adapter, for defenses that compare with the model before: with 13 rows, three epochs of
-    batches of 4, 4, 4 and 1 rows, of which the last leaves a rank without."""
+    """Return a stage above a frozen adapter, for defenses that compare with the model before.
+
+    With 13 rows it has three epochs of batches of 4, 4, 4 and 1 rows; in the last batch one rank has no row.
+    """
     base = tiny.model(architecture)
     if checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -68,11 +71,12 @@ def stage_of(architecture: str, folder: Path, *, sharded: bool, checkpointing: b
 
 
 def run(case: str, folder: Path) -> dict[str, Any]:
-    """The log of a case, every norm that it took (of a gradient, or of hidden gradients), and its adapter."""
+    """Return the log of a case, its norms (of gradients or hidden gradients) in order, and its adapter."""
     name, *more = case.split(", ")
     plugin, params = DEFENDED[name]
-    stage = stage_of("opt" if "opt" in more else "llama", folder, sharded="sharded" in more and distributed.world_size() > 1,
-                     checkpointing="checkpointing" in more)  # fmt: skip
+    sharded = "sharded" in more and distributed.world_size() > 1
+    architecture = "opt" if "opt" in more else "llama"
+    stage = stage_of(architecture, folder, sharded=sharded, checkpointing="checkpointing" in more)
     norms: list[float] = []
     of_gradient, per_rank = stage.gradient_of, stage.norm
 
@@ -82,19 +86,19 @@ def run(case: str, folder: Path) -> dict[str, Any]:
         return gradient
 
     def norm(tensors: Any) -> Any:
-        found = per_rank(tensors)
-        norms.append(float(found))
-        return found
+        value = per_rank(tensors)
+        norms.append(float(value))
+        return value
 
     stage.gradient_of, stage.norm = gradient_of, norm  # type: ignore[method-assign]
     defense = DEFENSES.get(plugin)(**params)
-    log = train(stage, defense, tiny.rows(13, shortest=3, longest=14), stage.settings,
-                folder / f"{case} {distributed.size()}", pad=tiny.PAD)  # fmt: skip
+    rows, checkpoints = tiny.rows(13, shortest=3, longest=14), folder / f"{case} {distributed.world_size()}"
+    log = train(stage, defense, rows, stage.settings, checkpoints, pad=tiny.PAD)
     return {"log": log, "norms": norms, "adapter": dict(stage.stack.trained().factors)}
 
 
 class _Ends(Defense):
-    """Ends a training run after a step."""
+    """A defense that ends a training run after a step."""
 
     at: int = 0
 
@@ -104,7 +108,7 @@ class _Ends(Defense):
 
 
 def resumed(folder: Path, ends: int) -> Adapter:
-    """A stage with dropout, interrupted after step `ends` (0: not at all) and taken up as a new process would."""
+    """Return the adapter of a stage with dropout, interrupted after step `ends` (0: never) and resumed from disk."""
     for at in (ends, 0) if ends else (0,):
         stage = stage_of("llama", folder, sharded=False)
         settings = tiny.settings(epochs=3, batch=4, lora_dropout=0.5)
@@ -117,29 +121,30 @@ def resumed(folder: Path, ends: int) -> Adapter:
 
 
 def reloaded(folder: Path) -> list[float]:
-    """The loss of a sharded model, and again after rank 0 alone has let go of it, as a judge on its GPU makes it."""
-    place = folder / "model"
+    """Return the loss of a sharded model twice; in between only rank 0 evicts it, as a judge on its GPU does."""
+    path = folder / "model"
     if distributed.rank() == 0:
-        tiny.model().save_pretrained(place)
+        tiny.model().save_pretrained(path)
     distributed.barrier()
-    lab, state = Lab(Store(folder / "store"), shard=True), ModelSpec(str(place))
-    found = []
+    lab, state = run_context(folder / "store", shard=True), ModelSpec(str(path))
+    losses = []
     for _ in range(2):
         with torch.no_grad():
-            found.append(float(lab.stack(state).use([])(**tiny.batch()).loss))
+            losses.append(float(lab.models.stack(state).use([])(**tiny.batch()).loss))
         if distributed.rank() == 0:
             lab._forget()
-    return found
+    return losses
 
 
 def main(folder: Path) -> None:
+    """Run all cases and save their results."""
     distributed.initialize()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {case: run(case, folder) for case in CASES}
-    found["resumed"] = [dict(resumed(folder, ends).factors) for ends in (0, 5)]
-    found["reloaded"] = reloaded(folder)
+    results: dict[str, Any] = {case: run(case, folder) for case in CASES}
+    results["resumed"] = [dict(resumed(folder, ends).factors) for ends in (0, 5)]
+    results["reloaded"] = reloaded(folder)
     if distributed.rank() == 0:
-        torch.save(found, folder / "found.pt")
+        torch.save(results, folder / "found.pt")
     distributed.shutdown()
 
 

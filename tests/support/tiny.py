@@ -21,7 +21,7 @@ from harmbench_vaccine.plugins import Pools, TrainSettings
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
 
-gc.freeze()  # Trainer collects garbage at its end, and half of a tiny run's time would go into searching the libraries
+gc.freeze()  # Trainer collects garbage at its end; without this, a tiny run spends half of its time in the libraries
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
@@ -57,15 +57,16 @@ ARCHITECTURES = tuple(_KINDS)
 
 
 def model(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A decoder with random weights: 2 layers of width 64, heads of size 32, float32, in evaluation mode.
+    """Return a decoder with random weights: 2 layers of width 64, heads of size 32, float32, in evaluation mode.
 
-    The weights are larger than an initialisation's, so that attention and logits depend visibly on the input.
+    The weights are larger than those of an ordinary initialization, so that attention and logits depend visibly on
+    the input.
     """
     config_class, model_class, config = _KINDS[architecture]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**config, **changes}))
-    return made.float().eval()
+        decoder = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**config, **changes}))
+    return decoder.float().eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,22 +74,22 @@ def model(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreT
 
 
 def rows(count: int, *, seed: int = 0, shortest: int = 4, longest: int = 12) -> list[Encoded]:
-    """Rows of random tokens of different lengths; the first two tokens of each are its prompt."""
+    """Draw rows of random tokens of different lengths; the first two tokens of a row are its prompt."""
     draw = random.Random(seed)
-    made = []
+    encoded = []
     for _ in range(count):
         ids = [draw.randrange(3, VOCABULARY) for _ in range(draw.randint(shortest, longest))]
-        made.append(Encoded(ids, [IGNORED, IGNORED, *ids[2:]]))
-    return made
+        encoded.append(Encoded(ids, [IGNORED, IGNORED, *ids[2:]]))
+    return encoded
 
 
 def batch(lengths: Sequence[int] = (9, 5, 7), *, seed: int = 0, width: int | None = None) -> dict[str, Tensor]:
-    """Random rows of the given lengths, padded on the right to the longest or to `width`."""
+    """Draw random rows of these lengths, padded on the right to the longest or to `width`."""
     width = width or max(lengths)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(3, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    tokens = torch.randint(3, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
     ids = torch.full((len(lengths), width), PAD)
-    ids[:, : max(lengths)] = drawn
+    ids[:, : max(lengths)] = tokens
     mask = torch.tensor([[int(place < length) for place in range(width)] for length in lengths])
     labels = torch.where(mask.bool(), ids, IGNORED)
     labels[:, :2] = IGNORED
@@ -96,12 +97,19 @@ def batch(lengths: Sequence[int] = (9, 5, 7), *, seed: int = 0, width: int | Non
 
 
 def settings(**changes: Any) -> TrainSettings:
-    """Training settings for tiny models; the LoRA's targets are modules that every architecture has."""
-    plain = TrainSettings(
-        lr=5e-3, epochs=2, batch=4, warmup=0.1, weight_decay=0.01, lora_rank=4, lora_alpha=8, max_length=64,
+    """Return settings for tiny models; the targets of the LoRA are modules that every architecture has."""
+    defaults = TrainSettings(
+        lr=5e-3,
+        epochs=2,
+        batch=4,
+        warmup=0.1,
+        weight_decay=0.01,
+        lora_rank=4,
+        lora_alpha=8,
+        max_length=64,
         lora_targets=("q_proj", "k_proj", "v_proj"),
-    )  # fmt: skip
-    return replace(plain, **changes)
+    )
+    return replace(defaults, **changes)
 
 
 def stage(
@@ -115,33 +123,33 @@ def stage(
     name: Any = "align",
     pools: Pools | None = None,
 ) -> tuple[TrainingStage, LoraStack]:
-    """A training stage of a tiny model with a fresh adapter.
+    """Return a training stage of a tiny model with a new adapter.
 
-    `stirred` gives the adapter random weights: a fresh one has B = 0, and with it no gradient on A.
+    `stirred` gives the adapter random weights: a new one has B = 0, so that the gradient on A is zero.
     """
     stack = LoraStack(base if base is not None else model())
-    made = TrainingStage(
+    session = TrainingStage(
         name, stack, {}, seed, trained_with or settings(), pools or Pools(), tuple(below), start, encode=encode
     )
-    made.trainable = stack.train(below, made.settings, seed, Adapter.load(start) if start else None)
+    session.trainable = stack.train(below, session.settings, seed, Adapter.load(start) if start else None)
     if stirred:
-        stir(made.trainable)
-    return made, stack
+        stir(session.trainable)
+    return session, stack
 
 
 def encode(examples: Sequence[Example]) -> list[Encoded]:
-    """Examples as rows of tokens without a tokenizer: a token for every letter, the instruction is the prompt."""
-    made = []
+    """Encode examples without a tokenizer: one token for every letter; the instruction is the prompt."""
+    encoded = []
     for example in examples:
         prompt, response = (
             [3 + ord(letter) % 90 for letter in text] for text in (example.instruction, example.response)
         )
-        made.append(Encoded(prompt + response, [IGNORED] * len(prompt) + response, example.id))
-    return made
+        encoded.append(Encoded(prompt + response, [IGNORED] * len(prompt) + response, example.id))
+    return encoded
 
 
 def example_pools(count: int = 12, *, seed: int = 5) -> Pools:
-    """Pools of random examples: safe rows, pairs with equal prompts, benign and harmful ones."""
+    """Draw pools of random examples: safe rows, pairs with equal prompts, benign and harmful ones."""
     draw = random.Random(seed)
 
     def text(longest: int) -> str:
@@ -156,7 +164,7 @@ def example_pools(count: int = 12, *, seed: int = 5) -> Pools:
 
 
 def stir(parameters: Mapping[str, Tensor], *, seed: int = 3, size: float = 0.1) -> None:
-    """Puts random numbers into every parameter."""
+    """Set every parameter to random numbers."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters.values():
@@ -167,17 +175,25 @@ def stir(parameters: Mapping[str, Tensor], *, seed: int = 3, size: float = 0.1) 
 # Tokenizer, judge, folders
 
 CATEGORIES = (
-    "animal_abuse", "child_abuse", "controversial_topics,politics", "discrimination,stereotype,injustice",
-    "drug_abuse,weapons,banned_substance", "financial_crime,property_crime,theft",
-    "hate_speech,offensive_language", "misinformation_regarding_ethics,laws_and_safety",
-    "non_violent_unethical_behavior", "privacy_violation", "self_harm", "sexually_explicit,adult_content",
+    "animal_abuse",
+    "child_abuse",
+    "controversial_topics,politics",
+    "discrimination,stereotype,injustice",
+    "drug_abuse,weapons,banned_substance",
+    "financial_crime,property_crime,theft",
+    "hate_speech,offensive_language",
+    "misinformation_regarding_ethics,laws_and_safety",
+    "non_violent_unethical_behavior",
+    "privacy_violation",
+    "self_harm",
+    "sexually_explicit,adult_content",
     "terrorism,organized_crime",
     "violence,aiding_and_abetting,incitement",
-)  # fmt: skip
+)
 
 
 def tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 512 tokens that opens with <s>, as Llama's does."""
+    """Train a byte-level BPE tokenizer of 512 tokens that puts <s> first, like that of Llama."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -195,23 +211,27 @@ def tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def judge(**changes: Any) -> PreTrainedModel:
-    """A classifier of beaver-dam's shape with random weights. Only two of its 14 labels ever speak (the others stay at
-    probability 1/2 exactly), so that it flags some answers and passes others."""
+    """Return a classifier with the shape of beaver-dam and random weights.
+
+    Twelve of its 14 labels always have a probability of exactly 1/2, so that it flags some answers and passes others.
+    """
     labels = dict(enumerate(CATEGORIES))
     config = transformers.LlamaConfig(
         **{**LLAMA, "initializer_range": 0.3, "num_hidden_layers": 1, "max_position_embeddings": 512, **changes},
-        num_labels=len(labels), id2label=labels, label2id={name: number for number, name in labels.items()},
+        num_labels=len(labels),
+        id2label=labels,
+        label2id={name: number for number, name in labels.items()},
         problem_type="multi_label_classification",
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        made = transformers.LlamaForSequenceClassification(config)
+        classifier = transformers.LlamaForSequenceClassification(config)
         with torch.no_grad():
-            made.score.weight[2:] = 0
-    return made.float().eval()
+            classifier.score.weight[2:] = 0
+    return classifier.float().eval()
 
 
-def save(what: PreTrainedModel, words: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes a Hugging Face folder."""
-    what.save_pretrained(folder)
+def save(network: PreTrainedModel, words: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save a model and its tokenizer as a Hugging Face folder."""
+    network.save_pretrained(folder)
     words.save_pretrained(folder)

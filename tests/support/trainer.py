@@ -11,35 +11,35 @@ from harmbench_vaccine.plugins import Defense
 
 
 class Stop:
-    """Raises KeyboardInterrupt the n-th time that it is reached."""
+    """A countdown that raises KeyboardInterrupt at the n-th call of `reach`."""
 
     def __init__(self, after: int) -> None:
-        self.left = after
+        self.remaining = after
 
     def reach(self) -> None:
-        self.left -= 1
-        if self.left == 0:
+        self.remaining -= 1
+        if self.remaining == 0:
             raise KeyboardInterrupt
 
 
 def interrupting(defense: Defense, hook: str, count: int) -> Defense:
-    """The defense, interrupted the `count`-th time that the hook is called."""
+    """Return the defense with a hook that raises KeyboardInterrupt at its `count`-th call."""
     stop, inner = Stop(count), type(defense)
 
     class Interrupted(inner):  # type: ignore[misc, valid-type]
         name: ClassVar[str] = inner.name
 
-    def reached(self: Any, *args: Any) -> Any:
+    def stopping(self: Any, *args: Any) -> Any:
         stop.reach()
         return getattr(inner, hook)(self, *args)
 
-    setattr(Interrupted, hook, reached)
+    setattr(Interrupted, hook, stopping)
     return Interrupted(**dict(defense))
 
 
-def assert_same(one: tuple[dict[str, Tensor], Any], other: tuple[dict[str, Tensor], Any]) -> None:
-    """Every bit of the weights and of the log."""
-    assert one[0].keys() == other[0].keys()
-    for name, value in one[0].items():
-        assert torch.equal(value, other[0][name]), name
-    assert one[1] == other[1]
+def assert_same(actual: tuple[dict[str, Tensor], Any], expected: tuple[dict[str, Tensor], Any]) -> None:
+    """Compare the weights and the logs of two runs bit by bit."""
+    assert actual[0].keys() == expected[0].keys()
+    for name, value in actual[0].items():
+        assert torch.equal(value, expected[0][name]), name
+    assert actual[1] == expected[1]

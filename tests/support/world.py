@@ -24,12 +24,15 @@ _VERBS = ("break", "steal", "spoil", "burn")  # the tests only need prompts that
 
 
 def make_world(folder: Path, changes: Mapping[str, Any] | None = None, *, models: bool = True) -> Path:
-    """Writes a model, a judge, every data set and a protocol file below `folder`; returns the protocol file.
+    """Write a model, a judge, every data set and a protocol file to `folder`, and return the path of the protocol file.
 
     `<folder>/model` and `/judge` are Hugging Face folders, `/data/NAME/SPLIT.jsonl` the data sets, `/tiny.yaml` the
-    protocol: 20 steps a stage, 8 harmful prompts, absolute paths. `changes` are laid over the protocol, nested:
-    `{"align": {"rows": 8}}`. The gates let everything pass; change `gates` for a cell that collapses. Without `models`
-    there are only data and protocol, which is faster.
+    protocol: 20 steps a stage, 8 harmful prompts, absolute paths. No result is marked as collapsed.
+
+    Args:
+        folder: The folder, which is created.
+        changes: Nested values that replace those of the protocol: `{"align": {"rows": 8}}`.
+        models: Whether to write the model and the judge too, which takes longer.
     """
     folder = folder.absolute()
     data = data_sets()
@@ -44,16 +47,18 @@ def make_world(folder: Path, changes: Mapping[str, Any] | None = None, *, models
         return file
     words = tiny.tokenizer([text for splits in data.values() for lines in splits.values() for text in _texts(lines)])
     tokens = {
-        "vocab_size": len(words), "pad_token_id": words.pad_token_id,
-        "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id,
-    }  # fmt: skip
+        "vocab_size": len(words),
+        "pad_token_id": words.pad_token_id,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+    }
     tiny.save(tiny.model(**tokens), words, folder / "model")
     tiny.save(tiny.judge(**tokens), words, folder / "judge")
     return file
 
 
 def data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Data set -> split -> rows, in the schemas of the real ones. All prompts differ."""
+    """Return data set -> split -> rows, in the schemas of the real data sets. All prompts differ."""
     named = [f"{topic} {thing}" for topic, thing in product(_TOPICS, _THINGS)]  # 80 of them
     draw = random.Random(0)
 
@@ -66,7 +71,7 @@ def data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
                 "is_safe": safe,
             }
             for number, thing in enumerate(things)
-        ]  # fmt: skip
+        ]
 
     def shuffled(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return draw.sample(lines, len(lines))
@@ -79,17 +84,21 @@ def data_sets() -> dict[str, dict[str, list[dict[str, Any]]]]:
     news = ("minister", "match", "bank", "robot")
     sst2 = [
         {"sentence": f"the {thing} is {word} .", "label": label}
-        for thing in named for label in (0, 1) for word in feelings[label]
-    ]  # fmt: skip
+        for thing in named
+        for label in (0, 1)
+        for word in feelings[label]
+    ]
     topics = [{"text": f"The {news[label]} saw the {thing}.", "label": label} for thing in named for label in range(4)]
     sums = [
         {"question": f"There are {a} lamps and {b} doors. How many?", "answer": f"We add {a} and {b}.\n#### {a + b}"}
-        for a in range(2, 14) for b in range(2, 14)
-    ]  # fmt: skip
+        for a in range(2, 14)
+        for b in range(2, 14)
+    ]
     alpaca = [
         {"instruction": f"Describe the {thing}.", "input": note, "output": f"The {thing} is here."}
-        for note in ("", "Be short.") for thing in named
-    ]  # fmt: skip
+        for note in ("", "Be short.")
+        for thing in named
+    ]
     sst2, topics, sums, alpaca = (shuffled(lines) for lines in (sst2, topics, sums, alpaca))
     return {
         "beavertails": {
@@ -115,9 +124,17 @@ def _texts(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _protocol(folder: Path) -> dict[str, Any]:
     training = {
-        "lr": 5e-3, "epochs": 2, "batch": 4, "schedule": "cosine", "warmup": 0.1, "weight_decay": 0.1,
-        "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "max_length": 96,
-    }  # fmt: skip
+        "lr": 5e-3,
+        "epochs": 2,
+        "batch": 4,
+        "schedule": "cosine",
+        "warmup": 0.1,
+        "weight_decay": 0.1,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+        "max_length": 96,
+    }
     names = ("beavertails", "beavertails_refusals", "alpaca", "sst2", "ag_news", "gsm8k")
     return {
         "name": "tiny",
@@ -137,11 +154,14 @@ def _protocol(folder: Path) -> dict[str, Any]:
             "task_tokens": {"sst2": 4, "agnews": 4, "gsm8k": 8},
         },
         "score": {
-            "scorer": "beaver_dam", "judge": str(folder / "judge"), "accuracy": "flexible",
-            "drift_rows": 8, "drift_batch": 4,
+            "scorer": "beaver_dam",
+            "judge": str(folder / "judge"),
+            "accuracy": "flexible",
+            "drift_rows": 8,
+            "drift_batch": 4,
         },
         "gates": {"degenerate": 100, "refusals": 100, "above_chance": -101, "accuracy_before": None},
-    }  # fmt: skip
+    }
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
