@@ -176,6 +176,7 @@ def test_every_run_id_is_one_of_the_readme_table(path: Path) -> None:
     table = re.findall(r"^([a-z_]+-[0-9a-f]{8}) ", README, re.MULTILINE)
     assert len(table) == 2
     text = path.read_text(encoding="utf-8")
+    assert set(re.findall(r"\b[a-z_]+-[0-9a-f]{8}\b", text)) <= set(table)
     for line in [*commands_in_blocks(text), *(span for span in code_spans(text) if span.startswith("hbv "))]:
         try:
             run = parse_command(line).params.get("run")
