@@ -1,4 +1,4 @@
-"""What holds for every defense that comes with the harness: its neutral setting, its cost, its place in the code."""
+"""Properties of every built-in defense: its neutral setting, its cost, and its independence of the harness."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.experiment.context import RunContext
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import align, finetune, repair
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.plugins.composition import Component, parse_plugins
@@ -21,10 +20,11 @@ from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.training.adapters import Adapter
 from support import tiny
+from support.runs import run_context
 from support.world import make_world
 
 ROOT = Path(__file__).parents[1]
-NAMES = [name for name, found in DEFENSES.entries().items() if found.origin == "built-in"]
+NAMES = [name for name, entry in DEFENSES.entries().items() if entry.origin == "built-in"]
 NEUTRAL = [name for name in NAMES if DEFENSES.get(name).neutral is not None]
 
 
@@ -37,38 +37,40 @@ def test_only_baselines_have_no_neutral_setting() -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """One store for all cells, which then share what is equal."""
-    return Lab(Store(tmp_path_factory.mktemp("neutral") / "store"))
+def context(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
+    """A store and a model pool that all runs share."""
+    return run_context(tmp_path_factory.mktemp("neutral") / "store")
 
 
-def adapters(lab: Lab, defense: str, params: dict[str, Any], topology: str) -> list[Adapter]:
-    """The adapters of a cell's final model; the tiny world trains with dropout."""
-    protocol = lab.store.root.parent / topology / "tiny.yaml"
+def adapters(context: RunContext, defense: str, params: dict[str, Any], topology: str) -> list[Adapter]:
+    """Return the adapters of the final model of a run; the tiny world trains with dropout."""
+    protocol = context.store.root.parent / topology / "tiny.yaml"
     if not protocol.exists():
         make_world(protocol.parent, {"topology": topology})
     component = Component(name=defense, params=params)
-    cell = Experiment.settle(RunSpec(protocol=str(protocol), defense=(component,), attack=parse_plugins("ratio=0.25")))
-    aligned = align(cell, lab)
-    final = repair(cell, lab, aligned, finetune(cell, lab, aligned))
-    return [Adapter.load(path) for path in final.state.adapters]
+    experiment = Experiment.settle(
+        RunSpec(protocol=str(protocol), defense=(component,), attack=parse_plugins("ratio=0.25"))
+    )
+    aligned = align(experiment, context)
+    final = repair(experiment, context, aligned, finetune(experiment, context, aligned))
+    return [Adapter.load(path) for path in final.spec.adapters]
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_the_neutral_setting_is_fine_tuning_of_the_same_topology(name: str, lab: Lab) -> None:
-    """Bit for bit, through the stages of the pipeline."""
+def test_the_neutral_setting_equals_sft_of_the_same_topology(name: str, context: RunContext) -> None:
+    """Compare all stages of the pipeline bit by bit."""
     defense = DEFENSES.get(name)
     topology = defense.topology or "double"
-    neutral = adapters(lab, name, dict(defense.neutral or {}), topology)
-    plain = adapters(lab, "sft", {}, topology)
+    neutral = adapters(context, name, dict(defense.neutral or {}), topology)
+    plain = adapters(context, "sft", {}, topology)
     assert len(neutral) == len(plain)
-    assert all(one.digest() == other.digest() for one, other in zip(neutral, plain, strict=True))
+    assert all(left.digest() == right.digest() for left, right in zip(neutral, plain, strict=True))
 
 
-def test_another_setting_is_not(lab: Lab) -> None:
-    plain, other = adapters(lab, "sft", {}, "double"), adapters(lab, "kl", {"lam": 1.0}, "double")
-    assert plain[0].digest() == other[0].digest()
-    assert plain[1].digest() != other[1].digest()
+def test_another_setting_differs_from_sft(context: RunContext) -> None:
+    plain, kl = adapters(context, "sft", {}, "double"), adapters(context, "kl", {"lam": 1.0}, "double")
+    assert plain[0].digest() == kl[0].digest()
+    assert plain[1].digest() != kl[1].digest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,18 +78,18 @@ def test_another_setting_is_not(lab: Lab) -> None:
 
 
 class Passes:
-    """Counts forward passes of a model, and backward passes through each."""
+    """A counter of the forward and backward passes of a model."""
 
     def __init__(self, model: Any) -> None:
         self.forward = self.backward = 0
-        self.handle = model.register_forward_hook(self._seen)
+        self.handle = model.register_forward_hook(self._count_forward)
 
-    def _seen(self, module: Any, args: Any, output: Any) -> None:
+    def _count_forward(self, module: Any, args: Any, output: Any) -> None:
         self.forward += 1
         if output.logits.requires_grad:
-            output.logits.register_hook(self._passed)
+            output.logits.register_hook(self._count_backward)
 
-    def _passed(self, gradient: Tensor) -> None:
+    def _count_backward(self, gradient: Tensor) -> None:
         self.backward += 1
 
 
@@ -96,13 +98,13 @@ CASES = [*((name, {}) for name in TRAINED), ("vlguard", {"mix": "joint", "rows":
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
-def test_a_step_costs_the_passes_that_are_declared(name: str, params: dict[str, Any]) -> None:
+def test_a_step_runs_the_declared_passes(name: str, params: dict[str, Any]) -> None:
     defense = DEFENSES.get(name)(**params)
-    assert counted(defense) == defense.passes()
+    assert count_passes(defense) == defense.passes()
 
 
-def counted(defense: Defense) -> str:
-    """The passes of one micro-batch, after what comes before it."""
+def count_passes(defense: Defense) -> str:
+    """Return the passes of one micro-batch, after the hooks that run before it."""
     stage, _ = tiny.stage(stirred=True, pools=tiny.example_pools(), name=defense.stages[0])
     stage.rows = tiny.rows(8)
     stage.step, stage.steps = 1, 10
@@ -122,21 +124,21 @@ def counted(defense: Defense) -> str:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "defenses").glob("[a-z]*.py")), ids=lambda path: path.stem)
-def test_a_defense_is_a_page(path: Path) -> None:
+def test_a_defense_has_at_most_150_lines(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_no_defense_is_named_in_the_harness() -> None:
-    """Only in its own file, the protocols and the suite of the testbed's report: adding one touches one file.
+def test_the_harness_names_no_defense() -> None:
+    """A new defense needs one file: only its file, the protocols and the suite of the testbed report use its name.
 
-    `sft` and `none` are baselines, and `vaccine` is in the project's name and in the help's examples.
+    Exceptions: `sft` and `none` are baselines, and `vaccine` is in the name of the project and in the help examples.
     """
-    named = [name for name in NAMES if name not in {"sft", "none", "vaccine"}]
-    words = re.compile(rf"""["'](?:{"|".join(named)})["':=+]""")
-    found = {
+    names = [name for name in NAMES if name not in {"sft", "none", "vaccine"}]
+    quoted_name = re.compile(rf"""["'](?:{"|".join(names)})["':=+]""")
+    lines = {
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in (ROOT / "harmbench_vaccine").rglob("*.py")
         for line in path.read_text(encoding="utf-8").splitlines()
-        if words.search(line)
+        if quoted_name.search(line)
     }
-    assert not found
+    assert not lines
