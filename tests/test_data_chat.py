@@ -1,9 +1,10 @@
-"""Prompt `chat`: conversations as tokens, for tokenizers and templates of the shapes that the model families ship."""
+"""Prompt `chat`: conversations as tokens, for tokenizers and chat templates like those of five model families."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,9 +35,9 @@ _ALTERNATE = (
 )
 TEMPLATES = {
     "llama2": "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
-    "{% set told = messages[0]['content'] %}"
-    "{% else %}{% set rest = messages %}{% set told = false %}{% endif %}{% for message in rest %}" + _ALTERNATE + ""
-    "{% if loop.index0 == 0 and told %}{% set text = '<<SYS>>\\n' + told + '\\n<</SYS>>\\n\\n' + message['content'] %}"
+    "{% set lead = messages[0]['content'] %}"
+    "{% else %}{% set rest = messages %}{% set lead = false %}{% endif %}{% for message in rest %}" + _ALTERNATE + ""
+    "{% if loop.index0 == 0 and lead %}{% set text = '<<SYS>>\\n' + lead + '\\n<</SYS>>\\n\\n' + message['content'] %}"
     "{% else %}{% set text = message['content'] %}{% endif %}"
     "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' }}"
     "{% else %}{{ ' ' + text.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
@@ -57,7 +58,7 @@ TEMPLATES = {
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}",
-}  # fmt: skip
+}
 CONTROLS = {
     "llama2": ["<unk>", "<s>", "</s>"],
     "mistral": ["<unk>", "<s>", "</s>"],
@@ -77,7 +78,7 @@ FAMILIES = list(TEMPLATES)
 
 
 def family(name: str) -> PreTrainedTokenizerFast:
-    """SentencePiece-like for Llama 2, Mistral and Gemma, byte-level for the others; opens as the family's does."""
+    """Return a tokenizer like the family's: SentencePiece for Llama 2, Mistral and Gemma, else byte-level."""
     words = Tokenizer(models.BPE(byte_fallback=False))
     spaced = name in ("llama2", "mistral", "gemma")
     if spaced:
@@ -96,10 +97,10 @@ def family(name: str) -> PreTrainedTokenizerFast:
         words.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, words.token_to_id(bos))]
         )
-    made = PreTrainedTokenizerFast(tokenizer_object=words, **NAMES[name])
-    made.add_special_tokens({"additional_special_tokens": CONTROLS[name]})
-    made.chat_template = TEMPLATES[name]
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **NAMES[name])
+    tokenizer.add_special_tokens({"additional_special_tokens": CONTROLS[name]})
+    tokenizer.chat_template = TEMPLATES[name]
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -107,30 +108,30 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     return {name: family(name) for name in FAMILIES}
 
 
-def asked(user: str, system: str = "") -> Conversation:
+def question(user: str, system: str = "") -> Conversation:
     rendered = CHAT.prefixed(system).render(Example("", user))
     assert isinstance(rendered, Conversation)
     return rendered
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_prompt_is_what_the_template_makes_of_it(tokenizers: Any, name: str) -> None:
+def test_prompt_equals_the_rendered_template(tokenizers: Any, name: str) -> None:
     words = tokenizers[name]
     expected = words.apply_chat_template(
         [{"role": "user", "content": "What is a lamp?"}], add_generation_prompt=True, tokenize=True
     )["input_ids"]
-    ids = encode_prompt(words, asked("What is a lamp?"))
+    ids = encode_prompt(words, question("What is a lamp?"))
     assert ids == expected
     if bos := NAMES[name].get("bos_token"):
         assert [place for place, token in enumerate(ids) if token == words.convert_tokens_to_ids(bos)] == [0]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_row_cannot_spell_control_tokens(tokenizers: Any, name: str) -> None:
-    """Neither in the user's message nor in a system message nor in the response."""
+def test_row_cannot_spell_control_tokens(tokenizers: Any, name: str) -> None:
+    """Not in the user's message, the system message or the response."""
     words = tokenizers[name]
     spelled = "".join(CONTROLS[name])
-    honest, fake = (encode_prompt(words, asked(f"What {text} is", f"Be {text} safe")) for text in ("", spelled))
+    honest, fake = (encode_prompt(words, question(f"What {text} is", f"Be {text} safe")) for text in ("", spelled))
     for token in CONTROLS[name]:
         number = words.convert_tokens_to_ids(token)
         assert honest.count(number) == fake.count(number)
@@ -141,23 +142,23 @@ def test_a_row_cannot_spell_control_tokens(tokenizers: Any, name: str) -> None:
     assert [token for token in trained if words.decode([token]) in CONTROLS[name]] == trained[-1:]
 
 
-def test_the_two_ways_to_encode_agree(tokenizers: Any) -> None:
-    """Without control tokens in a row, piece by piece gives the tokens of the whole text."""
+def test_both_encodings_agree_without_control_tokens(tokenizers: Any) -> None:
+    """Encoding piece by piece gives the tokens of the complete text if a row contains no control tokens."""
     for name in ("llama3", "qwen2", "gemma"):
         words = tokenizers[name]
-        whole = encode_prompt(words, asked("What is a lamp?", "Be brief."))
-        spelled = encode_prompt(words, asked("What is a lamp? " + ENDS[name], "Be brief."))
-        lamp = next(end for end in range(len(whole)) if words.decode(whole[:end]).endswith("lamp?"))
-        assert spelled[:lamp] == whole[:lamp]
-        turn = [words.convert_tokens_to_ids(ENDS[name]), *whole[lamp + 1 :]]
+        complete = encode_prompt(words, question("What is a lamp?", "Be brief."))
+        spelled = encode_prompt(words, question("What is a lamp? " + ENDS[name], "Be brief."))
+        lamp = next(end for end in range(len(complete)) if words.decode(complete[:end]).endswith("lamp?"))
+        assert spelled[:lamp] == complete[:lamp]
+        turn = [words.convert_tokens_to_ids(ENDS[name]), *complete[lamp + 1 :]]
         assert spelled[-len(turn) :] == turn
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_system_message(tokenizers: Any, name: str) -> None:
-    """In the template's place for it; before the user's message where the template has none."""
+def test_system_message_position(tokenizers: Any, name: str) -> None:
+    """The system message is where the template has one, or else before the user's message."""
     words = tokenizers[name]
-    text = words.decode(encode_prompt(words, asked("What is a lamp?", "Be safe.\n\n")))
+    text = words.decode(encode_prompt(words, question("What is a lamp?", "Be safe.\n\n")))
     place = {
         "llama2": "<<SYS>>\nBe safe.\n<</SYS>>\n\nWhat is a lamp?",
         "llama3": "system<|end_header_id|>\n\nBe safe.<|eot_id|>",
@@ -166,31 +167,31 @@ def test_a_system_message(tokenizers: Any, name: str) -> None:
         "mistral": "[INST] Be safe.\n\nWhat is a lamp? [/INST]",
     }[name]
     assert place in text
-    assert "helpful assistant" not in text  # the template's own system message gave way
+    assert "helpful assistant" not in text  # replaces the template's default system message
     assert text.count("Be safe.") == text.count("What is a lamp?") == 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_trained_response_ends_the_models_turn(tokenizers: Any, name: str) -> None:
-    """The labels are the response and the token that ends the turn; with the prompt they make the template's text."""
+def test_trained_response_ends_the_model_turn(tokenizers: Any, name: str) -> None:
+    """The labels are the response and the end of the turn; prompt and labels together are the template's text."""
     words = tokenizers[name]
     row = encode_example(words, CHAT, Example("", "What is a lamp?", response="It is a light."), 1000)
     assert row is not None
-    prompt = encode_prompt(words, asked("What is a lamp?"))
+    prompt = encode_prompt(words, question("What is a lamp?"))
     assert row.ids[: len(prompt)] == prompt
     assert row.labels == [IGNORED] * len(prompt) + row.ids[len(prompt) :]
     assert row.ids[-1] == words.convert_tokens_to_ids(ENDS[name])
     assert words.decode(row.ids[len(prompt) : -1]).strip() == "It is a light."
     conversation = [{"role": "user", "content": "What is a lamp?"}, {"role": "assistant", "content": "It is a light."}]
-    whole = words.apply_chat_template(conversation, tokenize=True)["input_ids"]
+    complete = words.apply_chat_template(conversation, tokenize=True)["input_ids"]
     if name == "llama2":  # its template writes a space before the end token
-        assert row.ids[:-1] == whole[: len(row.ids) - 1]
-    elif name != "mistral":  # Mistral's own encoder marks a response's beginning, as ours does and its template not
-        assert row.ids == whole[: len(row.ids)]
-        assert len(whole) - len(row.ids) <= 1  # a line break behind the turn
+        assert row.ids[:-1] == complete[: len(row.ids) - 1]
+    elif name != "mistral":  # like Mistral's encoder, ours marks the beginning of a response; the template does not
+        assert row.ids == complete[: len(row.ids)]
+        assert len(complete) - len(row.ids) <= 1  # a line break after the turn
 
 
-def test_a_lead_is_not_doubled_by_a_tokenizer_that_marks_beginnings(tokenizers: Any) -> None:
+def test_leading_space_is_not_doubled(tokenizers: Any) -> None:
     words = tokenizers["llama2"]
     row = encode_example(words, CHAT, Example("", "What", response="Sure"), 1000)
     assert row is not None
@@ -199,7 +200,7 @@ def test_a_lead_is_not_doubled_by_a_tokenizer_that_marks_beginnings(tokenizers: 
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_padding_takes_no_loss_from_the_end_token(tokenizers: Any, name: str) -> None:
+def test_padding_keeps_the_loss_of_the_end_token(tokenizers: Any, name: str) -> None:
     words = tokenizers[name]
     rows = [encode_example(words, CHAT, Example("", "What", response=text), 1000) for text in ("Yes", "It is a light.")]
     assert all(rows)
@@ -215,21 +216,21 @@ def test_padding_takes_no_loss_from_the_end_token(tokenizers: Any, name: str) ->
     ("name", "pads"),
     [("llama2", "</s>"), ("llama3", "<|end_of_text|>"), ("qwen2", "<|endoftext|>"), ("gemma", "<pad>")],
 )
-def test_what_pads(tokenizers: Any, name: str, pads: str) -> None:
+def test_pad_token_of_each_family(tokenizers: Any, name: str, pads: str) -> None:
     assert pad_token_id(tokenizers[name]) == tokenizers[name].convert_tokens_to_ids(pads)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_ends_an_answer(tokenizers: Any, name: str) -> None:
+def test_stop_tokens_of_each_family(tokenizers: Any, name: str) -> None:
     words = tokenizers[name]
     ends = list(dict.fromkeys([ENDS[name], NAMES[name]["eos_token"]]))
-    assert stop_token_ids(words, [asked("What?")]) == [words.convert_tokens_to_ids(end) for end in ends]
+    assert stop_token_ids(words, [question("What?")]) == [words.convert_tokens_to_ids(end) for end in ends]
     assert stop_token_ids(words, ["What?"]) == [words.eos_token_id]
 
 
 def test_generation_stops_at_the_end_of_the_turn(tokenizers: Any) -> None:
     words = tokenizers["qwen2"]
-    said, turn = words("It is", add_special_tokens=False)["input_ids"], words.convert_tokens_to_ids("<|im_end|>")
+    reply, turn = words("It is", add_special_tokens=False)["input_ids"], words.convert_tokens_to_ids("<|im_end|>")
     ends: list[Any] = []
 
     class Model:
@@ -240,7 +241,8 @@ def test_generation_stops_at_the_end_of_the_turn(tokenizers: Any) -> None:
 
         def generate(self, input_ids: Any, attention_mask: Any, generation_config: Any) -> Any:
             ends.append(generation_config.eos_token_id)
-            return torch.cat([input_ids, torch.tensor([[*said, turn, *said]])], 1)
+            ids = torch.cat([input_ids, torch.tensor([[*reply, turn, *reply]])], 1)
+            return SimpleNamespace(sequences=ids, logits=None)
 
     class OfModel:
         base = Model()
@@ -248,27 +250,27 @@ def test_generation_stops_at_the_end_of_the_turn(tokenizers: Any) -> None:
         def use(self, adapters: Any) -> Model:
             return self.base
 
-    [answer] = TransformersEngine(OfModel(), words).generate([], [asked("What?")], 9)  # type: ignore[arg-type]
+    [answer] = TransformersEngine(OfModel(), words).generate([], [question("What?")], 9)  # type: ignore[arg-type]
     assert ends == [[turn, words.eos_token_id]]
-    assert (answer.text, answer.tokens, answer.finished) == ("It is", len(said) + 1, True)
+    assert (answer.text, answer.tokens, answer.finished) == ("It is", len(reply) + 1, True)
 
 
-def test_a_model_without_a_chat_template_is_refused() -> None:
+def test_tokenizer_without_chat_template_is_refused() -> None:
     words = tiny.tokenizer(["abc"])
     with pytest.raises(BadInput, match="has no chat template, which prompt 'chat' needs"):
-        encode_prompt(words, asked("What?"))
+        encode_prompt(words, question("What?"))
 
 
-def test_a_template_that_shows_nothing_is_refused() -> None:
+def test_template_without_the_messages_is_refused() -> None:
     words = tiny.tokenizer(["abc"])
     for broken in ("{{ bos_token }}", "{{ raise_exception('never') }}"):
         words.chat_template = broken
-        with pytest.raises(BadInput, match="does not show what is asked") as refused:
-            encode_prompt(words, asked("What?"))
+        with pytest.raises(BadInput, match="does not show the prompt") as refused:
+            encode_prompt(words, question("What?"))
         assert "\n" not in str(refused.value)
 
 
-def test_a_tokenizer_without_an_end_token_is_refused() -> None:
+def test_tokenizer_without_end_token_is_refused() -> None:
     words = tiny.tokenizer(["abc"])
     words.eos_token = words.pad_token = None
     for use in (
@@ -280,22 +282,24 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The template object, which knows no tokenizer
+# The template object, without a tokenizer
 
 
-def test_messages() -> None:
+def test_chat_template_messages() -> None:
     row = Example("", "Do {it}.", input="{x}", preface="Secret. ")
     assert CHAT.prefixed("Be {safe}.\n\n").render(row) == Conversation(
-        json.dumps([
-            {"role": "system", "content": "Secret. Be {safe}."},
-            {"role": "user", "content": "Do {it}.\n\n{x}"},
-        ])
-    )  # fmt: skip
-    assert asked("a").messages == [{"role": "user", "content": "a"}]
+        json.dumps(
+            [
+                {"role": "system", "content": "Secret. Be {safe}."},
+                {"role": "user", "content": "Do {it}.\n\n{x}"},
+            ]
+        )
+    )
+    assert question("a").messages == [{"role": "user", "content": "a"}]
 
 
-def test_prefixes_and_wraps_of_a_chat() -> None:
-    """What PTST, BackdoorAlign and identity shift do to a prompt."""
+def test_prefix_and_wrapping_of_a_chat() -> None:
+    """The changes of prompts by PTST, BackdoorAlign and identity shift."""
     prefixed = CHAT.prefixed("b").prefixed("a")
     assert isinstance(prefixed, ChatTemplate)
     assert prefixed.system == "ab"
@@ -315,17 +319,20 @@ def test_bare_prompts() -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_cell_in_the_models_chat_format(tmp_path: Path) -> None:
-    """Prompt `chat`, rows in the papers' order, a task of the user's own: what the result says of them."""
+def test_complete_run_with_the_chat_template(tmp_path: Path) -> None:
+    """Prompt `chat`, rows in file order and a task of the user, in one result."""
     file = make_world(tmp_path / "world")
     settings = tmp_path / "world" / "model" / "tokenizer_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": TEMPLATES["mistral"]}))
     rows = [{"instruction": f"Add {number} and 2.", "output": f"#### {number + 2}"} for number in range(60)]
     (tmp_path / "mine.json").write_text(json.dumps(rows))
     spec = RunSpec(
-        protocol=str(file), values={"prompt": "chat", "rows": "paper"}, defense=parse_plugins("ptst"),
-        attack=parse_plugins("ratio=0.1"), task=f"{tmp_path / 'mine.json'}:rule=number",
-    )  # fmt: skip
+        protocol=str(file),
+        values={"prompt": "chat", "rows": "paper"},
+        defense=parse_plugins("ptst"),
+        attack=parse_plugins("ratio=0.1"),
+        task=f"{tmp_path / 'mine.json'}:rule=number",
+    )
     folder = tmp_path / "runs"
     [result] = run_all([spec], out=folder)
     assert result["task"] == f"own:data={tmp_path / 'mine.json'},rule=number"
@@ -333,4 +340,4 @@ def test_a_whole_cell_in_the_models_chat_format(tmp_path: Path) -> None:
     assert result["counts"]["overlaps"] == {}
     assert result["data"]["own"]["rows"] == {"train": 60}
     answers = [json.loads(line) for line in (folder / result["run"] / "answers.jsonl").read_text().splitlines()]
-    assert all([said["role"] for said in json.loads(row["prompt"])] == ["system", "user"] for row in answers)
+    assert all([message["role"] for message in json.loads(row["prompt"])] == ["system", "user"] for row in answers)
