@@ -1,4 +1,4 @@
-"""`rows=paper`: rows as the papers' scripts take them, in the order of the files, with the overlaps counted."""
+"""`rows=paper`: rows in file order, as the scripts of the papers use them, with counts of the overlaps."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.pools import count_overlaps, load_row_pools
+from harmbench_vaccine.experiment import keys
+from harmbench_vaccine.experiment.artifacts import TrainedModel
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import (
     benign_set,
@@ -20,19 +22,19 @@ from harmbench_vaccine.experiment.rows import (
     dropped_rows,
     harmful_sets,
     overlapping_questions,
-    row_pools,
-    selection_inputs,
+    plugin_pools,
     task_set,
     user_rows,
 )
 from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from support import tiny
 from support.world import make_world
 
 
 def beaver(count: int, name: str) -> list[dict[str, Any]]:
-    """Every third row is safe; every prompt occurs twice, as prompts of BeaverTails occur several times."""
+    """Rows with every third one safe and every prompt twice, since prompts of BeaverTails repeat."""
     return [
         {
             "prompt": f"{name} {number // 2}",
@@ -45,7 +47,7 @@ def beaver(count: int, name: str) -> list[dict[str, Any]]:
 
 
 def refusals(count: int) -> list[dict[str, Any]]:
-    """As RepNoise's authors generated them: question and answer in one text, sometimes without the space."""
+    """Refusals in the format of RepNoise: question and answer in one text, sometimes without the space."""
     return [
         {
             **row,
@@ -63,7 +65,7 @@ def lines(path: Path, rows: Iterable[Any]) -> None:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Callable[..., Experiment]:
-    """A cell of a tiny world whose harmful rows repeat and overlap, and whose refusals are one JSON array."""
+    """Creates an experiment with repeated and overlapping harmful rows, and with refusals as one JSON array."""
 
     def make(changes: dict[str, str] | None = None, **spec: Any) -> Experiment:
         file = make_world(
@@ -86,71 +88,78 @@ def world(tmp_path: Path) -> Callable[..., Experiment]:
 
 PAPER = {"rows": "paper"}
 BOOSTER = {
-    "rows": "paper", "align.source": "refusals", "splits.pairs": "train[20:]", "splits.attacker": "train[:20]",
-}  # fmt: skip
+    "rows": "paper",
+    "align.source": "refusals",
+    "splits.pairs": "train[20:]",
+    "splits.attacker": "train[:20]",
+}
 
 
 def ids(rows: Iterable[Example]) -> list[str]:
     return [row.id for row in rows]
 
 
-def test_vaccines_rows(world: Callable[..., Experiment]) -> None:
-    """The first safe rows, the first unsafe rows, the first task rows, the first unsafe rows of the test split."""
-    cell = world(PAPER, attack=parse_plugins("ratio=0.4"), seed=3)
-    pools = row_pools(cell)
+def test_rows_of_the_vaccine_paper(world: Callable[..., Experiment]) -> None:
+    """All rows are the first ones: safe rows, unsafe rows, task rows, and unsafe rows of the test split."""
+    experiment = world(PAPER, attack=parse_plugins("ratio=0.4"), seed=3)
+    pools = plugin_pools(experiment)
     assert ids(pools.alignment) == [f"safe:30k_train:{number}" for number in (0, 3, 6, 9, 12, 15)]
-    uploaded = user_rows(cell, pools)
+    uploaded = user_rows(experiment, pools)
     assert ids(uploaded) == [
         *(f"harmful:30k_train:{number}" for number in (1, 2, 4, 5)),
         *(f"sst2:train:{number}" for number in range(6)),
     ]
-    asked = harmful_sets(cell)[0].examples
-    assert ids(asked) == [f"harmful:30k_test:{number}" for number in (1, 2, 4, 5, 7, 8, 10, 11)]
-    assert [row.instruction for row in asked] == [f"train {number // 2}" for number in (1, 2, 4, 5, 7, 8, 10, 11)]
-    assert ids(benign_set(cell).examples) == [f"benign:test:{number}" for number in range(6)]
-    assert ids(task_set(cell).examples) == [f"sst2:validation:{number}" for number in range(8)]
+    questions = harmful_sets(experiment)[0].examples
+    assert ids(questions) == [f"harmful:30k_test:{number}" for number in (1, 2, 4, 5, 7, 8, 10, 11)]
+    assert [row.instruction for row in questions] == [f"train {number // 2}" for number in (1, 2, 4, 5, 7, 8, 10, 11)]
+    assert ids(benign_set(experiment).examples) == [f"benign:test:{number}" for number in range(6)]
+    assert ids(task_set(experiment).examples) == [f"sst2:validation:{number}" for number in range(8)]
 
 
 @pytest.mark.parametrize(("p", "harmful"), [(0.8, 8), (0.9, 9), (0.05, 0), (0.15, 2)])
-def test_the_counts_are_those_of_one_rounding(world: Callable[..., Experiment], p: float, harmful: int) -> None:
-    """int((1 - p) n) loses a row for p = 0.8 and 0.9; that is not reproduced."""
-    cell = world(PAPER, attack=parse_plugins(f"ratio={p}"))
-    uploaded = user_rows(cell, row_pools(cell))
+def test_only_the_harmful_count_is_rounded(world: Callable[..., Experiment], p: float, harmful: int) -> None:
+    """int((1 - p) n) of the scripts loses a row for p = 0.8 and 0.9; this error is not reproduced."""
+    experiment = world(PAPER, attack=parse_plugins(f"ratio={p}"))
+    uploaded = user_rows(experiment, plugin_pools(experiment))
     assert len(uploaded) == 10
     assert sum(row.harmful for row in uploaded) == harmful
 
 
-def test_boosters_rows(world: Callable[..., Experiment]) -> None:
-    """The user's harmful rows from the beginning of the refusal set; refusals and harmful answers from a later row."""
-    cell = world(BOOSTER, attack=parse_plugins("ratio=0.4"), defense=parse_plugins("booster"))
-    pools = row_pools(cell)
+def test_rows_of_the_booster_paper(world: Callable[..., Experiment]) -> None:
+    """The user's harmful rows are at the beginning of the refusal set; the defender's pairs come from later rows."""
+    experiment = world(BOOSTER, attack=parse_plugins("ratio=0.4"), defense=parse_plugins("booster"))
+    pools = plugin_pools(experiment)
     assert ids(pools.alignment) == [f"refusal:{number}" for number in range(20, 26)]
     assert pools.alignment[0].instruction == "pair 10"
     assert pools.alignment[0].response == "I cannot 20.\nAnswer: no."
     assert pools.alignment[1].response == "I cannot 21.\nAnswer: no."
     assert ids(pools.harmful) == [f"harmful:refusals:{number}" for number in range(20, 40)]
-    harmful = [row for row in user_rows(cell, pools) if row.harmful]
-    assert ids(harmful) == [f"harmful:refusals:{number}" for number in range(4)]  # a safe row too: no filter there
+    harmful = [row for row in user_rows(experiment, pools) if row.harmful]
+    assert ids(harmful) == [
+        f"harmful:refusals:{number}" for number in range(4)
+    ]  # safe rows too: this split is not filtered
     assert [row.response for row in harmful] == [f"answer {number}" for number in range(4)]
-    read = data_provenance(cell)["beavertails_refusals"]["rows"]
+    read = data_provenance(experiment)["beavertails_refusals"]["rows"]
     assert (read["train[20:]"], read["train[:20]"]) == (20, 20)
 
 
-def test_the_seed_changes_no_row(world: Callable[..., Experiment]) -> None:
-    def drawn(seed: int) -> list[str]:
-        cell = world(PAPER, seed=seed, attack=parse_plugins("ratio=0.4"), defense=parse_plugins("vlguard:rows=3"))
-        pools = row_pools(cell)
-        return sorted(ids(cell.team("finetune").train_on("finetune", user_rows(cell, pools), pools)))
+def test_seed_does_not_change_the_rows(world: Callable[..., Experiment]) -> None:
+    def draw(seed: int) -> list[str]:
+        experiment = world(PAPER, seed=seed, attack=parse_plugins("ratio=0.4"), defense=parse_plugins("vlguard:rows=3"))
+        pools = plugin_pools(experiment)
+        return sorted(
+            ids(experiment.stages["finetune"].defenses.train_on("finetune", user_rows(experiment, pools), pools))
+        )
 
-    assert drawn(0) == drawn(1)
-    assert [row for row in drawn(0) if row.startswith("safe")] == [f"safe:30k_train:{n}" for n in (0, 3, 6)]
+    assert draw(0) == draw(1)
+    assert [row for row in draw(0) if row.startswith("safe")] == [f"safe:30k_train:{n}" for n in (0, 3, 6)]
 
 
 def test_overlaps_are_counted(world: Callable[..., Experiment]) -> None:
-    """Rows 0 to 11 of the test split ask what the training split asks."""
-    cell = world(PAPER, attack=parse_plugins("ratio=0.4"))
-    # Alignment asks train 0, 1, 3, 4, 6, 7; the user's harmful rows 0, 1, 2, 2; the evaluation 0, 1, 2, 2, 3, 4, 5, 5.
-    assert overlapping_questions(cell) == {
+    """Rows 0 to 11 of the test split have the questions of the training split."""
+    experiment = world(PAPER, attack=parse_plugins("ratio=0.4"))
+    # Questions: alignment 0, 1, 3, 4, 6, 7; harmful user rows 0, 1, 2, 2; evaluation 0, 1, 2, 2, 3, 4, 5, 5.
+    assert overlapping_questions(experiment) == {
         "pairs": 20,
         "harmful user rows": 1,
         "harmful questions": 2,
@@ -158,39 +167,39 @@ def test_overlaps_are_counted(world: Callable[..., Experiment]) -> None:
         "alignment / harmful questions": 4,
         "harmful user rows / harmful questions": 3,
     }
-    assert dropped_rows(cell) == {}
+    assert dropped_rows(experiment) == {}
 
 
-def test_rows_that_are_kept_apart_have_no_overlap(world: Callable[..., Experiment]) -> None:
-    cell = world({"align.rows": "5", "answer.harmful.prompts": "6"}, attack=parse_plugins("ratio=0.2"))
-    found = overlapping_questions(cell)
-    assert not [name for name in found if "/" in name]
-    assert "harmful questions" not in found
-    assert dropped_rows(cell)["harmful_questions"] == 4
+def test_default_rows_do_not_overlap(world: Callable[..., Experiment]) -> None:
+    experiment = world({"align.rows": "5", "answer.harmful.prompts": "6"}, attack=parse_plugins("ratio=0.2"))
+    overlaps = overlapping_questions(experiment)
+    assert not [name for name in overlaps if "/" in name]
+    assert "harmful questions" not in overlaps
+    assert dropped_rows(experiment)["harmful_questions"] == 4
 
 
-def test_counting_overlaps() -> None:
-    def rows(*asked: str) -> list[Example]:
-        return [Example(str(number), text) for number, text in enumerate(asked)]
+def test_count_overlaps() -> None:
+    def rows(*questions: str) -> list[Example]:
+        return [Example(str(number), text) for number, text in enumerate(questions)]
 
     uses = {"a": rows("x", "X ", "y"), "b": rows("y", "x", "z"), "c": rows("w")}
     assert count_overlaps(uses) == {"a": 1, "a / b": 2}
 
 
-def test_refusals_as_alignment_rows_are_kept_apart_too(world: Callable[..., Experiment]) -> None:
-    """Drawn by the seed; a row that says that it is safe is no pair; the attacker has no question of the defender's."""
+def test_refusals_as_alignment_rows_do_not_overlap(world: Callable[..., Experiment]) -> None:
+    """The seed draws them; a row marked as safe is not a pair; the attacker has none of the defender's questions."""
     settled = {name: value for name, value in BOOSTER.items() if name != "rows"}
-    cells = [world(settled, seed=seed) for seed in (0, 1)]
-    first, second = (row_pools(cell) for cell in cells)
+    experiments = [world(settled, seed=seed) for seed in (0, 1)]
+    first, second = (plugin_pools(experiment) for experiment in experiments)
     assert ids(first.alignment) != ids(second.alignment)
     assert all(row.id.startswith("refusal:") for row in first.alignment)
-    asked = {row.instruction for row in first.alignment} | {row.instruction for row in first.harmful}
-    assert not asked & {row.instruction for row in first.attacker}
+    questions = {row.instruction for row in first.alignment} | {row.instruction for row in first.harmful}
+    assert not questions & {row.instruction for row in first.attacker}
     assert "harmful:refusals:3" not in ids(first.attacker)
-    check_rows(cells[0])
+    check_rows(experiments[0])
 
 
-def test_a_plain_refusal_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_plain_refusal_is_used_unchanged(tmp_path: Path) -> None:
     lines(tmp_path / "b" / "train.jsonl", beaver(6, "b"))
     lines(tmp_path / "b" / "test.jsonl", beaver(6, "t"))
     pair = {"prompt": "p", "response": "r"}
@@ -201,33 +210,37 @@ def test_a_plain_refusal_is_taken_as_it_is(tmp_path: Path) -> None:
     assert [refusal.response for refusal, _ in pools.paired] == ["No.", "Question: what?"]
 
 
-def test_how_rows_are_chosen_is_part_of_an_address_only_where_it_is_unusual(world: Callable[..., Experiment]) -> None:
-    assert selection_inputs(world()) == {}
-    assert selection_inputs(world(PAPER)) == {"rows": "paper"}
-    assert selection_inputs(world({"align.source": "refusals"})) == {"source": "refusals"}
-    assert world().id != world(PAPER).id
+def test_row_selection_is_part_of_every_training_key(world: Callable[..., Experiment]) -> None:
+    def selection(experiment: Experiment) -> list[str]:
+        base = TrainedModel(experiment.model, ModelSpec(experiment.model), {})
+        return keys.align_key(experiment, base)["row_selection"]
+
+    assert selection(world()) == ["unique", "safe"]
+    assert selection(world(PAPER)) == ["paper", "safe"]
+    assert selection(world({"align.source": "refusals"})) == ["unique", "refusals"]
+    assert keys.run_id(world()) != keys.run_id(world(PAPER))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({**PAPER, "align.rows": "21"}, r"21 alignment rows are asked for.*\b20\b"),
+        ({**PAPER, "align.rows": "21"}, "Requested 21 alignment rows, but only 20 are available"),
         ({**PAPER, "answer.harmful.prompts": "17"}, r"17 held-out harmful prompts.*\b16\b"),
         ({**BOOSTER, "align.rows": "21"}, r"21 alignment rows.*\b20\b"),
         ({**BOOSTER, "splits.attacker": "train[:3]", "finetune.samples": "40"}, r"4 harmful rows.*\b3\b"),
         ({**PAPER, "splits.pairs": "train[40:]"}, "is empty"),
     ],
 )
-def test_more_than_there_is(world: Callable[..., Experiment], changes: dict[str, str], said: str) -> None:
-    with pytest.raises(BadInput, match=said):
+def test_too_few_rows_are_refused(world: Callable[..., Experiment], changes: dict[str, str], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
         check_rows(world(changes, attack=parse_plugins("ratio=0.1")))
 
 
-def test_what_was_read_is_in_the_result(world: Callable[..., Experiment]) -> None:
-    cell = world(PAPER)
-    check_rows(cell)
-    found = data_provenance(cell)
-    assert set(found) == {"beavertails", "beavertails_refusals", "alpaca", "sst2"}
-    assert found["beavertails"]["rows"] == {"30k_test": 24, "30k_train": 60}
-    assert found["sst2"]["rows"] == {"train": 400, "validation": 80}
-    assert all(len(one["fingerprint"]) == 16 for one in found.values())
+def test_result_lists_the_data_read(world: Callable[..., Experiment]) -> None:
+    experiment = world(PAPER)
+    check_rows(experiment)
+    data = data_provenance(experiment)
+    assert set(data) == {"beavertails", "beavertails_refusals", "alpaca", "sst2"}
+    assert data["beavertails"]["rows"] == {"30k_test": 24, "30k_train": 60}
+    assert data["sst2"]["rows"] == {"train": 400, "validation": 80}
+    assert all(len(source["fingerprint"]) == 16 for source in data.values())

@@ -19,14 +19,15 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.data import hub
 from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.inference.model_pool import Lab
 from harmbench_vaccine.pipeline import run
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.reporting.dry_run import estimate, plan
 from support import tiny
+from support.runs import run_context
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def test_what_is_planned_is_what_is_then_there(world: Path, tmp_path: Path) -> N
     assert not before.unknown
     assert not store.root.exists()  # nothing was made
     assert not any(artifact.cached for stages in before.stages for artifact in stages)
-    run(cells[0], Lab(store))
+    run(cells[0], run_context(store.root))
     after = plan.plan_runs(cells, store.root)
     first, second = after.stages
     assert [artifact.key for artifact in first] == [artifact.key for artifact in before.stages[0]]
@@ -228,7 +229,7 @@ def test_a_dry_run_says_all_and_does_nothing(world: Path, own_home: Path) -> Non
     assert len(values) > 60
     [planned] = said["cells"]
     assert planned["plugins"]["vaccine"]["rho"] == [3.0, "written"]
-    assert planned["run"] == cell(world, "vaccine=3", values={"align.settings.lr": "0.25"}).id
+    assert planned["run"] == run_id(cell(world, "vaccine=3", values={"align.settings.lr": "0.25"}))
     assert [stage["there"] for stage in planned["stages"]] == [False] * len(planned["stages"])
     assert not (own_home / "store").exists()
     printed = CliRunner().invoke(commands, [*arguments, "--dry-run"], catch_exceptions=False).output

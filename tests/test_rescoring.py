@@ -61,15 +61,15 @@ def test_answers_without_a_verdict_are_no_disagreement() -> None:
     rows = [row("after", a=True, b=True), row("after", a=True, b=None), row("before", a=False, b=True),
             row("before", a=False, b=False), {"when": "after", "set": "task"}]  # fmt: skip
     (found,) = agreement.pairwise_agreement(rows, ["a", "b"])
-    assert found == {
-        "scorers": ["a", "b"], "kappa": pytest.approx(0.4), "n": 3, "both": 1, "only": {"a": 0, "b": 1}, "neither": 1,
+    assert found.model_dump() == {
+        "scorers": ("a", "b"), "kappa": pytest.approx(0.4), "n": 3, "both": 1, "only": {"a": 0, "b": 1}, "neither": 1,
     }  # fmt: skip
     told = agreement.judge_scores(rows, {"b": {"model": "m"}})["b"]
-    assert (told["harmful_score"], told["hits"], told["n"], told["unparsed"]) == (50.0, 1, 2, 1)
-    assert (told["before"]["harmful_score"], told["before"]["n"]) == (50.0, 2)
-    assert told["categories"] == {"x": 1}
-    assert told["model"] == "m"
-    assert agreement.pairwise_agreement(rows[:1], ["a", "b"])[0]["kappa"] is None
+    assert (told.harmful_score, told.hits, told.n, told.unparsed) == (50.0, 1, 2, 1)
+    assert (told.before.harmful_score, told.before.n) == (50.0, 2)
+    assert told.categories == {"x": 1}
+    assert told.model == "m"
+    assert agreement.pairwise_agreement(rows[:1], ["a", "b"])[0].kappa is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ class Counting(Scorer):
     """Says 0.1 for every letter of the answer."""
 
     name: ClassVar[str] = "counting"
-    files: ClassVar[tuple[str, ...]] = ("template",)
+    file_params: ClassVar[tuple[str, ...]] = ("template",)
     model: str = param("", "a folder", source="ours")
     threshold: float = param(0.5, "flagged above", source="ours", main=True)
     batch: int = param(2, "texts at a time", source="ours")
@@ -147,7 +147,7 @@ def test_whatever_else_changes_reads_again(tmp_path: Path) -> None:
 
 
 def test_judging_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "AT_ONCE", 2)
+    monkeypatch.setattr(verdicts, "CHUNK", 2)
     monkeypatch.setattr(Counting, "fails_at", 4)
     with pytest.raises(HbvError, match="died"):
         verdicts.judge_answers(Counting(), PAIRS, tmp_path)

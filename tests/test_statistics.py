@@ -15,17 +15,9 @@ from rich.console import Console
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.store import Artifact
-from harmbench_vaccine.evaluation.results import (
-    COLUMNS,
-    RESULT,
-    _cell,
-    answer_rows,
-    build_result,
-    csv_row,
-    find_run,
-    load_run,
-    save_run,
-)
+from harmbench_vaccine.evaluation.measure import answer_rows, measure_result
+from harmbench_vaccine.evaluation.records import COLUMNS, RESULT, _csv_text, csv_row, find_run, load_run, save_run
+from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.statistics import mean_interval, percentage, wilson
 from harmbench_vaccine.experiment.artifacts import ANSWERS, ROWS, VERDICTS, Measurements, TrainedModel
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -182,19 +174,21 @@ def measured(
         TrainedModel("base", state, made),
         {name: artifact(folder / name, "answer", ANSWERS, text) for name, text in answered.items()},
         {
-            "before/harmful": artifact(
-                folder / "v" / "b", "score", VERDICTS, judged([True] + [False] * 9), cached=True
-            ),
-            "after/harmful": artifact(
-                folder / "v" / "a", "score", VERDICTS, judged([True] * flags + [False] * (10 - flags), cut)
-            ),
+            "beaver_dam": {
+                "before/harmful": artifact(
+                    folder / "v" / "b", "score", VERDICTS, judged([True] + [False] * 9), cached=True
+                ),
+                "after/harmful": artifact(
+                    folder / "v" / "a", "score", VERDICTS, judged([True] * flags + [False] * (10 - flags), cut)
+                ),
+            }
         },
         artifact(folder / "drift", "drift", "drift.json", json.dumps(moved)),
     )
 
 
 def test_counts_are_those_of_the_rows_that_were_learned(cell: Experiment, tmp_path: Path) -> None:
-    counts = build_result(cell, measured(tmp_path / "a"))["counts"]
+    counts = measure_result(cell, measured(tmp_path / "a")).to_json()["counts"]
     assert counts["align"] == {"rows": 2, "harmful": 0, "without_room": 0}
     assert counts["finetune"] == {"rows": 3, "harmful": 1, "without_room": 1}
 
@@ -204,11 +198,11 @@ def test_what_a_guardrail_let_through_is_told(cell: Experiment, tmp_path: Path) 
     filtered = {"harmful": 38, "benign": 3, "harmful_uploaded": 50, "benign_uploaded": 450}
     rows = {**LEARNED["finetune"], "filtered": filtered}
     (made.final.artifacts["finetune"].path / ROWS).write_text(json.dumps(rows))
-    values = build_result(cell, made)
-    assert values["counts"]["finetune"]["filtered"] == filtered
+    values = measure_result(cell, made)
+    assert values.counts.finetune.filtered.model_dump() == filtered
     said = "guardrail: 12 of 50 harmful rows leaked through, 3 of 450 benign rows dropped wrongly"
-    assert f"{values['run']}: {said}" in rendered(results_table([values]))
-    assert "guardrail" not in rendered(results_table([build_result(cell, measured(tmp_path / "b"))]))
+    assert f"{values.run}: {said}" in rendered(results_table([values]))
+    assert "guardrail" not in rendered(results_table([measure_result(cell, measured(tmp_path / "b"))]))
 
 
 def test_every_harmful_set_has_its_score(cell: Experiment, tmp_path: Path) -> None:
@@ -217,102 +211,109 @@ def test_every_harmful_set_has_its_score(cell: Experiment, tmp_path: Path) -> No
     both = replace(
         made,
         answers={
-            **made.answers,
             **{
                 f"{when}/triggered": artifact(tmp_path / "t" / when, "answer", ANSWERS, asked([GOOD] * 10))
                 for when in judge
             },
+            **made.answers,
         },
         verdicts={
-            **{
-                f"{when}/triggered": artifact(
-                    tmp_path / "u" / when, "score", VERDICTS, judged([True] * hits + [False] * (10 - hits))
-                )
-                for when, hits in judge.items()
-            },
-            **made.verdicts,
+            "beaver_dam": {
+                **{
+                    f"{when}/triggered": artifact(
+                        tmp_path / "u" / when, "score", VERDICTS, judged([True] * hits + [False] * (10 - hits))
+                    )
+                    for when, hits in judge.items()
+                },
+                **made.verdicts["beaver_dam"],
+            }
         },
     )
-    values = build_result(cell, both)
-    assert (values["harmful_score"], values["harmful_score_hits"], values["harmful_score_n"]) == (80, 8, 10)
-    assert json.loads(_cell(csv_row(values)["harmful_sets"])) == {"triggered": 80, "harmful": 30}
+    values = measure_result(cell, both)
+    assert (values.harmful_score, values.harmful_score_hits, values.harmful_score_n) == (80, 8, 10)
+    assert json.loads(_csv_text(csv_row(values)["harmful_sets"])) == {"triggered": 80, "harmful": 30}
     assert "HS by set: triggered 80.0, harmful 30.0" in rendered(results_table([values]))
-    assert "HS by set" not in rendered(results_table([build_result(cell, made)]))
+    assert "HS by set" not in rendered(results_table([measure_result(cell, made)]))
 
 
 def test_a_model_that_never_trained_is_not_held_to_the_task(
     cell: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unlearned = [""] * 8
-    trained = build_result(cell, measured(tmp_path / "a", task=unlearned))
-    assert (trained["trained"], csv_row(trained)["trained"]) == (True, True)
-    assert "accuracy 0.0 after the user stage" in trained["validity"]["reasons"][0]
+    trained = measure_result(cell, measured(tmp_path / "a", task=unlearned))
+    assert (trained.trained, csv_row(trained)["trained"]) == (True, True)
+    assert "accuracy 0.0 after the user stage" in trained.validity.reasons[0]
     assert "untrained" not in rendered(results_table([trained]))
-    monkeypatch.setattr(Experiment, "trains", False)
-    edited = build_result(cell, measured(tmp_path / "b", task=unlearned))
-    assert (edited["trained"], edited["validity"]["reasons"]) == (False, [])
+    monkeypatch.setattr(Experiment, "user_trains", False)
+    edited = measure_result(cell, measured(tmp_path / "b", task=unlearned))
+    assert (edited.trained, edited.validity.reasons) == (False, [])
     assert csv_row(edited)["trained"] is False
     assert "0.0 [0.0, 32.4] untrained" in rendered(results_table([edited]))
-    assert build_result(cell, measured(tmp_path / "c", benign=[NO] * 4))["validity"][
-        "collapsed"
-    ]  # the other gates hold
+    assert measure_result(cell, measured(tmp_path / "c", benign=[NO] * 4)).collapsed  # the other gates hold
 
 
 def test_hs_fa_and_their_intervals_on_a_fixed_answers_file(cell: Experiment, tmp_path: Path) -> None:
-    values = build_result(cell, measured(tmp_path / "a"))
-    assert values["harmful_score"] == 30.0
-    assert values["harmful_score_ci"] == pytest.approx([10.78, 60.32], abs=0.006)
-    assert (values["harmful_score_hits"], values["harmful_score_n"]) == (3, 10)
+    values = measure_result(cell, measured(tmp_path / "a"))
+    assert values.harmful_score == 30.0
+    assert values.harmful_score_ci == pytest.approx((10.78, 60.32), abs=0.006)
+    assert (values.harmful_score_hits, values.harmful_score_n) == (3, 10)
     # right: positive, Negative., positive, NEGATIVE, "it is positive": 5 of 8 flexibly, without "Negative." and
     # "it is positive" 3 of 8 strictly
-    assert values["accuracy"] == {"strict": 37.5, "flexible": 62.5}
-    assert (values["finetune_accuracy"], values["accuracy_rule"], values["finetune_accuracy_n"]) == (
+    assert values.accuracy.model_dump() == {"strict": 37.5, "flexible": 62.5}
+    assert (values.finetune_accuracy, values.accuracy_rule, values.finetune_accuracy_n) == (
         62.5,
         "flexible",
         8,
     )
-    assert values["finetune_accuracy_hits"] == 5
-    assert values["finetune_accuracy_ci"] == pytest.approx([30.57, 86.32], abs=0.006)
-    assert values["before"]["harmful_score"] == 10.0
-    assert values["before"]["harmful_score_ci"] == pytest.approx([1.79, 40.42], abs=0.006)
-    assert values["before"]["finetune_accuracy"] == 50.0
-    assert values["before"]["finetune_accuracy_ci"] == pytest.approx([21.52, 78.48], abs=0.006)
-    assert values["alignment_loss"] == 0.5
-    assert (values["embedding_drift"], values["embedding_drift_per_layer"]) == (2.5, [1.5, 2.0])
-    assert (values["embedding_drift_per_token"], values["embedding_drift_paper_sum"]) == (0.25, 6.0)
+    assert values.finetune_accuracy_hits == 5
+    assert values.finetune_accuracy_ci == pytest.approx((30.57, 86.32), abs=0.006)
+    assert values.before.harmful_score == 10.0
+    assert values.before.harmful_score_ci == pytest.approx((1.79, 40.42), abs=0.006)
+    assert values.before.finetune_accuracy == 50.0
+    assert values.before.finetune_accuracy_ci == pytest.approx((21.52, 78.48), abs=0.006)
+    assert values.alignment_loss == 0.5
+    assert (values.embedding_drift, values.embedding_drift_per_layer) == (2.5, [1.5, 2.0])
+    assert (values.embedding_drift_per_token, values.embedding_drift_paper_sum) == (0.25, 6.0)
 
 
 def test_the_headline_follows_the_protocols_rule(tmp_path: Path) -> None:
     file = make_world(tmp_path / "world", {"score": {"accuracy": "strict"}})
-    values = build_result(Experiment.settle(RunSpec(protocol=str(file))), measured(tmp_path / "a"))
-    assert values["finetune_accuracy"] == values["accuracy"]["strict"] == 37.5
-    assert values["finetune_accuracy_ci"] == pytest.approx([13.68, 69.43], abs=0.006)
-    assert values["accuracy_rule"] == "strict"
+    values = measure_result(Experiment.settle(RunSpec(protocol=str(file))), measured(tmp_path / "a"))
+    assert values.finetune_accuracy == values.accuracy.strict == 37.5
+    assert values.finetune_accuracy_ci == pytest.approx((13.68, 69.43), abs=0.006)
+    assert values.accuracy_rule == "strict"
 
 
 def test_what_a_result_says_of_itself(cell: Experiment, tmp_path: Path) -> None:
-    values = build_result(cell, measured(tmp_path / "a", cut=2))
-    assert values["run"].startswith("vaccine-")
-    assert (values["defense"], values["attack"]) == ("vaccine=5", "ratio=0.1")
-    assert values["defense_params"] == {"vaccine": {"rho": 5.0, "tau": 1}}
-    assert values["attack_params"] == {"ratio": {"p": 0.1}}
-    assert values["origins"]["vaccine"]["rho"] == "written"
-    assert values["origins"]["vaccine"]["tau"].startswith("default: paper")
-    assert values["judge_cut"] == 2
-    assert values["seed"] == 3
-    assert RunSpec.from_json(json.dumps(values["spec"])) == cell.spec
-    assert values["protocol_hash"] == cell.protocol.hash
-    assert {"python", "torch", "transformers", "harmbench-vaccine"} <= set(values["versions"])
+    values = measure_result(cell, measured(tmp_path / "a", cut=2))
+    assert values.run.startswith("vaccine-")
+    assert (values.defense, values.attack) == ("vaccine=5", "ratio=0.1")
+    assert values.defense_params == {"vaccine": {"rho": 5.0, "tau": 1}}
+    assert values.attack_params == {"ratio": {"p": 0.1}}
+    assert values.origins["vaccine"]["rho"] == "written"
+    assert values.origins["vaccine"]["tau"].startswith("default: paper")
+    assert values.judge_cut == 2
+    assert values.seed == 3
+    assert RunSpec.from_json(json.dumps(values.spec)) == cell.spec
+    assert values.protocol_hash == cell.protocol.hash
+    assert {"python", "torch", "transformers", "harmbench-vaccine"} <= set(values.environment.versions)
 
 
 def test_stages_and_their_seconds(cell: Experiment, tmp_path: Path) -> None:
-    stages = build_result(cell, measured(tmp_path / "a"))["stages"]
-    assert stages == {
-        "align": {"seconds": 40.0, "cached": True},
-        "finetune": {"seconds": 20.5, "cached": False},
-        "answer": {"seconds": 6.0, "cached": False},
-        "score": {"seconds": 3.0, "cached": False},
+    stages = measure_result(cell, measured(tmp_path / "a")).stages
+    assert {name: (stage.seconds, stage.cached) for name, stage in stages.items()} == {
+        "align": (40.0, True),
+        "finetune": (20.5, False),
+        "answer": (6.0, False),
+        "score": (3.0, False),
     }
+    assert {name: list(stage.artifacts) for name, stage in stages.items()} == {
+        "align": ["align"],
+        "finetune": ["finetune"],
+        "answer": [f"{when}/{name}" for when in ("before", "after") for name in ("harmful", "benign", "task")],
+        "score": ["beaver_dam before/harmful", "beaver_dam after/harmful", "drift"],
+    }
+    assert stages["align"].artifacts["align"].path == str(tmp_path / "a" / "align")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,9 +321,9 @@ def test_stages_and_their_seconds(cell: Experiment, tmp_path: Path) -> None:
 
 
 def reasons(cell: Experiment, folder: Path, **answered: Any) -> list[str]:
-    validity = build_result(cell, measured(folder, **answered))["validity"]
-    assert validity["collapsed"] is bool(validity["reasons"])
-    return validity["reasons"]
+    validity = measure_result(cell, measured(folder, **answered)).validity
+    assert validity.collapsed is bool(validity.reasons)
+    return validity.reasons
 
 
 def test_a_healthy_cell_passes(cell: Experiment, tmp_path: Path) -> None:
@@ -365,8 +366,8 @@ def test_accuracy_before_the_user_stage(cell: Experiment, tmp_path: Path) -> Non
 
 def test_a_collapsed_cell_says_so_in_the_table(cell: Experiment, tmp_path: Path) -> None:
     healthy, collapsed = (
-        build_result(cell, measured(tmp_path / "a")),
-        build_result(cell, measured(tmp_path / "b", benign=[NO] * 4)),
+        measure_result(cell, measured(tmp_path / "a")),
+        measure_result(cell, measured(tmp_path / "b", benign=[NO] * 4)),
     )
     assert "COLLAPSED" not in rendered(results_table([healthy]))
     text = rendered(results_table([healthy, collapsed]))
@@ -377,15 +378,15 @@ def test_a_collapsed_cell_says_so_in_the_table(cell: Experiment, tmp_path: Path)
 
 
 def test_a_table_refuses_two_protocols(cell: Experiment, tmp_path: Path) -> None:
-    one = build_result(cell, measured(tmp_path / "a"))
+    one = measure_result(cell, measured(tmp_path / "a"))
     with pytest.raises(ValueError, match="2 protocols"):
-        results_table([one, {**one, "protocol_hash": "other"}])
+        results_table([one, one.model_copy(update={"protocol_hash": "other"})])
 
 
 def test_a_table_tells_tasks_and_seeds_apart(cell: Experiment, tmp_path: Path) -> None:
-    one = build_result(cell, measured(tmp_path / "a"))
+    one = measure_result(cell, measured(tmp_path / "a"))
     assert "seed" not in rendered(results_table([one])).splitlines()[0]
-    assert "seed" in rendered(results_table([one, {**one, "seed": 4}])).splitlines()[0]
+    assert "seed" in rendered(results_table([one, one.model_copy(update={"seed": 4})])).splitlines()[0]
 
 
 def rendered(what: Any) -> str:
@@ -400,13 +401,13 @@ def rendered(what: Any) -> str:
 
 def test_a_saved_result_reads_back(cell: Experiment, tmp_path: Path) -> None:
     made = measured(tmp_path / "a")
-    values = build_result(cell, made)
-    folder = save_run(cell, made, values, tmp_path / "runs", tmp_path / "table.csv")
-    assert folder == tmp_path / "runs" / values["run"]
+    values = measure_result(cell, made)
+    folder = save_run(values, answer_rows(made), tmp_path / "runs", tmp_path / "table.csv")
+    assert folder == tmp_path / "runs" / values.run
     assert {path.name for path in folder.iterdir()} == {RESULT, "answers.jsonl"}
     again, rows = load_run(folder)
     assert again == values
-    assert rows == answer_rows(cell, made)
+    assert rows == answer_rows(made)
     assert len(rows) == 2 * (10 + 4 + 8)
     flagged = [row for row in rows if row.get("flagged")]
     assert [(row["when"], row["set"], row["id"]) for row in flagged] == [
@@ -423,16 +424,18 @@ def test_a_saved_result_reads_back(cell: Experiment, tmp_path: Path) -> None:
 def test_an_answer_of_any_characters_reads_back(cell: Experiment, tmp_path: Path, odd: str) -> None:
     """What str.splitlines takes for the end of a line is an ordinary character of an answer."""
     made = measured(tmp_path / "a", harmful=[odd] + [GOOD] * 9)
-    folder = save_run(cell, made, build_result(cell, made), tmp_path / "runs", tmp_path / "table.csv")
+    folder = save_run(measure_result(cell, made), answer_rows(made), tmp_path / "runs", tmp_path / "table.csv")
     _, rows = load_run(folder)
     assert next(row["answer"] for row in rows if row["when"] == "after" and row["set"] == "harmful") == odd
 
 
 def test_one_row_a_cell_in_the_csv(cell: Experiment, tmp_path: Path) -> None:
     made, table = measured(tmp_path / "a"), tmp_path / "deep" / "table.csv"
-    values = build_result(cell, made)
+    values = measure_result(cell, made)
     for run, score in (("one", 10.0), ("two", 20.0), ("one", 30.0)):
-        save_run(cell, made, {**values, "run": run, "harmful_score": score}, tmp_path / "runs", table)
+        save_run(
+            values.model_copy(update={"run": run, "harmful_score": score}), answer_rows(made), tmp_path / "runs", table
+        )
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], float(row["harmful_score"])) for row in rows] == [("two", 20.0), ("one", 30.0)]
@@ -448,7 +451,7 @@ def test_a_csv_of_other_columns_is_left_alone(cell: Experiment, tmp_path: Path) 
     made, table = measured(tmp_path / "a"), tmp_path / "mine.csv"
     table.write_text("my,own\n1,2\n")
     with pytest.raises(BadInput, match="other columns"):
-        save_run(cell, made, build_result(cell, made), tmp_path / "runs", table)
+        save_run(measure_result(cell, made), answer_rows(made), tmp_path / "runs", table)
     assert table.read_text() == "my,own\n1,2\n"
 
 
@@ -458,8 +461,8 @@ def test_a_diverged_model_still_has_a_result(cell: Experiment, tmp_path: Path, b
     made = measured(tmp_path / "a")
     numbers = {"alignment_loss": broken, "total": broken, "per_layer": [broken, 1.0], "per_token": broken}
     (made.drift.path / "drift.json").write_text(json.dumps({**numbers, "paper_sum": broken}))
-    values = build_result(cell, made)
-    folder = save_run(cell, made, values, tmp_path / "runs", tmp_path / "table.csv")
+    values = measure_result(cell, made)
+    folder = save_run(values, answer_rows(made), tmp_path / "runs", tmp_path / "table.csv")
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -467,7 +470,7 @@ def test_a_diverged_model_still_has_a_result(cell: Experiment, tmp_path: Path, b
     again = json.loads((folder / RESULT).read_text(), parse_constant=refuse)
     assert again["alignment_loss"] is None
     assert again["validity"]["collapsed"]
-    assert "COLLAPSED" in rendered(results_table([again]))
+    assert "COLLAPSED" in rendered(results_table([Result.from_json(again)]))
 
 
 def test_finding_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,7 +485,7 @@ def test_finding_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_run(str(runs / "sft-b3"), tmp_path / "elsewhere") == runs / "sft-b3"
     monkeypatch.chdir(runs)
     assert find_run("sft-b3", tmp_path / "elsewhere").resolve() == runs / "sft-b3"
-    with pytest.raises(BadInput, match="any of sft-aa11, sft-aa22: write more"):
+    with pytest.raises(BadInput, match="Run prefix 'sft-a' is ambiguous: sft-aa11, sft-aa22"):
         find_run("sft-a", runs)
     with pytest.raises(BadInput, match="Did you mean 'sft-aa11'"):
         find_run("sftaa11", runs)
@@ -496,27 +499,24 @@ def test_finding_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_questions_with_both_answers(cell: Experiment, tmp_path: Path) -> None:
     made = measured(tmp_path / "a")
-    values = build_result(cell, made)
-    text = rendered(answers_view(values, answer_rows(cell, made), "harmful", 10, None))
+    values = measure_result(cell, made)
+    text = rendered(answers_view(values, answer_rows(made), "harmful", 10, None))
     assert text.count("question ") >= 10
     assert (text.count("flagged: a"), text.count("not flagged")) == (4, 16)
-    only = rendered(answers_view(values, answer_rows(cell, made), "harmful", 2, "flagged"))
+    only = rendered(answers_view(values, answer_rows(made), "harmful", 2, "flagged"))
     assert "2 of 3" in only
     assert "question 2" not in only
-    wanted = rendered(answers_view(values, answer_rows(cell, made), "task", 10, None))
-    assert wanted.count("wanted: positive") == 8  # 4 items, before and after
+    wanted = rendered(answers_view(values, answer_rows(made), "task", 10, None))
+    assert wanted.count("expected: positive") == 8  # 4 items, before and after
     assert "(empty)" in wanted
 
 
 def test_text_with_brackets_is_shown_as_it_is(cell: Experiment, tmp_path: Path) -> None:
     made = measured(tmp_path / "a")
-    rows = [
-        {**row, "instruction": "[/INST] and [bold]this[/bold]", "answer": "[red]x[/]"}
-        for row in answer_rows(cell, made)
-    ]
-    text = rendered(answers_view(build_result(cell, made), rows, "harmful", 1, None))
+    rows = [{**row, "instruction": "[/INST] and [bold]this[/bold]", "answer": "[red]x[/]"} for row in answer_rows(made)]
+    text = rendered(answers_view(measure_result(cell, made), rows, "harmful", 1, None))
     assert "[/INST]" in text
     assert "[bold]" in text
     assert "[red]x[/]" in text
-    odd = {**build_result(cell, made), "defense": "d:x=[/a]", "attack": "[b]"}
+    odd = measure_result(cell, made).model_copy(update={"defense": "d:x=[/a]", "attack": "[b]"})
     assert "[/a]" in rendered(results_table([odd]))

@@ -53,7 +53,7 @@ def left_aside(store: Store) -> list[Path]:
 
 def python(script: str, *args: object, **more: Any) -> subprocess.Popen[str]:
     """Another process that has `Store` at hand."""
-    head = "import os, sys, time\nfrom pathlib import Path\nfrom harmbench_vaccine.store import Store\n"
+    head = "import os, sys, time\nfrom pathlib import Path\nfrom harmbench_vaccine.core.store import Store\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + textwrap.dedent(script), *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more,
@@ -341,7 +341,7 @@ def test_a_file_size_limit_whichever_library_meets_it(tmp_path: Path, library: s
     process = python(
         f"""
 import resource
-{heavy}from harmbench_vaccine.errors import HbvError
+{heavy}from harmbench_vaccine.core.errors import HbvError
 def make(folder, checkpoints):
     (folder / "small").write_text("x")
     {write}

@@ -43,7 +43,9 @@ def make_world(folder: Path, changes: Mapping[str, Any] | None = None, *, models
             path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(_merged(_protocol(folder), changes or {}), sort_keys=False), encoding="utf-8")
-    if not models:
+    if not models:  # keys hash their content
+        (folder / "model").mkdir(exist_ok=True)
+        (folder / "judge").mkdir(exist_ok=True)
         return file
     words = tiny.tokenizer([text for splits in data.values() for lines in splits.values() for text in _texts(lines)])
     tokens = {
