@@ -1084,9 +1084,9 @@ def test_name_of_both_kinds_is_checked_as_both(monkeypatch: pytest.MonkeyPatch) 
     [
         ("vacine", "Unknown defense or attack 'vacine'. Did you mean 'vaccine'?"),
         ("sst2", "Unknown defense or attack 'sst2'."),
-        ("./nowhere.py", "There is no plug-in file './nowhere.py'."),
+        ("./nowhere.py", "The plug-in file './nowhere.py' does not exist."),
         ("./raising.py", "'./raising.py' cannot be imported: ValueError: on import"),
-        ("./empty.py", "defines 0 plug-in classes; a file holds one."),
+        ("./empty.py", "defines 0 plug-in classes, but a file must define one."),
         ("./task.py", "'./task.py' is a task, but hbv check takes only defenses and attacks."),
         ("vaccine+ewc", "'vaccine+ewc' names 2 plug-ins, but hbv check takes one at a time."),
         ("vaccine:rho=-1", "'vaccine': rho=-1 is not allowed; allowed: a number >= 0"),

@@ -1,4 +1,4 @@
-"""The commands about plug-ins: what they declare, what they take, and a file to start one from."""
+"""The plug-in commands: `hbv list --verbose`, `hbv info` and `hbv new`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from support.world import make_world
 
 ROOT = Path(__file__).parents[1]
 KINDS: dict[str, registry.Registry[Any]] = {
-    "defenses": registry.DEFENSES, "attacks": registry.ATTACKS, "tasks": registry.TASKS, "scorers": registry.SCORERS
-}  # fmt: skip
-BUILT_IN: list[type[Plugin]] = [each.get(name) for each in KINDS.values() for name in each.entries()]
+    "defenses": registry.DEFENSES,
+    "attacks": registry.ATTACKS,
+    "tasks": registry.TASKS,
+    "scorers": registry.SCORERS,
+}
+BUILT_IN: list[type[Plugin]] = [kind.get(name) for kind in KINDS.values() for name in kind.entries()]
 
-FULL = '''"""Full: the math stands [here]."""
+FULL = '''"""Full: the math is [here]."""
 
 from typing import ClassVar, Literal
 
@@ -32,7 +35,7 @@ from harmbench_vaccine.plugins import Defense, param
 
 
 class Full(Defense):
-    """Declares all there is.
+    """Declares every fact.
 
     And more below.
     """
@@ -55,7 +58,7 @@ class Full(Defense):
 
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
-    """A defense in a file that declares every fact."""
+    """Return the file of a defense that declares every fact."""
     path = tmp_path / "full.py"
     path.write_text(FULL)
     return path
@@ -63,13 +66,13 @@ def full(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The protocol file of a tiny world, which overrides a parameter of Vaccine and one of the ratio attack."""
+    """Return the protocol file of a tiny world that overrides a parameter of Vaccine and of the ratio attack."""
     changes = {"defenses": {"vaccine": {"rho": 6.5}}, "attacks": {"ratio": {"p": 0.375}}}
     return make_world(tmp_path_factory.mktemp("world"), changes)
 
 
 def described(*args: object) -> list[dict[str, Any]]:
-    """What `hbv info ... --json` prints."""
+    """Return the output of `hbv info ... --json`."""
     done = hbv("info", *args, "--json")
     assert (done.code, done.err) == (0, "")
     return json.loads(done.out)
@@ -80,7 +83,7 @@ def described(*args: object) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_verbose_list_has_what_each_declares(kind: str) -> None:
+def test_verbose_list_contains_the_declared_facts(kind: str) -> None:
     plain, as_json = hbv("list", kind, "--verbose"), hbv("list", kind, "--verbose", "--json")
     assert (plain.code, plain.err, as_json.code, as_json.err) == (0, "", 0, "")
     rows = {row["name"]: row for row in json.loads(as_json.out)}
@@ -93,31 +96,31 @@ def test_the_verbose_list_has_what_each_declares(kind: str) -> None:
         for fact in view.FACTS[cls.kind]:
             declared = cls.model_fields[fact].default if fact in cls.model_fields else getattr(cls, fact, "")
             assert rows[name][fact] == (list(declared) if isinstance(declared, tuple) else declared)
-        told = [cls.citation, cls.cost] if kind == "defenses" else [rows[name]["summary"]]
-        assert all((part or "none").split()[0] in lines[name] for part in told)  # what follows may be folded
+        texts = [cls.citation, cls.cost] if kind == "defenses" else [rows[name]["summary"]]
+        assert all((text or "none").split()[0] in lines[name] for text in texts)  # the rest may be folded
 
 
-def test_the_verbose_list_shows_every_fact_of_a_defense(full: Path) -> None:
+def test_verbose_list_shows_every_fact_of_a_defense(full: Path) -> None:
     shown = _text(view.plugin_table("defense", [view.plugin_facts(registry.DEFENSES.get(str(full)))]))
-    for fact in ("full", "align, repair", "Someone 2031", "7F 9B", "11F", "2 copies of the adapter",
-                 "paired rows, harmful rows"):  # fmt: skip
+    facts = ["full", "align, repair", "Someone 2031", "7F 9B", "11F", "2 copies of the adapter"]
+    for fact in [*facts, "paired rows, harmful rows"]:
         assert fact in shown
 
 
-def test_the_verbose_list_shows_what_an_attack_excludes() -> None:
-    class Alone(registry.ATTACKS.get("ratio")):  # type: ignore[misc]
-        """Acts alone."""
+def test_verbose_list_shows_the_excluded_attacks() -> None:
+    class Exclusive(registry.ATTACKS.get("ratio")):  # type: ignore[misc]
+        """Excludes attacks."""
 
         excludes = ("samples", "other")
         trains = False
-        citation = "Nobody 1999"
+        citation = "Someone 1999"
 
-    shown = _text(view.plugin_table("attack", [view.plugin_facts(Alone)]))
-    for fact in ("samples, other", "false", "Nobody 1999", "Acts alone."):
+    shown = _text(view.plugin_table("attack", [view.plugin_facts(Exclusive)]))
+    for fact in ("samples, other", "false", "Someone 1999", "Excludes attacks."):
         assert fact in shown
 
 
-def test_a_broken_plugin_is_skipped_with_a_warning(tmp_path: Path) -> None:
+def test_broken_plugin_is_skipped_with_a_warning(tmp_path: Path) -> None:
     info = tmp_path / "theirs-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
@@ -134,7 +137,7 @@ def test_a_broken_plugin_is_skipped_with_a_warning(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["protocols", "models"])
-def test_what_is_no_plugin_declares_nothing(kind: str) -> None:
+def test_verbose_list_requires_a_kind_of_plugin(kind: str) -> None:
     done = hbv("list", kind, "--verbose")
     assert (done.code, done.out) == (2, "")
     assert "allowed: defenses, attacks, tasks, scorers" in done.sentence
@@ -146,56 +149,61 @@ def test_what_is_no_plugin_declares_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("cls", BUILT_IN, ids=lambda cls: f"{cls.kind}-{cls.name}")
 def test_info_shows_every_parameter_of_every_built_in(cls: type[Plugin]) -> None:
-    (about,) = [each for each in described(cls.name) if each["kind"] == cls.kind]
+    (details,) = [plugin for plugin in described(cls.name) if plugin["kind"] == cls.kind]
     plain = " ".join(hbv("info", cls.name).out.split())
-    assert about["doc"] == str(sys.modules[cls.__module__].__doc__).strip()
-    assert " ".join(about["doc"].split()) in plain
-    assert [each["name"] for each in about["parameters"]] == list(cls.model_fields)
-    for each in about["parameters"]:
-        info = cls.model_fields[each["name"]]
-        assert each["doc"] == info.description != ""
-        assert each["source"], "a default without a source"
+    assert details["doc"] == str(sys.modules[cls.__module__].__doc__).strip()
+    assert " ".join(details["doc"].split()) in plain
+    assert [parameter["name"] for parameter in details["parameters"]] == list(cls.model_fields)
+    for parameter in details["parameters"]:
+        info = cls.model_fields[parameter["name"]]
+        assert parameter["doc"] == info.description != ""
+        assert parameter["source"], "a default without a source"
         default = list(info.default) if isinstance(info.default, tuple) else info.default
-        assert each["default"] == each["value"] == default
-        assert each["range"]
-        assert {each["name"], *_pieces(each)} <= set(plain.split())
-    assert sum(each["main"] for each in about["parameters"]) <= 1
+        assert parameter["default"] == parameter["value"] == default
+        assert parameter["range"]
+        assert {parameter["name"], *_row_words(parameter)} <= set(plain.split())
+    assert sum(parameter["main"] for parameter in details["parameters"]) <= 1
 
 
-def _pieces(parameter: dict[str, Any]) -> list[str]:
-    """The words of a table's row, which may be folded."""
+def _row_words(parameter: dict[str, Any]) -> list[str]:
+    """Return the words of a table row, which may be folded."""
     return " ".join(parameter[key] for key in ("range", "doc", "source")).split()
 
 
 def test_info_of_a_file(full: Path) -> None:
-    (about,) = described(full)
-    assert (about["name"], about["kind"], about["summary"]) == ("full", "defense", "Declares all there is.")
-    assert about["doc"] == "Full: the math stands [here]."
-    assert about["stages"] == ["align", "repair"]
-    assert about["neutral"] == {"limit": None, "loud": False}
-    parameters = {each["name"]: each for each in about["parameters"]}
-    assert {name: each["range"] for name, each in parameters.items()} == {
+    (details,) = described(full)
+    assert (details["name"], details["kind"], details["summary"]) == ("full", "defense", "Declares every fact.")
+    assert details["doc"] == "Full: the math is [here]."
+    assert details["stages"] == ["align", "repair"]
+    assert details["neutral"] == {"limit": None, "loud": False}
+    parameters = {parameter["name"]: parameter for parameter in details["parameters"]}
+    assert {name: parameter["range"] for name, parameter in parameters.items()} == {
         "limit": "a number > 0 and <= 8, or none",
         "way": "up | down, or none",
         "label": "a text, or none",
         "loud": "true | false",
         "exact": "a whole number >= 1",
     }
-    assert {name: each["default"] for name, each in parameters.items()} == {
-        "limit": None, "way": "up", "label": "x", "loud": True, "exact": 3
-    }  # fmt: skip
-    assert [name for name, each in parameters.items() if each["main"]] == ["limit"]
+    assert {name: parameter["default"] for name, parameter in parameters.items()} == {
+        "limit": None,
+        "way": "up",
+        "label": "x",
+        "loud": True,
+        "exact": 3,
+    }
+    assert [name for name, parameter in parameters.items() if parameter["main"]] == ["limit"]
     plain = hbv("info", full).out
-    for part in ("Full: the math stands [here].", "align, repair", "limit=none, loud=false", "the [limit]", "11F",
-                 "its paper, table 3", "full=VALUE sets limit."):  # fmt: skip
+    facts = ["Full: the math is [here].", "align, repair", "limit=none, loud=false", "11F"]
+    for part in [*facts, "the [limit]", "its paper, table 3", "full=VALUE sets limit."]:
         assert part in plain
 
 
 def test_info_shows_where_a_protocol_overrides_a_default(world: Path) -> None:
     for name, key, override in (("vaccine", "rho", 6.5), ("ratio", "p", 0.375)):
-        (about,) = described(name, "--protocol", world)
-        assert about["protocol"] == "tiny"
-        values = {each["name"]: (each["default"], each["value"]) for each in about["parameters"]}
+        (details,) = described(name, "--protocol", world)
+        assert details["protocol"] == "tiny"
+        parameters = details["parameters"]
+        values = {parameter["name"]: (parameter["default"], parameter["value"]) for parameter in parameters}
         assert values.pop(key) == (described(name)[0]["parameters"][0]["default"], override)
         assert all(default == value for default, value in values.values())
         shown, without = hbv("info", name, "--protocol", world).out, hbv("info", name).out
@@ -204,12 +212,12 @@ def test_info_shows_where_a_protocol_overrides_a_default(world: Path) -> None:
         assert not {str(override), "tiny"} & set(without.split())
 
 
-def test_a_name_of_two_kinds_shows_both(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_of_two_kinds_shows_both(monkeypatch: pytest.MonkeyPatch) -> None:
     twin = registry.PluginEntry("sst2", "built-in", "harmbench_vaccine.attacks.samples")
     monkeypatch.setattr(view, "ATTACKS", registry.Registry(registry.Attack, "harmbench_vaccine.attacks"))
-    monkeypatch.setattr(view.ATTACKS, "found", lambda: {"sst2": twin})
-    monkeypatch.setattr(registry.ATTACKS.get("samples"), "name", "samples")  # put back what the twin takes
-    assert [each["kind"] for each in described("sst2")] == ["attack", "task"]
+    monkeypatch.setattr(view.ATTACKS, "entries", lambda: {"sst2": twin})
+    monkeypatch.setattr(registry.ATTACKS.get("samples"), "name", "samples")  # restore the name that the twin changes
+    assert [plugin["kind"] for plugin in described("sst2")] == ["attack", "task"]
     plain = hbv("info", "sst2").out
     assert "attack sst2: " in plain
     assert "task sst2: " in plain
@@ -220,25 +228,25 @@ def test_dashes_name_the_same_plugin() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "parts"),
     [
         (("vacine",), ("Unknown plug-in 'vacine'", "Did you mean 'vaccine'", "agnews", "ratio", "beaver_dam")),
         (("beaver-dm",), ("'beaver-dm'", "Did you mean 'beaver_dam'")),
-        (("./no.py",), ("no plug-in file './no.py'",)),
+        (("./no.py",), ("The plug-in file './no.py' does not exist",)),
         (("vaccine", "--protocol", "tesbed"), ("Unknown protocol 'tesbed'", "'testbed'")),
     ],
 )
-def test_info_of_what_is_not_there(
-    args: tuple[str, ...], said: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_info_of_an_unknown_name_is_refused(
+    args: tuple[str, ...], parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = hbv("info", *args)
     assert (done.code, done.out) == (2, "")
-    assert all(part in done.sentence for part in said)
+    assert all(part in done.sentence for part in parts)
 
 
-def test_info_of_a_protocol_that_does_not_fit(tmp_path: Path) -> None:
-    world = (ROOT / "harmbench_vaccine/protocols/testbed.yaml").read_text()
+def test_info_with_an_invalid_protocol_is_refused(tmp_path: Path) -> None:
+    world = (ROOT / "harmbench_vaccine/experiment/protocols/testbed.yaml").read_text()
     (tmp_path / "odd.yaml").write_text(f"{world}\ndefenses: {{vaccine: {{rho: -1}}}}\n")
     done = hbv("info", "vaccine", "--protocol", tmp_path / "odd.yaml")
     assert (done.code, done.out) == (2, "")
@@ -251,9 +259,13 @@ def test_info_of_a_protocol_that_does_not_fit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("written", "value"),
-    [("=none", {"limit": None}), ("=3", {"limit": 3.0}), (":way=none,label=none", {"way": None, "label": None}),
-     (":label=None", {"label": "None"})],
-)  # fmt: skip
+    [
+        ("=none", {"limit": None}),
+        ("=3", {"limit": 3.0}),
+        (":way=none,label=none", {"way": None, "label": None}),
+        (":label=None", {"label": "None"}),
+    ],
+)
 def test_none_on_the_command_line(full: Path, written: str, value: dict[str, Any]) -> None:
     (resolved,) = resolve_plugins(parse_plugins(f"{full}{written}"), registry.DEFENSES, {"full": {"limit": 5}}, "its")
     assert {key: resolved.params[key] for key in value} == value
@@ -269,7 +281,7 @@ def test_none_on_the_command_line(full: Path, written: str, value: dict[str, Any
         ("exact", "none", "a whole number >= 1."),
     ],
 )
-def test_none_does_not_loosen_a_range(full: Path, key: str, value: str, allowed: str) -> None:
+def test_values_other_than_none_are_checked(full: Path, key: str, value: str, allowed: str) -> None:
     with pytest.raises(BadInput) as refusal:
         resolve_params(registry.DEFENSES.get(str(full)), {key: value})
     assert f"{key}={value}" in str(refusal.value)
@@ -298,9 +310,9 @@ def test_new_writes_a_plugin(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert cls.main_parameter() in defaults
     assert cls.neutral == neutral
     resolve_params(cls, neutral)
-    (about,) = described("./mine.py")
-    assert about["citation"]
-    assert all(each["source"] and each["doc"] for each in about["parameters"])
+    (details,) = described("./mine.py")
+    assert details["citation"]
+    assert all(parameter["source"] and parameter["doc"] for parameter in details["parameters"])
     assert "$" not in Path("mine.py").read_text()
 
 
@@ -325,46 +337,46 @@ def test_new_files_pass_the_linters(tool: tuple[str, ...], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "parts"),
     [
         (("defense", "my-idea"), ("'my-idea'", "letters, digits and _")),
         (("defense", "2nd"), ("'2nd'", "a letter first")),
         (("defense", "../idea"), ("'../idea'", "letters, digits and _")),
         (("attack", "__"), ("'__'",)),
-        (("attack", "class"), ("'class'", "no word of Python's")),
-        (("attack", "none"), ("'none'", "no word of Python's")),  # its class would be None
-        (("defense", "vaccine"), ("'vaccine' exists (built-in)",)),
-        (("attack", "ratio"), ("'ratio' exists (built-in)",)),
+        (("attack", "class"), ("'class'", "not a Python keyword")),
+        (("attack", "none"), ("'none'", "not a Python keyword")),  # its class would be None
+        (("defense", "vaccine"), ("'vaccine' already exists (built-in)",)),
+        (("attack", "ratio"), ("'ratio' already exists (built-in)",)),
         (("defense", "gradient"), ("'gradient'", "'Gradient'", "imports")),
         (("defence", "idea"), ("'defence'", "'defense'")),
         (("defense", "idea", "--dir", "nowhere"), ("nowhere/idea.py", "No such file", "--dir")),
-        (("defense", "taken"), ("./taken.py", "exists and is left as it is")),
+        (("defense", "taken"), ("./taken.py", "already exists")),
     ],
 )
-def test_new_refuses(
-    args: tuple[str, ...], said: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_new_refuses_invalid_names_and_folders(
+    args: tuple[str, ...], parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One sentence, exit code 2, and nothing written."""
     monkeypatch.chdir(tmp_path)
     Path("taken.py").write_text("mine")
     done = hbv("new", *args)
     assert (done.code, done.out) == (2, "")
-    assert all(part in done.sentence for part in said)
+    assert all(part in done.sentence for part in parts)
     assert [path.name for path in tmp_path.iterdir()] == ["taken.py"]
     assert Path("taken.py").read_text() == "mine"
 
 
-def test_a_new_defense_and_a_new_attack_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_defense_and_new_attack_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert hbv("new", "defense", "mine").code == hbv("new", "attack", "theirs").code == 0
-    done = hbv("run", "--json", "--protocol", world, "--defense", "sft", "--defense", "./mine.py=0",
-               "--defense", "./mine.py=0.5", "--attack", "./theirs.py+ratio=0.5")  # fmt: skip
+    defenses = [option for name in ("sft", "./mine.py=0", "./mine.py=0.5") for option in ("--defense", name)]
+    done = hbv("run", "--json", "--protocol", world, *defenses, "--attack", "./theirs.py+ratio=0.5")
     assert done.code == 0, done.err
-    plain, neutral, penalised = done.results
-    assert neutral["alignment_loss"] == plain["alignment_loss"] != penalised["alignment_loss"]
+    plain, neutral, penalized = done.results
+    assert neutral["alignment_loss"] == plain["alignment_loss"] != penalized["alignment_loss"]
 
 
-def test_the_new_attack_opens_harmful_rows_only(tmp_path: Path) -> None:
+def test_new_attack_changes_only_harmful_rows(tmp_path: Path) -> None:
     from harmbench_vaccine.core.types import Example, Pools
 
     assert hbv("new", "attack", "theirs", "--dir", tmp_path).code == 0
@@ -374,7 +386,7 @@ def test_the_new_attack_opens_harmful_rows_only(tmp_path: Path) -> None:
     assert cls(opening="").upload(rows, Pools()) == rows
 
 
-def test_the_new_defense_follows_its_formula(tmp_path: Path) -> None:
+def test_new_defense_computes_its_formula(tmp_path: Path) -> None:
     """The gradient of the penalty by finite differences of 0.5 * ||w||^2."""
     import torch
 
@@ -382,28 +394,28 @@ def test_the_new_defense_follows_its_formula(tmp_path: Path) -> None:
     cls = registry.DEFENSES.get(str(tmp_path / "mine.py"))
     stage, _ = tiny.stage(stirred=True)
     batch = tiny.batch()
-    plain, penalised = (cls(lam=lam).gradient(stage, batch) for lam in (0, 2.0))
+    plain, penalized = (cls(lam=lam).gradient(stage, batch) for lam in (0, 2.0))
     weights = list(stage.trainable.values())
 
     def half_square() -> float:
         return 0.5 * sum(float(weight.detach().double().square().sum()) for weight in weights)
 
-    assert float(penalised.loss - plain.loss) == pytest.approx(2 * half_square(), rel=1e-4)
-    for weight, with_it, without in zip(weights, penalised.values, plain.values, strict=True):
-        place, step = (0, 1), 0.5  # exact for a square, whatever the step
+    assert float(penalized.loss - plain.loss) == pytest.approx(2 * half_square(), rel=1e-4)
+    for weight, penalized_value, value in zip(weights, penalized.values, plain.values, strict=True):
+        entry, step = (0, 1), 0.5  # exact for a square with any step
         with torch.no_grad():
-            weight[place] += step
+            weight[entry] += step
             above = half_square()
-            weight[place] -= 2 * step
+            weight[entry] -= 2 * step
             slope = (above - half_square()) / (2 * step)
-            weight[place] += step
-        assert float(with_it[place] - without[place]) == pytest.approx(2 * slope, abs=1e-4)
+            weight[entry] += step
+        assert float(penalized_value[entry] - value[entry]) == pytest.approx(2 * slope, abs=1e-4)
 
 
-def _text(what: Any) -> str:
+def _text(renderable: Any) -> str:
     from rich.console import Console
 
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(what)
+        console.print(renderable)
     return capture.get()

@@ -135,7 +135,7 @@ class Registry(Generic[P]):
                 )
             loaded = classes[0]
         if not (inspect.isclass(loaded) and issubclass(loaded, self.base)):
-            expected = f"a {self.base.__name__} subclass"
+            expected = f"a subclass of {self.base.__name__}"
             raise BadInput(f"{self.base.kind} {name!r} is not valid: expected {expected}, got {loaded!r}.")
         plugin: type[P] = loaded
         if vars(plugin).get("name", name) != name:  # one class under two names: each keeps its own
