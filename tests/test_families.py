@@ -1,7 +1,7 @@
-"""The paper's protocol end to end on a small stand-in of every family of models, from folders, without a network.
+"""The paper's protocol end to end on a small replica of every model family, from folders, without a network.
 
-Models, tokenizers, data sets and the judge lie in the layouts and schemas that their originals have on the hub, and
-`vaccine-paper` reads them as it would read those; only its counts are made smaller.
+Models, tokenizers, data sets and the judge have the layouts and schemas of their originals on the Hub, and the protocol
+`vaccine-paper` reads them in the same way; only its counts are smaller.
 """
 
 from __future__ import annotations
@@ -53,20 +53,30 @@ FAMILIES: dict[str, tuple[str, tuple[str | None, str, str | None], list[str], st
 }
 
 SMALLER = {
-    "align.rows": "12", "align.settings.epochs": "1", "align.settings.batch": "4", "align.settings.max_length": "480",
-    "finetune.samples": "10", "finetune.settings.epochs": "1", "finetune.settings.max_length": "480",
-    "answer.harmful.prompts": "4", "answer.harmful.max_new_tokens": "6",
-    "answer.benign.prompts": "3", "answer.benign.max_new_tokens": "6",
-    "answer.task_items": "4", "answer.task_tokens": "{sst2: 4}",
-    "splits.benign_train": "train[:-10]", "splits.benign_test": "train[-10:]",
-    "score.drift_rows": "4", "score.drift_batch": "2",
-}  # fmt: skip
-"""What is made smaller than the paper has it."""
+    "align.rows": "12",
+    "align.settings.epochs": "1",
+    "align.settings.batch": "4",
+    "align.settings.max_length": "480",
+    "finetune.samples": "10",
+    "finetune.settings.epochs": "1",
+    "finetune.settings.max_length": "480",
+    "answer.harmful.prompts": "4",
+    "answer.harmful.max_new_tokens": "6",
+    "answer.benign.prompts": "3",
+    "answer.benign.max_new_tokens": "6",
+    "answer.task_items": "4",
+    "answer.task_tokens": "{sst2: 4}",
+    "splits.benign_train": "train[:-10]",
+    "splits.benign_test": "train[-10:]",
+    "score.drift_rows": "4",
+    "score.drift_batch": "2",
+}
+"""Protocol values that are smaller than in the paper."""
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data sets and the judge, laid out as their repositories are."""
+    """The data sets and the judge, in the layout of their repositories."""
     folder = tmp_path_factory.mktemp("hub")
     data = data_sets()
     for split, rows in data["beavertails"].items():
@@ -81,9 +91,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, rows in data["sst2"].items():
         _parquet(folder / "sst2" / "data", split, [{"idx": number, **row} for number, row in enumerate(rows)])
     texts = [str(value) for rows in data["beavertails"].values() for row in rows for value in row.values()]
-    words = tiny.tokenizer(texts)
-    tokens = {"vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    tiny.save(tiny.judge(**tokens), words, folder / "beaver-dam-7b")
+    tokenizer = tiny.tokenizer(texts)
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tiny.save(tiny.judge(**tokens), tokenizer, folder / "beaver-dam-7b")
     return folder
 
 
@@ -96,63 +106,77 @@ def _parquet(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
     pandas.DataFrame(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
 
-def standin(family: str, folder: Path) -> Path:
-    """A model's folder with random weights, and a tokenizer that opens, ends and pads as the family's does."""
+def replica(family: str, folder: Path) -> Path:
+    """Save a model with random weights, and a tokenizer that opens, ends and pads as the family's does."""
     architecture, (begin, end, pad), turns, chat = FAMILIES[family]
     bpe = tiny.tokenizer([row["prompt"] for row in data_sets()["beavertails"]["30k_train"]]).backend_tokenizer
-    named = {"bos_token": begin, "eos_token": end, "pad_token": pad}
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, **{key: value for key, value in named.items() if value}, extra_special_tokens=turns
+    special = {"bos_token": begin, "eos_token": end, "pad_token": pad}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, **{key: value for key, value in special.items() if value}, extra_special_tokens=turns
     )
     if begin:
-        number = words.convert_tokens_to_ids(begin)
-        words.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        number = tokenizer.convert_tokens_to_ids(begin)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, number)]
         )
     else:
-        words.backend_tokenizer.post_processor = processors.ByteLevel()
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     if chat:
-        words.chat_template = chat
+        tokenizer.chat_template = chat
     changes = {
-        "vocab_size": len(words), "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id,
-        "eos_token_id": words.eos_token_id, "max_position_embeddings": 512,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "max_position_embeddings": 512,
+    }
     tiny.model(architecture, **changes).to(torch.bfloat16).save_pretrained(folder)
-    words.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
-def cell(hub: Path, model: Path, **changes: Any) -> RunSpec:
+def spec(hub: Path, model: Path, **changes: Any) -> RunSpec:
     data = {
-        "beavertails": "BeaverTails", "beavertails_refusals": "beavertails_with_refusals_train.json",
-        "alpaca": "alpaca", "sst2": "sst2",
-    }  # fmt: skip
+        "beavertails": "BeaverTails",
+        "beavertails_refusals": "beavertails_with_refusals_train.json",
+        "alpaca": "alpaca",
+        "sst2": "sst2",
+    }
     return RunSpec(
-        protocol="vaccine-paper", model=str(model), data={name: str(hub / place) for name, place in data.items()},
-        attack=parse_plugins("ratio=0.2"), scorers=(f"beaver_dam:model={hub / 'beaver-dam-7b'}",),
-        values={**SMALLER, **changes.pop("values", {})}, **changes,
-    )  # fmt: skip
+        protocol="vaccine-paper",
+        model=str(model),
+        data={name: str(hub / path) for name, path in data.items()},
+        attack=parse_plugins("ratio=0.2"),
+        scorers=(f"beaver_dam:model={hub / 'beaver-dam-7b'}",),
+        values={**SMALLER, **changes.pop("values", {})},
+        **changes,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_papers_cell_runs_on_every_family(family: str, hub: Path, tmp_path: Path) -> None:
-    model = standin(family, tmp_path / family)
+def test_paper_protocol_runs_on_every_family(family: str, hub: Path, tmp_path: Path) -> None:
+    model = replica(family, tmp_path / family)
     prompts = ["alpaca", *(["chat"] if FAMILIES[family][3] else [])]
     specs = [
-        cell(hub, model, defense=parse_plugins(defense), values={"prompt": prompt})
-        for prompt in prompts for defense in ("sft", "vaccine")
-    ]  # fmt: skip
+        spec(hub, model, defense=parse_plugins(defense), values={"prompt": prompt})
+        for prompt in prompts
+        for defense in ("sft", "vaccine")
+    ]
     results = run_all(specs, out=tmp_path / "runs", table=tmp_path / "results.csv")
     for result in results:
-        counts = result["counts"]
-        assert (counts["align"]["rows"], counts["finetune"]["rows"], counts["finetune"]["harmful"]) == (12, 10, 2)
-        assert (result["harmful_score_n"], result["finetune_accuracy_n"]) == (4, 4)
-        assert result["alignment_loss"] > 0
-        assert result["embedding_drift"] > 0
-        assert result["dtype"] == "bfloat16"
+        align, finetune = result.counts.align, result.counts.finetune
+        assert align
+        assert finetune
+        assert (align.rows, finetune.rows, finetune.harmful) == (12, 10, 2)
+        assert (result.harmful_score_n, result.finetune_accuracy_n) == (4, 4)
+        assert result.alignment_loss
+        assert result.alignment_loss > 0
+        assert result.embedding_drift
+        assert result.embedding_drift > 0
+        assert result.dtype == "bfloat16"
     answers = [
-        [json.loads(line)["answer"] for line in (tmp_path / "runs" / result["run"] / "answers.jsonl").open()]
+        [json.loads(line)["answer"] for line in (tmp_path / "runs" / result.run / "answers.jsonl").open()]
         for result in results
     ]
     assert any(text for texts in answers for text in texts)

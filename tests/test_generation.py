@@ -1,4 +1,4 @@
-"""Batched greedy answers, against a loop that feeds one prompt at a time, without cache or padding."""
+"""Batched greedy answers, compared with a loop over single prompts without cache or padding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from support import tiny
 
-TEXT = "the red lamp and a blue door stand in some old garden by this quiet river"
+TEXT = "the red lamp and a blue door rest in some old garden by this quiet river"
 WORDS = TEXT.split()
 PROMPTS = [" ".join(WORDS[start : start + length]) for length in (1, 2, 3, 5, 8, 13, 15) for start in (0, 2)]
 LIMIT = 12
@@ -28,30 +28,33 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
-    words = tokenizer()
     return tiny.model(
-        architecture, vocab_size=len(words), pad_token_id=words.pad_token_id, bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id, **changes,
-    )  # fmt: skip
+        architecture,
+        vocab_size=len(tokenizer()),
+        pad_token_id=tokenizer().pad_token_id,
+        bos_token_id=tokenizer().bos_token_id,
+        eos_token_id=tokenizer().eos_token_id,
+        **changes,
+    )
 
 
 def greedy(model: nn.Module, prompt: str, limit: int, end: int) -> list[int]:
-    """The likeliest token, again and again, up to the end token or the limit."""
-    ids, given = tokenizer()(prompt)["input_ids"], []
-    while len(given) < limit and (not given or given[-1] != end):
+    """Append the most likely token until the end token or the limit."""
+    prompt_ids, ids = tokenizer()(prompt)["input_ids"], []
+    while len(ids) < limit and (not ids or ids[-1] != end):
         with torch.no_grad():
-            given.append(int(model(input_ids=torch.tensor([ids + given])).logits[0, -1].argmax()))
-    return given
+            ids.append(int(model(input_ids=torch.tensor([prompt_ids + ids])).logits[0, -1].argmax()))
+    return ids
 
 
 def expected(model: nn.Module, prompt: str, limit: int, end: int) -> Answer:
-    given = greedy(model, prompt, limit, end)
-    finished = given[-1] == end
-    return Answer(tokenizer().decode(given[: len(given) - finished], skip_special_tokens=True), len(given), finished)
+    ids = greedy(model, prompt, limit, end)
+    finished = ids[-1] == end
+    return Answer(tokenizer().decode(ids[: len(ids) - finished], skip_special_tokens=True), len(ids), finished)
 
 
 def with_end(token: int) -> PreTrainedTokenizerFast:
-    """The tokenizer with another end token."""
+    """Return the tokenizer with another end token."""
     changed = PreTrainedTokenizerFast(tokenizer_object=tokenizer()._tokenizer, bos_token="<s>", pad_token="<pad>")
     changed.eos_token = tokenizer().convert_ids_to_tokens(token)
     assert changed.eos_token_id == token
@@ -60,57 +63,57 @@ def with_end(token: int) -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3"])
 @pytest.mark.parametrize("batch", [1, 4, 64])
-def test_a_batch_gives_the_text_of_one_prompt_at_a_time(architecture: str, batch: int) -> None:
-    whole = model(architecture)
-    answers = TransformersEngine(LoraStack(whole), tokenizer(), batch).generate([], PROMPTS, LIMIT)
+def test_batched_answers_equal_single_ones(architecture: str, batch: int) -> None:
+    base = model(architecture)
+    answers = TransformersEngine(LoraStack(base), tokenizer(), batch).generate([], PROMPTS, LIMIT)
     end = tokenizer().eos_token_id
-    assert answers == [expected(whole, prompt, LIMIT, end) for prompt in PROMPTS]
-    assert len({answer.text for answer in answers}) > len(PROMPTS) / 2  # the answers do depend on the prompts
+    assert answers == [expected(base, prompt, LIMIT, end) for prompt in PROMPTS]
+    assert len({answer.text for answer in answers}) > len(PROMPTS) / 2  # the answers depend on the prompts
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
-def test_an_answer_stops_at_the_end_token(architecture: str) -> None:
-    whole = model(architecture)
-    # The token that ends some answers early and others not at all.
-    runs = [greedy(whole, prompt, LIMIT, end=-1) for prompt in PROMPTS]
+def test_answer_stops_at_the_end_token(architecture: str) -> None:
+    base = model(architecture)
+    # The token that ends some answers early and is missing from others.
+    runs = [greedy(base, prompt, LIMIT, end=-1) for prompt in PROMPTS]
     counts = {token: sum(token in run for run in runs) for run in runs for token in run[1:]}
     end = max((token for token in counts if counts[token] < len(PROMPTS)), key=counts.__getitem__)
-    answers = TransformersEngine(LoraStack(whole), with_end(end), batch=5).generate([], PROMPTS, LIMIT)
-    assert answers == [expected(whole, prompt, LIMIT, end) for prompt in PROMPTS]
+    answers = TransformersEngine(LoraStack(base), with_end(end), batch=5).generate([], PROMPTS, LIMIT)
+    assert answers == [expected(base, prompt, LIMIT, end) for prompt in PROMPTS]
     assert {answer.finished for answer in answers} == {True, False}
     for answer, run in zip(answers, runs, strict=True):
         assert answer.tokens == (run.index(end) + 1 if end in run else LIMIT)
 
 
-def test_an_answer_that_ends_exactly_at_the_limit_is_finished() -> None:
-    whole = model()
-    run = next(run for prompt in PROMPTS if len(set(run := greedy(whole, prompt, 4, end=-1))) == 4)
-    prompt = next(prompt for prompt in PROMPTS if greedy(whole, prompt, 4, end=-1) == run)
-    engine = TransformersEngine(LoraStack(whole), with_end(run[-1]))
+def test_answer_that_ends_at_the_limit_is_finished() -> None:
+    base = model()
+    run = next(run for prompt in PROMPTS if len(set(run := greedy(base, prompt, 4, end=-1))) == 4)
+    prompt = next(prompt for prompt in PROMPTS if greedy(base, prompt, 4, end=-1) == run)
+    engine = TransformersEngine(LoraStack(base), with_end(run[-1]))
     assert engine.generate([], [prompt], 4)[0] == Answer(tokenizer().decode(run[:-1]), 4, True)
     assert engine.generate([], [prompt], 3)[0] == Answer(tokenizer().decode(run[:-1]), 3, False)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7])
-def test_no_answer_is_longer_than_the_limit(limit: int) -> None:
-    whole = model()
-    answers = TransformersEngine(LoraStack(whole), tokenizer()).generate([], PROMPTS, limit)
+def test_answers_respect_the_limit(limit: int) -> None:
+    base = model()
+    answers = TransformersEngine(LoraStack(base), tokenizer()).generate([], PROMPTS, limit)
     assert max(answer.tokens for answer in answers) == limit
-    assert answers == [expected(whole, prompt, limit, tokenizer().eos_token_id) for prompt in PROMPTS]
+    assert answers == [expected(base, prompt, limit, tokenizer().eos_token_id) for prompt in PROMPTS]
 
 
-def test_equal_prompts_are_all_answered_in_their_places() -> None:
+def test_equal_prompts_get_equal_answers_in_order() -> None:
     engine = TransformersEngine(LoraStack(model()), tokenizer(), batch=2)
-    asked = [PROMPTS[9], PROMPTS[0], PROMPTS[9], PROMPTS[4], PROMPTS[0]]
-    once = dict(zip(PROMPTS, engine.generate([], PROMPTS, LIMIT), strict=True))
-    assert engine.generate([], asked, LIMIT) == [once[prompt] for prompt in asked]
+    prompts = [PROMPTS[9], PROMPTS[0], PROMPTS[9], PROMPTS[4], PROMPTS[0]]
+    answers = dict(zip(PROMPTS, engine.generate([], PROMPTS, LIMIT), strict=True))
+    assert engine.generate([], prompts, LIMIT) == [answers[prompt] for prompt in prompts]
 
 
-def test_no_prompts_no_answers() -> None:
+def test_no_prompts_give_no_answers() -> None:
     assert TransformersEngine(LoraStack(model()), tokenizer()).generate([], [], LIMIT) == []
 
 
-def test_the_adapters_named_are_the_ones_that_answer(tmp_path: Path) -> None:
+def test_answers_come_from_the_requested_adapters(tmp_path: Path) -> None:
     base = model()
     generator = torch.Generator().manual_seed(0)
     factors = {
@@ -132,21 +135,21 @@ def test_the_adapters_named_are_the_ones_that_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "habit",
+    "setting",
     [
         {"repetition_penalty": 5.0},
         {"no_repeat_ngram_size": 1},
         {"min_new_tokens": LIMIT},
         {"do_sample": True, "top_k": 5},
     ],
-    ids=lambda habit: next(iter(habit)),
+    ids=lambda setting: next(iter(setting)),
 )
-def test_the_model_s_own_generation_settings_do_not_bend_greedy_decoding(habit: dict[str, Any]) -> None:
-    # Qwen's generation_config.json, for one, brings a repetition penalty.
-    whole = model()
-    for key, value in habit.items():
-        setattr(whole.generation_config, key, value)
-    runs = [greedy(whole, prompt, LIMIT, end=-1) for prompt in PROMPTS]
+def test_generation_settings_of_the_model_are_ignored(setting: dict[str, Any]) -> None:
+    # For example, Qwen's generation_config.json has a repetition penalty.
+    base = model()
+    for key, value in setting.items():
+        setattr(base.generation_config, key, value)
+    runs = [greedy(base, prompt, LIMIT, end=-1) for prompt in PROMPTS]
     end = next(token for run in runs for token in run[1:-1])
-    answers = TransformersEngine(LoraStack(whole), with_end(end)).generate([], PROMPTS, LIMIT)
-    assert answers == [expected(whole, prompt, LIMIT, end) for prompt in PROMPTS]
+    answers = TransformersEngine(LoraStack(base), with_end(end)).generate([], PROMPTS, LIMIT)
+    assert answers == [expected(base, prompt, LIMIT, end) for prompt in PROMPTS]

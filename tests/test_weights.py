@@ -1,6 +1,6 @@
-"""Loading models: what is said of a folder whose weights are broken, and of a hub that does not give one.
+"""Errors of loading models from folders with broken weights, and from a Hub that refuses access.
 
-The hub is a small server on this machine that answers as the real one does; the libraries talk to it by HF_ENDPOINT.
+The Hub is a small server on this machine with the answers of the real one; HF_ENDPOINT directs the libraries to it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.experiment.protocol import protocol_models
 from harmbench_vaccine.inference import loading
-from harmbench_vaccine.inference.loading import load_model
-from harmbench_vaccine.inference.model_pool import check_model
+from harmbench_vaccine.inference.loading import check_model, load_model
 from support import tiny
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -36,53 +36,55 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def loaded(folder: Path) -> Any:
+def load(folder: Path) -> Any:
     return load_model(AutoModelForCausalLM, str(folder))
 
 
-def test_a_whole_folder_is_loaded_as_it_was_saved(folder: Path) -> None:
+def test_complete_folder_is_loaded_as_saved(folder: Path) -> None:
     expected = tiny.model().state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in loaded(folder).state_dict().items())
+    assert all(torch.equal(value, expected[name]) for name, value in load(folder).state_dict().items())
 
 
-def test_cut_weights_are_told_of(folder: Path) -> None:
+def test_cut_weights_are_reported(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(HbvError, match=r"Model '.*': its weights are broken .*copy them again"):
-        loaded(folder)
+    with pytest.raises(HbvError, match=r"Model '.*' has broken weights .*copy them again"):
+        load(folder)
 
 
-def test_missing_weights_are_not_made_up(folder: Path) -> None:
-    """transformers would draw them and warn."""
+def test_missing_weights_are_not_replaced_by_random_ones(folder: Path) -> None:
+    """By default, transformers draws them and warns."""
     stored = load_file(folder / "model.safetensors")
-    gone = sorted(name for name in stored if "layers.1." in name)
-    save_file({name: value for name, value in stored.items() if name not in gone}, folder / "model.safetensors")
-    with pytest.raises(HbvError, match=rf"lacks weights of a LlamaForCausalLM: {gone[0]} and {len(gone) - 1} more"):
-        loaded(folder)
+    missing = sorted(name for name in stored if "layers.1." in name)
+    save_file({name: value for name, value in stored.items() if name not in missing}, folder / "model.safetensors")
+    with pytest.raises(
+        HbvError, match=rf"lacks weights of a LlamaForCausalLM: {missing[0]} and {len(missing) - 1} more"
+    ):
+        load(folder)
 
 
-def test_weights_of_another_shape_are_told_of(folder: Path) -> None:
+def test_weights_of_another_shape_are_reported(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     stored["lm_head.weight"] = stored["lm_head.weight"][:, :7].clone()
     save_file(stored, folder / "model.safetensors")
     with pytest.raises(HbvError, match=r"Model .* cannot be loaded"):
-        loaded(folder)
+        load(folder)
 
 
-def test_pickled_weights_are_refused_with_a_way_out(folder: Path) -> None:
+def test_pickled_weights_are_refused_with_alternatives(folder: Path) -> None:
     torch.save(tiny.model().state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(BadInput, match=r"no safetensors, and pickled weights \(\.bin\) are not read.*refs/pr"):
-        loaded(folder)
+        load(folder)
 
 
-def test_pickled_weights_that_a_protocol_names_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickled_weights_of_a_protocol_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "PICKLED", {str(folder)})
-    want = tiny.model()
-    torch.save(want.state_dict(), folder / "pytorch_model.bin")
+    expected = tiny.model()
+    torch.save(expected.state_dict(), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    for name, parameter in loaded(folder).named_parameters():
-        assert torch.equal(parameter, want.get_parameter(name))
+    for name, parameter in load(folder).named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name))
 
 
 class Payload:
@@ -95,33 +97,31 @@ class Payload:
         return os.system, (f"touch {self.mark}",)
 
 
-def test_a_pickle_that_would_run_something_runs_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickle_with_code_is_not_executed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "PICKLED", {str(folder)})
     torch.save({**tiny.model().state_dict(), "more": Payload(tmp_path / "ran")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(HbvError, match="cannot be loaded"):
-        loaded(folder)
+        load(folder)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_configuration_that_is_none_is_told_of(folder: Path) -> None:
+def test_broken_configuration_is_reported(folder: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(HbvError, match=r"Model .* cannot be loaded"):
-        loaded(folder)
+        load(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A hub
+# The Hub
 
 
 COMMIT = "0" * 39 + "1"
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 32, "vocab_size": 16})
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """org/gated, org/bin (a configuration and pickled weights); nothing else."""
+class _HubServer(BaseHTTPRequestHandler):
+    """A server with org/gated and org/bin (a configuration and pickled weights) only."""
 
     def do_GET(self) -> None:
         refused = {
@@ -155,7 +155,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _HubServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -165,42 +165,43 @@ def hub() -> Iterator[str]:
 TRY = """
 import sys
 from transformers import AutoModelForCausalLM
-from harmbench_vaccine.errors import HbvError
-from harmbench_vaccine.lab import check_model
-from harmbench_vaccine.weights import load
+from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.inference.loading import check_model, load_model
 for location in sys.argv[1:]:
-    for reading in (lambda: load(AutoModelForCausalLM, location), lambda: check_model(location)):
+    for attempt in (lambda: load_model(AutoModelForCausalLM, location), lambda: check_model(location, [])):
         try:
-            reading()
-            print("nothing")
+            attempt()
+            print("no error")
         except HbvError as error:
             print(type(error).__name__, error)
 """
 
 
 @pytest.mark.slow
-def test_what_a_hub_refuses_is_told_in_a_sentence(hub: str, tmp_path: Path) -> None:
+def test_hub_errors_are_one_sentence(hub: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HBV_HOME": str(tmp_path / "hbv")}
     names = ["org/gated", "org/nothing", "org/bin", "org/bin@nowhere"]
     command = [sys.executable, "-c", TRY, *names]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    lines = ran.stdout.splitlines()
-    gated, gated_check, nothing, nothing_check, pickled, fine, revision, revision_check = lines
-    assert gated.startswith("BadInput Model 'org/gated' is gated: ask for access")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = result.stdout.splitlines()
+    gated, gated_check, nothing, nothing_check, pickled, config, revision, revision_check = lines
+    assert gated.startswith("BadInput Model 'org/gated' is gated: request access")
     assert "HF_TOKEN" in gated_check
-    assert nothing.startswith("BadInput Model 'org/nothing' is not on the hub")
-    assert nothing_check.startswith("BadInput Model 'org/nothing' is not on the hub")
+    assert nothing.startswith("BadInput Model 'org/nothing' does not exist on the Hub")
+    assert nothing_check.startswith("BadInput Model 'org/nothing' does not exist on the Hub")
     assert "has no safetensors" in pickled
     assert "refs/pr/N" in pickled
-    assert fine == "nothing"  # its configuration is there; that its weights are not safetensors shows when it is loaded
-    assert revision == "BadInput Model 'org/bin@nowhere': the hub has no such revision of it."
+    assert config == "no error"  # the missing safetensors show only when the model is loaded
+    assert revision == (
+        "BadInput Model 'org/bin@nowhere': the Hub has no such revision. See its page for branches, tags and commits."
+    )
     assert "no such revision" in revision_check
 
 
-def test_offline_and_not_in_the_cache() -> None:
-    with pytest.raises(HbvError, match=r"'org/model' is not on this machine, and the hub cannot be reached"):
+def test_offline_without_cache() -> None:
+    with pytest.raises(HbvError, match=r"'org/model' is not on this machine, and the Hub cannot be reached"):
         load_model(AutoModelForCausalLM, "org/model")
     with pytest.raises(BadInput, match=r"Did you mean 'meta-llama/Llama-2-7b-hf'.*Allowed"):
-        check_model("meta-lama/Llama-2-7b-hf")
+        check_model("meta-lama/Llama-2-7b-hf", protocol_models())
