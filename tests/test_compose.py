@@ -1,10 +1,10 @@
-"""Several plug-ins in one stage: what conflicts, in which order hooks run, whose state is whose."""
+"""Several plug-ins in one stage: conflicts, the order of hooks, the state of each member."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from unittest.mock import Mock, call
 
 import pytest
@@ -24,7 +24,7 @@ TEMPLATE = PromptTemplate("{instruction}", "{instruction}{input}")
 
 
 class First(Defense):
-    """Marks everything that passes through it."""
+    """Marks every value that its hooks return."""
 
     name: ClassVar[str] = "first"
     _restored: Any = None
@@ -61,7 +61,7 @@ class First(Defense):
 
 
 class Second(First):
-    """The same under another name."""
+    """The same defense with a different name."""
 
     name: ClassVar[str] = "second"
 
@@ -70,7 +70,7 @@ class Second(First):
 
 
 class Pusher(Defense):
-    """Decides the gradient."""
+    """Replaces the gradient."""
 
     name: ClassVar[str] = "pusher"
 
@@ -79,27 +79,27 @@ class Pusher(Defense):
 
 
 class Puller(Pusher):
-    """Another that does."""
+    """Replaces the gradient too."""
 
     name: ClassVar[str] = "puller"
 
 
 class Single(Defense):
-    """Demands a topology."""
+    """Needs the single topology."""
 
     name: ClassVar[str] = "single_one"
     topology: ClassVar[Any] = "single"
 
 
 class Double(Defense):
-    """Demands the other."""
+    """Needs the double topology."""
 
     name: ClassVar[str] = "double_one"
     topology: ClassVar[Any] = "double"
 
 
 class Elsewhere(Pusher):
-    """Decides the gradient of the user stage only."""
+    """Replaces the gradient only in the user stage."""
 
     name: ClassVar[str] = "elsewhere"
 
@@ -108,29 +108,29 @@ class Elsewhere(Pusher):
 
 
 class Off(Defense):
-    """Leaves its stage out."""
+    """Skips its stage."""
 
     name: ClassVar[str] = "off"
     trains: ClassVar[bool] = False
 
 
-def test_hooks_chain_in_the_order_written() -> None:
-    team, turned = DefenseTeam(members=(First(), Second())), DefenseTeam(members=(Second(), First()))
+def test_hooks_run_in_the_order_of_the_command_line() -> None:
+    team, reverse = DefenseTeam(members=(First(), Second())), DefenseTeam(members=(Second(), First()))
     assert [row.id for row in team.train_on("align", [Example("start", "")], Pools())] == ["start", "first", "second"]
-    assert [row.id for row in turned.train_on("align", [], Pools())] == ["second", "first"]
+    assert [row.id for row in reverse.train_on("align", [], Pools())] == ["second", "first"]
     assert team.settings("align", SETTINGS).lr == 112  # (1 * 10 + 1) * 10 + 2
-    assert turned.settings("align", SETTINGS).lr == 121
+    assert reverse.settings("align", SETTINGS).lr == 121
     assert team.template("train", TEMPLATE).no_input == "{instruction}firstsecond"
-    stage = Mock()
-    assert team.edit(stage, "adapter") == "adapter>first>second"  # type: ignore[arg-type]
+    stage, adapter = Mock(), cast(Any, "adapter")
+    assert team.edit(stage, adapter) == "adapter>first>second"
     assert stage.mock_calls == [
         call.replace_adapter("adapter>first"),
         call.replace_adapter("adapter>first>second"),
     ]  # the model runs with it
-    assert [one.name for one in team.evaluations([])] == ["first", "second"]
+    assert [eval_set.name for eval_set in team.evaluations([])] == ["first", "second"]
 
 
-def test_hooks_around_steps_reach_every_member_once() -> None:
+def test_step_hooks_call_every_member_once() -> None:
     calls: Any = []
     team = DefenseTeam(members=(First(), Second()))
     team.before(calls)
@@ -141,7 +141,7 @@ def test_hooks_around_steps_reach_every_member_once() -> None:
     ]
 
 
-def test_the_member_that_owns_the_gradient_gives_it() -> None:
+def test_gradient_of_the_replacing_member_is_used() -> None:
     class Stage:
         def gradient(self, batch: Any) -> str:
             return "plain gradient"
@@ -153,7 +153,7 @@ def test_the_member_that_owns_the_gradient_gives_it() -> None:
     assert DefenseTeam().gradient(stage, {}) == "plain gradient"
 
 
-def test_state_is_kept_apart_by_member() -> None:
+def test_state_is_separate_for_each_member() -> None:
     first, second = First(), Second()
     team = DefenseTeam(members=(first, second))
     state = team.state()
@@ -163,18 +163,18 @@ def test_state_is_kept_apart_by_member() -> None:
     assert {key: value.item() for key, value in second._restored.items()} == {"seen": 6.0}
 
 
-def test_no_member_is_plain_fine_tuning() -> None:
+def test_team_without_members_is_plain_fine_tuning() -> None:
     team = DefenseTeam()
     assert team.runs
     assert team.settings("align", SETTINGS) == SETTINGS
     assert team.required_topology is None
 
 
-def test_the_demanded_topology_is_the_members() -> None:
+def test_topology_of_a_member_is_required() -> None:
     assert DefenseTeam(members=(First(), Single())).required_topology == "single"
 
 
-def test_who_takes_the_gradient() -> None:
+def test_takes_gradient_if_the_hook_is_overridden() -> None:
     assert Pusher().takes_gradient("align")
     assert not First().takes_gradient("align")
 
@@ -184,7 +184,7 @@ def test_who_takes_the_gradient() -> None:
 
 
 @pytest.mark.parametrize("members", list(permutations((Pusher(), First(), Puller()))))
-def test_two_owners_of_a_gradient_are_refused_by_name(members: tuple[Defense, ...]) -> None:
+def test_two_gradients_are_refused_by_name(members: tuple[Defense, ...]) -> None:
     with pytest.raises(BadInput, match="gradient") as refusal:
         DefenseTeam(members=members)
     assert "'pusher'" in str(refusal.value)
@@ -193,13 +193,13 @@ def test_two_owners_of_a_gradient_are_refused_by_name(members: tuple[Defense, ..
 
 
 @pytest.mark.parametrize("members", list(permutations((Off(), First(), Second()))))
-def test_leaving_a_stage_out_conflicts_with_acting_in_it(members: tuple[Defense, ...]) -> None:
+def test_skipping_a_stage_conflicts_with_acting_in_it(members: tuple[Defense, ...]) -> None:
     with pytest.raises(BadInput) as refusal:
         DefenseTeam(members=members)
     assert "'off'" in str(refusal.value)
 
 
-def test_alone_it_may_leave_its_stage_out() -> None:
+def test_single_member_may_skip_its_stage() -> None:
     assert not DefenseTeam(members=(Off(),)).runs
 
 
@@ -209,11 +209,11 @@ def test_two_topologies_are_refused() -> None:
     assert DefenseTeam(members=(Single(), First(), Single())).required_topology == "single"
 
 
-def test_a_gradient_that_is_taken_in_another_stage_does_not_conflict() -> None:
+def test_gradient_of_another_stage_does_not_conflict() -> None:
     with pytest.raises(BadInput, match="gradient"):
         DefenseTeam(members=(Pusher(), Elsewhere()), stage="finetune")
     team = DefenseTeam(members=(Pusher(), Elsewhere()), stage="align")
-    assert team.gradient(None, None) == "gradient of pusher"  # type: ignore[arg-type]
+    assert team.gradient(Mock(), Mock()) == "gradient of pusher"
 
 
 @pytest.mark.parametrize(
@@ -224,18 +224,18 @@ def test_a_gradient_that_is_taken_in_another_stage_does_not_conflict() -> None:
         ("vaccine+random_vaccine", ("vaccine", "random_vaccine")),
     ],
 )
-def test_built_in_conflicts_are_told_before_anything_runs(text: str, names: tuple[str, str]) -> None:
+def test_built_in_conflicts_are_refused_before_any_work(text: str, names: tuple[str, str]) -> None:
     with pytest.raises(BadInput, match="cannot be combined") as refusal:
         Experiment.settle(RunSpec(defense=parse_plugins(text)))
     assert all(repr(name) in str(refusal.value) for name in names)
-    assert "the whether" not in str(refusal.value)  # a sentence that reads
+    assert "the whether" not in str(refusal.value)  # a correct sentence
 
 
-def test_what_does_not_conflict_settles() -> None:
-    cell = Experiment.settle(
+def test_compatible_plugins_are_accepted() -> None:
+    experiment = Experiment.settle(
         RunSpec(defense=parse_plugins("sft+vaccine=5"), attack=parse_plugins("ratio=0.2,samples=100"))
     )
-    assert (cell.defense, cell.attack) == ("sft+vaccine=5", "ratio=0.2+samples=100")
+    assert (experiment.defense, experiment.attack) == ("sft+vaccine=5", "ratio=0.2+samples=100")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,25 +257,27 @@ class Swap(Attack):
         return [replace(sets[0], name="swapped", examples=()), *sets]
 
 
-def test_attacks_compose() -> None:
-    cell = Experiment.settle(RunSpec(attack=parse_plugins("ratio=0.25,samples=80")))
-    mix = cell.attackers().mix(Mix(10))
+def test_order_of_attacks_does_not_change_the_mix() -> None:
+    experiment = Experiment.settle(RunSpec(attack=parse_plugins("ratio=0.25,samples=80")))
+    mix = experiment.attack_team.mix(Mix(10))
     assert (mix.samples, mix.harmful, mix.task) == (80, 20, 60)
-    turned = Experiment.settle(RunSpec(attack=parse_plugins("samples=80+ratio=0.25"))).attackers().mix(Mix(10))
-    assert turned == mix
+    reverse = Experiment.settle(RunSpec(attack=parse_plugins("samples=80+ratio=0.25"))).attack_team.mix(Mix(10))
+    assert reverse == mix
 
 
-def test_attack_hooks_chain() -> None:
+def test_attack_hooks_run_in_order() -> None:
     team = AttackTeam(members=(Swap(), Swap()))
     assert [row.id for row in team.upload([], Pools())] == ["swap", "swap"]
     assert team.settings(SETTINGS).epochs == 4
     sets = team.evaluations([EvalSet("harmful", (), TEMPLATE, 1)])
-    assert [one.name for one in sets] == ["swapped", "swapped", "harmful"]
+    assert [eval_set.name for eval_set in sets] == ["swapped", "swapped", "harmful"]
 
 
-def test_every_stage_gets_fresh_members() -> None:
-    cell = Experiment.settle(RunSpec(defense=parse_plugins("vaccine=5")))
-    one, other = cell.team("align").members[0], cell.team("align").members[0]
-    assert one is not other
-    assert one == other
-    assert cell.team("finetune").members == ()
+def test_every_session_gets_a_copy_of_the_members() -> None:
+    experiment = Experiment.settle(RunSpec(defense=parse_plugins("vaccine=5")))
+    team = experiment.stages["align"].defenses
+    first, second = team.fresh().members[0], team.fresh().members[0]
+    assert first is not second
+    assert first is not team.members[0]
+    assert first == second == team.members[0]
+    assert experiment.stages["finetune"].defenses.members == ()
