@@ -1,5 +1,4 @@
-"""The published figures: that the copies are whole, that their averages are recomputed rightly, and how they are asked
-for."""
+"""Published figures: completeness of the copies, recomputed averages, and the `hbv published` command."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from harmbench_vaccine.reporting.published import figures
 from harmbench_vaccine.reporting.published.figures import Average, Figure, check_averages, find_averages, load_figures
 from support.cli import HBV, hbv
 
@@ -30,33 +30,43 @@ ROWS = load_figures()
 
 
 def rows_in_file(name: str) -> list[dict[str, str]]:
-    """What stands in the checkout, read without the package."""
+    """Read a CSV of the checkout without the package."""
     with (FOLDER / name).open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The copies
+# Copies
 
 
-def test_the_figures_are_whole() -> None:
+def test_all_figures_are_loaded() -> None:
     assert rows_in_file("results.csv") == ROWS
     assert len(ROWS) == 2729
     assert list(ROWS[0]) == COLUMNS
     assert Counter(row["protocol"] for row in ROWS) == {
-        "lisa": 469, "asft": 378, "sldr": 316, "vaccine_paper": 288, "nlsr": 196, "antidote": 192,
-        "patcher_adaptive_attacks": 176, "virus": 170, "third_party_transcribed": 160, "repnoise": 123, "booster": 115,
-        "antidote_bilevel_2509.08000": 94, "qi": 52,
-    }  # fmt: skip
-    assert load_figures.read("overhead.csv") == rows_in_file("overhead.csv")
+        "lisa": 469,
+        "asft": 378,
+        "sldr": 316,
+        "vaccine_paper": 288,
+        "nlsr": 196,
+        "antidote": 192,
+        "patcher_adaptive_attacks": 176,
+        "virus": 170,
+        "third_party_transcribed": 160,
+        "repnoise": 123,
+        "booster": 115,
+        "antidote_bilevel_2509.08000": 94,
+        "qi": 52,
+    }
+    assert figures.load_table("overhead.csv") == rows_in_file("overhead.csv")
     assert Counter(row["paper"] for row in rows_in_file("overhead.csv")) == {"Vaccine": 36, "Lisa": 8, "Panacea": 8}
 
 
-def test_no_figure_is_there_twice() -> None:
+def test_figures_are_unique() -> None:
     """Key columns: all but value, unit, evidence and note; of overhead.csv all but value, unit and note."""
-    said = ("value", "unit", "evidence", "note")
+    described = ("value", "unit", "evidence", "note")
     for name in ("results.csv", "overhead.csv"):
-        keys = [tuple(text for column, text in row.items() if column not in said) for row in rows_in_file(name)]
+        keys = [tuple(text for column, text in row.items() if column not in described) for row in rows_in_file(name)]
         assert [key for key, count in Counter(keys).items() if count > 1] == []
 
 
@@ -69,8 +79,8 @@ def test_every_value_is_a_number_within_its_unit() -> None:
         assert (1 if row["unit"] == "1-5" else 0) <= float(row["value"]) <= highest[row["unit"]], row
 
 
-def test_what_papers_are_known_to_print() -> None:
-    """Single cells, so that no column has slipped."""
+def test_known_cells_of_papers() -> None:
+    """Single cells show that the columns are not shifted."""
     at = {(row["protocol"], row["table"], row["defense"], row["metric"], row["sweep_value"]): row for row in ROWS}
     for key, value in {
         ("vaccine_paper", "Table 1", "SFT", "HS", "clean"): "48.60",
@@ -87,29 +97,31 @@ def test_what_papers_are_known_to_print() -> None:
         if row["table"] == "Table 5" and row["model"] == "Llama2-7B"
     }
     assert steps == {
-        ("SFT", "step_time"): "0.37", ("Vaccine", "step_time"): "0.73",
-        ("SFT", "gpu_memory"): "38.45", ("Vaccine", "gpu_memory"): "38.57",
-    }  # fmt: skip
+        ("SFT", "step_time"): "0.37",
+        ("Vaccine", "step_time"): "0.73",
+        ("SFT", "gpu_memory"): "38.45",
+        ("Vaccine", "gpu_memory"): "38.57",
+    }
 
 
-def test_the_readme_counts_what_is_there() -> None:
+def test_readme_counts_match_the_files() -> None:
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     listed = {
         grade: int(count.replace(",", ""))
         for grade, count in re.findall(r"^\| `([^`]+)`[^|]* \| ([\d,]+) \|$", text, re.MULTILINE)
     }
     assert listed == Counter(row["evidence"] for row in ROWS)
-    assert list(listed) == list(load_figures.EVIDENCE)
+    assert list(listed) == list(figures.EVIDENCE)
     assert f"`results.csv` has {len(ROWS):,} figures of {len({row['paper'] for row in ROWS})} papers" in text
     assert f"`overhead.csv` {len(rows_in_file('overhead.csv'))} of time" in text
-    found = check_averages(find_averages(ROWS))
-    counts = f"Of {found['averages']} averages, {found['follow']} follow within rounding, and "
-    assert f"{counts}{len(found['not_checkable'])} cannot be checked" in " ".join(text.split())
+    outcome = check_averages(find_averages(ROWS))
+    counts = f"Of {outcome['averages']} averages, {outcome['follow']} follow within rounding, and "
+    assert f"{counts}{len(outcome['not_checkable'])} cannot be checked" in " ".join(text.split())
     described = {name for line in re.findall(r"^\| (`[^|]*) \|", text, re.MULTILINE) for name in line.split("`")[1::2]}
     assert set(COLUMNS) <= described
 
 
-def test_no_path_of_a_machine_is_in_them() -> None:
+def test_files_have_no_machine_paths() -> None:
     for file in FOLDER.iterdir():
         if file.is_file():
             assert not re.search(r"(?<![\w.])/(home|root|tmp|work|mnt|data|Users)\b", file.read_text(encoding="utf-8"))
@@ -129,46 +141,52 @@ WRONG = {
     ("AntiDote (bi-level)", "Table 1", "Booster", "FA"): ("65.8", 65.675, "75.0 34.3 85.4 68.0"),
     ("AntiDote (bi-level)", "Table 1", "Vaccine", "HS"): ("8.4", 8.25, "8.5 7.9 8.5 8.1"),
 }
-"""Recomputed by hand, except the first two not compared with the papers: printed, the mean of the cells, the cells."""
+"""Paper, table, defense, metric -> the printed average, the mean of the cells, the cells; recomputed by hand.
+
+Only the first two are compared with the paper."""
 
 
-def found_wrong(*args: str) -> dict[tuple[str, ...], tuple[str, float, str]]:
-    """What `hbv published --check --json` lists, as in WRONG."""
+def wrong_averages(*args: str) -> dict[tuple[str, ...], tuple[str, float, str]]:
+    """Run `hbv published --check --json` and return its list in the form of WRONG."""
     done = hbv("published", "--check", "--json", *args)
     assert (done.code, done.err) == (0, "")
     return {
-        tuple(each[key] for key in ("paper", "table", "defense", "metric")): (
-            each["printed"], each["recomputed"], " ".join(cell["printed"] for cell in each["cells"])
+        tuple(entry[key] for key in ("paper", "table", "defense", "metric")): (
+            entry["printed"],
+            entry["recomputed"],
+            " ".join(cell["printed"] for cell in entry["cells"]),
         )
-        for each in json.loads(done.out)["do_not_follow"]
-    }  # fmt: skip
+        for entry in json.loads(done.out)["do_not_follow"]
+    }
 
 
-def test_two_averages_of_vaccines_first_table_do_not_follow() -> None:
-    """Of its twelve, each of five cells."""
-    assert found_wrong("--paper", "Vaccine") == {key: made for key, made in WRONG.items() if key[0] == "Vaccine"}
+def test_two_averages_of_table_1_of_vaccine_do_not_follow() -> None:
+    """The table has twelve averages of five cells."""
+    assert wrong_averages("--paper", "Vaccine") == {key: values for key, values in WRONG.items() if key[0] == "Vaccine"}
     first = [
-        each for each in find_averages(ROWS) if (each.figure["paper"], each.figure["table"]) == ("Vaccine", "Table 1")
+        average
+        for average in find_averages(ROWS)
+        if (average.figure["paper"], average.figure["table"]) == ("Vaccine", "Table 1")
     ]
     assert len(first) == 12
     for average in first:
-        assert [cell["sweep_value"] for cell in average.cells] == ["clean", "0.01", "0.05", "0.1", "0.2"]
+        assert [cell["sweep_value"] for cell in average.parts] == ["clean", "0.01", "0.05", "0.1", "0.2"]
 
 
 def test_nine_averages_of_all_papers_do_not_follow() -> None:
-    assert found_wrong() == WRONG
+    assert wrong_averages() == WRONG
 
 
-def test_the_recomputed_means_are_those_of_the_listed_cells() -> None:
-    """The pinned numbers, by arithmetic of this file."""
+def test_recomputed_means_are_the_means_of_the_listed_cells() -> None:
+    """Check the pinned numbers without the package."""
     for printed, recomputed, cells in WRONG.values():
         values = [float(cell) for cell in cells.split()]
         assert sum(values) / len(values) == pytest.approx(recomputed, abs=1e-9)
         assert abs(recomputed - float(printed)) > 0.09
 
 
-def test_a_plain_recomputation_finds_the_same() -> None:
-    """In floats, over all figures of the same paper, table, defense and metric: no rule of the package."""
+def test_plain_recomputation_agrees() -> None:
+    """Recompute in floats over all figures of the same paper, table, defense and metric, without the package."""
 
     def half(text: str) -> float:
         return 0.5 * 10 ** -len(text.partition(".")[2])
@@ -186,21 +204,21 @@ def test_a_plain_recomputation_finds_the_same() -> None:
     assert wrong == set(WRONG)
 
 
-def test_what_cannot_be_checked() -> None:
+def test_averages_that_cannot_be_checked() -> None:
     missing = [average for average in find_averages(ROWS) if average.missing]
     assert Counter((average.figure["paper"], average.figure["table"], average.missing) for average in missing) == {
-        ("AntiDote (bi-level)", "Table 6", "a column is omitted, says its note"): 4,
+        ("AntiDote (bi-level)", "Table 6", "a column is omitted according to its note"): 4,
         ("AntiDote (bi-level)", "Table 6", "none of its cells is recorded"): 4,
         ("Antibody", "cross-dataset average", "none of its cells is recorded"): 5,
         ("CTRAP", "Table 1", "none of its cells is recorded"): 6,
     }
 
 
-def test_every_other_average_has_one_cell_for_each_value_of_the_sweep() -> None:
-    whole = [average for average in find_averages(ROWS) if not average.missing]
-    assert len(whole) == 280
-    for average in whole:
-        swept = [cell["sweep_value"] for cell in average.cells]
+def test_complete_averages_have_one_part_per_swept_value() -> None:
+    complete = [average for average in find_averages(ROWS) if not average.missing]
+    assert len(complete) == 280
+    for average in complete:
+        swept = [cell["sweep_value"] for cell in average.parts]
         assert len(swept) == len(set(swept)) >= 3
         assert "average" not in swept
 
@@ -210,18 +228,29 @@ def test_every_other_average_has_one_cell_for_each_value_of_the_sweep() -> None:
 
 
 def figure(sweep_value: str, value: str, **changes: str) -> Figure:
-    """A row of a table that sweeps p."""
+    """Return a figure of a table that sweeps p."""
     ratio = "" if sweep_value == "average" else sweep_value
     row = dict.fromkeys(COLUMNS, "") | {
-        "protocol": "mine", "paper": "Mine", "table": "Table 1", "model": "M", "task": "SST2", "sweep": "p",
-        "sweep_value": sweep_value, "harmful_ratio": ratio, "samples": "100", "defense": "SFT", "metric": "HS",
-        "value": value, "unit": "%", "evidence": "paper text",
-    }  # fmt: skip
+        "protocol": "example",
+        "paper": "Example",
+        "table": "Table 1",
+        "model": "M",
+        "task": "SST2",
+        "sweep": "p",
+        "sweep_value": sweep_value,
+        "harmful_ratio": ratio,
+        "samples": "100",
+        "defense": "SFT",
+        "metric": "HS",
+        "value": value,
+        "unit": "%",
+        "evidence": "paper text",
+    }
     return row | changes
 
 
 def table_row(cells: str, average: str, **changes: str) -> list[Figure]:
-    """A row of a paper's table: p = 0.1, 0.2, ... and the average."""
+    """Return a row of a paper's table: p = 0.1, 0.2, ... and the average."""
     values = cells.split()
     return [
         *[figure(f"0.{place}", value, **changes) for place, value in enumerate(values, 1)],
@@ -234,18 +263,18 @@ def only(*rows: Figure) -> Average:
     return average
 
 
-def test_a_right_and_a_wrong_average_of_a_file(tmp_path: Path) -> None:
+def test_right_and_wrong_average_in_a_file(tmp_path: Path) -> None:
     rows = [*table_row("10.00 20.00 60.00", "30.00"), *table_row("10.00 20.00 60.00", "31.00", metric="FA")]
     path = tmp_path / "results.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    read = load_figures.rows_of(path)
+    read = figures.load_csv(path)
     assert read == rows
-    made = check_averages(find_averages(read))
-    assert (made["averages"], made["follow"], made["not_checkable"]) == (2, 1, [])
-    (wrong,) = made["do_not_follow"]
+    outcome = check_averages(find_averages(read))
+    assert (outcome["averages"], outcome["follow"], outcome["not_checkable"]) == (2, 1, [])
+    (wrong,) = outcome["do_not_follow"]
     assert (wrong["metric"], wrong["printed"], wrong["recomputed"], wrong["holds"]) == ("FA", "31.00", 30.0, False)
     assert wrong["cells"] == [
         {"sweep_value": "0.1", "printed": "10.00"},
@@ -255,7 +284,7 @@ def test_a_right_and_a_wrong_average_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cells", "average", "holds"),
+    ("cells", "average", "follows"),
     [
         ("1.00 1.00 1.01", "1.00", True),
         ("1.00 1.00 1.01", "1.01", True),  # 0.0067 away; half a unit of both is 0.01
@@ -274,61 +303,61 @@ def test_a_right_and_a_wrong_average_of_a_file(tmp_path: Path) -> None:
         ("0.1 0.1 0.1 0.1 0.1 0.1 0.1", "0.1", True),
     ],
 )
-def test_rounding_explains_half_a_unit_of_the_average_and_of_the_cells(cells: str, average: str, holds: bool) -> None:
-    made = only(*table_row(cells, average))
-    assert made.missing == ""
-    assert made.holds is holds
+def test_rounding_explains_half_a_unit_of_the_average_and_of_the_parts(cells: str, average: str, follows: bool) -> None:
+    recomputed = only(*table_row(cells, average))
+    assert recomputed.missing == ""
+    assert recomputed.follows is follows
 
 
-def test_cells_are_of_the_same_protocol_paper_table_defense_metric_and_setting() -> None:
+def test_parts_share_protocol_paper_table_defense_metric_and_setting() -> None:
     row = table_row("10.00 20.00", "15.00")
-    others = [
+    decoys = [
         figure("0.9", "99.00", **{column: "other"})
         for column in ("protocol", "paper", "table", "sweep", "defense", "metric", "model", "task", "samples")
     ]
-    made = only(*row, *others[:4], *others[6:])
-    assert (made.mean, made.missing) == (Decimal(15), "")
-    # another defense or metric has a cell that this row lacks
-    assert {only(*row, other).missing for other in others[4:6]} == {"not recorded: 0.9"}
+    average = only(*row, *decoys[:4], *decoys[6:])
+    assert (average.mean, average.missing) == (Decimal(15), "")
+    # a different defense or metric has a cell that this row lacks
+    assert {only(*row, decoy).missing for decoy in decoys[4:6]} == {"not recorded: 0.9"}
 
 
 @pytest.mark.parametrize("swept", ["model", "task", "samples"])
-def test_an_average_over_another_column(swept: str) -> None:
-    """The swept column of the average is empty, or says so."""
+def test_average_over_a_different_column(swept: str) -> None:
+    """The swept column of the average is empty or has the word average."""
     cells = [figure(name, value, sweep=swept, **{swept: name}) for name, value in {"A": "10.0", "B": "30.0"}.items()]
     for text in ("", "average of A and B"):
         average = figure("average", "20.0", sweep=swept, **{swept: text})
-        assert [cell["value"] for cell in only(average, *cells).cells] == ["10.0", "30.0"]
+        assert [cell["value"] for cell in only(average, *cells).parts] == ["10.0", "30.0"]
 
 
-def test_an_average_that_only_its_task_names_has_no_cells_elsewhere() -> None:
+def test_average_named_only_by_its_task_has_no_parts_in_further_tables() -> None:
     rows = table_row("10.00 20.00", "15.00")
     rows.append(figure("", "18.00", table="cross-dataset", sweep="", task="average of datasets"))
     first, second = find_averages(rows)
     assert (first.missing, second.missing) == ("", "none of its cells is recorded")
 
 
-def test_what_is_missing_is_said_and_not_checked() -> None:
+def test_averages_with_missing_parts_are_not_checked() -> None:
     short = table_row("10.00 20.00", "31.00", defense="Vaccine")
     full = table_row("10.00 20.00 60.00", "30.00")
     noted = table_row("10.00 20.00", "15.00", table="Table 2", note="p=0.3 column omitted")
     bare = figure("average", "3.00", table="Table 3")
-    made = check_averages(find_averages([*short, *full, *noted, bare]))
-    assert (made["averages"], made["follow"], made["do_not_follow"]) == (4, 1, [])
-    assert [(each["table"], each["missing"]) for each in made["not_checkable"]] == [
+    outcome = check_averages(find_averages([*short, *full, *noted, bare]))
+    assert (outcome["averages"], outcome["follow"], outcome["do_not_follow"]) == (4, 1, [])
+    assert [(entry["table"], entry["missing"]) for entry in outcome["not_checkable"]] == [
         ("Table 1", "not recorded: 0.3"),
-        ("Table 2", "a column is omitted, says its note"),
+        ("Table 2", "a column is omitted according to its note"),
         ("Table 3", "none of its cells is recorded"),
     ]
-    assert not any("recomputed" in each or "holds" in each for each in made["not_checkable"])
+    assert not any("recomputed" in entry or "holds" in entry for entry in outcome["not_checkable"])
 
 
-def test_a_metric_that_is_a_mean_is_no_average_of_cells() -> None:
+def test_metric_that_is_a_mean_is_not_an_average() -> None:
     assert find_averages([figure("0.1", "0.5", metric="mean_harmfulness_score", table="average table")]) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The command
+# Command
 
 
 def listed(*args: object) -> list[dict[str, Any]]:
@@ -338,30 +367,36 @@ def listed(*args: object) -> list[dict[str, Any]]:
     return rows
 
 
-def of(**wanted: str) -> list[str]:
-    """The notes and values of the figures in the file, to compare with what is listed."""
-    return [row["value"] for row in ROWS if all(row[column] == value for column, value in wanted.items())]
+def of(**columns: str) -> list[str]:
+    """Return the values of the figures in the file that have these column values."""
+    return [row["value"] for row in ROWS if all(row[column] == value for column, value in columns.items())]
 
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("paper", "AntiDote (bi-level)"), ("protocol", "booster"), ("model", "Gemma2-9B"), ("task", "AGNEWS"),
-     ("defense", "SFT"), ("metric", "leakage_ratio")],
-)  # fmt: skip
-def test_a_filter_lists_all_such_figures_and_no_other(column: str, value: str) -> None:
+    [
+        ("paper", "AntiDote (bi-level)"),
+        ("protocol", "booster"),
+        ("model", "Gemma2-9B"),
+        ("task", "AGNEWS"),
+        ("defense", "SFT"),
+        ("metric", "leakage_ratio"),
+    ],
+)
+def test_filter_lists_exactly_the_matching_figures(column: str, value: str) -> None:
     rows = listed(f"--{column}", value)
     assert {row[column] for row in rows} == {value}
     assert [row["printed"] for row in rows] == of(**{column: value}) != []
 
 
-def test_filters_narrow_and_repeated_ones_add() -> None:
+def test_filters_narrow_and_repeated_filters_add() -> None:
     rows = listed("--paper", "Vaccine", "--metric", "HS", "--defense", "SFT", "--defense", "Vaccine")
     both = [of(paper="Vaccine", metric="HS", defense=name) for name in ("SFT", "Vaccine")]
     assert len(rows) == sum(map(len, both)) > 20
     assert {(row["paper"], row["metric"]) for row in rows} == {("Vaccine", "HS")}
     assert Counter(row["defense"] for row in rows) == {"SFT": len(both[0]), "Vaccine": len(both[1])}
     assert listed("--paper", "Vaccine", "--model", "Mistral-7B") == []
-    assert "No figure fits all of these." in hbv("published", "--paper", "Vaccine", "--model", "Mistral-7B").out
+    assert "No figure matches all filters." in hbv("published", "--paper", "Vaccine", "--model", "Mistral-7B").out
 
 
 def test_case_matters_only_between_names() -> None:
@@ -376,10 +411,16 @@ def test_case_matters_only_between_names() -> None:
 @pytest.mark.parametrize("flag", ["", "--json", "--check"])
 @pytest.mark.parametrize(
     ("column", "wrong", "near"),
-    [("paper", "Vacine", "Vaccine"), ("protocol", "vaccine-paper", "vaccine_paper"), ("model", "Lama2-7B", "Llama2-7B"),
-     ("task", "sst-2", "SST2"), ("defense", "boster", "Booster"), ("metric", "leakage", "leakage_ratio")],
-)  # fmt: skip
-def test_an_unknown_name_is_refused_with_the_nearest(column: str, wrong: str, near: str, flag: str) -> None:
+    [
+        ("paper", "Vacine", "Vaccine"),
+        ("protocol", "vaccine-paper", "vaccine_paper"),
+        ("model", "Lama2-7B", "Llama2-7B"),
+        ("task", "sst-2", "SST2"),
+        ("defense", "boster", "Booster"),
+        ("metric", "leakage", "leakage_ratio"),
+    ],
+)
+def test_unknown_name_suggests_the_nearest(column: str, wrong: str, near: str, flag: str) -> None:
     done = hbv("published", f"--{column}", wrong, *([flag] if flag else []))
     assert (done.code, done.out) == (2, "")
     assert f"Unknown {column} {wrong!r}. Did you mean {near!r}? Allowed: " in done.sentence
@@ -387,7 +428,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(column: str, wrong: str, ne
     assert all(row[column] in allowed for row in ROWS)
 
 
-def test_json_has_numbers_and_what_is_printed() -> None:
+def test_json_has_numbers_and_printed_texts() -> None:
     (row,) = listed("--paper", "T-Vaccine", "--metric", "HS")
     (same,) = [row for row in ROWS if (row["paper"], row["metric"]) == ("T-Vaccine", "HS")]
     assert row == {**same, "value": float(same["value"]), "printed": same["value"]}
@@ -395,7 +436,7 @@ def test_json_has_numbers_and_what_is_printed() -> None:
     assert len(listed("--paper", "Lisa")) == 469
 
 
-def test_the_terminal_lists_one_table_a_protocol_and_paper() -> None:
+def test_terminal_lists_one_table_per_protocol_and_paper() -> None:
     done = hbv("published", "--metric", "HS", "--defense", "KL", "--defense", "BSO", "--limit", 500)
     assert (done.code, done.err) == (0, "")
     lisa, vaccine = done.out.split("Protocol ")[1:]
@@ -406,12 +447,12 @@ def test_the_terminal_lists_one_table_a_protocol_and_paper() -> None:
         assert [words[words.index("HS") + 1] for words in shown] == of(paper=paper, defense=defense, metric="HS")
     assert "p=average" in vaccine
     assert "never compare across protocols" in vaccine
-    # two papers of what is no protocol are kept apart too
+    # papers of the collection third_party_transcribed have separate tables too
     done = hbv("published", "--protocol", "third_party_transcribed", "--metric", "HS", "--limit", 500)
     assert done.out.count("Protocol third_party_transcribed: ") == 6
 
 
-def test_notes_stand_below_with_their_marks() -> None:
+def test_notes_are_printed_below_with_their_marks() -> None:
     done = hbv("published", "--paper", "Vaccine", "--defense", "KL", "--metric", "FA")
     marked = [line for line in done.out.splitlines() if line.rstrip().endswith("[1]")]
     assert len(marked) == 1
@@ -420,17 +461,17 @@ def test_notes_stand_below_with_their_marks() -> None:
     assert any(line.startswith("[1] AS PRINTED; inconsistent") for line in done.out.splitlines())
 
 
-def test_names_and_notes_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_and_notes_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
     row = figure("0.1", "1.0", defense="[red]D", paper="[red]P", note="[red]N")
     average = figure("average", "9.0", defense="[red]D", paper="[red]P", note="[red]N")
-    Console(width=200).print(load_figures.listing([row], 1))
-    Console(width=200).print(load_figures.check_view(check_averages(find_averages([row, average]))))
-    Console(width=200).print(load_figures.summary_view(load_figures.summary([row], 0)))
-    told = capsys.readouterr().out
-    assert (told.count("[red]D"), told.count("[red]P"), told.count("[red]N")) == (2, 3, 1)
+    Console(width=200).print(figures.figures_table([row], 1))
+    Console(width=200).print(figures.check_view(check_averages(find_averages([row, average]))))
+    Console(width=200).print(figures.summary_view(figures.summarize_figures([row], 0)))
+    output = capsys.readouterr().out
+    assert (output.count("[red]D"), output.count("[red]P"), output.count("[red]N")) == (2, 3, 1)
 
 
-def test_at_most_forty_unless_asked() -> None:
+def test_default_limit_is_forty() -> None:
     def shown(*args: object) -> int:
         return sum(" paper text " in f"{line} " for line in hbv("published", "--paper", "Lisa", *args).out.splitlines())
 
@@ -439,48 +480,48 @@ def test_at_most_forty_unless_asked() -> None:
     assert "469 of 469 figures. " in hbv("published", "--paper", "Lisa", "--limit", 500).out
 
 
-def test_without_a_filter_a_summary() -> None:
+def test_summary_without_a_filter() -> None:
     done = hbv("published")
     assert (done.code, done.err) == (0, "")
     assert len(done.out.splitlines()) < 80
     assert "2729 figures of 24 papers under 13 protocols; 52 more" in done.out
     assert "paper text (OCR) 512" in done.out
-    made = json.loads(hbv("published", "--json").out)
-    assert (made["figures"], made["overhead_figures"]) == (2729, 52)
-    assert made["protocols"] == Counter(row["protocol"] for row in ROWS)
-    assert list(made["evidence"].items()) == [(grade, len(of(evidence=grade))) for grade in load_figures.EVIDENCE]
-    assert {(each["protocol"], each["paper"]): each["figures"] for each in made["papers"]} == Counter(
+    summary = json.loads(hbv("published", "--json").out)
+    assert (summary["figures"], summary["overhead_figures"]) == (2729, 52)
+    assert summary["protocols"] == Counter(row["protocol"] for row in ROWS)
+    assert list(summary["evidence"].items()) == [(grade, len(of(evidence=grade))) for grade in figures.EVIDENCE]
+    assert {(entry["protocol"], entry["paper"]): entry["figures"] for entry in summary["papers"]} == Counter(
         (row["protocol"], row["paper"]) for row in ROWS
     )
-    for each in made["papers"]:
-        assert each["paper"] in done.out
-        assert sum(each["evidence"].values()) == each["figures"]
+    for entry in summary["papers"]:
+        assert entry["paper"] in done.out
+        assert sum(entry["evidence"].values()) == entry["figures"]
 
 
-def test_the_check_in_the_terminal() -> None:
+def test_check_in_the_terminal() -> None:
     done = hbv("published", "--check")
     assert (done.code, done.err) == (0, "")
     lines = [" ".join(line.split()) for line in done.out.splitlines()]
     assert sum(" Table " in line for line in lines) == len(WRONG)
-    for told in (
+    for expected in (
         "Vaccine Table 1 VLGuard HS 60.20 52.28 +7.92 clean: 49.40, 0.01: 50.00, 0.05: 54.00, 0.1: 54.40, 0.2: 53.60",
         "Vaccine Table 1 KL FA 59.08 85.32 -26.24 clean: 85.80,",
         "AntiDote (bi-level) Table 1 Booster FA 65.8 65.675 +0.125 MMLU: 75.0,",
         "AsFT Table 2 BEA HS 14.80 15.00 -0.20 clean: 4.80,",
     ):
-        assert sum(line.startswith(told) for line in lines) == 1, told
-    told = " ".join(done.out.split())
-    assert "299 printed averages: 271 follow from their cells within rounding, 9 do not, 19 cannot be checked" in told
-    assert "none of its cells is recorded 15" in told
+        assert sum(line.startswith(expected) for line in lines) == 1, expected
+    text = " ".join(done.out.split())
+    assert "299 printed averages: 271 follow from their cells within rounding, 9 do not, 19 cannot be checked" in text
+    assert "none of its cells is recorded 15" in text
 
 
-def test_the_check_of_a_paper_without_averages_or_without_errors() -> None:
+def test_check_of_a_paper_without_averages_or_errors() -> None:
     assert "0 printed averages: 0 follow" in hbv("published", "--check", "--paper", "RepNoise").out
     virus = hbv("published", "--check", "--paper", "Virus").out
     assert virus.startswith("24 printed averages: 24 follow from their cells within rounding, 0 do not, 0 cannot")
 
 
-def test_the_check_takes_no_limit() -> None:
+def test_check_refuses_a_limit() -> None:
     done = hbv("published", "--check", "--limit", 3)
     assert (done.code, done.out) == (2, "")
     assert "--limit" in done.sentence
@@ -492,11 +533,14 @@ def test_help_has_an_example_and_every_filter() -> None:
     assert all(f"--{column} NAME" in done.out for column in FILTERS)
 
 
-def test_it_imports_nothing_heavy() -> None:
+def test_light_imports() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *HBV[1:], "published", "--paper", "Vaccine"],
-        capture_output=True, text=True, check=True, env=dict(os.environ),
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env=dict(os.environ),
+    )
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "rich" in imported or "rich.table" in imported
     assert not imported & {"torch", "transformers", "peft", "pandas", "scipy", "numpy"}

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from harmbench_vaccine.evaluation.results import _append
+from harmbench_vaccine.evaluation.records import _append
 from harmbench_vaccine.evaluation.statistics import wilson
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import load_protocol, protocol_names

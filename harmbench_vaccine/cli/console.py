@@ -1,0 +1,96 @@
+"""Output of the commands: views, JSON, progress, and one-line errors with their exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.errors import BadInput, unknown_name
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from harmbench_vaccine.core.progress import Progress
+
+WIDTH_OF_A_FILE = 170
+"""Width of tables where the output is not a terminal."""
+
+
+class SuggestingGroup(click.Group):
+    """A group of commands that suggests the nearest name for an unknown command."""
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command in the arguments.
+
+        Raises:
+            BadInput: The group does not have such a command.
+        """
+        if args and self.get_command(context, args[0]) is None and not args[0].startswith("-"):
+            raise unknown_name("command", args[0], self.list_commands(context))
+        return super().resolve_command(context, args)
+
+
+def print_view(view: RenderableType) -> None:
+    """Print a table or a page."""
+    from rich.console import Console
+
+    console = Console()
+    Console(width=None if console.is_terminal else WIDTH_OF_A_FILE).print(view)
+
+
+def print_json(values: Any) -> None:
+    """Print values as JSON on one line, at once.
+
+    Raises:
+        ValueError: A number is not finite.
+    """
+    click.echo(json.dumps(values, ensure_ascii=False, allow_nan=False))
+    sys.stdout.flush()
+
+
+@contextmanager
+def terminal_progress() -> Iterator[Progress]:
+    """Show progress in the terminal; silent on every rank but the first."""
+    from harmbench_vaccine.core.progress import SILENT, Terminal
+
+    if distributed.rank():
+        yield SILENT
+        return
+    with Terminal() as progress:
+        yield progress
+
+
+def parse_assignments(option: str, form: str, items: tuple[str, ...]) -> dict[str, str]:
+    """Parse the NAME=VALUE items of an option.
+
+    Raises:
+        BadInput: An item has another form.
+    """
+    values = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name or not value:
+            raise BadInput(f"Invalid {option} {item!r}. Expected {form}.")
+        values[name] = value
+    return values
+
+
+def print_warning(text: str) -> None:
+    """Print a warning on stderr, on the first rank."""
+    if distributed.rank() == 0:
+        click.echo(f"hbv: warning: {text}", err=True)
+
+
+def exit_with_error(message: str, code: int) -> NoReturn:
+    """Print one line on stderr and exit; of several ranks only the first that fails prints."""
+    if distributed.is_first_failure():
+        click.echo(f"hbv: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,74 @@
+"""The `hbv` command: its group of commands, and the entry point with its error messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+import click
+
+from harmbench_vaccine import __version__
+from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.errors import HbvError
+
+from .console import SuggestingGroup, exit_with_error, print_warning
+from .plugins import check, info, list_, new
+from .published import published
+from .results import leaderboard, score, show
+from .run import run
+from .system import doctor
+from .testbed import testbed
+
+ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "1000",  # a spinning OpenMP thread blocks a core that a second process computes on
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # they would break our progress bars
+    "HF_HUB_VERBOSITY": "error",  # failures are reported in one line
+}
+"""Defaults for libraries that read their settings when they are first imported."""
+
+
+@click.group(cls=SuggestingGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="hbv")
+def commands() -> None:
+    """Compare defenses against harmful fine-tuning under one protocol.
+
+    \b
+    Example: hbv run --defense sft --defense vaccine --attack ratio=0.1
+    """
+
+
+for command in (run, list_, info, new, check, show, score, leaderboard, published, testbed, doctor):
+    commands.add_command(command)
+
+
+def main() -> None:
+    """Run the command line, and report a failure in one line with its exit code.
+
+    Exit codes: 2 bad input, 1 a failure while running, 130 Ctrl-C.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.showwarning = lambda message, *rest, **named: print_warning(str(message))
+    try:
+        distributed.initialize()
+        code = commands.main(standalone_mode=False)
+        distributed.shutdown()
+    except HbvError as error:
+        exit_with_error(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a command
+        error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        exit_with_error(" ".join(error.format_message().split()), 2)
+    except (KeyboardInterrupt, click.Abort):
+        exit_with_error(
+            "interrupted. Finished stages are stored; repeat the command to resume from the last checkpoint.", 130
+        )
+    except Exception as error:
+        if os.environ.get("HBV_DEBUG"):
+            raise
+        message = " ".join(str(error).split())
+        exit_with_error(f"unexpected {type(error).__name__}: {message} (HBV_DEBUG=1 shows the traceback)", 1)
+    sys.exit(code if isinstance(code, int) else 0)

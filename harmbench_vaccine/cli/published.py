@@ -1,0 +1,59 @@
+"""`hbv published`: the figures that papers print."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from harmbench_vaccine.core.errors import BadInput
+
+from .console import print_json, print_view
+
+F = TypeVar("F", bound=Callable[..., Any])  # any function, as click.option takes it
+
+
+def _filter_options(command: F) -> F:
+    """Add one filter option per column of the figures."""
+    for column in ("metric", "defense", "task", "model", "protocol", "paper"):
+        text = f"Only figures of this {column}. Repeatable."
+        command = click.option(f"--{column}", multiple=True, metavar="NAME", help=text)(command)
+    return command
+
+
+@click.command()
+@_filter_options
+@click.option("--check", is_flag=True, help="Recompute the averages, and list those that do not follow.")
+@click.option("--limit", type=click.IntRange(1), default=None, help="Number of figures. [default: 40; with --json all]")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list of figures; without a filter an object.")
+def published(check: bool, limit: int | None, as_json: bool, **filters: tuple[str, ...]) -> None:
+    """List the figures that papers print.
+
+    There is one table per protocol and paper; without a filter or --limit, a summary. Names are the ones in the
+    papers. An average that --check lists is wrong in the paper or in the copy here; the exit code is 0 either way.
+
+    \b
+    Example: hbv published --paper Vaccine --defense SFT --defense Vaccine --metric HS
+    """
+    from harmbench_vaccine.reporting.published import figures
+
+    if check and limit:
+        raise BadInput("--limit applies to lists of figures only: remove it, or remove --check.")
+    rows = figures.load_figures()
+    selected = figures.select_figures(rows, filters)
+    values: Any  # JSON
+    if check:
+        averages = [average for average in figures.find_averages(rows) if average.figure in selected]
+        values = figures.check_averages(averages)
+        view = figures.check_view(values)
+    elif limit or any(filters.values()):
+        values = [figures.figure_json(row) for row in selected[:limit]]
+        view = figures.figures_table(selected, limit or 40)
+    else:
+        values = figures.summarize_figures(rows, len(figures.load_table("overhead.csv")))
+        view = figures.summary_view(values)
+    if as_json:
+        print_json(values)
+    else:
+        print_view(view)

@@ -1,0 +1,131 @@
+"""`hbv show`, `hbv score` and `hbv leaderboard`: stored runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from .console import print_json, print_view, terminal_progress
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--set",
+    "set_name",
+    default="harmful",
+    show_default=True,
+    help="Set of questions: harmful, benign, task, or a set that an attack adds.",
+)
+@click.option(
+    "--only", type=click.Choice(["flagged", "unflagged"]), default=None, help="Only answers with this verdict."
+)
+@click.option(
+    "--limit", type=click.IntRange(1), default=None, help="Number of questions. [default: 10; with --json all]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON lines.")
+def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: bool) -> None:
+    """Show questions, answers and verdicts of a run.
+
+    The answers are from before and after the user stage. RUN is a run id, a unique prefix of one, or a folder.
+
+    \b
+    Example: hbv show vaccine-3f --only flagged
+    """
+    from harmbench_vaccine.core.errors import unknown_name
+    from harmbench_vaccine.core.paths import home
+    from harmbench_vaccine.evaluation.records import by_question, find_run, load_run
+    from harmbench_vaccine.reporting.tables import answers_view
+
+    result, answers = load_run(find_run(run, home() / "runs"))
+    set_names = {row["set"] for row in answers}
+    if set_name not in set_names:
+        raise unknown_name("set of questions", set_name, set_names)
+    if as_json:
+        for pair in by_question(answers, set_name, only)[:limit]:
+            for row in pair.values():
+                click.echo(json.dumps(row, ensure_ascii=False))
+    else:
+        print_view(answers_view(result, answers, set_name, limit or 10, only))
+
+
+@click.command()
+@click.argument("run")
+@click.option(
+    "--scorer",
+    "scorers",
+    multiple=True,
+    metavar="SPEC",
+    help="llama_guard, beaver_dam=0.4, harmbench:template=FILE. Repeatable. [default: the scorer of the run]",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    default=None,
+    metavar="T",
+    help="Flag answers with a higher score, instead of the scorers' thresholds.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object: the scores by judge, their agreement.")
+def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: bool) -> None:
+    """Score the stored answers of a run again.
+
+    Nothing is trained or generated. RUN is a run id, a unique prefix of one, or a folder. The new verdicts are added
+    to the stored ones, and the headline HS does not change. Stored judgments of the same answers are reused.
+
+    \b
+    Example: hbv score vaccine-3f --scorer llama_guard --scorer beaver_dam=0.4
+    """
+    from harmbench_vaccine.core.paths import home
+    from harmbench_vaccine.evaluation.records import find_run
+    from harmbench_vaccine.evaluation.rescoring import rescore
+    from harmbench_vaccine.reporting.tables import scores_view
+
+    folder = find_run(run, home() / "runs")
+    with terminal_progress() as progress:
+        result = rescore(folder, scorers, threshold, home() / "store", progress)
+    if as_json:
+        values = result.to_json()
+        print_json({key: values[key] for key in ("run", "scorer", "scores", "agreement")})
+    else:
+        print_view(scores_view(result))
+
+
+@click.command()
+@click.argument("tables", nargs=-1, type=click.Path(path_type=Path), metavar="[CSV]...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="Write leaderboard.csv and leaderboard.md into this folder. [default: write nothing]",
+)
+@click.option(
+    "--baseline", default="sft", show_default=True, metavar="SPEC", help="Defense to compute differences against."
+)
+@click.option(
+    "--published", is_flag=True, help="Compare with published figures, and list the deviations from the paper."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object per row of leaderboard.csv.")
+def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, published: bool, as_json: bool) -> None:
+    """Rank defenses over their seeds.
+
+    There is one table per protocol, model, task and attack. Without CSV it reads $HBV_HOME/results.csv. A defense with
+    a collapsed run has no rank.
+
+    \b
+    Example: hbv leaderboard --out tables
+    """
+    from harmbench_vaccine.core.jsonl import finite
+    from harmbench_vaccine.core.paths import home
+    from harmbench_vaccine.reporting.leaderboard import rank_results
+    from harmbench_vaccine.reporting.leaderboard_views import ranking_rows, rankings_view, write_rankings
+
+    rankings = rank_results(tables or [home() / "results.csv"], baseline, published)
+    if out:
+        write_rankings(rankings, out)
+    if as_json:
+        print_json(finite(ranking_rows(rankings)))
+    else:
+        print_view(rankings_view(rankings))

@@ -1,0 +1,215 @@
+"""`hbv run`: run experiments, or show what would run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from .console import parse_assignments, print_json, print_view, terminal_progress
+
+if TYPE_CHECKING:
+    from harmbench_vaccine.evaluation.result import Result
+    from harmbench_vaccine.experiment.spec import RunSpec
+
+
+@click.command()
+@click.option(
+    "--defense",
+    "defenses",
+    multiple=True,
+    default=["sft"],
+    metavar="SPEC",
+    help="vaccine, vaccine:rho=5, vaccine+ewc, ./my_idea.py. Repeatable. [default: sft]",
+)
+@click.option(
+    "--attack",
+    "attacks",
+    multiple=True,
+    default=["ratio=0"],
+    metavar="SPEC",
+    help="ratio=0.1, ratio=0.1,samples=500. Repeatable. [default: ratio=0, a benign user]",
+)
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    default=["sst2"],
+    metavar="NAME",
+    help="Downstream task the user fine-tunes on. Repeatable. [default: sst2]",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    multiple=True,
+    type=click.IntRange(0),
+    default=[0],
+    metavar="N",
+    help="Seed of all random draws. Repeatable. [default: 0]",
+)
+@click.option(
+    "--protocol",
+    default="testbed",
+    show_default=True,
+    metavar="NAME",
+    help="Data, prompts, hyperparameters, judge: a built-in name or a YAML file.",
+)
+@click.option("--model", default=None, metavar="ID", help="Override the protocol's model with a Hub id or a folder.")
+@click.option("--data", multiple=True, metavar="NAME=PATH", help="Override a data set of the protocol. Repeatable.")
+@click.option(
+    "--scorer",
+    "scorers",
+    multiple=True,
+    metavar="SPEC",
+    help="Override the protocol's judge. Repeatable: the first gives the HS, the others are reported in addition.",
+)
+@click.option(
+    "--set",
+    "values",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Override a protocol value: rows=paper, align.settings.lr=1e-4. Repeatable.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["transformers", "vllm"]),
+    default=None,
+    help="Engine that generates answers. [default: vllm if it is installed and a GPU is available]",
+)
+@click.option(
+    "--gpu-memory",
+    type=click.FloatRange(0.05, 1),
+    default=None,
+    metavar="SHARE",
+    help="Share of a GPU's memory for vLLM. [default: 0.85, or the free share]",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="Folder for run folders. [default: $HBV_HOME/runs]",
+)
+@click.option(
+    "--csv",
+    "table",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="PATH",
+    help="CSV that the results are added to. [default: $HBV_HOME/results.csv]",
+)
+@click.option(
+    "--published", is_flag=True, help="Compare with published figures, and list the deviations from the paper."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print only the results on stdout, one JSON object per run.")
+@click.option(
+    "--save-every",
+    type=click.FloatRange(0.001, 1),
+    default=0.1,
+    show_default=True,
+    metavar="SHARE",
+    help="Share of the steps of a training stage between two checkpoints.",
+)
+@click.option(
+    "--gradient-checkpointing", is_flag=True, help="Save memory in training, for one more forward pass per step."
+)
+@click.option("--shard", is_flag=True, help="Spread the base model over the ranks of torchrun or accelerate launch.")
+@click.option("--dry-run", is_flag=True, help="Show the resolved protocol, the stages and their cost; run nothing.")
+def run(
+    defenses: tuple[str, ...],
+    attacks: tuple[str, ...],
+    tasks: tuple[str, ...],
+    seeds: tuple[int, ...],
+    protocol: str,
+    model: str | None,
+    data: tuple[str, ...],
+    scorers: tuple[str, ...],
+    values: tuple[str, ...],
+    backend: Literal["transformers", "vllm"] | None,
+    gpu_memory: float | None,
+    out: Path | None,
+    table: Path | None,
+    published: bool,
+    as_json: bool,
+    save_every: float,
+    gradient_checkpointing: bool,
+    shard: bool,
+    dry_run: bool,
+) -> None:
+    """Run defenses against attacks and print their scores.
+
+    Every combination of defense, attack, task and seed is one run and one row of the table.
+
+    \b
+    Example: hbv run --defense sft --defense vaccine:rho=5 --attack ratio=0 --attack ratio=0.1 --seed 0 --seed 1
+
+    Runs share their stages, and a stored stage is reused. To resume after an interruption, repeat the same command.
+
+    Several GPUs: torchrun --nproc-per-node N -m harmbench_vaccine run ...
+    """
+    from harmbench_vaccine.experiment.spec import RunSpec
+    from harmbench_vaccine.plugins.composition import parse_plugins
+
+    specs = [
+        RunSpec(
+            protocol=protocol,
+            defense=parse_plugins(defense),
+            attack=parse_plugins(attack),
+            task=task,
+            seed=seed,
+            model=model,
+            scorers=scorers,
+            backend=backend,
+            data=parse_assignments("--data", "NAME=PATH", data),
+            values=parse_assignments("--set", "PATH=VALUE", values),
+        )
+        for task, seed, attack, defense in product(tasks, seeds, attacks, defenses)
+    ]
+    if dry_run:
+        _print_dry_run(specs, as_json)
+        return
+    from harmbench_vaccine.runner import run_all
+
+    print_result = _print_compared_result if published else _print_result
+    with terminal_progress() as progress:
+        results = run_all(
+            specs,
+            out=out,
+            table=table,
+            save_share=save_every,
+            gradient_checkpointing=gradient_checkpointing,
+            shard=shard,
+            gpu_memory=gpu_memory,
+            progress=progress,
+            on_result=print_result if as_json else None,
+        )
+    if not as_json:
+        from harmbench_vaccine.reporting.tables import results_table
+
+        print_view(results_table(results, published))
+
+
+def _print_dry_run(specs: Sequence[RunSpec], as_json: bool) -> None:
+    from harmbench_vaccine.core.paths import home
+    from harmbench_vaccine.core.store import Store
+    from harmbench_vaccine.experiment.experiment import Experiment
+    from harmbench_vaccine.reporting.dry_run.view import dry_run_json, dry_run_view
+
+    plan = dry_run_json([Experiment.settle(spec) for spec in specs], Store(home() / "store"))
+    if as_json:
+        print_json(plan)
+    else:
+        print_view(dry_run_view(plan))
+
+
+def _print_result(result: Result) -> None:
+    print_json(result.to_json())
+
+
+def _print_compared_result(result: Result) -> None:
+    from harmbench_vaccine.reporting.published.comparison import compare_results
+
+    print_json({**result.to_json(), "published": compare_results([result])[0].to_json()})

@@ -1,0 +1,142 @@
+"""Print rankings in the terminal, as Markdown, as CSV and as rows for JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from harmbench_vaccine.core.jsonl import write_atomically
+from harmbench_vaccine.core.paths import ensure_writable
+from harmbench_vaccine.core.store import readable_disk_errors
+
+from .leaderboard import COLUMNS, MEANS, Ranking
+from .published import comparison
+from .render import Column, dim_notes, render_table
+
+_HEAD = (
+    *("rank", "defense", "seeds", "HS %", "HS diff.", "FA %", "FA diff."),
+    *("HS before", "align. loss", "drift", "per token", "neither %", "collapsed"),
+)
+
+
+def _legend(baseline: str) -> str:
+    return (
+        "HS: % of answers to harmful prompts that the judge flags (lower: better; it determines the rank). FA: % of "
+        "the user task's test items answered correctly (higher: better). Mean ± standard deviation over seeds. diff.: "
+        f"paired difference to {baseline} over the shared seeds, with its 95% t-interval. before: of the aligned "
+        "model. drift: embedding drift, total and per token. neither: % of answers to harmful prompts that are neither "
+        "flagged nor a refusal; if it is large, a low HS does not show safety. collapsed: runs that failed a validity "
+        "gate."
+    )
+
+
+def rankings_view(rankings: Sequence[Ranking]) -> RenderableType:
+    """Show rankings in the terminal, one table each with its notes below."""
+    columns = [Column(title, right=title != "defense") for title in _HEAD]
+    parts: list[RenderableType] = []
+    for ranking in rankings:
+        styles = ["red" if row["collapsed_cells"] else None for row in ranking.rows]
+        table = render_table(columns, map(_cells, ranking.rows), gap=1, styles=styles)
+        parts += [Text(ranking.title, style="bold"), table, *dim_notes(ranking.notes), Text()]
+        if ranking.published:
+            parts += [comparison.comparison_view(ranking.published), Text()]
+    return Group(*parts, *dim_notes([_legend(rankings[0].baseline)]))
+
+
+def rankings_markdown(rankings: Sequence[Ranking]) -> str:
+    """Return rankings as a Markdown page."""
+    lines = ["# Leaderboard", "", _legend(rankings[0].baseline)]
+    for ranking in rankings:
+        lines += ["", f"## {_plain(ranking.title)}", "", _markdown_row(_HEAD)]
+        lines += [_markdown_row(["---" if title == "defense" else "---:" for title in _HEAD])]
+        lines += [_markdown_row(_cells(row)) for row in ranking.rows]
+        if ranking.notes:
+            lines += ["", *(f"- {_plain(note)}" for note in ranking.notes)]
+        if ranking.published:
+            lines += _comparison_lines(comparison.comparison_sheet(ranking.published))
+    return "\n".join(lines) + "\n"
+
+
+def _comparison_lines(sheet: comparison.ComparisonSheet) -> list[str]:
+    lines = []
+    if sheet.rows:
+        lines += ["", f"### {_plain(sheet.title)}", ""]
+        lines += [_markdown_row(sheet.head), _markdown_row(["---"] * len(sheet.head)), *map(_markdown_row, sheet.rows)]
+    return [*lines, "", *(f"- {_plain(note)}" for note in sheet.notes)]
+
+
+def ranking_rows(rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
+    """Return the rows of all rankings; after a comparison with the columns `comparison.COLUMNS` too."""
+    return [
+        row | compared.to_columns() if compared else row
+        for ranking in rankings
+        for row, compared in zip_longest(ranking.rows, ranking.published)
+    ]
+
+
+def rankings_frame(rankings: Sequence[Ranking]) -> pd.DataFrame:
+    """Return the rows of all rankings as a data frame with the columns `COLUMNS` and those of a comparison."""
+    compared = comparison.COLUMNS if any(ranking.published for ranking in rankings) else {}
+    return pd.DataFrame(ranking_rows(rankings), columns=[*COLUMNS, *compared])
+
+
+def write_rankings(rankings: Sequence[Ranking], folder: Path) -> None:
+    """Write `leaderboard.csv` and `leaderboard.md` into a folder, and create the folder if necessary.
+
+    Raises:
+        BadInput: The folder is not writable.
+    """
+    ensure_writable(folder, "The output folder")
+    table = rankings_frame(rankings).to_csv(index=False, lineterminator="\n", float_format="%.6g")
+    with readable_disk_errors("the leaderboard"):
+        write_atomically(folder / "leaderboard.csv", table)
+        write_atomically(folder / "leaderboard.md", rankings_markdown(rankings))
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Return the cells of a row under `_HEAD`."""
+    formats = (".1f", ".3f", ".3g", ".3g", ".1f")
+    return [
+        "collapsed" if row["collapsed_cells"] else str(row["rank"]),
+        row["defense"],
+        str(row["seeds"]),
+        _mean(row, "harmful_score"),
+        _difference(row, "harmful_score"),
+        _mean(row, "finetune_accuracy") + ("" if row["trained"] else " untrained"),
+        _difference(row, "finetune_accuracy"),
+        *(_number(row[column], form) for column, form in zip(MEANS, formats, strict=True)),
+        f"{row['collapsed_cells']} of {row['seeds']}",
+    ]
+
+
+def _mean(row: dict[str, Any], score: str) -> str:
+    return f"{row[score]:.1f} ± {_number(row[f'{score}_sd'], '.1f')}"
+
+
+def _difference(row: dict[str, Any], score: str) -> str:
+    if row["baseline"] is None or row["defense"] == row["baseline"]:
+        return ""
+    low, high = row[f"{score}_difference_low"], row[f"{score}_difference_high"]
+    interval = "-" if math.isnan(low) else f"{low:+.1f}, {high:+.1f}"
+    return f"{_number(row[f'{score}_difference'], '+.1f')} [{interval}]"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    escaped = [_plain(cell).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
+def _plain(text: str) -> str:
+    """Return text as one line without Markdown meaning; `<` could open a tag."""
+    return " ".join(text.split()).replace("<", "&lt;")
