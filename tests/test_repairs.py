@@ -349,7 +349,7 @@ class Interrupting(Silent):
     """A progress display that raises KeyboardInterrupt when a bar reaches a step."""
 
     def __init__(self, title: str, stop: int) -> None:
-        self.title, self.at = title, stop
+        self.title, self.stop = title, stop
         self.positions: list[int] = []
 
     @contextmanager
@@ -361,7 +361,7 @@ class Interrupting(Silent):
             position += steps
             if self.title in title:
                 self.positions.append(position)
-                if position == self.at:
+                if position == self.stop:
                     raise KeyboardInterrupt
 
         yield advance
@@ -369,7 +369,7 @@ class Interrupting(Silent):
 
 @pytest.mark.parametrize(("defense", "bar"), [("sft+resta", "unaligned"), ("sft+realign=6", "realigned")])
 def test_an_interrupted_run_inside_a_repair_resumes(defense: str, bar: str, world: World, tmp_path: Path) -> None:
-    complete = world.models(defense, context=world.fresh(tmp_path / "whole")).final_adapter
+    complete = world.models(defense, context=world.fresh(tmp_path / "complete")).final_adapter
     stopping = Interrupting(bar, 5)
     with pytest.raises(KeyboardInterrupt):
         world.models(defense, context=world.fresh(tmp_path / "cut", stopping))
@@ -416,8 +416,8 @@ def record_edits(*names: str) -> Iterator[list[Edit]]:
     """Record the model at every edit of these defenses."""
     edits: list[Edit] = []
 
-    def watching(kind: Any) -> Any:
-        class Watched(kind):
+    def recording(kind: Any) -> Any:
+        class RecordingEdits(kind):
             def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
                 initial = stage.stack.trained()
                 with torch.no_grad():
@@ -426,11 +426,11 @@ def record_edits(*names: str) -> Iterator[list[Edit]]:
                 edits.append(Edit(initial, output_logits, stage.stack.trained(), stage.model.training))
                 return edited
 
-        return Watched
+        return RecordingEdits
 
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
-            patch.setitem(DEFENSES._classes, name, watching(DEFENSES.get(name)))
+            patch.setitem(DEFENSES._classes, name, recording(DEFENSES.get(name)))
         yield edits
 
 
