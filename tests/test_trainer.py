@@ -1,4 +1,4 @@
-"""The trainer: accumulation, the order of hooks, and interruptions that leave no trace in the result."""
+"""The trainer: accumulation, the order of hooks, and interruptions that do not change the result."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ from support import tiny
 from support.trainer import Stop, assert_same, interrupting
 from support.world import make_world
 
-SEED = 7  # of tiny.stage
+SEED = 7  # the seed of tiny.stage
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(20, 4), (10, 4), (3, 8), (1, 1)])
-def test_every_epoch_takes_every_row_exactly_once(rows: int, batch: int) -> None:
+def test_every_epoch_uses_every_row_once(rows: int, batch: int) -> None:
     order = batch_order(rows, tiny.settings(batch=batch, epochs=3), SEED)
     per_epoch = math.ceil(rows / batch)
     assert len(order) == 3 * per_epoch
     for epoch in range(3):
         batches = order[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert Counter(row for each in batches for row in each) == Counter(range(rows))
-        assert [len(each) for each in batches[:-1]] == [batch] * (per_epoch - 1)
+        assert Counter(row for rows_of_batch in batches for row in rows_of_batch) == Counter(range(rows))
+        assert [len(rows_of_batch) for rows_of_batch in batches[:-1]] == [batch] * (per_epoch - 1)
 
 
-def test_epochs_are_shuffled_apart_and_by_the_seed() -> None:
+def test_seed_shuffles_every_epoch_differently() -> None:
     settings = tiny.settings(batch=4, epochs=2)
     order = batch_order(20, settings, SEED)
     assert order[:5] != order[5:]
@@ -56,10 +56,10 @@ def test_epochs_are_shuffled_apart_and_by_the_seed() -> None:
     assert batch_order(20, settings, SEED + 1) != order
 
 
-def test_a_share_of_an_epoch_is_whole_batches_of_that_epoch() -> None:
-    whole = batch_order(20, tiny.settings(batch=4, epochs=3), SEED)
-    assert batch_order(20, tiny.settings(batch=4, epochs=2.4), SEED) == whole[:12]
-    assert batch_order(20, tiny.settings(batch=4, epochs=0.2), SEED) == whole[:1]
+def test_fraction_of_an_epoch_is_complete_batches() -> None:
+    complete = batch_order(20, tiny.settings(batch=4, epochs=3), SEED)
+    assert batch_order(20, tiny.settings(batch=4, epochs=2.4), SEED) == complete[:12]
+    assert batch_order(20, tiny.settings(batch=4, epochs=0.2), SEED) == complete[:1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_a_share_of_an_epoch_is_whole_batches_of_that_epoch() -> None:
 
 
 @pytest.mark.parametrize("rows", [16, 12, 10], ids=["full steps", "last step of one", "last micro-batch of two rows"])
-def test_accumulation_loses_no_micro_batch(rows: int, tmp_path: Path) -> None:
+def test_accumulation_uses_every_micro_batch(rows: int, tmp_path: Path) -> None:
     settings = tiny.settings(
         batch=4, accumulation=2, epochs=1, schedule="constant", warmup=0.0, weight_decay=0.1, max_grad_norm=0.5
     )
@@ -91,17 +91,17 @@ def test_accumulation_loses_no_micro_batch(rows: int, tmp_path: Path) -> None:
         optimizer.step()
         assert entry["loss"] == pytest.approx(mean.item(), rel=1e-4)
         assert entry["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-        assert norm > 0.5  # so that clipping acts
-    for ours, theirs in zip(stage.trainable.values(), parameters, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+        assert norm > 0.5  # clipping changes the step
+    for parameter, expected in zip(stage.trainable.values(), parameters, strict=True):
+        torch.testing.assert_close(parameter, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_the_log_has_every_step_and_the_learning_rate_of_the_schedule(tmp_path: Path) -> None:
+def test_log_has_every_step_and_learning_rate(tmp_path: Path) -> None:
     settings = tiny.settings(epochs=2, batch=4, warmup=0.2, lr=1e-3)
     stage, _ = tiny.stage(trained_with=settings)
     log = train(stage, SFT(), tiny.rows(20), settings, tmp_path, pad=tiny.PAD)
     assert [entry["step"] for entry in log] == list(range(1, 11))
-    rates = [1e-3 * step / 2 for step in range(2)]  # two steps of warm-up
+    rates = [1e-3 * step / 2 for step in range(2)]  # two warm-up steps
     rates += [1e-3 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(8)]
     assert [entry["learning_rate"] for entry in log] == pytest.approx(rates, abs=1e-9)
 
@@ -111,7 +111,7 @@ def test_the_log_has_every_step_and_the_learning_rate_of_the_schedule(tmp_path: 
 
 
 class Recorder(Defense):
-    """Notes every hook of the trainer with the stage's clock."""
+    """Records every hook call with the clock of the stage."""
 
     _calls: list[Any] = PrivateAttr(default_factory=list)
 
@@ -136,7 +136,7 @@ class Recorder(Defense):
 
 @pytest.mark.parametrize("team", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_every_hook_is_called_in_order(accumulation: int, team: bool, tmp_path: Path) -> None:
+def test_hooks_are_called_in_order(accumulation: int, team: bool, tmp_path: Path) -> None:
     settings = tiny.settings(batch=4, epochs=1, accumulation=accumulation)
     stage, _ = tiny.stage(trained_with=settings, stirred=True)
     recorder = Recorder()
@@ -192,29 +192,33 @@ class Recording(Defense):
 """
 
 
-def test_a_defense_of_all_stages_meets_every_hook_in_a_whole_run(tmp_path: Path) -> None:
+def test_complete_run_calls_every_hook_in_order(tmp_path: Path) -> None:
     plugin = tmp_path / "recording.py"
     plugin.write_text(RECORDING)
     protocol = make_world(tmp_path / "world")
     spec = RunSpec(protocol=str(protocol), defense=parse_plugins(str(plugin)), attack=parse_plugins("ratio=0.25"))
     run_all([spec])
     steps = {
-        name: [line for step in range(1, 10) for line in
-               (f"before_step {name} {step}", f"gradient {name} {step} 4", f"after_step {name} {step}")]
+        name: [
+            line
+            for step in range(1, 10)
+            for line in (f"before_step {name} {step}", f"gradient {name} {step} 4", f"after_step {name} {step}")
+        ]
         for name in ("align", "finetune")
-    }  # fmt: skip
+    }
     assert (tmp_path / "calls.txt").read_text().splitlines() == [
-        "rows align 40 True False", "rows finetune 40 True True",  # the check before any work
-        "template train", "rows align 40 True False", "before align 9", *steps["align"], "edit align 4 True",
-        "template train", "rows finetune 40 True True", "before finetune 9", *steps["finetune"],
-        "edit finetune 4 True", "template train", "edit repair 4 True",
-    ]  # fmt: skip
+        *("template train", "template train", "template train"),  # the configuration of the stages
+        *("rows align 40 True False", "rows finetune 40 True True"),  # the check before any work
+        *("rows align 40 True False", "before align 9", *steps["align"], "edit align 4 True"),
+        *("rows finetune 40 True True", "before finetune 9", *steps["finetune"], "edit finetune 4 True"),
+        "edit repair 4 True",
+    ]
     store = tmp_path / "home" / "store"
     scales = {
         stage: json.loads(next(store.glob(f"{stage}/*/adapter/adapter_config.json")).read_text())["lora_alpha"]
         for stage in ("align", "finetune", "repair")
     }
-    assert scales == {"align": 4, "finetune": 4, "repair": 2}  # each edit halved what it was given
+    assert scales == {"align": 4, "finetune": 4, "repair": 2}  # each edit halves the scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,33 +226,33 @@ def test_a_defense_of_all_stages_meets_every_hook_in_a_whole_run(tmp_path: Path)
 
 
 class Counting(SFT):
-    """A defense with a memory: the gradient depends on how many steps it has seen, and on drawn noise."""
+    """A defense with state: the gradient depends on the number of steps and on random noise."""
 
     name: ClassVar[str] = "counting"
-    _seen: Tensor = torch.zeros(2, dtype=torch.float64)
+    _sums: Tensor = torch.zeros(2, dtype=torch.float64)
     _prepared: int = 0
 
     def before(self, stage: TrainingStage) -> None:
         self._prepared += 1
-        self._seen = torch.zeros(2, dtype=torch.float64)
+        self._sums = torch.zeros(2, dtype=torch.float64)
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         plain = stage.gradient(batch)
-        return Gradient(plain.loss, [(1 + float(self._seen[0]) / 10) * value for value in plain.values])
+        return Gradient(plain.loss, [(1 + float(self._sums[0]) / 10) * value for value in plain.values])
 
     def after_step(self, stage: TrainingStage) -> None:
-        self._seen = self._seen + torch.rand(2, generator=stage.generator("count")).double()
+        self._sums = self._sums + torch.rand(2, generator=stage.generator("count")).double()
 
     def state(self) -> dict[str, Tensor]:
-        return {"seen": self._seen}
+        return {"sums": self._sums}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        assert state["seen"].dtype == torch.float64
-        self._seen = state["seen"]
+        assert state["sums"].dtype == torch.float64
+        self._sums = state["sums"]
 
 
 class StoppingProgress:
-    """Interrupts from the progress bar, as Ctrl-C would between two steps."""
+    """Interrupts from the progress bar, like Ctrl-C between two steps."""
 
     def __init__(self, count: int) -> None:
         self.stop = Stop(count)
@@ -264,7 +268,7 @@ class StoppingProgress:
 def run_stage(
     folder: Path, defense: Defense, settings: TrainSettings, *, salt: int = 0, rows: int = 20, **more: Any
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """A stage from fresh objects, as another process would make them; `salt` sets torch's generator apart."""
+    """Train a stage from new objects, like another process; `salt` seeds torch's generator."""
     torch.manual_seed(salt)
     stage, _ = tiny.stage(trained_with=settings, stirred=True)
     log = train(stage, defense, tiny.rows(rows), settings, folder, pad=tiny.PAD, **more)
@@ -289,58 +293,58 @@ PLAIN, ACCUMULATED = {"epochs": 3}, {"epochs": 3, "accumulation": 2, "batch": 3}
         (Counting, ACCUMULATED, "after_step", 8),
         (lambda: DefenseTeam(members=(Counting(),)), PLAIN, "after_step", 11),
     ],
-    ids=["sft", "sft-accumulated", "sft-share", "vaccine", "random-vaccine", "memory", "team"],
+    ids=["sft", "sft-accumulated", "sft-share", "vaccine", "random-vaccine", "state", "team"],
 )
-def test_an_interrupted_stage_ends_bit_equal(
+def test_interrupted_stage_ends_bit_equal(
     make: Callable[[], Defense], changes: dict[str, Any], hook: str, count: int, tmp_path: Path
 ) -> None:
     settings = tiny.settings(lora_dropout=0.1, **changes)
-    whole = run_stage(tmp_path / "whole", make(), settings)
+    complete = run_stage(tmp_path / "complete", make(), settings)
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path / "cut", interrupting(make(), hook, count), settings, salt=1)
-    assert len(checkpoints(tmp_path / "cut")) == 1  # one whole checkpoint, the older ones gone
-    assert_same(run_stage(tmp_path / "cut", make(), settings, salt=2), whole)
+    assert len(checkpoints(tmp_path / "cut")) == 1  # only the newest checkpoint
+    assert_same(run_stage(tmp_path / "cut", make(), settings, salt=2), complete)
 
 
-def test_interrupted_at_the_progress_bar_again_and_again(tmp_path: Path) -> None:
+def test_repeated_interruptions_end_bit_equal(tmp_path: Path) -> None:
     settings = tiny.settings(lora_dropout=0.1, epochs=3)
-    whole = run_stage(tmp_path / "whole", SFT(), settings)
-    for count in (5, 4, 6):  # a resumed bar first jumps to where it was
+    complete = run_stage(tmp_path / "complete", SFT(), settings)
+    for count in (5, 4, 6):  # a resumed bar first jumps to its previous position
         with pytest.raises(KeyboardInterrupt):
             run_stage(tmp_path / "cut", SFT(), settings, salt=count, progress=StoppingProgress(count))
     assert checkpoints(tmp_path / "cut") == ["checkpoint-10"]
-    assert_same(run_stage(tmp_path / "cut", SFT(), settings, salt=9), whole)
+    assert_same(run_stage(tmp_path / "cut", SFT(), settings, salt=9), complete)
 
 
-def test_a_stage_resumes_and_does_not_start_again(tmp_path: Path) -> None:
+def test_stage_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
     settings = tiny.settings(epochs=3)
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path, interrupting(SFT(), "before_step", 10), settings)
-    assert checkpoints(tmp_path) == ["checkpoint-8"]  # 10 % of 15 steps is every second
+    assert checkpoints(tmp_path) == ["checkpoint-8"]  # 10% of 15 steps: every second step
     recorder = Recorder()
     run_stage(tmp_path, recorder, settings)
-    assert recorder._calls[0] == ("before_step", 9)  # and `before` is not called a second time
+    assert recorder._calls[0] == ("before_step", 9)  # `before` is not called again
     assert recorder._calls[-1] == ("after_step", 15)
 
 
-def test_before_the_first_checkpoint_a_stage_starts_again(tmp_path: Path) -> None:
+def test_stage_without_checkpoint_starts_from_the_beginning(tmp_path: Path) -> None:
     settings = tiny.settings(lora_dropout=0.1)
-    whole = run_stage(tmp_path / "whole", Counting(), settings)
+    complete = run_stage(tmp_path / "complete", Counting(), settings)
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path / "cut", interrupting(Counting(), "before_step", 3), settings, save_share=0.5)
     assert checkpoints(tmp_path / "cut") == []
-    again = Counting()
-    assert_same(run_stage(tmp_path / "cut", again, settings, save_share=0.5), whole)
-    assert again._prepared == 1
+    second = Counting()
+    assert_same(run_stage(tmp_path / "cut", second, settings, save_share=0.5), complete)
+    assert second._prepared == 1
 
 
-def test_how_often_is_saved_changes_nothing(tmp_path: Path) -> None:
+def test_checkpoint_frequency_does_not_change_the_result(tmp_path: Path) -> None:
     settings = tiny.settings(lora_dropout=0.1)
     often = run_stage(tmp_path / "often", SFT(), settings, save_share=0.1)
     assert_same(run_stage(tmp_path / "never", SFT(), settings, save_share=1.0), often)
 
 
-def test_what_a_defense_remembers_comes_back(tmp_path: Path) -> None:
+def test_state_of_a_defense_is_restored(tmp_path: Path) -> None:
     settings = tiny.settings(epochs=2)
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path, interrupting(Counting(), "before_step", 6), settings)
@@ -350,40 +354,40 @@ def test_what_a_defense_remembers_comes_back(tmp_path: Path) -> None:
         name: ClassVar[str] = "counting"
 
         def restore(self, state: dict[str, Tensor]) -> None:
-            restored.append(state["seen"].clone())
+            restored.append(state["sums"].clone())
             super().restore(state)
 
     run_stage(tmp_path, Witness(), settings)
     stage, _ = tiny.stage()
     expected = torch.zeros(2, dtype=torch.float64)
     for stage.step in range(1, 6):
-        # after_step comes after the micro-batch, so the stream is that of micro-batch 1
+        # after_step follows the micro-batch, so it uses the stream of micro-batch 1
         stage.micro = 1
         expected = expected + torch.rand(2, generator=stage.generator("count")).double()
     assert len(restored) == 1
     assert torch.equal(restored[0], expected)
 
 
-def test_members_of_a_team_keep_their_memories_apart() -> None:
+def test_team_members_have_separate_state() -> None:
     class Other(Counting):
-        name: ClassVar[str] = "counting_more"  # its name begins with the other's
+        name: ClassVar[str] = "counting_more"  # the first name is a prefix of this one
 
     team = DefenseTeam(members=(Counting(),))
     first, second = Counting(), Other()
-    first._seen, second._seen = torch.tensor([1.0, 2.0]).double(), torch.tensor([3.0, 4.0]).double()
+    first._sums, second._sums = torch.tensor([1.0, 2.0]).double(), torch.tensor([3.0, 4.0]).double()
     object.__setattr__(team, "members", (first, second))
     state = team.state()
     assert len(state) == 2
-    first._seen = second._seen = torch.zeros(2).double()
+    first._sums = second._sums = torch.zeros(2).double()
     team.restore(state)
-    assert first._seen.tolist() == [1.0, 2.0]
-    assert second._seen.tolist() == [3.0, 4.0]
+    assert first._sums.tolist() == [1.0, 2.0]
+    assert second._sums.tolist() == [3.0, 4.0]
 
 
 @pytest.mark.parametrize("garbage", [True, False], ids=["garbage", "cut while saving"])
-def test_a_half_written_checkpoint_is_ignored(garbage: bool, tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_ignored(garbage: bool, tmp_path: Path) -> None:
     settings = tiny.settings(lora_dropout=0.1, epochs=3)
-    whole = run_stage(tmp_path / "whole", Counting(), settings)
+    complete = run_stage(tmp_path / "complete", Counting(), settings)
     cut = interrupting(Counting(), "before_step", 6) if garbage else interrupting(Counting(), "state", 3)
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path / "cut", cut, settings)
@@ -392,16 +396,16 @@ def test_a_half_written_checkpoint_is_ignored(garbage: bool, tmp_path: Path) -> 
             path = tmp_path / "cut" / "checkpoint-12" / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(b"half")
-    # What was cut while saving is cleared away at once, what a killed process left when the stage is tried again.
+    # An interrupted save is removed at once; files of a killed process are removed when the stage runs again.
     assert len(checkpoints(tmp_path / "cut")) == (2 if garbage else 1)
     witness = Recorder()
-    with pytest.raises(KeyError):  # stops it at once: all that is asked here is where it goes on
-        run_stage(tmp_path / "cut", _raising(witness), settings)
+    with pytest.raises(KeyError):  # stops at once: only the first step matters here
+        run_stage(tmp_path / "cut", raising(witness), settings)
     assert witness._calls == [("before_step", 5)]
-    assert_same(run_stage(tmp_path / "cut", Counting(), settings), whole)
+    assert_same(run_stage(tmp_path / "cut", Counting(), settings), complete)
 
 
-def _raising(recorder: Recorder) -> Defense:
+def raising(recorder: Recorder) -> Defense:
     class Raising(SFT):
         def before_step(self, stage: TrainingStage) -> None:
             recorder._calls.append(("before_step", stage.step))
@@ -410,7 +414,7 @@ def _raising(recorder: Recorder) -> Defense:
     return Raising()
 
 
-def test_no_epochs_are_no_steps(tmp_path: Path) -> None:
+def test_zero_epochs_change_nothing(tmp_path: Path) -> None:
     settings = tiny.settings(epochs=0)
     stage, _ = tiny.stage(trained_with=settings, stirred=True)
     before = [value.detach().clone() for value in stage.trainable.values()]
@@ -419,36 +423,36 @@ def test_no_epochs_are_no_steps(tmp_path: Path) -> None:
         assert torch.equal(old, new)
 
 
-def test_what_is_done_before_the_first_step_depends_on_nothing_that_ran_earlier(tmp_path: Path) -> None:
-    """A pass over data meets no dropout and its own random numbers, and leaves the steps' random numbers alone."""
+def test_before_hook_has_separate_random_numbers(tmp_path: Path) -> None:
+    """A pass over data has no dropout and separate random numbers; the random numbers of the steps do not change."""
 
     class Looking(SFT):
-        _found: Any = None
+        _numbers: Any = None
 
         def before(self, stage: TrainingStage) -> None:
             assert not stage.model.training
-            self._found = [stage.loss(tiny.batch()).item(), torch.rand(1).item()]
+            self._numbers = [stage.loss(tiny.batch()).item(), torch.rand(1).item()]
 
     settings = tiny.settings(lora_dropout=0.5, epochs=1)
     plain = run_stage(tmp_path / "plain", SFT(), settings)
-    found = []
+    numbers = []
     for salt in (0, 1):
         looking = Looking()
         assert_same(run_stage(tmp_path / str(salt), looking, settings, salt=salt), plain)
-        found.append(looking._found)
-    assert found[0] == found[1]
-    assert len(found[0]) == 2
+        numbers.append(looking._numbers)
+    assert numbers[0] == numbers[1]
+    assert len(numbers[0]) == 2
 
 
-def test_a_frozen_parameter_is_not_moved_by_momentum_or_decay(tmp_path: Path) -> None:
+def test_momentum_and_decay_do_not_change_a_frozen_parameter(tmp_path: Path) -> None:
     class Freezing(SFT):
-        _kept: Any = None
+        _frozen: Any = None
 
         def before_step(self, stage: TrainingStage) -> None:
             first = next(iter(stage.trainable.values()))
             first.requires_grad_(stage.step < 3)
             if stage.step == 3:
-                self._kept = first.detach().clone()
+                self._frozen = first.detach().clone()
 
     settings = tiny.settings(weight_decay=0.5)
     stage, _ = tiny.stage(trained_with=settings, stirred=True)
@@ -456,11 +460,11 @@ def test_a_frozen_parameter_is_not_moved_by_momentum_or_decay(tmp_path: Path) ->
     before = first.detach().clone()
     freezing = Freezing()
     train(stage, freezing, tiny.rows(20), settings, tmp_path, pad=tiny.PAD)
-    assert not torch.equal(freezing._kept, before)
-    assert torch.equal(first, freezing._kept)
+    assert not torch.equal(freezing._frozen, before)
+    assert torch.equal(first, freezing._frozen)
 
 
-def test_a_norm_of_0_clips_nothing_and_the_log_still_has_the_norms(tmp_path: Path) -> None:
+def test_max_grad_norm_of_0_does_not_clip_but_logs_norms(tmp_path: Path) -> None:
     log = run_stage(tmp_path, SFT(), tiny.settings(max_grad_norm=0.0, epochs=1))[1]
     assert log
     assert all(entry["grad_norm"] > 0 for entry in log)

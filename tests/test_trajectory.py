@@ -1,7 +1,7 @@
 """The losses of 20-step stages through the real command line, against a committed reference.
 
-A change of these numbers is a change of the method: batches, masks, gradients, optimizer or schedule. Where it is
-meant, write the reference anew, and say in the commit why:
+If these numbers change, the method changes: batches, masks, gradients, optimizer or schedule. After an intended change,
+write a new reference, and give the reason in the commit:
 
     python tests/test_trajectory.py
 """
@@ -25,7 +25,7 @@ DEFENSES = ("sft", "vaccine")
 
 
 def trajectories(folder: Path) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Defense -> stage -> log, of one `hbv run` in a process of its own."""
+    """Return defense -> stage -> log of one `hbv run` in a separate process."""
     protocol, home = make_world(folder / "world"), folder / "home"
     command = [sys.executable, "-m", "harmbench_vaccine", "run", "--protocol", str(protocol), "--json"]
     command += ["--attack", "ratio=0.25", *(word for defense in DEFENSES for word in ("--defense", defense))]
@@ -34,42 +34,43 @@ def trajectories(folder: Path) -> dict[str, dict[str, list[dict[str, float]]]]:
     assert ran.returncode == 0, ran.stderr
     results = [json.loads(line) for line in ran.stdout.splitlines()]
     assert [result["defense"] for result in results] == list(DEFENSES)
-    found: dict[str, dict[str, Any]] = {defense: {} for defense in DEFENSES}
+    logs: dict[str, dict[str, Any]] = {defense: {} for defense in DEFENSES}
     aligned: dict[str, str] = {}  # key of the alignment artifact -> defense
     for stage in ("align", "finetune"):
         for file in sorted((home / "store" / stage).glob("*/artifact.json")):
             artifact = json.loads(file.read_text(encoding="utf-8"))
             inputs = artifact["inputs"]
             if stage == "align":
-                aligned[artifact["key"]] = defense = inputs["defense"][0][0]
+                # `sft` has no defense that acts in this stage.
+                aligned[artifact["key"]] = defense = inputs["defense"][0][0] if inputs["defense"] else "sft"
             else:
-                defense = next(name for key, name in aligned.items() if key in inputs["model"])
-            assert stage not in found[defense]
-            found[defense][stage] = json.loads((file.parent / "log.json").read_text(encoding="utf-8"))
-    return found
+                defense = aligned[inputs["model"]["align"]]
+            assert stage not in logs[defense]
+            logs[defense][stage] = json.loads((file.parent / "log.json").read_text(encoding="utf-8"))
+    return logs
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[dict[str, float]]]]:
+def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[dict[str, float]]]]:
     return trajectories(tmp_path_factory.mktemp("trajectory"))
 
 
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 @pytest.mark.parametrize("defense", DEFENSES)
-def test_losses_are_those_of_the_reference(found: Any, defense: str, stage: str) -> None:
+def test_losses_equal_the_reference(logs: Any, defense: str, stage: str) -> None:
     reference = json.loads(REFERENCE.read_text(encoding="utf-8"))[defense][stage]
-    log = found[defense][stage]
+    log = logs[defense][stage]
     assert len(log) == len(reference) == 20
     for key in ("step", "learning_rate", "loss", "grad_norm"):
-        # Another processor sums in another order, and 20 steps enlarge that.
+        # Processors sum in different orders, and 20 steps amplify the difference.
         tolerance = 1e-3 if key == "grad_norm" else 1e-4
         assert [entry[key] for entry in log] == pytest.approx([entry[key] for entry in reference], rel=tolerance), key
 
 
-def test_the_defenses_differ_in_alignment_and_start_from_one_model(found: Any) -> None:
-    sft, vaccine = found["sft"]["align"], found["vaccine"]["align"]
-    assert vaccine[0]["loss"] > sft[0]["loss"] * 1.01  # the same batch and weights, perturbed
-    assert found["sft"]["finetune"][0]["loss"] != found["vaccine"]["finetune"][0]["loss"]
+def test_defenses_differ_from_the_first_alignment_step(logs: Any) -> None:
+    sft, vaccine = logs["sft"]["align"], logs["vaccine"]["align"]
+    assert vaccine[0]["loss"] > sft[0]["loss"] * 1.01  # the same batch and weights, with a perturbation
+    assert logs["sft"]["finetune"][0]["loss"] != logs["vaccine"]["finetune"][0]["loss"]
 
 
 if __name__ == "__main__":
