@@ -27,7 +27,6 @@ from .loading import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from harmbench_vaccine.core.store import Store
     from harmbench_vaccine.training.adapters import LoraStack
 
     from .classifiers import Classify
@@ -327,21 +326,3 @@ class ModelPool:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-class Lab(ModelPool):
-    """A model pool with a store."""
-
-    def __init__(
-        self,
-        store: Store,
-        progress: Progress = SILENT,
-        save_share: float = 0.1,
-        gradient_checkpointing: bool = False,
-        shard: bool = False,
-        gpu_memory: float = GPU_MEMORY,
-    ) -> None:
-        super().__init__(progress, gradient_checkpointing, shard, gpu_memory)
-        self.store, self.save_share = store, save_share
-
-    beside = ModelPool.second_stack
