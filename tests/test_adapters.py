@@ -1,4 +1,4 @@
-"""LoRA stacks, against weights that are merged by hand."""
+"""LoRA stacks, against manually merged weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ATTENTION, MLP = ("q_proj", "v_proj"), ("o_proj", "gate_proj", "down_proj")
 def adapter(
     base: nn.Module, targets: Sequence[str] = (*ATTENTION, *MLP), *, rank: int = 4, scale: float = 2.0, seed: int = 0
 ) -> Adapter:
-    """Random factors for every linear module that is named in `targets`."""
+    """Return an adapter with random factors for every linear module in `targets`."""
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, module in base.named_modules():
@@ -37,19 +37,19 @@ def adapter(
     return Adapter(factors, scale)
 
 
-def saved(made: Adapter, folder: Path) -> Path:
-    made.save(folder)
+def save(stored: Adapter, folder: Path) -> Path:
+    stored.save(folder)
     return folder
 
 
 def merged(base: PreTrainedModel, *adapters: Adapter) -> PreTrainedModel:
-    """A copy of the base whose weights are W + the sum of scale * B A."""
-    whole = copy.deepcopy(base)
+    """Return a copy of the base whose weights are W + the sum of scale * B A."""
+    model = copy.deepcopy(base)
     with torch.no_grad():
-        for each in adapters:
-            for name, (a, b) in each.factors.items():
-                whole.get_submodule(name).weight += each.scale * (b @ a)
-    return whole.eval()
+        for lora in adapters:
+            for name, (a, b) in lora.factors.items():
+                model.get_submodule(name).weight += lora.scale * (b @ a)
+    return model.eval()
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -62,49 +62,49 @@ def weights(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a stack computes
+# Outputs of a stack
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
-def test_a_stack_of_two_is_the_merged_model(architecture: str, tmp_path: Path) -> None:
+def test_stack_of_two_equals_the_merged_model(architecture: str, tmp_path: Path) -> None:
     base = tiny.model(architecture)
     first = adapter(base, ATTENTION, rank=4, scale=2.0, seed=1)
     second = adapter(base, (*ATTENTION, "fc1", "o_proj"), rank=3, scale=0.75, seed=2)  # another rank, scale and targets
     stack = LoraStack(copy.deepcopy(base))
-    both = logits(stack.use([saved(first, tmp_path / "first"), saved(second, tmp_path / "second")]))
+    both = logits(stack.use([save(first, tmp_path / "first"), save(second, tmp_path / "second")]))
     assert close(both, logits(merged(base, first, second)))
     assert not close(both, logits(merged(base, first)), 1e-2)
     assert not close(both, logits(merged(base, second)), 1e-2)
 
 
-def test_concatenated_adapters_are_the_stack(tmp_path: Path) -> None:
+def test_concatenated_adapters_equal_the_stack(tmp_path: Path) -> None:
     base = tiny.model()
     first = adapter(base, ATTENTION, rank=4, scale=2.0, seed=1)
     second = adapter(base, MLP, rank=3, scale=0.75, seed=2)
     third = adapter(base, (*ATTENTION, *MLP), rank=2, scale=1.5, seed=3)
-    paths = [saved(each, tmp_path / str(number)) for number, each in enumerate((first, second, third))]
-    one = concatenate([first, second, third])
-    assert one.rank == 9
-    for module in one.factors:
-        parts = [each.delta(module) for each in (first, second, third) if module in each.factors]
-        torch.testing.assert_close(one.delta(module), torch.stack(parts).sum(0), atol=1e-6, rtol=1e-5)
+    paths = [save(lora, tmp_path / str(number)) for number, lora in enumerate((first, second, third))]
+    combined = concatenate([first, second, third])
+    assert combined.rank == 9
+    for module in combined.factors:
+        parts = [lora.delta(module) for lora in (first, second, third) if module in lora.factors]
+        torch.testing.assert_close(combined.delta(module), torch.stack(parts).sum(0), atol=1e-6, rtol=1e-5)
     stack = LoraStack(copy.deepcopy(base))
     stacked = logits(stack.use(paths))
-    assert close(logits(stack.use([saved(one, tmp_path / "one")])), stacked)
+    assert close(logits(stack.use([save(combined, tmp_path / "combined")])), stacked)
     assert close(stacked, logits(merged(base, first, second, third)))
 
 
-def test_one_adapter_concatenated_is_itself() -> None:
+def test_concatenation_of_one_adapter_is_the_adapter() -> None:
     single = adapter(tiny.model(), scale=0.5)
     assert concatenate([single]) is single
 
 
-def test_no_adapter_is_the_base_bit_for_bit(tmp_path: Path) -> None:
+def test_stack_without_adapters_is_bit_equal_to_the_base(tmp_path: Path) -> None:
     base = tiny.model()
     plain = logits(base)
     stack = LoraStack(base)
     assert torch.equal(logits(stack.use([])), plain)
-    path = saved(adapter(base), tmp_path / "a")
+    path = save(adapter(base), tmp_path / "a")
     assert not close(logits(stack.use([path])), plain, 1e-2)
     assert torch.equal(logits(stack.use([])), plain)
     with_adapter = logits(stack.use([path]))
@@ -113,28 +113,28 @@ def test_no_adapter_is_the_base_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(logits(stack.model), with_adapter)
 
 
-def test_the_adapter_used_longest_ago_goes_and_results_stay_right(tmp_path: Path) -> None:
+def test_least_recently_used_adapter_is_evicted(tmp_path: Path) -> None:
     base = tiny.model()
-    made = [adapter(base, seed=number) for number in range(LoraStack.MAX_FROZEN + 2)]
-    paths = [saved(each, tmp_path / str(number)) for number, each in enumerate(made)]
+    loras = [adapter(base, seed=number) for number in range(LoraStack.MAX_FROZEN + 2)]
+    paths = [save(lora, tmp_path / str(number)) for number, lora in enumerate(loras)]
     stack = LoraStack(copy.deepcopy(base))
-    expected = [logits(merged(base, each)) for each in made]
+    expected = [logits(merged(base, lora)) for lora in loras]
     pairs = [(0, 1), (2, 3), (4, 0), (5, 1), (3, 4)]
     for _ in range(2):
         for number, path in enumerate(paths):
             assert close(logits(stack.use([path])), expected[number]), number
-        for one, other in pairs:
-            both = logits(stack.use([paths[one], paths[other]]))
-            assert close(both, logits(merged(base, made[one], made[other]))), (one, other)
+        for first, second in pairs:
+            both = logits(stack.use([paths[first], paths[second]]))
+            assert close(both, logits(merged(base, loras[first], loras[second]))), (first, second)
     assert isinstance(stack.model, PeftModel)
     assert len(stack.model.peft_config) <= LoraStack.MAX_FROZEN
 
 
-def test_a_stack_may_be_higher_than_what_is_kept(tmp_path: Path) -> None:
+def test_stack_may_exceed_the_number_of_frozen_adapters(tmp_path: Path) -> None:
     base = tiny.model()
-    made = [adapter(base, seed=number, scale=0.5) for number in range(LoraStack.MAX_FROZEN + 2)]
-    paths = [saved(each, tmp_path / str(number)) for number, each in enumerate(made)]
-    assert close(logits(LoraStack(copy.deepcopy(base)).use(paths)), logits(merged(base, *made)))
+    loras = [adapter(base, seed=number, scale=0.5) for number in range(LoraStack.MAX_FROZEN + 2)]
+    paths = [save(lora, tmp_path / str(number)) for number, lora in enumerate(loras)]
+    assert close(logits(LoraStack(copy.deepcopy(base)).use(paths)), logits(merged(base, *loras)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,39 +142,39 @@ def test_a_stack_may_be_higher_than_what_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
-def test_peft_reads_what_is_saved(architecture: str, tmp_path: Path) -> None:
+def test_peft_reads_saved_adapters(architecture: str, tmp_path: Path) -> None:
     base = tiny.model(architecture)
-    made = adapter(base, (*ATTENTION, "fc2", "o_proj"), rank=3, scale=0.7)  # alpha = 2.1 is no whole number
-    saved(made, tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter")).eval()
-    assert close(logits(theirs), logits(merged(base, made)))
+    lora = adapter(base, (*ATTENTION, "fc2", "o_proj"), rank=3, scale=0.7)  # alpha = 2.1 is not an integer
+    save(lora, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "adapter")).eval()
+    assert close(logits(loaded), logits(merged(base, lora)))
     assert not any(path.suffix in {".bin", ".pt", ".pkl"} for path in (tmp_path / "adapter").iterdir())
 
 
-def test_a_round_trip_changes_no_bit(tmp_path: Path) -> None:
-    made = adapter(tiny.model(), scale=0.7)
-    again = Adapter.load(saved(made, tmp_path / "a"))
-    assert again.scale == pytest.approx(made.scale, rel=1e-12)
-    assert again.factors.keys() == made.factors.keys()
-    for module, (a, b) in made.factors.items():
-        assert torch.equal(again.factors[module][0], a)
-        assert torch.equal(again.factors[module][1], b)
+def test_save_and_load_change_no_bit(tmp_path: Path) -> None:
+    lora = adapter(tiny.model(), scale=0.7)
+    loaded = Adapter.load(save(lora, tmp_path / "a"))
+    assert loaded.scale == pytest.approx(lora.scale, rel=1e-12)
+    assert loaded.factors.keys() == lora.factors.keys()
+    for module, (a, b) in lora.factors.items():
+        assert torch.equal(loaded.factors[module][0], a)
+        assert torch.equal(loaded.factors[module][1], b)
 
 
-def test_what_peft_saves_is_read(tmp_path: Path) -> None:
+def test_adapters_saved_by_peft_are_loaded(tmp_path: Path) -> None:
     stage, stack = tiny.stage(stirred=True)
     assert isinstance(stage.model, PeftModel)
     stage.model.save_pretrained(str(tmp_path), selected_adapters=[LoraStack.TRAINED])
-    theirs = Adapter.load(tmp_path / LoraStack.TRAINED)
-    ours = stack.trained()
-    assert theirs.scale == ours.scale
-    for module, (a, b) in ours.factors.items():
-        assert torch.equal(theirs.factors[module][0], a)
-        assert torch.equal(theirs.factors[module][1], b)
+    loaded = Adapter.load(tmp_path / LoraStack.TRAINED)
+    trained = stack.trained()
+    assert loaded.scale == trained.scale
+    for module, (a, b) in trained.factors.items():
+        assert torch.equal(loaded.factors[module][0], a)
+        assert torch.equal(loaded.factors[module][1], b)
 
 
-def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
-    path = saved(adapter(tiny.model(num_hidden_layers=3)), tmp_path / "a")
+def test_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = save(adapter(tiny.model(num_hidden_layers=3)), tmp_path / "a")
     with pytest.raises(BadInput):
         LoraStack(tiny.model()).use([path])
 
@@ -183,11 +183,11 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 # Training on top
 
 
-def test_training_starts_from_what_lies_below(tmp_path: Path) -> None:
+def test_training_starts_from_the_frozen_adapters(tmp_path: Path) -> None:
     base = tiny.model()
     below = adapter(base)
     stack = LoraStack(copy.deepcopy(base))
-    path = saved(below, tmp_path / "below")
+    path = save(below, tmp_path / "below")
     trainable = stack.train([path], tiny.settings(), seed=0)
     assert close(logits(stack.model), logits(merged(base, below)))  # B = 0
     assert len(trainable) == 2 * 3 * 2  # A and B of three modules in two layers
@@ -199,11 +199,11 @@ def test_training_starts_from_what_lies_below(tmp_path: Path) -> None:
     assert close(logits(stack.model.eval()), logits(merged(base, below, top)))
 
 
-def test_single_topology_goes_on_from_the_aligned_adapter(tmp_path: Path) -> None:
+def test_single_topology_continues_the_aligned_adapter(tmp_path: Path) -> None:
     base = tiny.model()
     settings = tiny.settings()
     aligned = adapter(base, settings.lora_targets, rank=4, scale=2.0)
-    path = saved(aligned, tmp_path / "aligned")
+    path = save(aligned, tmp_path / "aligned")
     stack = LoraStack(copy.deepcopy(base))
     stack.train([], settings, seed=0, start=Adapter.load(path))
     start = stack.trained()
@@ -212,7 +212,7 @@ def test_single_topology_goes_on_from_the_aligned_adapter(tmp_path: Path) -> Non
         assert torch.equal(start.factors[module][0], a)
         assert torch.equal(start.factors[module][1], b)
     assert close(logits(stack.model.eval()), logits(merged(base, aligned)))
-    stack.use([path])  # the copy is trained, not the stored one
+    stack.use([path])  # training changes the copy, not the stored adapter
     stack.train([], settings, seed=0, start=Adapter.load(path))
     tiny.stir({name: value for name, value in stack.model.named_parameters() if value.requires_grad})
     assert close(logits(stack.use([path])), logits(merged(base, aligned)))
@@ -223,8 +223,8 @@ def test_single_topology_goes_on_from_the_aligned_adapter(tmp_path: Path) -> Non
     [{"lora_alpha": 16}, {"lora_rank": 2}, {"lora_rank": 6}, {"lora_targets": ("q_proj",)}],
     ids=["alpha", "smaller rank", "larger rank", "fewer targets"],
 )
-def test_single_topology_never_starts_from_another_model(changes: dict[str, object], tmp_path: Path) -> None:
-    # The user stage may have settings of its own: it starts as the aligned model, or is refused in words.
+def test_single_topology_starts_from_the_aligned_model(changes: dict[str, object], tmp_path: Path) -> None:
+    # With other settings, the fine-tuning stage starts from the aligned model or raises BadInput.
     base = tiny.model()
     aligned = adapter(base, tiny.settings().lora_targets, rank=4, scale=2.0)
     stack = LoraStack(copy.deepcopy(base))
@@ -235,21 +235,21 @@ def test_single_topology_never_starts_from_another_model(changes: dict[str, obje
     assert close(logits(stack.model.eval()), logits(merged(base, aligned)))
 
 
-def test_the_seed_alone_decides_a_fresh_adapter() -> None:
-    found = []
+def test_new_adapter_depends_only_on_the_seed() -> None:
+    adapters = []
     for seed in (0, 0, 1):
-        torch.manual_seed(len(found))
+        torch.manual_seed(len(adapters))
         state = torch.get_rng_state()
         stack = LoraStack(tiny.model())
-        found.append([value.clone() for value in stack.train([], tiny.settings(), seed).values()])
+        adapters.append([value.clone() for value in stack.train([], tiny.settings(), seed).values()])
         assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(one, other) for one, other in zip(found[0], found[1], strict=True))
-    assert not all(torch.equal(one, other) for one, other in zip(found[0], found[2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(adapters[0], adapters[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(adapters[0], adapters[2], strict=True))
 
 
-def test_training_leaves_base_and_frozen_adapters_bit_identical(tmp_path: Path) -> None:
+def test_training_does_not_change_base_or_frozen_adapters(tmp_path: Path) -> None:
     base = tiny.model()
-    path = saved(adapter(base), tmp_path / "below")
+    path = save(adapter(base), tmp_path / "below")
     before, settings = weights(base), tiny.settings(lora_dropout=0.1)
     stage, stack = tiny.stage(base, trained_with=settings, below=[path])
     aligned = logits(stack.use([path]))
@@ -267,14 +267,14 @@ def test_training_leaves_base_and_frozen_adapters_bit_identical(tmp_path: Path) 
     assert torch.equal(logits(stack.use([path])), aligned)
 
 
-def test_what_was_trained_acts_the_same_when_it_is_loaded(tmp_path: Path) -> None:
+def test_loaded_adapter_equals_the_trained_one(tmp_path: Path) -> None:
     base = tiny.model()
-    below = saved(adapter(base), tmp_path / "below")
+    below = save(adapter(base), tmp_path / "below")
     settings = tiny.settings()
     stage, stack = tiny.stage(base, trained_with=settings, below=[below])
     train(stage, Vaccine(rho=0.5), tiny.rows(12), settings, tmp_path / "work", pad=tiny.PAD)
     in_place = logits(stage.model.eval())
-    top = saved(stack.trained(), tmp_path / "top")
+    top = save(stack.trained(), tmp_path / "top")
     stack.drop_trained()
     assert close(logits(stack.use([below, top])), in_place)
     assert close(logits(LoraStack(tiny.model()).use([below, top])), in_place)
@@ -282,29 +282,29 @@ def test_what_was_trained_acts_the_same_when_it_is_loaded(tmp_path: Path) -> Non
 
 def test_frozen_adapters_have_no_dropout(tmp_path: Path) -> None:
     base = tiny.model()
-    path = saved(adapter(base), tmp_path / "below")
+    path = save(adapter(base), tmp_path / "below")
     stack = LoraStack(base)
-    still = logits(stack.use([path]))
+    plain = logits(stack.use([path]))
     trainable = stack.train([path], tiny.settings(lora_dropout=0.5), seed=0)
     stack.model.train()
     torch.manual_seed(0)
-    assert torch.equal(logits(stack.model), still)  # the new adapter's B is 0, so its dropout shows nothing yet
+    assert torch.equal(logits(stack.model), plain)  # B of the new adapter is 0, so its dropout has no effect yet
     tiny.stir(trainable)
     assert not torch.equal(logits(stack.model), logits(stack.model))  # its dropout is on
 
 
-def test_a_second_training_starts_afresh(tmp_path: Path) -> None:
+def test_second_training_starts_from_a_new_adapter(tmp_path: Path) -> None:
     stack = LoraStack(tiny.model())
     stack.train([], tiny.settings(lora_rank=4), seed=0)
     tiny.stir({name: value for name, value in stack.model.named_parameters() if value.requires_grad})
-    again = stack.train([], tiny.settings(lora_rank=2), seed=1)
-    assert all(value.shape[0] == 2 for name, value in again.items() if "lora_A" in name)
-    assert all(value.abs().max() == 0 for name, value in again.items() if "lora_B" in name)
+    second = stack.train([], tiny.settings(lora_rank=2), seed=1)
+    assert all(value.shape[0] == 2 for name, value in second.items() if "lora_A" in name)
+    assert all(value.abs().max() == 0 for name, value in second.items() if "lora_B" in name)
 
 
 def test_trainable_weights_are_float32_on_a_half_precision_base(tmp_path: Path) -> None:
     base = tiny.model().bfloat16()
-    path = saved(adapter(tiny.model()), tmp_path / "below")
+    path = save(adapter(tiny.model()), tmp_path / "below")
     stage, _ = tiny.stage(base, below=[path], stirred=True)
     assert {value.dtype for value in stage.trainable.values()} == {torch.float32}
     gradient = Vaccine(rho=2.0).gradient(stage, tiny.batch())
@@ -312,7 +312,7 @@ def test_trainable_weights_are_float32_on_a_half_precision_base(tmp_path: Path) 
     assert all(torch.isfinite(value).all() for value in gradient.values)
 
 
-def test_the_base_is_there_after_the_only_adapter_was_dropped() -> None:
+def test_base_remains_after_the_only_adapter_is_dropped() -> None:
     base = tiny.model()
     plain = logits(base)
     stack = LoraStack(base)
@@ -321,25 +321,25 @@ def test_the_base_is_there_after_the_only_adapter_was_dropped() -> None:
     assert torch.equal(logits(stack.use([])), plain)
 
 
-def test_targets_that_the_model_lacks_are_refused() -> None:
+def test_missing_targets_are_refused() -> None:
     with pytest.raises(BadInput, match="LlamaForCausalLM"):
         LoraStack(tiny.model()).train([], tiny.settings(lora_targets=("nowhere",)), seed=0)
 
 
-def test_conventional_targets_that_the_model_lacks_are_left_out_and_said_once() -> None:
-    # OPT calls its output projection out_proj and its MLP's matrices fc1 and fc2.
-    said: list[str] = []
-    stack = LoraStack(tiny.model("opt"), said.append)
+def test_missing_standard_targets_are_skipped_and_noted_once() -> None:
+    # In OPT the output projection is out_proj and the matrices of the MLP are fc1 and fc2.
+    notes: list[str] = []
+    stack = LoraStack(tiny.model("opt"), notes.append)
     seven = tiny.settings(lora_targets=STANDARD_TARGETS)
     trainable = stack.train([], seven, seed=0)
     stack.train([], seven, seed=0)
     assert {name.split(".")[-4] for name in trainable} == {"q_proj", "k_proj", "v_proj"}
-    assert said == [
-        "OPTForCausalLM has no down_proj, gate_proj, o_proj, up_proj: LoRA adapts k_proj, q_proj, v_proj only"
+    assert notes == [
+        "OPTForCausalLM has no down_proj, gate_proj, o_proj, up_proj: LoRA adapts only k_proj, q_proj, v_proj."
     ]
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "out_projj"), ("o_proj", "up_proj")])
-def test_other_targets_and_a_list_without_one_that_is_there_are_refused(targets: tuple[str, ...]) -> None:
+def test_unknown_targets_and_lists_without_any_match_are_refused(targets: tuple[str, ...]) -> None:
     with pytest.raises(BadInput, match=r"of OPTForCausalLM.*out_proj"):
         LoraStack(tiny.model("opt")).train([], tiny.settings(lora_targets=targets), seed=0)

@@ -1,4 +1,4 @@
-"""Hidden-state taps on every architecture, against hooks of the tests' own on the output projections."""
+"""Hidden-state taps on every architecture, against separate hooks on the output projections."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 @every_architecture
-def test_there_is_one_block_for_each_layer_in_order(architecture: str) -> None:
+def test_one_attention_block_per_layer_in_order(architecture: str) -> None:
     model = tiny.model(architecture, num_hidden_layers=3)
     blocks = attention_blocks(model)
     assert len(blocks) == 3
@@ -37,18 +37,22 @@ def test_there_is_one_block_for_each_layer_in_order(architecture: str) -> None:
 
 
 @every_architecture
-def test_recorded_is_what_the_block_puts_out(architecture: str) -> None:
-    model, batch, mine = tiny.model(architecture), tiny.batch(), []
-    with torch.no_grad(), hooked(model, lambda number, output: mine.append(output)), Taps(model).recorded() as outputs:
+def test_recorded_outputs_are_the_block_outputs(architecture: str) -> None:
+    model, batch, expected_outputs = tiny.model(architecture), tiny.batch(), []
+    with (
+        torch.no_grad(),
+        hooked(model, lambda number, output: expected_outputs.append(output)),
+        Taps(model).recorded() as outputs,
+    ):
         model(**batch)
-    assert len(outputs) == len(mine) == 2
-    for output, own in zip(outputs, mine, strict=True):
-        assert torch.equal(output, own)
+    assert len(outputs) == len(expected_outputs) == 2
+    for output, expected in zip(outputs, expected_outputs, strict=True):
+        assert torch.equal(output, expected)
 
 
 @every_architecture
-def test_the_shift_is_added_at_the_block_s_own_output(architecture: str) -> None:
-    # Bitwise the logits of adding it right behind the projection: before Gemma's norm, and before any residual.
+def test_shift_is_added_to_the_block_output(architecture: str) -> None:
+    # Bit-equal to a shift directly after the projection: before Gemma's norm, and before any residual.
     model, batch, shifts = tiny.model(architecture), tiny.batch(), random(*SHAPE)
     with torch.no_grad():
         plain = model(**batch).logits
@@ -58,32 +62,32 @@ def test_the_shift_is_added_at_the_block_s_own_output(architecture: str) -> None
             expected = model(**batch).logits
         assert torch.equal(shifted, expected)
         assert not torch.allclose(plain, expected, atol=1e-2)
-        assert torch.equal(model(**batch).logits, plain)  # no hook stays behind
+        assert torch.equal(model(**batch).logits, plain)  # no hook remains
 
 
 @every_architecture
-def test_the_probed_gradient_is_that_of_the_output(architecture: str) -> None:
-    model, batch, mine = tiny.model(architecture), tiny.batch(), {}
+def test_probe_gradient_is_the_gradient_of_the_output(architecture: str) -> None:
+    model, batch, expected_outputs = tiny.model(architecture), tiny.batch(), {}
 
     def keep(number: int, output: Tensor) -> None:
         output.retain_grad()
-        mine[number] = output
+        expected_outputs[number] = output
 
     with hooked(model, keep):
         model(**batch).loss.backward()
-    model.requires_grad_(False)  # the probes alone carry the gradient
+    model.requires_grad_(False)  # only the probes require a gradient
     with Taps(model).probed() as probes:
         loss = model(**batch).loss
     for number, gradient in enumerate(torch.autograd.grad(loss, probes)):
         assert gradient.shape == SHAPE[1:]
-        torch.testing.assert_close(gradient, mine[number].grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(gradient, expected_outputs[number].grad, atol=1e-6, rtol=1e-4)
         assert gradient.norm() > 1e-3
 
 
 @every_architecture
-def test_the_probed_gradient_is_a_finite_difference(architecture: str) -> None:
+def test_probe_gradient_equals_a_finite_difference(architecture: str) -> None:
     model, batch = tiny.model(architecture).double(), tiny.batch()
-    step = 1e-4 if architecture == "opt" else 1e-3  # OPT's ReLU has kinks, the others norm in float32
+    step = 1e-4 if architecture == "opt" else 1e-3  # OPT's ReLU has kinks; the other models normalize in float32
     direction = random(*SHAPE).double()
 
     def loss() -> Tensor:
@@ -102,7 +106,7 @@ def test_the_probed_gradient_is_a_finite_difference(architecture: str) -> None:
 
 
 @every_architecture
-def test_hooks_go_even_after_an_error(architecture: str) -> None:
+def test_hooks_are_removed_after_an_error(architecture: str) -> None:
     model = tiny.model(architecture)
     with pytest.raises(ZeroDivisionError), Taps(model).shifted(list(random(*SHAPE))):
         raise ZeroDivisionError
@@ -112,11 +116,10 @@ def test_hooks_go_even_after_an_error(architecture: str) -> None:
 @every_architecture
 @pytest.mark.parametrize("defense", [SFT(), Vaccine(rho=2.0), RandomVaccine(variance=0.1)], ids=lambda d: d.name or "")
 def test_gradient_checkpointing_gives_the_same_gradient(architecture: str, defense: Defense) -> None:
-    found, passes = [], []
+    gradients, passes = [], []
     for checkpointing in (False, True):
-        stage, _ = tiny.stage(
-            tiny.model(architecture), trained_with=tiny.settings(lora_dropout=0.3), stirred=True
-        )  # fmt: skip
+        settings = tiny.settings(lora_dropout=0.3)
+        stage, _ = tiny.stage(tiny.model(architecture), trained_with=settings, stirred=True)
         if checkpointing:
             stage.model.gradient_checkpointing_enable({"use_reentrant": False})
         stage.model.train()
@@ -128,19 +131,19 @@ def test_gradient_checkpointing_gives_the_same_gradient(architecture: str, defen
 
         torch.manual_seed(1)
         with hooked(stage.model, tally):
-            found.append(defense.gradient(stage, tiny.batch()).values)
+            gradients.append(defense.gradient(stage, tiny.batch()).values)
         passes.append(count)
-    assert passes[1] == 2 * passes[0]  # it was on: every block ran once more on the way back
-    for plain, recomputed in zip(*found, strict=True):
+    assert passes[1] == 2 * passes[0]  # every block runs again in the backward pass
+    for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the taps refuse, and what they must not confuse
+# Models that taps refuse, and models with several candidates
 
 
-class Other(nn.Module):
-    """A decoder of `layers`, whatever they are."""
+class Decoder(nn.Module):
+    """A decoder with any `layers`."""
 
     def __init__(self, layers: list[nn.Module], depth: int) -> None:
         super().__init__()
@@ -154,38 +157,42 @@ class Attention(nn.Module):
 
 
 def layer(*children: nn.Module) -> nn.Module:
-    made = nn.Module()
+    module = nn.Module()
     for number, child in enumerate(children):
-        made.add_module(f"child{number}", child)
-    return made
+        module.add_module(f"child{number}", child)
+    return module
 
 
 @pytest.mark.parametrize(
-    ("model", "says"),
+    ("model", "message"),
     [
-        (Other([layer(nn.Linear(2, 2)) for _ in range(2)], depth=2), "No attention block found in Other"),
-        (Other([layer(Attention()) for _ in range(3)], depth=2), "decoder of 2 layers"),
-        (Other([], depth=2), "No attention block"),
-        (Other([layer(Attention()), layer(Attention(), Attention())], depth=2), "Layer 1 of Other has 2 attention"),
+        (Decoder([layer(nn.Linear(2, 2)) for _ in range(2)], depth=2), "No attention block found in Decoder"),
+        (Decoder([layer(Attention()) for _ in range(3)], depth=2), "decoder of 2 layers"),
+        (Decoder([], depth=2), "No attention block"),
+        (Decoder([layer(Attention()), layer(Attention(), Attention())], depth=2), "Layer 1 of Decoder has 2 attention"),
     ],
     ids=["no attention", "another depth", "no layers", "two in a layer"],
 )
-def test_a_model_that_matches_nothing_is_refused(model: nn.Module, says: str) -> None:
-    with pytest.raises(BadInput, match=says):
+def test_unrecognized_decoders_are_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
         Taps(model)
 
 
-def test_a_layer_without_attention_is_passed_over() -> None:
-    hybrid = Other([layer(Attention()), layer(nn.Linear(2, 2)), layer(Attention())], depth=3)
+def test_layer_without_attention_is_skipped() -> None:
+    hybrid = Decoder([layer(Attention()), layer(nn.Linear(2, 2)), layer(Attention())], depth=3)
     assert attention_blocks(hybrid) == [hybrid.layers[0].child0, hybrid.layers[2].child0]
 
 
-def test_the_text_decoder_is_tapped_and_not_a_vision_tower_of_the_same_depth() -> None:
+def test_text_decoder_is_tapped_not_the_vision_tower() -> None:
     text = {**tiny.GEMMA, "num_hidden_layers": 2}
     vision = {
-        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 1,
-        "image_size": 16, "patch_size": 8,
-    }  # fmt: skip
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "image_size": 16,
+        "patch_size": 8,
+    }
     model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1))
-    tapped = set(attention_blocks(model))
-    assert tapped == {module.self_attn for module in model.model.language_model.layers}
+    blocks = set(attention_blocks(model))
+    assert blocks == {module.self_attn for module in model.model.language_model.layers}
