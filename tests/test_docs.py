@@ -143,6 +143,18 @@ def test_commands_are_found() -> None:
     assert len(BLOCK_COMMANDS) >= 30
 
 
+def help_examples(command: click.Command) -> Iterator[str]:
+    """Yield the example lines of the help of a command and its subcommands."""
+    for subcommand in command.commands.values() if isinstance(command, click.Group) else ():
+        yield from help_examples(subcommand)
+    yield from re.findall(r"Example: (.+)", command.help or "")
+
+
+@pytest.mark.parametrize("line", list(help_examples(commands)))
+def test_every_example_in_a_help_text_parses(line: str) -> None:
+    parse_command(re.sub(r".*\$\((.*)\).*", r"\1", line).partition(" > ")[0])
+
+
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_every_command_in_a_code_span_exists(path: Path) -> None:
     for span in code_spans(path.read_text(encoding="utf-8")):
