@@ -212,7 +212,7 @@ def artifact(home: Path, stage: str, acting: list[str]) -> Path:
     paths = [
         path.parent
         for path in home.glob(f"store/{stage}/*/{META}")
-        if [name for name, *_ in json.loads(path.read_text())["inputs"]["defense"]] == acting
+        if [member["name"] for member in json.loads(path.read_text())["inputs"]["defense"]] == acting
     ]
     assert len(paths) == 1
     return paths[0]

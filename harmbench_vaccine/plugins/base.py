@@ -1,7 +1,7 @@
-"""Plug-ins: what a defense, an attack, a task and a scorer are.
+"""The base class of plug-ins (defenses, attacks, tasks, scorers) and their parameters.
 
-A plug-in is one class in one file, and the file's name is its name. Its parameters are class fields made by `param`;
-what it does is in the hooks that it overrides.
+A plug-in is one class in one file, and the name of the file is its name. Its parameters are class fields that `param`
+creates, and its behavior is defined by the hooks that it overrides.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 P = TypeVar("P", bound="Plugin", covariant=True)
 
 _CONTRACT = frozenset(f"{__package__}.{module}" for module in ("base", "defense", "attack", "task", "scorer"))
-"""Modules whose code belongs to no plug-in."""
+"""Modules that are not part of the code of a plug-in."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters
@@ -41,15 +41,22 @@ def param(
     gt: float | None = None,
     le: float | None = None,
 ) -> Any:
-    """A parameter of a plug-in: its default, one line on what it is, where the default comes from, its range.
+    """Declare a parameter of a plug-in.
 
-    `main` marks the one that `name=VALUE` sets on the command line.
+    Args:
+        default: The default value.
+        doc: One line that describes the parameter; `hbv info` prints it.
+        source: Source of the default: a section of the paper, a script of the authors.
+        main: Whether `name=VALUE` on the command line sets this parameter.
+        ge: Smallest allowed value.
+        gt: Exclusive lower bound.
+        le: Largest allowed value.
     """
     return Field(default, description=doc, ge=ge, gt=gt, le=le, json_schema_extra={"source": source, "main": main})
 
 
 class Plugin(BaseModel):
-    """What all plug-ins share: parameters that are checked, and a name."""
+    """A plug-in: a name, a citation and validated parameters."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -57,44 +64,54 @@ class Plugin(BaseModel):
     name: ClassVar[str] = ""
     citation: ClassVar[str] = ""
     neutral: ClassVar[Mapping[str, Any] | None] = None
-    """The parameters at which it changes nothing; None: it has no such setting."""
+    """Parameters at which the plug-in has no effect; None: no such setting exists."""
 
     _seed: int = PrivateAttr(0)
     _in_order: bool = PrivateAttr(False)
     _models: ModelPool | None = PrivateAttr(None)
 
     def seeded(self, seed: int, in_order: bool = False) -> Self:
-        """Return a copy that draws by the run's seed, or with `in_order` takes the first rows, as papers' scripts do."""
+        """Return a copy that draws rows with the seed of the run.
+
+        Args:
+            seed: The seed of the run.
+            in_order: Take the first rows instead of random ones, as the scripts of the papers do.
+        """
         copy = self.model_copy()
         copy._seed, copy._in_order = seed, in_order
         return copy
 
     def fresh(self) -> Self:
-        """Return a copy whose private attributes are its own, for one stage: no state passes from stage to stage."""
+        """Return a deep copy for one stage, so that stages share no state."""
         return self.model_copy(deep=True)
 
     @property
     def models(self) -> ModelPool:
-        """The pool that loads the models it needs: an attached one, or else one of its own."""
+        """The pool that loads models for this plug-in: the attached pool, or a new one."""
         if self._models is None:
             self._models = ModelPool()
         return self._models
 
     def with_models(self, models: ModelPool) -> Self:
-        """Return a copy that loads models through a pool."""
+        """Return a copy that loads its models with `models`."""
         copy = self.model_copy()
         copy._models = models
         return copy
 
     def random(self, purpose: str) -> Random:
-        """Random numbers of the run's seed for one purpose: draw with them, or every seed gets the first rows."""
+        """Return the random stream of the run's seed for one purpose."""
         return random_stream(self._seed, self.name, purpose)
 
     def draw(self, purpose: str, rows: Sequence[T], count: int) -> list[T]:
-        """`count` of the rows without replacement, in random order; with `rows=paper` the first ones.
+        """Draw rows without replacement, in random order; with `rows=paper`, return the first rows.
+
+        Args:
+            purpose: Name of the rows; it selects the random stream and appears in the error.
+            rows: The available rows.
+            count: The number of rows to draw.
 
         Raises:
-            BadInput: there are fewer.
+            BadInput: Fewer than `count` rows are available.
         """
         if count > len(rows):
             raise too_few_rows(count, purpose, len(rows), by=self.name)
@@ -104,33 +121,32 @@ class Plugin(BaseModel):
 
     @classmethod
     def main_parameter(cls) -> str | None:
-        """The parameter that `name=VALUE` sets, if there is one."""
+        """Return the parameter that `name=VALUE` sets, or None."""
         return next((key for key in cls.model_fields if cls._extra(key)["main"]), None)
 
     @classmethod
     def source_of(cls, key: str) -> str:
-        """Where the default of parameter `key` comes from."""
+        """Return the source of the default of parameter `key`."""
         return str(cls._extra(key)["source"])
 
     @classmethod
     def range_of(cls, key: str) -> str:
-        """The allowed values of parameter `key`, in words."""
+        """Describe the allowed values of parameter `key`, e.g. "a number >= 0, or none"."""
         info = cls.model_fields[key]
         kind: Any = info.annotation
-        none = type(None) in get_args(kind)
-        if none:  # X | None
+        optional = type(None) in get_args(kind)
+        if optional:  # X | None
             kind = next(part for part in get_args(kind) if part is not type(None))
-        words = {int: "a whole number", float: "a number", bool: "true | false", str: "a text"}
+        type_names = {int: "a whole number", float: "a number", bool: "true | false", str: "a text"}
         bounds = [
             f"{sign} {limit}"
             for constraint in info.metadata
-            for sign, limit in ((">=", getattr(constraint, "ge", None)), (">", getattr(constraint, "gt", None)),
-                                ("<=", getattr(constraint, "le", None)))
-            if limit is not None
-        ]  # fmt: skip
+            for sign, name in ((">=", "ge"), (">", "gt"), ("<=", "le"))
+            if (limit := getattr(constraint, name, None)) is not None
+        ]
         literal = " | ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
-        said = literal or " ".join([words.get(kind, str(kind)), " and ".join(bounds)]).strip()
-        return f"{said}, or none" if none else said
+        values = literal or " ".join([type_names.get(kind, str(kind)), " and ".join(bounds)]).strip()
+        return f"{values}, or none" if optional else values
 
     @classmethod
     def _extra(cls, key: str) -> dict[str, Any]:
@@ -139,9 +155,9 @@ class Plugin(BaseModel):
 
     @classmethod
     def fingerprint(cls) -> str:
-        """Hash its code and the code that it inherits, without comments, docstrings and imports.
+        """Hash the code of the class and of its base classes, without comments, docstrings and imports.
 
-        An edit that changes behavior makes another artifact; an edit of its wording does not.
+        An edit of code gives new artifacts; an edit of wording does not.
         """
         classes = [base for base in cls.__mro__ if issubclass(base, Plugin) and base.__module__ not in _CONTRACT]
         files = dict.fromkeys(inspect.getfile(base) for base in classes)
@@ -149,7 +165,7 @@ class Plugin(BaseModel):
 
 
 class _CodeOnly(ast.NodeTransformer):
-    """Remove docstrings, other bare strings and imports."""
+    """A transformer that removes docstrings, other bare strings and imports."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
@@ -175,18 +191,24 @@ class Resolved(Generic[P]):
     """Parameter -> `written`, `protocol NAME` or `default: SOURCE`."""
 
     @property
-    def identity(self) -> list[Any]:
-        """What an artifact depends on if this plug-in takes part in it: name, parameters, code."""
-        return [self.plugin.name, self.params, type(self.plugin).fingerprint()]
+    def identity(self) -> dict[str, Any]:
+        """The part of an artifact key that depends on this plug-in."""
+        return {"name": self.plugin.name, "params": self.params, "code": type(self.plugin).fingerprint()}
 
 
 def resolve_params(
     cls: type[P], written: Mapping[str, Any], protocol: Mapping[str, Any] | None = None, protocol_name: str = ""
 ) -> Resolved[P]:
-    """Construct a plug-in: what the user wrote wins over the protocol, and the protocol over the class default.
+    """Construct a plug-in. Written values override the protocol, and the protocol overrides class defaults.
+
+    Args:
+        cls: The class of the plug-in.
+        written: The values that the user wrote: parameter -> value.
+        protocol: The values of the protocol: parameter -> value.
+        protocol_name: Name of the protocol, for `Resolved.origins`.
 
     Raises:
-        BadInput: an unknown parameter, or a value outside its range.
+        BadInput: A parameter does not exist, or a value is outside its range.
     """
     protocol = protocol or {}
     for key in [*protocol, *written]:
