@@ -377,13 +377,13 @@ def test_evicted_training_model_is_loaded_again(tmp_path: Path, monkeypatch: pyt
 
     save_judges(tmp_path)
     spec = ModelSpec(str(tmp_path / "generator"))
-    for turns, kept in ((False, True), (True, False)):
+    for turns, stays in ((False, True), (True, False)):
         monkeypatch.setattr(ModelPool, "one_at_a_time", staticmethod(lambda turns=turns: turns))
         pool = ModelPool()
         stack = pool.stack(spec)
         assert pool.stack(spec) is stack
         pool.judge_classifier(str(tmp_path / "classifier"))
-        assert (pool.stack(spec) is stack) == kept
+        assert (pool.stack(spec) is stack) == stays
 
 
 def test_judge_engines_of_vllm_are_replaced_and_closed(tmp_path: Path, recording: None) -> None:
