@@ -211,13 +211,13 @@ def test_plain_refusal_is_used_unchanged(tmp_path: Path) -> None:
 
 
 def test_row_selection_is_part_of_every_training_key(world: Callable[..., Experiment]) -> None:
-    def selection(experiment: Experiment) -> list[str]:
+    def selection(experiment: Experiment) -> dict[str, str]:
         base = TrainedModel(experiment.model, ModelSpec(experiment.model), {})
         return keys.align_key(experiment, base)["row_selection"]
 
-    assert selection(world()) == ["unique", "safe"]
-    assert selection(world(PAPER)) == ["paper", "safe"]
-    assert selection(world({"align.source": "refusals"})) == ["unique", "refusals"]
+    assert selection(world()) == {"rows": "unique", "source": "safe"}
+    assert selection(world(PAPER)) == {"rows": "paper", "source": "safe"}
+    assert selection(world({"align.source": "refusals"})) == {"rows": "unique", "source": "refusals"}
     assert keys.run_id(world()) != keys.run_id(world(PAPER))
 
 

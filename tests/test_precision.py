@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
-from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.experiment.artifacts import TrainedModel
 from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.keys import model_inputs
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.loading import check_quantization
-from harmbench_vaccine.inference.model_pool import Lab, ModelSpec
+from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.pipeline import align
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.plugins.composition import parse_plugins
@@ -29,6 +29,7 @@ from harmbench_vaccine.training.stage import TrainingStage
 from harmbench_vaccine.training.taps import Taps, decoder_layers
 from harmbench_vaccine.training.trainer import train
 from support import tiny
+from support.runs import run_context
 from support.world import make_world
 
 SHAPES = ("llama", "opt", "qwen2", "gemma2")
@@ -38,8 +39,8 @@ SHAPES = ("llama", "opt", "qwen2", "gemma2")
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
-def test_a_bfloat16_base_trains_as_a_float32_one(architecture: str, tmp_path: Path) -> None:
-    """Losses within two per cent, falling alike, with float32 adapters; bfloat16 has 8 bits of mantissa."""
+def test_bfloat16_base_trains_like_float32(architecture: str, tmp_path: Path) -> None:
+    """Losses differ by at most two percent and fall equally; adapters are float32. bfloat16 has 8 bits of mantissa."""
     logs = {}
     for dtype in (torch.float32, torch.bfloat16):
         base = tiny.model(architecture).to(dtype)
@@ -57,75 +58,80 @@ def test_a_bfloat16_base_trains_as_a_float32_one(architecture: str, tmp_path: Pa
 # Quantization
 
 
-def test_quantization_without_its_package_is_refused_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_quantization("none")
     with pytest.raises(BadInput, match=r"'4bit' needs bitsandbytes.*pip install 'harmbench-vaccine\[quantization\]'"):
         check_quantization("4bit")
 
 
-def test_quantization_makes_other_artifacts_and_none_leaves_addresses_alone(tmp_path: Path) -> None:
-    def identity(**changes: Any) -> Any:
-        return TrainedModel(str(tmp_path), ModelSpec(str(tmp_path), **changes), {}).identity
+def test_quantization_changes_the_artifact_key(tmp_path: Path) -> None:
+    def key(**changes: Any) -> Any:
+        return model_inputs(TrainedModel(str(tmp_path), ModelSpec(str(tmp_path), **changes), {}))
 
-    plain = identity()
-    assert identity(quantization="none") == plain == [*plain[:3], "float32"]
-    assert identity(quantization="4bit") == [*plain, "4bit"]
+    plain = key()
+    assert key(quantization="none") == plain
+    assert plain["dtype"] == "float32"
+    assert "quantization" not in plain
+    assert key(quantization="4bit") == {**plain, "quantization": "4bit"}
     assert ModelSpec("m", quantization="8bit").on_top(Path("a")).quantization == "8bit"
 
 
 @pytest.mark.parametrize("attack", ["refusal_ablation", "optimizer:full=true"])
-def test_what_changes_the_bases_weights_is_refused_under_quantization(attack: str) -> None:
+def test_attack_on_base_weights_is_refused_under_quantization(attack: str) -> None:
     Experiment.settle(RunSpec(values={"quantization": "4bit"}))
     with pytest.raises(BadInput, match=r"changes the base model's weights.*'4bit'"):
         Experiment.settle(RunSpec(attack=parse_plugins(attack), values={"quantization": "4bit"}))
 
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
-def test_a_quantized_base_is_close_to_the_exact_one_and_trains(quantization: str, tmp_path: Path) -> None:
+def test_quantized_base_is_close_to_the_exact_one_and_trains(quantization: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     world = make_world(tmp_path / "world")
     folder = str(world.parent / "model")
     words = AutoConfig.from_pretrained(folder).vocab_size
-    tiny.model(vocab_size=words, intermediate_size=128).save_pretrained(folder)  # blocks of 64, as NF4 has them
-    lab, batch = Lab(Store(tmp_path / "store")), tiny.batch()
+    tiny.model(vocab_size=words, intermediate_size=128).save_pretrained(folder)  # NF4 has blocks of 64
+    context, batch = run_context(tmp_path / "store"), tiny.batch()
     with torch.no_grad():
-        exact = lab.stack(ModelSpec(folder)).use([])(**batch).loss
-        rounded = lab.stack(ModelSpec(folder, quantization=quantization)).use([])(**batch).loss
+        exact = context.models.stack(ModelSpec(folder)).use([])(**batch).loss
+        rounded = context.models.stack(ModelSpec(folder, quantization=quantization)).use([])(**batch).loss
     assert rounded == pytest.approx(float(exact), rel=0.02)
     assert not torch.equal(rounded, exact)
-    cell = Experiment.settle(RunSpec(protocol=str(world), values={"quantization": quantization}))
-    made = align(cell, lab)
-    losses = [step["loss"] for step in made.artifacts["align"].json("log.json")]
+    experiment = Experiment.settle(RunSpec(protocol=str(world), values={"quantization": quantization}))
+    aligned = align(experiment, context)
+    losses = [step["loss"] for step in aligned.artifacts["align"].json("log.json")]
     assert losses[-1] < 0.8 * losses[0]
     with pytest.raises(HbvError, match="cannot be merged into a base that is quantized"):
-        lab.merged(made.state)
+        context.models.merged(aligned.spec)
 
 
 @pytest.mark.parametrize(("quantization", "close"), [("8bit", 0.1), ("4bit", 1e-5)])
-def test_gradients_through_a_quantized_base_are_those_of_its_values(
+def test_gradients_through_a_quantized_base_equal_those_of_its_values(
     quantization: str, close: float, tmp_path: Path
 ) -> None:
-    """Also after it has answered. In 8 bits the inputs are rounded too, so that only the direction is told."""
+    """Also after generation. In 8 bits the inputs are rounded too, so only the direction is compared."""
     bits = pytest.importorskip("bitsandbytes")
     tiny.model(intermediate_size=128).save_pretrained(tmp_path / "model")
-    quantized = Lab(Store(tmp_path / "store")).stack(ModelSpec(str(tmp_path / "model"), quantization=quantization))
+    quantized = run_context(tmp_path / "store").models.stack(
+        ModelSpec(str(tmp_path / "model"), quantization=quantization)
+    )
     exact = tiny.model(intermediate_size=128)
     with torch.no_grad():
-        quantized.base(**tiny.batch(seed=1))  # it answers, without a graph
+        quantized.base(**tiny.batch(seed=1))  # a forward pass without a graph
         if quantization == "4bit":
             for name, module in quantized.base.named_modules():
                 if isinstance(module, bits.nn.Linear4bit):
                     values = bits.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
                     exact.get_submodule(name).weight.copy_(values)
-    found = []
+    gradients = []
     for stack in (LoraStack(exact), quantized):
         parameters = stack.train([], tiny.settings(lora_dropout=0.0), 0)
         tiny.stir(parameters)
         stack.model.train()
         loss = stack.model(**tiny.batch()).loss
-        found.append(torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(parameters.values()))]))
-    assert torch.linalg.vector_norm(found[0] - found[1]) <= close * torch.linalg.vector_norm(found[0])
+        gradients.append(torch.cat([value.flatten() for value in torch.autograd.grad(loss, list(parameters.values()))]))
+    difference = torch.linalg.vector_norm(gradients[0] - gradients[1])
+    assert difference <= close * torch.linalg.vector_norm(gradients[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,41 +143,41 @@ def stage_of(architecture: str, *, checkpointed: bool, dropout: float = 0.0, nam
     if checkpointed:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     settings = tiny.settings(lora_dropout=dropout)
-    made, _ = tiny.stage(base, trained_with=settings, name=name, stirred=True, pools=tiny.example_pools())
-    made.model.train()
-    made.step, made.steps = 1, 20
-    return made
+    stage, _ = tiny.stage(base, trained_with=settings, name=name, stirred=True, pools=tiny.example_pools())
+    stage.model.train()
+    stage.step, stage.steps = 1, 20
+    return stage
 
 
 @contextmanager
 def runs(stage: TrainingStage) -> Iterator[list[int]]:
-    """Counts how often the first layer's attention runs."""
-    seen: list[int] = []
-    with Taps(stage.model).changed(lambda number, output: seen.append(number)):
-        yield seen
+    """Records every run of an attention block."""
+    numbers: list[int] = []
+    with Taps(stage.model).changed(lambda number, output: numbers.append(number)):
+        yield numbers
 
 
-def equal(one: Any, other: Any) -> None:
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
+def assert_equal(first: Any, second: Any) -> None:
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("architecture", SHAPES)
-def test_the_layers_run_again_in_the_backward_pass(architecture: str) -> None:
+def test_checkpointed_layers_run_again_in_the_backward_pass(architecture: str) -> None:
     for checkpointed, times in ((False, 1), (True, 2)):
         stage = stage_of(architecture, checkpointed=checkpointed)
-        with runs(stage) as seen:
+        with runs(stage) as numbers:
             gradient = stage.gradient(tiny.batch())
-        assert len(seen) == times * len(decoder_layers(stage.model))
+        assert len(numbers) == times * len(decoder_layers(stage.model))
         assert all(float(value.abs().max()) > 0 for value in gradient.values)  # also of the first layer
 
 
 @pytest.mark.parametrize("place", ["attention", "mlp", "layer"])
 @pytest.mark.parametrize("architecture", SHAPES)
 def test_taps_give_equal_gradients_under_checkpointing(architecture: str, place: Any) -> None:
-    """Of the probes; of the parameters at shifted outputs; of a loss on recorded outputs."""
-    found = []
+    """Gradients of the probes, of the parameters at shifted outputs, and of a loss on recorded outputs."""
+    results = []
     for checkpointed in (False, True):
         stage, batch = stage_of(architecture, checkpointed=checkpointed), tiny.batch()
         parameters, taps = list(stage.trainable.values()), stage.taps_on(place)
@@ -185,8 +191,8 @@ def test_taps_give_equal_gradients_under_checkpointing(architecture: str, place:
         of_outputs = torch.autograd.grad(squares, parameters, allow_unused=True, materialize_grads=True)
         assert len(of_probes) == len(outputs) == len(decoder_layers(stage.model))
         assert any(float(value.abs().max()) > 0 for value in of_outputs)
-        found.append([*of_probes, *at_shifts, *of_outputs])
-    equal(*found)
+        results.append([*of_probes, *at_shifts, *of_outputs])
+    assert_equal(*results)
 
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -204,55 +210,57 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("architecture", SHAPES)
-def test_a_defenses_step_is_the_same_under_checkpointing(architecture: str, family: str, dropout: float) -> None:
-    """Loss and gradient; with dropout, both draw the same masks."""
+def test_defense_gradient_is_equal_under_checkpointing(architecture: str, family: str, dropout: float) -> None:
+    """Loss and gradient are equal; with dropout, both draw the same masks."""
     plugin, params, name = FAMILIES[family]
-    found: list[list[Tensor]] = []
+    results: list[list[Tensor]] = []
     for checkpointed in (False, True):
         stage = stage_of(architecture, checkpointed=checkpointed, dropout=dropout, name=name)
         defense = DEFENSES.get(plugin)(**params)
         torch.manual_seed(4)
         defense.before_step(stage)
         gradient = defense.gradient(stage, tiny.batch())
-        found.append([gradient.loss, *(value for value in gradient.values if value is not None)])
-    equal(*found)
+        results.append([gradient.loss, *(value for value in gradient.values if value is not None)])
+    assert_equal(*results)
 
 
 @pytest.mark.slow
-def test_checkpointing_is_no_part_of_an_address(tmp_path: Path) -> None:
-    cell = Experiment.settle(RunSpec(protocol=str(make_world(tmp_path / "world")), defense=parse_plugins("vaccine")))
-    first = align(cell, Lab(Store(tmp_path / "store"))).artifacts["align"]
-    again = align(cell, Lab(Store(tmp_path / "store"), gradient_checkpointing=True)).artifacts["align"]
-    apart = align(cell, Lab(Store(tmp_path / "other"), gradient_checkpointing=True)).artifacts["align"]
-    assert again.cached
-    assert again.path == first.path
-    assert not apart.cached
-    assert apart.key == first.key
-    losses = [[step["loss"] for step in made.json("log.json")] for made in (first, apart)]
+def test_checkpointing_does_not_change_the_artifact_key(tmp_path: Path) -> None:
+    experiment = Experiment.settle(
+        RunSpec(protocol=str(make_world(tmp_path / "world")), defense=parse_plugins("vaccine"))
+    )
+    first = align(experiment, run_context(tmp_path / "store")).artifacts["align"]
+    cached = align(experiment, run_context(tmp_path / "store", gradient_checkpointing=True)).artifacts["align"]
+    separate = align(experiment, run_context(tmp_path / "other", gradient_checkpointing=True)).artifacts["align"]
+    assert cached.cached
+    assert cached.path == first.path
+    assert not separate.cached
+    assert separate.key == first.key
+    losses = [[step["loss"] for step in artifact.json("log.json")] for artifact in (first, separate)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_checkpointing_of_a_whole_model(tmp_path: Path) -> None:
-    """The user trains every weight; what is answered with is what training without it gives."""
+def test_checkpointing_of_full_finetuning(tmp_path: Path) -> None:
+    """If the user trains every weight, the result is the same with and without checkpointing."""
     world = make_world(tmp_path / "world")
     spec = RunSpec(protocol=str(world), attack=parse_plugins("optimizer:full=true"))
     plain = run_all([spec], out=tmp_path / "one")[0]
-    (tmp_path / "home" / "store").rename(tmp_path / "kept")
+    (tmp_path / "home" / "store").rename(tmp_path / "old")
     checkpointed = run_all([spec], out=tmp_path / "two", gradient_checkpointing=True)[0]
     assert checkpointed["alignment_loss"] == pytest.approx(plain["alignment_loss"], rel=1e-4)
     assert checkpointed["embedding_drift"] == pytest.approx(plain["embedding_drift"], rel=1e-3)
 
 
-def test_a_stack_says_what_it_leaves_out(tmp_path: Path) -> None:
-    """`Stack` is told by the lab whom to tell."""
+def test_stack_notes_skipped_targets(tmp_path: Path) -> None:
+    """The run context passes its progress to the stack."""
     tiny.model("opt").save_pretrained(tmp_path / "opt")
-    said: list[str] = []
+    notes: list[str] = []
 
     class Notes:
-        note = staticmethod(said.append)
+        note = staticmethod(notes.append)
 
-    lab = Lab(Store(tmp_path / "store"), progress=Notes())  # type: ignore[arg-type]
-    stack: LoraStack = lab.stack(ModelSpec(str(tmp_path / "opt")))
+    context = run_context(tmp_path / "store", progress=Notes())  # type: ignore[arg-type]
+    stack: LoraStack = context.models.stack(ModelSpec(str(tmp_path / "opt")))
     stack.train([], tiny.settings(lora_targets=("q_proj", "gate_proj")), 0)
-    assert said == ["OPTForCausalLM has no gate_proj: LoRA adapts q_proj only"]
+    assert notes == ["OPTForCausalLM has no gate_proj: LoRA adapts only q_proj."]

@@ -132,7 +132,7 @@ def reloaded(folder: Path) -> list[float]:
         with torch.no_grad():
             losses.append(float(lab.models.stack(state).use([])(**tiny.batch()).loss))
         if distributed.rank() == 0:
-            lab._forget()
+            lab.models.evict("training")
     return losses
 
 
