@@ -4,39 +4,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
-from harmbench_vaccine.core.store import Artifact, Store
+from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.evaluation.results import _scores
+from harmbench_vaccine.data.sources import fingerprint
+from harmbench_vaccine.evaluation.measure import _item_scores, answer_rows
 from harmbench_vaccine.evaluation.statistics import score_interval, wilson
+from harmbench_vaccine.experiment import keys
+from harmbench_vaccine.experiment.artifacts import Measurements, TrainedModel
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import check_rows, data_provenance, task_rows, task_set
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.chat_api import ChatJudge
-from harmbench_vaccine.inference.model_pool import Lab
+from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.pipeline import grade
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import TASKS
 from harmbench_vaccine.plugins.tasks.dialogsum import rouge_l
+from support.runs import run_context
 from support.world import make_world
 
 TEN = [{"instruction": f"Say the word {number}.", "input": "", "output": f"Word {number}."} for number in range(10)]
 
 
-def lines(path: Path, rows: Iterable[Any]) -> str:
+def write_lines(path: Path, rows: Iterable[Any]) -> str:
+    """Write rows as JSON lines and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
 @pytest.fixture
-def settled(tmp_path: Path) -> Callable[..., Experiment]:
-    """A cell of a tiny world with that task."""
+def settle(tmp_path: Path) -> Callable[..., Experiment]:
+    """Return a function from a task to an experiment in a tiny world."""
     (tmp_path / "dialogsum").mkdir()
     for name in ("gpt4", "davinci"):
         (tmp_path / f"{name}.json").write_text("[]")
@@ -58,96 +64,107 @@ def settled(tmp_path: Path) -> Callable[..., Experiment]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On the command line
+# Command line
 
 
-def test_a_file_is_a_task_of_ones_own(settled: Callable[..., Experiment], tmp_path: Path) -> None:
-    path = lines(tmp_path / "mine.jsonl", TEN)
-    for written in (path, f"own={path}", f"own:data={path}"):
-        cell = settled(written)
-        assert (cell.task.name, cell.wanted.params["data"], cell.wanted.params["rule"]) == ("own", path, "exact")
-        assert cell.task_name == f"own={path}"
-    assert settled(f"{path}:rule=number").task_name == f"own:data={path},rule=number"
-    assert settled("sst2").task_name == "sst2"
+def test_file_is_a_task(settle: Callable[..., Experiment], tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", TEN)
+    for text in (path, f"own={path}", f"own:data={path}"):
+        experiment = settle(text)
+        assert (experiment.task.name, experiment.task_plugin.params["data"], experiment.task_plugin.params["rule"]) == (
+            "own",
+            path,
+            "exact",
+        )
+        assert experiment.task_name == f"own={path}"
+    assert settle(f"{path}:rule=number").task_name == f"own:data={path},rule=number"
+    assert settle("sst2").task_name == "sst2"
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
-        ("own", "needs its rows: own:data=PATH"),
+        ("own", "needs data: write own:data=PATH"),
         ("own:data=DATA,rule=judge", "rule=judge needs a chat model"),
-        ("own:data=DATA,rule=nearly", "it takes exact | first_word | number | judge"),
+        ("own:data=DATA,rule=nearly", "allowed: exact | first_word | number | judge"),
         ("own:data=DATA,rul=exact", "Did you mean 'rule'?"),
-        ("own:data=/no/where.jsonl", "There is nothing at '/no/where.jsonl'"),
+        ("own:data=/no/where.jsonl", "'/no/where.jsonl' does not exist"),
         ("sst2+agnews", "names 2 tasks"),
         ("sst2=3", "takes no bare value"),
         ("sst3", "Unknown task 'sst3'. Did you mean 'sst2'"),
-        ("alpaca_eval", "is judged by a chat model: alpaca_eval:model=NAME"),
+        ("alpaca_eval", "needs a chat model as a judge: write alpaca_eval:model=NAME"),
     ],
 )
-def test_what_is_no_task(settled: Callable[..., Experiment], tmp_path: Path, task: str, said: str) -> None:
-    path = lines(tmp_path / "mine.jsonl", TEN)
-    with pytest.raises(BadInput) as told:
-        check_rows(settled(task.replace("DATA", path)))
-    assert said in str(told.value)
+def test_invalid_task_is_refused(settle: Callable[..., Experiment], tmp_path: Path, task: str, message: str) -> None:
+    path = write_lines(tmp_path / "mine.jsonl", TEN)
+    with pytest.raises(BadInput) as refusal:
+        check_rows(settle(task.replace("DATA", path)))
+    assert message in str(refusal.value)
 
 
-def test_parameters_enter_what_depends_on_them(settled: Callable[..., Experiment], tmp_path: Path) -> None:
-    """The run's id holds all; training depends on those that choose its rows, and on what the file holds."""
-    path = lines(tmp_path / "mine.jsonl", TEN)
-    exact, number = settled(path), settled(f"{path}:rule=first_word")
-    assert exact.id != number.id
-    assert exact.task_identity == number.task_identity
-    assert exact.task_identity != settled(f"{path}:train=other").task_identity
-    moved = settled(lines(tmp_path / "elsewhere" / "mine.jsonl", TEN))
-    assert moved.task_identity == exact.task_identity
-    before = exact.task_identity
-    lines(tmp_path / "mine.jsonl", TEN[:9])
-    assert settled(path).task_identity != before
-    plain = settled("sst2").task_identity
-    assert plain == ["sst2", TASKS.get("sst2").fingerprint(), dict(settled("sst2").data("sst2"))]
+def test_keys_contain_the_parameters_that_matter(settle: Callable[..., Experiment], tmp_path: Path) -> None:
+    """The run id contains all parameters; training depends on those that select rows, and on the file content."""
+    path = write_lines(tmp_path / "mine.jsonl", TEN)
+    exact, number = settle(path), settle(f"{path}:rule=first_word")
+    assert keys.run_id(exact) != keys.run_id(number)
+    assert keys.task_inputs(exact) == keys.task_inputs(number)
+    assert keys.task_inputs(exact) != keys.task_inputs(settle(f"{path}:train=other"))
+    moved = settle(write_lines(tmp_path / "elsewhere" / "mine.jsonl", TEN))
+    assert keys.task_inputs(moved) == keys.task_inputs(exact)
+    before = keys.task_inputs(exact)
+    write_lines(tmp_path / "mine.jsonl", TEN[:9])
+    assert keys.task_inputs(settle(path)) != before
+    plain = keys.task_inputs(settle("sst2"))
+    assert plain == {
+        "name": "sst2",
+        "params": {},
+        "code": TASKS.get("sst2").fingerprint(),
+        "data": {"sst2": fingerprint(settle("sst2").location("sst2"))},
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
 
-def sides(cell: Experiment) -> tuple[list[str], list[str]]:
-    return [row.instruction for row in task_rows(cell)], [row.instruction for row in task_set(cell).examples]
+def split_questions(experiment: Experiment) -> tuple[list[str], list[str]]:
+    """Return the training questions and the test questions."""
+    return [row.instruction for row in task_rows(experiment)], [
+        row.instruction for row in task_set(experiment).examples
+    ]
 
 
-def test_a_fifth_is_held_out_whatever_the_order(settled: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_held_out_fifth_does_not_depend_on_the_order(settle: Callable[..., Experiment], tmp_path: Path) -> None:
     rows = [*TEN, {**TEN[3], "output": "The same question again."}]
-    train, test = sides(settled(lines(tmp_path / "a.jsonl", rows)))
+    train, test = split_questions(settle(write_lines(tmp_path / "a.jsonl", rows)))
     assert len(test) == 2
     assert set(train) | set(test) == {row["instruction"] for row in TEN}
     assert not set(train) & set(test)
-    back = sides(settled(lines(tmp_path / "b.jsonl", rows[::-1]), seed=3))
-    assert (set(back[0]), set(back[1])) == (set(train), set(test))
+    reverse = split_questions(settle(write_lines(tmp_path / "b.jsonl", rows[::-1]), seed=3))
+    assert (set(reverse[0]), set(reverse[1])) == (set(train), set(test))
 
 
-def test_all_items_are_asked_where_there_are_few(tmp_path: Path) -> None:
+def test_all_items_are_used_if_few_are_available(tmp_path: Path) -> None:
     file = make_world(tmp_path / "world", models=False)  # 8 items of a task
-    for count, asked in ((10, 2), (60, 8)):
-        path = lines(tmp_path / f"{count}.jsonl", [{**TEN[0], "instruction": f"Say {n}."} for n in range(count)])
-        cell = Experiment.settle(RunSpec(protocol=str(file), task=path))
-        assert len(task_set(cell).examples) == asked
+    for count, items in ((10, 2), (60, 8)):
+        path = write_lines(tmp_path / f"{count}.jsonl", [{**TEN[0], "instruction": f"Say {n}."} for n in range(count)])
+        experiment = Experiment.settle(RunSpec(protocol=str(file), task=path))
+        assert len(task_set(experiment).examples) == items
 
 
-def test_test_items_may_lie_elsewhere(settled: Callable[..., Experiment], tmp_path: Path) -> None:
-    path = lines(tmp_path / "mine" / "train.jsonl", TEN[:8])
-    other = lines(tmp_path / "mine" / "test.jsonl", TEN[6:])
-    for written in (f"{path}:test={other}", f"own:data={tmp_path / 'mine'},test=test"):
-        cell = settled(written)
-        train, test = sides(cell)
+def test_items_of_another_file_or_split(settle: Callable[..., Experiment], tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "mine" / "train.jsonl", TEN[:8])
+    held_out = write_lines(tmp_path / "mine" / "test.jsonl", TEN[6:])
+    for text in (f"{path}:test={held_out}", f"own:data={tmp_path / 'mine'},test=test"):
+        experiment = settle(text)
+        train, test = split_questions(experiment)
         assert test == [row["instruction"] for row in TEN[6:8]]
-        assert train == [row["instruction"] for row in TEN[:6]]  # without what is asked
-        assert (
-            sum(sum(found["rows"].values()) for name, found in data_provenance(cell).items() if name[:3] == "own") == 12
-        )
+        assert train == [row["instruction"] for row in TEN[:6]]  # without the test questions
+        sources = [source for name, source in data_provenance(experiment).items() if name[:3] == "own"]
+        assert sum(sum(source["rows"].values()) for source in sources) == 12
 
 
-def test_every_row_is_read_by_its_rule() -> None:
+def test_target_depends_on_the_rule() -> None:
     own = TASKS.get("own")
     row = {"instruction": "How many?", "input": "Two lamps.", "output": "We count 1, 2.\n#### 1,002"}
     assert own(data="x").example("id", row) == Example(
@@ -160,13 +177,13 @@ def test_every_row_is_read_by_its_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "row", "said"),
+    ("rule", "row", "message"),
     [
         ("number", {"instruction": "a", "output": "none"}, "the output has no number for rule=number"),
         ("first_word", {"instruction": "a", "output": "!?"}, "the output has no word"),
-        ("exact", {"instruction": "a", "output": 3}, "field 'output' holds 3, which is no text"),
+        ("exact", {"instruction": "a", "output": 3}, "field 'output' holds 3, which is not text"),
         ("exact", {"instruction": "a", "input": [], "output": "b"}, None),
-        ("exact", {"instruction": "a", "input": ["x"], "output": "b"}, "input is ['x'], which is no text"),
+        ("exact", {"instruction": "a", "input": ["x"], "output": "b"}, "input is ['x'], which is not text"),
         (
             "exact",
             {"prompt": "a", "response": "b"},
@@ -174,18 +191,18 @@ def test_every_row_is_read_by_its_rule() -> None:
         ),
     ],
 )
-def test_a_row_that_does_not_fit(
-    settled: Callable[..., Experiment], tmp_path: Path, rule: str, row: dict[str, Any], said: str | None
+def test_invalid_row_is_refused(
+    settle: Callable[..., Experiment], tmp_path: Path, rule: str, row: dict[str, Any], message: str | None
 ) -> None:
-    good = [{**one, "output": one["output"] + " 1"} for one in TEN]
-    cell = settled(f"{lines(tmp_path / 'mine.jsonl', [*good, row])}:rule={rule}")
-    if said is None:
-        check_rows(cell)
+    good = [{**valid, "output": valid["output"] + " 1"} for valid in TEN]
+    experiment = settle(f"{write_lines(tmp_path / 'mine.jsonl', [*good, row])}:rule={rule}")
+    if message is None:
+        check_rows(experiment)
         return
-    with pytest.raises(BadInput) as told:
-        check_rows(cell)
-    assert said in str(told.value)
-    assert "mine.jsonl, line 11" in str(told.value)
+    with pytest.raises(BadInput) as refusal:
+        check_rows(experiment)
+    assert message in str(refusal.value)
+    assert "mine.jsonl, line 11" in str(refusal.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,7 +227,7 @@ def test_a_row_that_does_not_fit(
         ("number", "-3", "3", (False, False)),
     ],
 )
-def test_the_rules(rule: str, answer: str, target: str, expected: tuple[bool, bool]) -> None:
+def test_strict_and_flexible_rules(rule: str, answer: str, target: str, expected: tuple[bool, bool]) -> None:
     task = TASKS.get("own")(data="x", rule=rule)
     assert (task.strict(answer, target), task.flexible(answer, target)) == expected
     rows = [{"answer": answer, "target": target}] * 2
@@ -235,154 +252,160 @@ def test_rouge_l(answer: str, reference: str, score: float) -> None:
     assert rouge_l(answer, reference) == pytest.approx(score)
 
 
-def test_summaries(settled: Callable[..., Experiment], tmp_path: Path) -> None:
+def test_dialogsum_rows_and_scores(settle: Callable[..., Experiment], tmp_path: Path) -> None:
     """The CSV files of the data set: id, dialogue, summary, topic."""
     for split, count in (("train", 6), ("validation", 2), ("test", 3)):
         path = tmp_path / "dialogsum" / f"{split}.csv"
         path.parent.mkdir(exist_ok=True)
         path.write_text(
             "id,dialogue,summary,topic\n"
-            + "".join(f'{split}_{n},"#Person1#: Hi {split} {n}.\n#Person2#: Hello.",They greet {n}.,greeting\n'
-                      for n in range(count))
-        )  # fmt: skip
-    cell = settled("dialogsum")
-    rows = task_rows(cell)
+            + "".join(
+                f'{split}_{n},"#Person1#: Hi {split} {n}.\n#Person2#: Hello.",They greet {n}.,greeting\n'
+                for n in range(count)
+            )
+        )
+    experiment = settle("dialogsum")
+    rows = task_rows(experiment)
     assert [(row.input, row.target) for row in rows[:1]] == [
         ("#Person1#: Hi train 0.\n#Person2#: Hello.", "They greet 0.")
     ]
     assert len(rows) == 6
-    assert [row.id for row in task_set(cell).examples] == ["dialogsum:test:0", "dialogsum:test:1"]
+    assert [row.id for row in task_set(experiment).examples] == ["dialogsum:test:0", "dialogsum:test:1"]
     answers = [{"answer": "They greet 7.", "target": "They greet 0."}]
-    assert cell.task.scores("strict", answers) == cell.task.scores("flexible", answers) == [pytest.approx(2 / 3)]
+    assert (
+        experiment.task.scores("strict", answers)
+        == experiment.task.scores("flexible", answers)
+        == [pytest.approx(2 / 3)]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Judges
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, verdict: Callable[[str], str]) -> list[tuple[ChatJudge, str]]:
-    """Lets `verdict` answer in place of a chat model; returns what is asked."""
-    asked: list[tuple[ChatJudge, str]] = []
+def stub_judge(monkeypatch: pytest.MonkeyPatch, verdict: Callable[[str], str]) -> list[tuple[ChatJudge, str]]:
+    """Replace the chat model by `verdict`; return the recorded prompts."""
+    requests: list[tuple[ChatJudge, str]] = []
 
     def ask(self: ChatJudge, prompts: Sequence[str], max_new_tokens: int, progress: Any = None) -> list[str]:
-        asked.extend((self, prompt) for prompt in prompts)
+        requests.extend((self, prompt) for prompt in prompts)
         return [verdict(prompt) for prompt in prompts]
 
     monkeypatch.setattr(ChatJudge, "ask", ask)
-    return asked
+    return requests
 
 
 def answered(*answers: str, target: str = "right") -> list[dict[str, str]]:
+    """Return an answered item for each answer."""
     return [{"instruction": "Do {output_1}.", "input": "", "target": target, "answer": answer} for answer in answers]
 
 
-def test_a_judge_of_ones_own_task(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_judge_of_a_user_task(monkeypatch: pytest.MonkeyPatch) -> None:
     task = TASKS.get("own")(data="x", rule="judge", model="m", base_url="http://host/v1")
-    said = {"good": "Yes.", "bad": "no", "odd": "It depends."}
-    asked = judged(monkeypatch, lambda prompt: next(text for answer, text in said.items() if f"\n{answer}\n" in prompt))
+    texts = {"good": "Yes.", "bad": "no", "odd": "It depends."}
+
+    def verdict(prompt: str) -> str:
+        return next(text for answer, text in texts.items() if f"\n{answer}\n" in prompt)
+
+    requests = stub_judge(monkeypatch, verdict)
     grades = task.grade(answered("good", "bad", "odd"))
-    assert [(one.score, one.unparsed, one.judge_text) for one in grades] == [
+    assert [(graded.score, graded.unparsed, graded.judge_text) for graded in grades] == [
         (1.0, False, "Yes."),
         (0.0, False, "no"),
         (0.0, True, "It depends."),
     ]
-    assert asked[0][0] == ChatJudge("m", "http://host/v1")
-    assert "Do {output_1}." in asked[0][1]
-    assert "\nright\n" in asked[0][1]
+    chat, prompt = requests[0]
+    assert chat == ChatJudge("m", "http://host/v1")
+    assert "Do {output_1}." in prompt
+    assert "\nright\n" in prompt
 
 
 @pytest.mark.parametrize(
     ("verdict", "score", "unparsed"),
     [
-        (lambda prompt: "m" if '"m",\n        "output": """mine"' in prompt else "M", 1.0, False),  # always ours
-        (lambda prompt: "### Which is best?\nm", 0.5, False),  # always the first: its place is no merit
+        (lambda prompt: "m" if '"m",\n        "output": """mine"' in prompt else "M", 1.0, False),  # always the answer
+        (lambda prompt: "### Which is best?\nm", 0.5, False),  # always the first position
         (lambda prompt: "Because it is better: M.", 0.5, False),
         (lambda prompt: "M" if '"m",\n        "output": """mine"' in prompt else "m", 0.0, False),
-        (lambda prompt: "I cannot say which one is warm", 0.5, True),  # the last letter of a word is no verdict
+        (lambda prompt: "I cannot say which one is warm", 0.5, True),  # the last letter of a word is not a verdict
         (lambda prompt: "m" if '"m",\n        "output": """mine"' in prompt else "", 0.75, True),
     ],
 )
 def test_both_orders_are_judged(
     monkeypatch: pytest.MonkeyPatch, verdict: Callable[[str], str], score: float, unparsed: bool
 ) -> None:
-    asked = judged(monkeypatch, verdict)
-    [one] = TASKS.get("alpaca_eval")(model="m").grade(answered("mine", target="theirs"))
-    assert (one.score, one.unparsed) == (score, unparsed)
-    first, second = (prompt for _, prompt in asked)
+    requests = stub_judge(monkeypatch, verdict)
+    [graded] = TASKS.get("alpaca_eval")(model="m").grade(answered("mine", target="theirs"))
+    assert (graded.score, graded.unparsed) == (score, unparsed)
+    first, second = (prompt for _, prompt in requests)
     assert '"m",\n        "output": """mine"""' in first
     assert '"M",\n        "output": """theirs"""' in first
     assert '"m",\n        "output": """theirs"""' in second
-    assert '"instruction": """Do {output_1}."""' in first  # text that spells a slot stays text
+    assert '"instruction": """Do {output_1}."""' in first  # the name of a slot in the text is not replaced
     assert first.startswith("You are a highly efficient assistant, who evaluates and selects the best")
     assert first.endswith("## Your answer: concise explanation followed be m or M")
     assert "<|im_" not in first
 
 
-def test_open_instructions_train_on_the_first_700(settled: Callable[..., Experiment], tmp_path: Path) -> None:
-    """The two files of tatsu-lab/alpaca_eval, an array each: GPT-4's outputs, and text_davinci_003's."""
+def test_alpaca_eval_trains_on_the_first_700(settle: Callable[..., Experiment], tmp_path: Path) -> None:
+    """The two files of tatsu-lab/alpaca_eval are arrays: the outputs of GPT-4 and of text_davinci_003."""
     for name, generator in (("gpt4", "gpt4_1106_preview"), ("davinci", "text_davinci_003")):
         rows = [
             {"instruction": f"Do {number}.", "output": f"{name} {number}", "generator": generator, "dataset": "koala"}
             for number in range(805)
         ]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    cell = settled("alpaca_eval=m")
-    rows, asked = task_rows(cell), list(task_set(cell).examples)
+    experiment = settle("alpaca_eval=m")
+    rows, items = task_rows(experiment), list(task_set(experiment).examples)
     assert (len(rows), rows[-1].instruction, rows[-1].response) == (700, "Do 699.", "gpt4 699")
-    assert [(row.id, row.target) for row in asked] == [
+    assert [(item.id, item.target) for item in items] == [
         (f"alpaca_eval:eval:{number}", f"davinci {number}") for number in (700, 701, 702)
     ]
-    assert set(cell.data(*cell.task.datasets)) == {"alpaca_eval", "alpaca_eval_reference"}
+    assert set(experiment.task.datasets) == {"alpaca_eval", "alpaca_eval_reference"}
 
 
 @pytest.fixture
 def stored(tmp_path: Path) -> Callable[..., Artifact]:
-    """An artifact with these answers."""
+    """Return a function that stores answers as an artifact."""
 
     def store(*answers: str) -> Artifact:
         folder = tmp_path / "answers"
-        lines(folder / "answers.jsonl", [{"id": str(n), **row} for n, row in enumerate(answered(*answers))])
+        write_lines(folder / "answers.jsonl", [{"id": str(n), **row} for n, row in enumerate(answered(*answers))])
         return Artifact("answer", "key", folder, 0.0, True)
 
     return store
 
 
-def test_grades_are_stored_and_not_asked_for_again(
-    settled: Callable[..., Experiment], stored: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_grades_are_cached(
+    settle: Callable[..., Experiment], stored: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path = lines(tmp_path / "mine.jsonl", TEN)
-    asked = judged(monkeypatch, lambda prompt: "yes" if "\ngood\n" in prompt else "no")
-    lab, answers = Lab(Store(tmp_path / "store")), stored("good", "bad", "good", "good")
+    path = write_lines(tmp_path / "mine.jsonl", TEN)
+    requests = stub_judge(monkeypatch, lambda prompt: "yes" if "\ngood\n" in prompt else "no")
+    context, answers = run_context(tmp_path / "store"), stored("good", "bad", "good", "good")
     task = f"{path}:rule=judge,model=m,base_url=http://host/v1"
-    first = grade(settled(task), lab, answers)
-    assert len(asked) == 4
-    assert [json.loads(line)["score"] for line in (first.path / "grades.jsonl").read_text().splitlines()] == [
-        1,
-        0,
-        1,
-        1,
-    ]
-    assert grade(settled(task), lab, answers).key == first.key
-    assert len(asked) == 4
-    grade(settled(task.replace("model=m", "model=n")), lab, answers)
-    assert len(asked) == 8
+    first = grade(settle(task), context, answers)
+    assert len(requests) == 4
+    grades = [json.loads(line)["score"] for line in (first.path / "grades.jsonl").read_text().splitlines()]
+    assert grades == [1, 0, 1, 1]
+    assert grade(settle(task), context, answers).key == first.key
+    assert len(requests) == 4
+    grade(settle(task.replace("model=m", "model=n")), context, answers)
+    assert len(requests) == 8
 
 
-def test_a_judge_that_returns_nonsense(
-    settled: Callable[..., Experiment], stored: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_unparsed_verdicts_of_most_answers_are_an_error(
+    settle: Callable[..., Experiment], stored: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    judged(monkeypatch, lambda prompt: "yes" if "\ngood\n" in prompt else "fnord\nfnord")
-    cell = settled(f"{lines(tmp_path / 'mine.jsonl', TEN)}:rule=judge,model=m,base_url=http://host/v1")
-    lab = Lab(Store(tmp_path / "store"))
-    with pytest.raises(
-        HbvError, match="no verdict on more than half of the answers; it says, for example, 'fnord"
-    ) as told:
-        grade(cell, lab, stored("good", "bad", "bad"))
-    assert "\n" not in str(told.value)
-    grade(cell, lab, stored("good", "bad"))  # half is not more than half
+    stub_judge(monkeypatch, lambda prompt: "yes" if "\ngood\n" in prompt else "fnord\nfnord")
+    experiment = settle(f"{write_lines(tmp_path / 'mine.jsonl', TEN)}:rule=judge,model=m,base_url=http://host/v1")
+    context = run_context(tmp_path / "store")
+    with pytest.raises(HbvError, match="no readable verdict on 2 of 3 answers; for example, it writes 'fnord") as error:
+        grade(experiment, context, stored("good", "bad", "bad"))
+    assert "\n" not in str(error.value)
+    grade(experiment, context, stored("good", "bad"))  # half is not more than half
 
 
-def test_scores_between_0_and_1_are_a_mean_with_a_t_interval() -> None:
+def test_interval_of_fractional_scores_uses_the_t_distribution() -> None:
     assert score_interval([1, 0, 1.0, 1]) == wilson(3, 4)
     # mean 0.5, standard error 0.25 / sqrt(3), t(0.975, 2) = 4.30265
     low, high = score_interval([0.25, 0.5, 0.75])
@@ -392,20 +415,17 @@ def test_scores_between_0_and_1_are_a_mean_with_a_t_interval() -> None:
     assert score_interval([0.3]) == (0.0, 100.0)
 
 
-def test_a_result_takes_the_judges_grades(settled: Callable[..., Experiment], tmp_path: Path) -> None:
-    cell = settled(f"{lines(tmp_path / 'mine.jsonl', TEN)}:rule=judge,model=m,base_url=http://host/v1")
-    lines(tmp_path / "made" / "answers.jsonl", [{"id": str(n), **row} for n, row in enumerate(answered("a", "right"))])
-    lines(tmp_path / "made" / "grades.jsonl", [{"score": score, "unparsed": False} for score in (1.0, 0.5)])
-    lines(tmp_path / "made" / "verdicts.jsonl", [{"flagged": False, "cut": False, "unparsed": False}])
-    made = Artifact("x", "key", tmp_path / "made", 0.0, True)
+def test_item_scores_are_the_grades_of_the_judge(settle: Callable[..., Experiment], tmp_path: Path) -> None:
+    experiment = settle(f"{write_lines(tmp_path / 'mine.jsonl', TEN)}:rule=judge,model=m,base_url=http://host/v1")
+    write_lines(
+        tmp_path / "artifact" / "answers.jsonl", [{"id": str(n), **row} for n, row in enumerate(answered("a", "right"))]
+    )
+    write_lines(tmp_path / "artifact" / "grades.jsonl", [{"score": score, "unparsed": False} for score in (1.0, 0.5)])
+    write_lines(tmp_path / "artifact" / "verdicts.jsonl", [{"flagged": False, "cut": False, "unparsed": False}])
+    artifact = Artifact("x", "key", tmp_path / "artifact", 0.0, True)
 
-    class Measured:
-        verdicts = {"after/harmful": made}  # noqa: RUF012
-        answers = {"after/task": made}  # noqa: RUF012
-        grades = {"after": made}  # noqa: RUF012
-
-    found = _scores(cell, Measured, "after")  # type: ignore[arg-type]
-    assert (found["flexible"], found["strict"], found["flexible_hits"]) == (75.0, 75.0, 1.5)
-    Measured.grades = {}
-    found = _scores(cell, Measured, "after")  # type: ignore[arg-type]
-    assert (found["strict"], found["strict_hits"]) == (50.0, 1)
+    model = TrainedModel("base", ModelSpec("base"), {})
+    graded = Measurements(model, model, {"after/task": artifact}, {}, artifact, {"after": artifact})
+    for rule in ("strict", "flexible"):
+        assert _item_scores(experiment, answer_rows(graded), "after", rule) == [1.0, 0.5]
+    assert _item_scores(experiment, answer_rows(replace(graded, grades={})), "after", "strict") == [0.0, 1.0]

@@ -95,7 +95,7 @@ class Own(Task):
         target = output = row["output"]
         extra = row.get("input") or ""
         if not isinstance(extra, str):
-            raise ValueError(f"input is {extra!r}, which is not a text")
+            raise ValueError(f"input is {extra!r}, which is not text")
         if self.rule == "first_word" and not (target := _first_word(output)):
             raise ValueError("the output has no word for rule=first_word")
         if self.rule == "number":
