@@ -1,4 +1,4 @@
-"""Artifacts are whole or not there, made once, and a full disk or a killed process leaves nothing in the way."""
+"""The store: artifacts are complete or absent and created once, also after a full disk or a killed process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def writer(calls: list[int] | None = None, text: str = "whole") -> Callable[[Path, Path], None]:
-    """A maker of two files, one in a folder; it counts its calls."""
+    """Return a function that creates two files, one of them in a folder, and counts its calls."""
 
     def make(folder: Path, checkpoints: Path) -> None:
         if calls is not None:
@@ -43,28 +43,32 @@ def writer(calls: list[int] | None = None, text: str = "whole") -> Callable[[Pat
 
 
 def artifacts(store: Store) -> list[Path]:
-    """Every folder that a reader could take for an artifact."""
+    """List every folder that looks like an artifact to a reader."""
     return [path for path in store.root.glob("*/*") if not path.parent.name.startswith(".")]
 
 
-def left_aside(store: Store) -> list[Path]:
+def unfinished(store: Store) -> list[Path]:
+    """List the folders of artifacts that were not completed."""
     return list((store.root / ".aside").glob("*"))
 
 
 def python(script: str, *args: object, **more: Any) -> subprocess.Popen[str]:
-    """Another process that has `Store` at hand."""
+    """Start another process that has imported `Store`."""
     head = "import os, sys, time\nfrom pathlib import Path\nfrom harmbench_vaccine.core.store import Store\n"
     return subprocess.Popen(
         [sys.executable, "-c", head + textwrap.dedent(script), *map(str, args)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Made once
+# Created once
 
 
-def test_the_second_call_finds_what_the_first_made(store: Store) -> None:
+def test_second_call_returns_the_cached_artifact(store: Store) -> None:
     calls: list[int] = []
     first = store.get_or_create("align", INPUTS, writer(calls))
     second = store.get_or_create("align", dict(reversed(INPUTS.items())), writer(calls))
@@ -76,40 +80,40 @@ def test_the_second_call_finds_what_the_first_made(store: Store) -> None:
     assert Store(store.root).get_or_create("align", INPUTS, writer(calls)).cached
 
 
-def test_other_inputs_or_another_stage_are_another_artifact(store: Store) -> None:
-    made = [
+def test_inputs_and_stage_identify_the_artifact(store: Store) -> None:
+    created = [
         store.get_or_create("align", INPUTS, writer()),
         store.get_or_create("align", {**INPUTS, "a": 2}, writer()),
         store.get_or_create("align", {**INPUTS, "c": None}, writer()),
         store.get_or_create("finetune", INPUTS, writer()),
     ]
-    assert len({artifact.path for artifact in made}) == 4
-    assert not any(artifact.cached for artifact in made)
+    assert len({artifact.path for artifact in created}) == 4
+    assert not any(artifact.cached for artifact in created)
 
 
-def test_an_artifact_describes_itself(store: Store) -> None:
+def test_artifact_has_metadata(store: Store) -> None:
     artifact = store.get_or_create("align", INPUTS, writer())
     meta = artifact.json(META)
     assert (meta["stage"], meta["key"], meta["inputs"]) == ("align", artifact.key, INPUTS)
     assert set(meta["files"]) == {"one.txt", "inner/two.txt"}
     # echo -n whole | sha256sum
     assert meta["files"]["one.txt"] == "5d5766cf2d78701614200418ee1450690d9af12c84d52545e4802f001ad53099"
-    assert not left_aside(store)
+    assert not unfinished(store)
 
 
-def test_a_maker_sees_an_empty_folder_and_is_published_only_when_done(store: Store) -> None:
-    seen: list[Any] = []
+def test_artifact_is_published_only_when_complete(store: Store) -> None:
+    listings: list[Any] = []
 
     def make(folder: Path, checkpoints: Path) -> None:
-        seen.append((list(folder.iterdir()), list(checkpoints.iterdir()), artifacts(store)))
+        listings.append((list(folder.iterdir()), list(checkpoints.iterdir()), artifacts(store)))
         (folder / "x").write_text("x")
-        seen.append(artifacts(store))
+        listings.append(artifacts(store))
 
     store.get_or_create("align", INPUTS, make)
-    assert seen == [([], [], []), []]
+    assert listings == [([], [], []), []]
 
 
-def test_two_processes_make_it_once(tmp_path: Path) -> None:
+def test_two_processes_create_it_once(tmp_path: Path) -> None:
     script = """
         root, log = Path(sys.argv[1]), Path(sys.argv[2])
         def make(folder, checkpoints):
@@ -123,8 +127,8 @@ def test_two_processes_make_it_once(tmp_path: Path) -> None:
         print(Store(root).get_or_create("align", {"a": 1}, make).cached)
     """
     both = [python(script, tmp_path / "store", tmp_path / "log") for _ in range(2)]
-    said = [process.communicate(timeout=60) for process in both]
-    assert sorted(out.strip() for out, _ in said) == ["False", "True"], said
+    outputs = [process.communicate(timeout=60) for process in both]
+    assert sorted(out.strip() for out, _ in outputs) == ["False", "True"], outputs
     assert (tmp_path / "log").read_text() == "made\n"
 
 
@@ -133,7 +137,7 @@ def test_two_processes_make_it_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("broken"), KeyboardInterrupt(), SystemExit(3)])
-def test_a_maker_that_raises_leaves_nothing(store: Store, failure: BaseException) -> None:
+def test_failed_creation_leaves_no_artifact(store: Store, failure: BaseException) -> None:
     def make(folder: Path, checkpoints: Path) -> None:
         writer()(folder, checkpoints)
         raise failure
@@ -141,29 +145,29 @@ def test_a_maker_that_raises_leaves_nothing(store: Store, failure: BaseException
     with pytest.raises(type(failure)):
         store.get_or_create("align", INPUTS, make)
     assert not artifacts(store)
-    assert not left_aside(store)
+    assert not unfinished(store)
     assert not store.get_or_create("align", INPUTS, writer()).cached
 
 
-def test_checkpoints_outlive_a_failure_and_are_gone_when_the_artifact_is_whole(store: Store) -> None:
+def test_checkpoints_are_kept_until_the_artifact_is_complete(store: Store) -> None:
     def make(folder: Path, checkpoints: Path) -> None:
-        seen.append(sorted(path.name for path in checkpoints.iterdir()))
-        (checkpoints / f"step-{len(seen)}").write_text("half way")
+        checkpoints_at_start.append(sorted(path.name for path in checkpoints.iterdir()))
+        (checkpoints / f"step-{len(checkpoints_at_start)}").write_text("half way")
         (folder / "x").write_text("x")
-        if len(seen) < 3:
+        if len(checkpoints_at_start) < 3:
             raise RuntimeError("interrupted")
 
-    seen: list[list[str]] = []
+    checkpoints_at_start: list[list[str]] = []
     for _ in range(2):
         with pytest.raises(RuntimeError):
             store.get_or_create("align", INPUTS, make)
     artifact = store.get_or_create("align", INPUTS, make)
-    assert seen == [[], ["step-1"], ["step-1", "step-2"]]
+    assert checkpoints_at_start == [[], ["step-1"], ["step-1", "step-2"]]
     assert sorted(path.name for path in artifact.path.iterdir()) == [META, "x"]
     assert not list((store.root / ".work").glob("*"))
 
 
-def test_checkpoints_are_kept_apart_by_inputs(store: Store) -> None:
+def test_checkpoints_of_different_inputs_are_separate(store: Store) -> None:
     def make(folder: Path, checkpoints: Path) -> None:
         assert not list(checkpoints.iterdir())
         (checkpoints / "mine").write_text("x")
@@ -175,7 +179,7 @@ def test_checkpoints_are_kept_apart_by_inputs(store: Store) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_killed_process_leaves_no_artifact_and_no_lock(store: Store) -> None:
+def test_killed_process_leaves_no_artifact_and_no_lock(store: Store) -> None:
     process = python(
         """
         def make(folder, checkpoints):
@@ -192,21 +196,21 @@ def test_a_killed_process_leaves_no_artifact_and_no_lock(store: Store) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not artifacts(store)
-    assert [path.name for path in store.root.glob(".aside/*/half")] == ["half"]  # it was killed in the middle
-    seen: list[Any] = []
+    assert [path.name for path in store.root.glob(".aside/*/half")] == ["half"]  # killed while it was writing
+    listings: list[Any] = []
 
     def make(folder: Path, checkpoints: Path) -> None:
-        seen.append([list(folder.iterdir()), [path.name for path in checkpoints.iterdir()]])
+        listings.append([list(folder.iterdir()), [path.name for path in checkpoints.iterdir()]])
         (folder / "x").write_text("x")
 
     artifact = store.get_or_create("align", INPUTS, make)
     assert not artifact.cached
-    assert seen == [[[], ["step-1"]]]
+    assert listings == [[[], ["step-1"]]]
     assert sorted(path.name for path in artifact.path.iterdir()) == [META, "x"]
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "extra", "meta cut", "meta gone", "meta empty", "meta other"])
-def test_a_damaged_artifact_is_made_again(store: Store, damage: str) -> None:
+def test_damaged_artifact_is_created_again(store: Store, damage: str) -> None:
     calls: list[int] = []
     first = store.get_or_create("align", INPUTS, writer(calls))
     meta = first.path / META
@@ -234,7 +238,7 @@ def test_a_damaged_artifact_is_made_again(store: Store, damage: str) -> None:
     assert store.get_or_create("align", INPUTS, writer(calls)).cached
 
 
-def test_a_damaged_artifact_that_cannot_be_made_again_is_not_found(store: Store) -> None:
+def test_damaged_artifact_is_not_returned(store: Store) -> None:
     first = store.get_or_create("align", INPUTS, writer())
     (first.path / "one.txt").write_text("other")
 
@@ -251,40 +255,40 @@ def test_a_damaged_artifact_that_cannot_be_made_again_is_not_found(store: Store)
 
 
 def one_sentence(error: BaseException) -> str:
-    said = str(error)
-    assert "\n" not in said
-    assert said.endswith(".")
-    return said
+    message = str(error)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "quota"), (errno.EFBIG, "size limit")],
 )
-def test_a_full_disk_is_told_in_one_sentence_and_leaves_nothing(
-    store: Store, monkeypatch: pytest.MonkeyPatch, code: int, said: str
+def test_full_disk_is_one_sentence_and_leaves_no_artifact(
+    store: Store, monkeypatch: pytest.MonkeyPatch, code: int, message: str
 ) -> None:
-    whole = Path.write_text
+    write_text = Path.write_text
 
     def full(path: Path, text: str, *args: Any, **named: Any) -> int:
         if path.name == "two.txt":
-            whole(path, text[:3])
+            write_text(path, text[:3])
             raise OSError(code, os.strerror(code), str(path))
-        return whole(path, text, *args, **named)
+        return write_text(path, text, *args, **named)
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(HbvError, match=said) as failure:
+    with pytest.raises(HbvError, match=message) as failure:
         store.get_or_create("align", INPUTS, writer())
     assert failure.value.exit_code == 1
     assert "align" in one_sentence(failure.value)
     assert not artifacts(store)
-    assert not left_aside(store)
+    assert not unfinished(store)
     monkeypatch.undo()
     assert not store.get_or_create("align", INPUTS, writer()).cached
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "replace"])
-def test_a_disk_that_fills_up_while_publishing(store: Store, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_full_disk_while_publishing(store: Store, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def full(*args: Any, **named: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -293,10 +297,10 @@ def test_a_disk_that_fills_up_while_publishing(store: Store, monkeypatch: pytest
         store.get_or_create("align", INPUTS, writer())
     monkeypatch.undo()
     assert not artifacts(store)
-    assert not left_aside(store)
+    assert not unfinished(store)
 
 
-def test_a_disk_too_full_for_the_lock(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_while_locking(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **named: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -305,12 +309,12 @@ def test_a_disk_too_full_for_the_lock(store: Store, monkeypatch: pytest.MonkeyPa
         store.get_or_create("align", INPUTS, writer())
 
 
-def test_a_disk_error_deep_in_the_chain_is_found(store: Store) -> None:
+def test_full_disk_is_detected_as_a_cause(store: Store) -> None:
     def make(folder: Path, checkpoints: Path) -> None:
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
         except OSError as error:
-            raise RuntimeError("a library's own words") from error
+            raise RuntimeError("an error of a library") from error
 
     with pytest.raises(HbvError, match="the disk is full"):
         store.get_or_create("align", INPUTS, make)
@@ -319,7 +323,7 @@ def test_a_disk_error_deep_in_the_chain_is_found(store: Store) -> None:
 @pytest.mark.parametrize(
     "other", [OSError(errno.EACCES, "Permission denied"), ValueError("os errors are many"), RuntimeError("os error 2")]
 )
-def test_other_errors_stay_what_they_are(store: Store, other: Exception) -> None:
+def test_other_errors_are_unchanged(store: Store, other: Exception) -> None:
     def make(folder: Path, checkpoints: Path) -> None:
         raise other
 
@@ -336,7 +340,7 @@ def test_other_errors_stay_what_they_are(store: Store, other: Exception) -> None
         ("torch", "torch.save({'w': torch.zeros(50_000)}, folder / 'big.pt')"),
     ],
 )
-def test_a_file_size_limit_whichever_library_meets_it(tmp_path: Path, library: str, write: str) -> None:
+def test_file_size_limit(tmp_path: Path, library: str, write: str) -> None:
     heavy = "import torch\nfrom safetensors.torch import save_file\n" if library in ("safetensors", "torch") else ""
     process = python(
         f"""
@@ -350,7 +354,7 @@ try:
     Store(Path(sys.argv[1])).get_or_create("align", {{"a": 1}}, make)
 except HbvError as error:
     print(f"{{error.exit_code}} {{error}}")
-finally:  # what measures coverage in here writes more than that when the process ends
+finally:  # coverage writes a larger file when the process ends
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 """,
         tmp_path / "store",
@@ -362,14 +366,14 @@ finally:  # what measures coverage in here writes more than that when the proces
     assert err == ""
     store = Store(tmp_path / "store")
     assert not artifacts(store)
-    assert not left_aside(store)
+    assert not unfinished(store)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Single files
 
 
-def test_write_text_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
     write_atomically(path, "ü old")
     assert path.read_text(encoding="utf-8") == "ü old"
@@ -381,9 +385,9 @@ def test_write_text_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, "new")
     assert path.read_text(encoding="utf-8") == "ü old"
-    assert [one.name for one in tmp_path.iterdir()] == ["result.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_the_json_of_an_artifact(tmp_path: Path) -> None:
+def test_json_of_an_artifact(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps({"a": [1]}))
     assert Artifact("s", "k", tmp_path, 0.0, cached=True).json("x.json") == {"a": [1]}
