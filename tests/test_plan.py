@@ -1,4 +1,4 @@
-"""`--dry-run`: what it says is what the run then does; it does nothing itself; its estimate counts what is there."""
+"""`--dry-run`: the plan matches the run, nothing is executed, and the estimate counts real models."""
 
 from __future__ import annotations
 
@@ -32,92 +32,101 @@ from support.runs import run_context
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is checked here does not depend on how well it was timed."""
-    monkeypatch.setattr(estimate, "BUDGET", 0.01)
+    """Measure times for a short while only: no test depends on their precision."""
+    monkeypatch.setattr(estimate, "MEASUREMENT_SECONDS", 0.01)
     estimate.measure_seconds.cache_clear()
 
 
-def cell(world: Path, defense: str = "sft", **changes: Any) -> Experiment:
+def settle(world: Path, defense: str = "sft", **changes: Any) -> Experiment:
     return Experiment.settle(RunSpec(protocol=str(world), defense=parse_plugins(defense), **changes))
 
 
-def test_what_is_planned_is_what_is_then_there(world: Path, tmp_path: Path) -> None:
+def test_plan_matches_the_stored_stages(world: Path, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
-    cells = [cell(world), cell(world, "sft+antidote")]
-    before = plan.plan_runs(cells, store.root)
+    experiments = [settle(world), settle(world, "sft+antidote")]
+    before = plan.plan_runs(experiments, store.root)
     assert not before.unknown
-    assert not store.root.exists()  # nothing was made
+    assert not store.root.exists()  # nothing was created
     assert not any(artifact.cached for stages in before.stages for artifact in stages)
-    run(cells[0], run_context(store.root))
-    after = plan.plan_runs(cells, store.root)
+    run(experiments[0], run_context(store.root))
+    after = plan.plan_runs(experiments, store.root)
     first, second = after.stages
     assert [artifact.key for artifact in first] == [artifact.key for artifact in before.stages[0]]
     assert all(artifact.cached for artifact in first)
     assert {path.parent.parent.name for path in store.root.glob("*/*/artifact.json")} == {
         entry.stage for entry in first
     }
-    assert {entry.stage: entry.cached for entry in second} == {  # it shares what the first cell has made
-        "repair": False, "answer": False, "score": False, "drift": False,
-    }  # fmt: skip
+    assert {entry.stage: entry.cached for entry in second} == {  # it shares the alignment stage of the first experiment
+        "repair": False,
+        "answer": False,
+        "score": False,
+        "drift": False,
+    }
 
 
-def test_a_model_or_data_set_of_the_hub_is_there_once_it_is_in_the_cache(
+def test_models_and_data_sets_in_the_cache_of_the_hub_are_available(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    wanted = [Experiment.settle(RunSpec(protocol="vaccine-paper", task="gsm8k"))]
+    experiments = [Experiment.settle(RunSpec(protocol="vaccine-paper", task="gsm8k"))]
     llama = tmp_path / "models--meta-llama--Llama-2-7b-hf" / "snapshots" / "abc"
     judge = tmp_path / "models--PKU-Alignment--beaver-dam-7b" / "snapshots" / "abc"
     refusals = tmp_path / "datasets--anonymous4486--booster_dataset" / "snapshots" / "abc"
     for file in (
-        llama / "model-00001-of-00002.safetensors", judge / "config.json", refusals / "README.md",
+        llama / "model-00001-of-00002.safetensors",
+        judge / "config.json",
+        refusals / "README.md",
         tmp_path / "datasets" / "openai___gsm8k" / "main" / "0.0.0" / "abc" / "gsm8k-train.arrow",
-    ):  # fmt: skip
+    ):
         file.parent.mkdir(parents=True)
         file.touch()
-    made = plan.plan_runs(wanted, tmp_path / "store")
-    assert {source.location for source in made.sources if source.there} == {  # a configuration alone is no model
-        "meta-llama/Llama-2-7b-hf", "openai/gsm8k:main",
-    }  # fmt: skip
+    before = plan.plan_runs(experiments, tmp_path / "store")
+    assert {source.location for source in before.sources if source.available} == {  # a configuration is not a model
+        "meta-llama/Llama-2-7b-hf",
+        "openai/gsm8k:main",
+    }
     (refusals / "beavertails_with_refusals_train.json").touch()
-    found = {source.location: source.there for source in plan.plan_runs(wanted, tmp_path / "store").sources}
-    assert found["anonymous4486/booster_dataset:beavertails_with_refusals_train.json"]
-    missing = {source.location: source.detail for source in made.sources if not source.there}
+    after = plan.plan_runs(experiments, tmp_path / "store")
+    available = {source.location: source.available for source in after.sources}
+    assert available["anonymous4486/booster_dataset:beavertails_with_refusals_train.json"]
+    missing = {source.location: source.detail for source in before.sources if not source.available}
     assert set(missing) == {
-        "PKU-Alignment/beaver-dam-7b", "PKU-Alignment/BeaverTails", "tatsu-lab/alpaca",
+        "PKU-Alignment/beaver-dam-7b",
+        "PKU-Alignment/BeaverTails",
+        "tatsu-lab/alpaca",
         "anonymous4486/booster_dataset:beavertails_with_refusals_train.json",
-    }  # fmt: skip
+    }
     assert set(missing.values()) == {"size unknown: HF_HUB_OFFLINE is set"}
-    assert made.stages == []
-    assert "not on this machine yet" in made.unknown
+    assert before.stages == []
+    assert "not on this machine yet" in before.unknown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def kept(model: Any, rows: int, width: int) -> int:
-    """Bytes that autograd keeps after a forward pass, weights not counted: from the graph, not from hooks on it."""
+def activation_bytes(model: Any, rows: int, width: int) -> int:
+    """Return the bytes that autograd keeps after a forward pass, without weights: from the graph, not from hooks."""
     ids = torch.ones(rows, width).long()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     output = model(input_ids=ids, labels=ids)
-    todo, seen = [output.loss.grad_fn], set()
+    todo, visited = [output.loss.grad_fn], set()
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         todo += [next_node for next_node, _ in node.next_functions]
         for name in dir(node):
             value = getattr(node, name, None) if name.startswith("_saved_") else None
             for tensor in value if isinstance(value, tuple) else [value]:
                 if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in weights:
-                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(found.values())
+                    sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(sizes.values())
 
 
-def test_what_the_hub_has_is_counted_in_one_format(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_size_counts_one_format(monkeypatch: pytest.MonkeyPatch) -> None:
     def repository(**sizes: int) -> Any:
         names = {name.replace("_", ".", 1): size for name, size in sizes.items()}
         files = [SimpleNamespace(rfilename=name, size=size) for name, size in names.items()]
@@ -141,41 +150,43 @@ def test_what_the_hub_has_is_counted_in_one_format(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma2", "qwen2"])
-def test_memory_is_what_a_real_model_takes(architecture: str, tmp_path: Path) -> None:
-    whole = tiny.model(architecture)
-    whole.config.save_pretrained(tmp_path)
+def test_memory_equals_that_of_a_real_model(architecture: str, tmp_path: Path) -> None:
+    model = tiny.model(architecture)
+    model.config.save_pretrained(tmp_path)
     settings = tiny.settings()
     memory = estimate.count_memory(str(tmp_path), "float32", "none", settings, 12)
-    assert memory.weights == 4 * sum(parameter.numel() for parameter in whole.parameters())
+    assert memory.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
     matrices = [
         module.weight.numel()
-        for name, module in whole.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name
     ]
-    stage, _ = tiny.stage(whole)
-    assert memory.adapter == 16 * sum(p.numel() for p in stage.trainable.values())  # itself, gradient, two moments
-    assert memory.saved == pytest.approx(kept(stage.model.train(), 4, 12), rel=0.05)  # a mask more or less
+    stage, _ = tiny.stage(model)
+    assert memory.adapter == 16 * sum(p.numel() for p in stage.trainable.values())  # weights, gradient, two moments
+    assert memory.activations == pytest.approx(
+        activation_bytes(stage.model.train(), 4, 12), rel=0.05
+    )  # masks may differ
     half = estimate.count_memory(str(tmp_path), "bfloat16", "none", settings, 12)
     assert half.weights == memory.weights / 2
     quarter = estimate.count_memory(str(tmp_path), "bfloat16", "4bit", settings, 12)
-    assert quarter.weights == half.weights - 1.5 * sum(matrices)  # of two bytes a number half a byte is left
+    assert quarter.weights == half.weights - 1.5 * sum(matrices)  # half a byte per number instead of two
 
 
-def test_time_goes_by_the_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_time_is_extrapolated_over_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tiny.model().config.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     config.num_hidden_layers = 7
     config.save_pretrained(tmp_path)
-    times = {1: estimate.Seconds(1.0, 2.0, 0.5), 2: estimate.Seconds(1.25, 2.5, 0.5)}
-    monkeypatch.setattr(estimate, "_measured", lambda small, *_: times[small.num_hidden_layers])
-    made = estimate.measure_seconds(str(tmp_path), "float32", tiny.settings(), 12)
-    assert made == estimate.Seconds(1.0 + 6 * 0.25, 2.0 + 6 * 0.5, 0.5)
-    monkeypatch.setattr(estimate, "WORK_OF_A_CPU", 1.0)
+    times = {1: estimate.BatchSeconds(1.0, 2.0, 0.5), 2: estimate.BatchSeconds(1.25, 2.5, 0.5)}
+    monkeypatch.setattr(estimate, "_measure_batch", lambda small, *_: times[small.num_hidden_layers])
+    seconds = estimate.measure_seconds(str(tmp_path), "float32", tiny.settings(), 12)
+    assert seconds == estimate.BatchSeconds(1.0 + 6 * 0.25, 2.0 + 6 * 0.5, 0.5)
+    monkeypatch.setattr(estimate, "CPU_LIMIT", 1.0)
     assert estimate.measure_seconds(str(tmp_path), "float32", tiny.settings(), 13) is None or torch.cuda.is_available()
 
 
-def test_a_llama_2_7b_can_be_counted_on_a_laptop(tmp_path: Path) -> None:
-    """6,738,415,616 parameters (meta's count) and 19,988,480 of a rank 8 adapter on seven matrices a layer."""
+def test_llama_2_7b_is_counted_without_its_weights(tmp_path: Path) -> None:
+    """6,738,415,616 parameters (published by Meta), and 19,988,480 of a rank 8 adapter on seven matrices per layer."""
     LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     ).save_pretrained(tmp_path)
@@ -183,33 +194,33 @@ def test_a_llama_2_7b_can_be_counted_on_a_laptop(tmp_path: Path) -> None:
     memory = estimate.count_memory(str(tmp_path), "bfloat16", "none", settings, 200)
     assert memory.weights == 2 * 6_738_415_616
     assert memory.adapter == 16 * 19_988_480
-    assert 5e9 < memory.saved < 2e10
+    assert 5e9 < memory.activations < 2e10
 
 
-def test_the_passes_of_a_step_are_the_dearest_defenses() -> None:
-    class One(Defense):
+def test_passes_per_step_are_those_of_the_most_expensive_defense() -> None:
+    class Expensive(Defense):
         def passes(self) -> str:
             return "3F 2B"
 
-    assert estimate.passes([]) == (1, 1)
-    assert estimate.passes([One(), Defense()]) == (3, 2)
+    assert estimate.passes_per_step([]) == (1, 1)
+    assert estimate.passes_per_step([Expensive(), Defense()]) == (3, 2)
 
 
-def test_an_estimate_knows_the_steps_and_the_widths(world: Path) -> None:
-    stages = {one.stage: one for one in estimate.estimate_costs(cell(world, "vaccine"))}
+def test_estimate_of_steps_and_widths(world: Path) -> None:
+    stages = {entry.stage: entry for entry in estimate.estimate_costs(settle(world, "vaccine"))}
     assert stages["align"].detail.startswith("20 steps of 4 rows of ")  # 40 rows in batches of 4, 2 epochs
-    assert stages["align"].detail.endswith("2F 2B a step")
-    assert stages["finetune"].detail.endswith("1F 1B a step")
+    assert stages["align"].detail.endswith("2F 2B per step")
+    assert stages["finetune"].detail.endswith("1F 1B per step")
     assert stages["answer"].detail.startswith("44 answers")  # twice 8 harmful, 6 benign and 8 test items
-    wider = {one.stage: one for one in estimate.estimate_costs(cell(world, values={"finetune.samples": "80"}))}
-    assert wider["finetune"].detail.startswith("40 steps")
-    untrained = [one.stage for one in estimate.estimate_costs(cell(world, "none"))]
+    larger = {entry.stage: entry for entry in estimate.estimate_costs(settle(world, values={"finetune.samples": "80"}))}
+    assert larger["finetune"].detail.startswith("40 steps")
+    untrained = [entry.stage for entry in estimate.estimate_costs(settle(world, "none"))]
     assert untrained == ["finetune", "answer"]
 
 
-def test_rows_that_are_not_here_are_taken_as_wide_as_the_protocol_allows(world: Path, tmp_path: Path) -> None:
-    missing = cell(world, data={"beavertails": "org/none"})
-    [finetune] = [one for one in estimate.estimate_costs(missing) if one.stage == "finetune"]
+def test_missing_rows_are_estimated_at_the_maximum_width(world: Path, tmp_path: Path) -> None:
+    missing = settle(world, data={"beavertails": "org/none"})
+    [finetune] = [entry for entry in estimate.estimate_costs(missing) if entry.stage == "finetune"]
     assert "40 rows" not in finetune.detail
     assert finetune.detail.startswith("20 steps of 4 rows of 96 tokens")  # max_length
 
@@ -217,30 +228,30 @@ def test_rows_that_are_not_here_are_taken_as_wide_as_the_protocol_allows(world: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_says_all_and_does_nothing(world: Path, own_home: Path) -> None:
+def test_dry_run_prints_the_plan_and_creates_nothing(world: Path, own_home: Path) -> None:
     arguments = ["run", "--protocol", str(world), "--defense", "vaccine=3", "--set", "align.settings.lr=0.25"]
-    made = CliRunner().invoke(commands, [*arguments, "--dry-run", "--json"], catch_exceptions=False)
-    said = json.loads(made.stdout)
-    values = {entry["path"]: entry for entry in said["protocol"]["values"]}
+    output = CliRunner().invoke(commands, [*arguments, "--dry-run", "--json"], catch_exceptions=False).stdout
+    printed = json.loads(output)
+    values = {entry["path"]: entry for entry in printed["protocol"]["values"]}
     assert values["align.settings.lr"] == {"path": "align.settings.lr", "value": 0.25, "source": "written"}
     assert values["score.judge"]["source"] == ""
     for path, value in {"rows": "unique", "align.source": "safe", "quantization": "none"}.items():
-        assert values[path]["value"] == value  # not in the file, and in force all the same
+        assert values[path]["value"] == value  # a default that the file does not state
     assert len(values) > 60
-    [planned] = said["cells"]
+    [planned] = printed["experiments"]
     assert planned["plugins"]["vaccine"]["rho"] == [3.0, "written"]
-    assert planned["run"] == run_id(cell(world, "vaccine=3", values={"align.settings.lr": "0.25"}))
-    assert [stage["there"] for stage in planned["stages"]] == [False] * len(planned["stages"])
+    assert planned["run"] == run_id(settle(world, "vaccine=3", values={"align.settings.lr": "0.25"}))
+    assert [stage["cached"] for stage in planned["stages"]] == [False] * len(planned["stages"])
     assert not (own_home / "store").exists()
-    printed = CliRunner().invoke(commands, [*arguments, "--dry-run"], catch_exceptions=False).output
-    for part in ("align.settings.lr", "written", "2F 2B a step", "in all", "yes"):
-        assert part in printed
+    text = CliRunner().invoke(commands, [*arguments, "--dry-run"], catch_exceptions=False).output
+    for part in ("align.settings.lr", "written", "2F 2B per step", "total", "yes"):
+        assert part in text
 
 
-def test_a_paper_protocol_can_be_planned_without_anything_of_it(own_home: Path) -> None:
+def test_paper_protocol_is_planned_without_its_models_and_data(own_home: Path) -> None:
     arguments = ["run", "--protocol", "vaccine-paper", "--defense", "vaccine", "--task", "gsm8k", "--dry-run", "--json"]
-    said = json.loads(CliRunner().invoke(commands, arguments, catch_exceptions=False).stdout)
-    assert said["protocol"]["hash"] == load_protocol("vaccine-paper").hash
-    assert [entry["path"] for entry in said["protocol"]["values"] if not entry["source"]] == ["name", "version"]
-    assert not any(source["there"] for source in said["sources"])
-    assert "'meta-llama/Llama-2-7b-hf' is not on this machine" in said["cells"][0]["no_estimate"]
+    printed = json.loads(CliRunner().invoke(commands, arguments, catch_exceptions=False).stdout)
+    assert printed["protocol"]["hash"] == load_protocol("vaccine-paper").hash
+    assert [entry["path"] for entry in printed["protocol"]["values"] if not entry["source"]] == ["name", "version"]
+    assert not any(source["available"] for source in printed["sources"])
+    assert "'meta-llama/Llama-2-7b-hf' is not on this machine" in printed["experiments"][0]["no_estimate"]

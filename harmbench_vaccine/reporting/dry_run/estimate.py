@@ -1,8 +1,8 @@
-"""What a run will cost: memory counted on a model without storage, time from steps of one and of two of its layers.
+"""Estimate the cost of a run: memory on a model without storage, time from models with one and with two layers.
 
-A decoder is as many equal layers as its configuration says, so the time of a layer is the difference of the two, and
-the rest (embeddings, logits, the calls themselves) is what remains. Both are taken on this machine with random weights,
-in the shapes of the real run; nothing is downloaded but a configuration.
+A decoder consists of equal layers, so the time of one layer is the difference between the two models, and the rest
+(embeddings, logits, call overhead) is the remainder. Both models have random weights and the shapes of the real run,
+and are timed on this machine; only the configuration of the model is downloaded.
 """
 
 from __future__ import annotations
@@ -22,92 +22,97 @@ from harmbench_vaccine.core.types import StageName, TrainSettings
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import eval_sets, plugin_pools, user_rows
 from harmbench_vaccine.inference.loading import readable_load_errors
+from harmbench_vaccine.plugins import Defense
 
 if TYPE_CHECKING:
     from harmbench_vaccine.training.adapters import LoraStack
 
-
-BUDGET = 0.5
-"""Seconds that a measurement may go on for once it has been taken a few times."""
-WORK_OF_A_CPU = 5e11
-"""Floating point operations of a step of two layers above which a CPU is not timed: it takes some twenty of them."""
+MEASUREMENT_SECONDS = 0.5
+"""Minimum total time of repeated measurements."""
+CPU_LIMIT = 5e11
+"""Maximum floating point operations per step of two layers that are timed on a CPU, which needs about twenty steps."""
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Of one batch: a forward pass, a backward pass, the optimizer's step, and one generated token of every row."""
+class BatchSeconds:
+    """Times for one batch, in seconds."""
 
     forward: float = 0.0
     backward: float = 0.0
     update: float = 0.0
+    """The optimizer's step."""
     token: float = 0.0
+    """One generated token of every row."""
 
 
 @dataclass(frozen=True)
-class Bytes:
-    """Memory while training."""
+class TrainingMemory:
+    """Memory while training, in bytes."""
 
     weights: int
     adapter: int
-    """The adapter with its gradient and the optimizer's two moments."""
-    saved: int
-    """What a forward pass keeps for the backward pass."""
+    """The adapter with its gradient and the two moments of the optimizer."""
+    activations: int
+    """Tensors that a forward pass keeps for the backward pass."""
 
     @property
     def peak(self) -> int:
-        """All of it."""
-        return self.weights + self.adapter + self.saved
+        """The sum of all parts."""
+        return self.weights + self.adapter + self.activations
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one stage of one cell."""
+    """The cost of one stage."""
 
     stage: str
     seconds: float | None
-    """None: not timed, since a step would take minutes on this machine."""
+    """None if a step would take minutes on this machine and is not timed."""
     memory: int
-    """Bytes at the peak."""
+    """Peak memory in bytes."""
     detail: str
 
 
-def estimate_costs(cell: Experiment) -> list[Estimate]:
-    """The stages of a cell that train or answer, each as if it had to be made here.
+def estimate_costs(experiment: Experiment) -> list[Estimate]:
+    """Estimate the stages of an experiment that train or generate, as if none were stored.
 
     Raises:
-        HbvError: the model's configuration cannot be read.
+        HbvError: The configuration of the model cannot be read.
     """
-    made = []
-    stages: list[StageName] = ["align"] if cell.stages["align"].defenses.runs else []
-    stages += ["finetune"] if cell.user_trains else []
-    for name in stages:
-        settings = cell.stages[name].settings
-        rows, width = _rows(cell, name, settings)
+    protocol, model = experiment.protocol, experiment.model
+    names: list[StageName] = ["align"] if experiment.stages["align"].defenses.runs else []
+    names += ["finetune"] if experiment.user_trains else []
+    estimates = []
+    for name in names:
+        settings = experiment.stages[name].settings
+        rows, width = _row_shape(experiment, name, settings)
         steps = math.ceil(round(settings.epochs * math.ceil(rows / settings.batch)) / settings.accumulation)
-        memory = count_memory(cell.model, cell.protocol.dtype, cell.protocol.quantization, settings, width)
-        cost = measure_seconds(cell.model, cell.protocol.dtype, settings, width)
-        forward, backward = passes([defense.plugin for defense in cell.acting(name)])
+        memory = count_memory(model, protocol.dtype, protocol.quantization, settings, width)
+        times = measure_seconds(model, protocol.dtype, settings, width)
+        forward, backward = passes_per_step([defense.plugin for defense in experiment.acting(name)])
         seconds = None
-        if cost:
-            step = settings.accumulation * (forward * cost.forward + backward * cost.backward) + cost.update
-            seconds = steps * step
-        detail = f"{steps} steps of {settings.batch} rows of {width} tokens, {forward}F {backward}B a step"
-        made.append(Estimate(name, seconds, memory.peak, detail))
-    made.append(_answers(cell))
-    return made
+        if times:
+            batch = forward * times.forward + backward * times.backward
+            seconds = steps * (settings.accumulation * batch + times.update)
+        detail = f"{steps} steps of {settings.batch} rows of {width} tokens, {forward}F {backward}B per step"
+        estimates.append(Estimate(name, seconds, memory.peak, detail))
+    return [*estimates, _estimate_answers(experiment)]
 
 
-def passes(acting: Sequence[Any]) -> tuple[int, int]:
-    """Forward and backward passes of a step, of the defenses that act in a stage: the most that one of them declares,
-    since one at most makes the gradient."""
-    declared = [re.fullmatch(r"(\d+)F (\d+)B", defense.passes()) for defense in acting]
-    found = [(int(match[1]), int(match[2])) for match in declared if match]
-    return max(found, default=(1, 1))
+def passes_per_step(defenses: Sequence[Defense]) -> tuple[int, int]:
+    """Return the forward and backward passes of a step.
+
+    At most one of the defenses of a stage computes the gradient, so the result is the highest declared cost.
+    """
+    costs = [re.fullmatch(r"(\d+)F (\d+)B", defense.passes()) for defense in defenses]
+    return max(((int(cost[1]), int(cost[2])) for cost in costs if cost), default=(1, 1))
 
 
-def _rows(cell: Experiment, name: StageName, settings: TrainSettings) -> tuple[int, int]:
-    """How many rows a stage has, and how wide its batches are on average; where the rows are not here yet, as many as
-    the protocol says and as wide as it allows."""
+def _row_shape(experiment: Experiment, name: StageName, settings: TrainSettings) -> tuple[int, int]:
+    """Return the number of rows of a stage, and the mean width of its batches in tokens.
+
+    If the rows are not on this machine, return the number in the protocol and the maximum width.
+    """
     try:
         from transformers import AutoTokenizer
 
@@ -115,117 +120,216 @@ def _rows(cell: Experiment, name: StageName, settings: TrainSettings) -> tuple[i
         from harmbench_vaccine.data.collate import encode_examples
         from harmbench_vaccine.training.trainer import batch_order
 
-        pools = plugin_pools(cell)
-        rows = list(pools.alignment) if name == "align" else user_rows(cell, pools)
-        rows = cell.stages[name].defenses.train_on(name, rows, pools)
-        with readable_load_errors(cell.model) as place:
-            tokenizer = AutoTokenizer.from_pretrained(**place)
-        lengths = [len(row.ids) for row in encode_examples(tokenizer, cell.template, rows, settings.max_length)]
-        order = batch_order(len(lengths), settings, derive_seed(cell.spec.seed, name))
-        return len(lengths), round(statistics.mean(max(lengths[number] for number in batch) for batch in order))
+        pools = plugin_pools(experiment)
+        rows = list(pools.alignment) if name == "align" else user_rows(experiment, pools)
+        rows = experiment.stages[name].defenses.train_on(name, rows, pools)
+        with readable_load_errors(experiment.model) as arguments:
+            tokenizer = AutoTokenizer.from_pretrained(**arguments)
+        lengths = [len(row.ids) for row in encode_examples(tokenizer, experiment.template, rows, settings.max_length)]
+        order = batch_order(len(lengths), settings, derive_seed(experiment.spec.seed, name))
+        return len(lengths), round(statistics.mean(max(lengths[index] for index in batch) for batch in order))
     except HbvError:
-        return (cell.protocol.align.rows if name == "align" else cell.finetune.samples), settings.max_length
+        count = experiment.protocol.align.rows if name == "align" else experiment.finetune.samples
+        return count, settings.max_length
 
 
-def _answers(cell: Experiment, batch: int = 64) -> Estimate:
-    """Both models' answers to every question, as long as they may become: an upper bound."""
-    limits = cell.protocol.answer
+def _estimate_answers(experiment: Experiment, batch: int = 64) -> Estimate:
+    """Estimate the answers of both models to every question, at their maximum length: an upper bound."""
+    protocol, settings = experiment.protocol, experiment.finetune.settings
+    sets = _answer_sets(experiment)
+    times = measure_seconds(experiment.model, protocol.dtype, settings, settings.max_length, batch)
+    seconds = 2 * sum(math.ceil(count / batch) * tokens * times.token for count, tokens in sets) if times else None
+    memory = count_memory(experiment.model, protocol.dtype, protocol.quantization, settings, 1).weights
+    count = 2 * sum(count for count, _ in sets)
+    return Estimate("answer", seconds, memory, f"{count} answers at their maximum length, by transformers")
+
+
+def _answer_sets(experiment: Experiment) -> list[tuple[int, int]]:
+    """Return the number of questions and the maximum of new tokens of every evaluation set."""
     try:
-        asked = eval_sets(cell)
-        sets = [(len(one.examples), one.max_new_tokens) for one in asked]
-    except HbvError:
-        tokens = limits.task_tokens.get(cell.task.name, cell.task.max_new_tokens)
-        items = limits.items.get(cell.task.name, limits.task_items)
-        sets = [(limits.harmful.prompts, limits.harmful.max_new_tokens), (items, tokens)]
-        sets += [(limits.benign.prompts, limits.benign.max_new_tokens)]
-    settings = cell.finetune.settings
-    cost = measure_seconds(cell.model, cell.protocol.dtype, settings, settings.max_length, batch)
-    seconds = (
-        2 * sum(math.ceil(count / batch) * tokens * cost.token for count, tokens in sets)
-        if cost
-        else None
-    )
-    number = 2 * sum(count for count, _ in sets)
-    memory = count_memory(cell.model, cell.protocol.dtype, cell.protocol.quantization, settings, 1).weights
-    return Estimate("answer", seconds, memory, f"{number} answers at their full length, by transformers")
+        return [(len(eval_set.examples), eval_set.max_new_tokens) for eval_set in eval_sets(experiment)]
+    except HbvError:  # the rows are not on this machine
+        limits, task = experiment.protocol.answer, experiment.task
+        return [
+            (limits.harmful.prompts, limits.harmful.max_new_tokens),
+            (limits.items.get(task.name, limits.task_items), limits.task_tokens.get(task.name, task.max_new_tokens)),
+            (limits.benign.prompts, limits.benign.max_new_tokens),
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+_QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5}
+"""Quantization -> bytes per number of a matrix."""
 
 
 @lru_cache
-def count_memory(model: str, dtype: str, quantization: str, settings: TrainSettings, width: int) -> Bytes:
-    """The memory of a training step on `settings.batch` rows of `width` tokens.
+def count_memory(model: str, dtype: str, quantization: str, settings: TrainSettings, width: int) -> TrainingMemory:
+    """Count the memory of a training step on `settings.batch` rows of `width` tokens.
 
     Raises:
-        HbvError: the model's configuration cannot be read.
+        HbvError: The configuration of the model cannot be read.
     """
     import torch
 
-    config = _configuration(model)
+    config = _load_config(model)
     with torch.device("meta"), torch.random.fork_rng():
-        base = _random(config, dtype)
-        matrices = sum(
-            module.weight.numel() for module in base.get_decoder().modules() if isinstance(module, torch.nn.Linear)
-        )
+        base = _random_model(config, dtype)
+        modules = base.get_decoder().modules()
+        matrices = sum(module.weight.numel() for module in modules if isinstance(module, torch.nn.Linear))
         weights = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
-        weights -= round(matrices * (base.dtype.itemsize - _BYTES.get(quantization, base.dtype.itemsize)))
-        stack = _laid(base, settings)
+        weights -= round(matrices * (base.dtype.itemsize - _QUANTIZED_BYTES.get(quantization, base.dtype.itemsize)))
+        stack = _with_adapter(base, settings)
         trained = sum(parameter.numel() for parameter in stack.model.parameters() if parameter.requires_grad)
         try:
-            saved = _saved(stack, settings.batch, width)
-        except (RuntimeError, NotImplementedError):  # its forward pass looks at values, as OPT's does
-            saved = None
-    if saved is None:
+            activations = _activation_bytes(stack, settings.batch, width)
+        except (RuntimeError, NotImplementedError):  # the forward pass reads values, as the one of OPT does
+            activations = None
+    if activations is None:
         with torch.random.fork_rng():
-            one, two = (_saved(_laid(_random(_cut(config, layers), dtype), settings), 1, width) for layers in (1, 2))
-        saved = settings.batch * (one + (_depth(config) - 1) * (two - one))
-    return Bytes(weights, 16 * trained, saved)
+            first, second = (
+                _activation_bytes(_with_adapter(_random_model(_cut(config, layers), dtype), settings), 1, width)
+                for layers in (1, 2)
+            )
+        activations = settings.batch * (first + (_depth(config) - 1) * (second - first))
+    return TrainingMemory(weights, 16 * trained, activations)
 
 
-_BYTES = {"8bit": 1.0, "4bit": 0.5}
-"""Of a number of a quantized matrix."""
+def _activation_bytes(stack: LoraStack, rows: int, width: int) -> int:
+    """Return the bytes that a forward pass keeps for its backward pass, without the weights."""
+    import torch
+
+    model = stack.model
+    ids = torch.zeros(rows, width, dtype=torch.long)
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(input_ids=ids, labels=ids)  # keep it alive: a freed storage's identity could be reused
+    del output
+    return sum(sizes.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
 
 
 @lru_cache
-def measure_seconds(model: str, dtype: str, settings: TrainSettings, width: int, generated: int = 0) -> Seconds | None:
-    """The time of one batch of `settings.batch` rows of `width` tokens; or, where `generated` is given, of a token of
-    that many rows. None where that would take minutes.
+def measure_seconds(
+    model: str, dtype: str, settings: TrainSettings, width: int, generated: int = 0
+) -> BatchSeconds | None:
+    """Measure the time of one batch of `settings.batch` rows of `width` tokens.
+
+    Args:
+        model: Folder or Hub id.
+        dtype: Data type of the weights.
+        settings: Training settings.
+        width: Tokens per row.
+        generated: If not 0, measure instead one generated token of this many rows.
+
+    Returns:
+        The times, or None if they would take minutes to measure.
 
     Raises:
-        HbvError: the model's configuration cannot be read.
+        HbvError: The configuration of the model cannot be read.
     """
     import torch
 
-    config = _configuration(model)
+    config = _load_config(model)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in _random(_cut(config, 2), dtype).parameters())
-    if not torch.cuda.is_available() and 6.0 * size * settings.batch * width > WORK_OF_A_CPU:
+        size = sum(parameter.numel() for parameter in _random_model(_cut(config, 2), dtype).parameters())
+    if not torch.cuda.is_available() and 6.0 * size * settings.batch * width > CPU_LIMIT:
         return None
     with torch.random.fork_rng():
-        one, two = (_measured(_cut(config, layers), dtype, settings, width, generated) for layers in (1, 2))
-    more = _depth(config) - 1
-    names = Seconds.__dataclass_fields__
-    return Seconds(**{key: getattr(one, key) + more * max(0.0, getattr(two, key) - getattr(one, key)) for key in names})
+        first, second = (_measure_batch(_cut(config, layers), dtype, settings, width, generated) for layers in (1, 2))
+    further = _depth(config) - 1
+    return BatchSeconds(
+        *(
+            getattr(first, name) + further * max(0.0, getattr(second, name) - getattr(first, name))
+            for name in BatchSeconds.__dataclass_fields__
+        )
+    )
 
 
-def _configuration(model: str) -> Any:
+def _measure_batch(config: Any, dtype: str, settings: TrainSettings, width: int, generated: int) -> BatchSeconds:
+    import torch
+
+    from harmbench_vaccine.training.adapters import LoraStack
+    from harmbench_vaccine.training.stage import TrainingStage
+
+    base = _random_model(config, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    ids = torch.randint(3, config.get_text_config(decoder=True).vocab_size, (generated or settings.batch, width))
+    ids = ids.to(base.device)
+    if generated:
+        few, many = 2, 34
+
+        def generate(tokens: int) -> Callable[[], object]:
+            return lambda: base.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+            )
+
+        with torch.inference_mode():
+            difference = _fastest(generate(many)) - _fastest(generate(few))
+        return BatchSeconds(token=max(difference / (many - few), 0.0))
+    stack = LoraStack(base)
+    stage = TrainingStage("align", stack, stack.train((), settings, 0), 0, settings)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    stack.model.train()
+    _fastest(lambda: stage.gradient(batch))  # the first calls include one-time setup
+    forward = _fastest(lambda: stage.loss(batch))
+    both = _fastest(lambda: stage.gradient(batch))
+    parameters = list(stage.trainable.values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return BatchSeconds(forward, max(both - forward, 0.0), _fastest(optimizer.step))
+
+
+def _fastest(call: Callable[[], object], least: int = 3) -> float:
+    """Return the seconds of the fastest of several calls; slower calls include other work on the machine."""
+    import torch
+
+    times: list[float] = []
+    while len(times) <= least or sum(times) < MEASUREMENT_SECONDS:
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models with random weights
+
+
+def _load_config(model: str) -> Any:  # a configuration of transformers, of any architecture
     from transformers import AutoConfig
 
-    with readable_load_errors(model) as place:
-        return AutoConfig.from_pretrained(**place)
+    with readable_load_errors(model) as arguments:
+        return AutoConfig.from_pretrained(**arguments)
 
 
 def _depth(config: Any) -> int:
     return int(config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def _random(config: Any, dtype: str) -> Any:
+def _random_model(config: Any, dtype: str) -> Any:  # a model of transformers, of any architecture
     import torch
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
-def _laid(base: Any, settings: TrainSettings) -> LoraStack:
-    """A model with the adapter that would be trained."""
+def _with_adapter(base: Any, settings: TrainSettings) -> LoraStack:
+    """Return a model with a trainable adapter."""
     from harmbench_vaccine.training.adapters import LoraStack
 
     stack = LoraStack(base)
@@ -235,78 +339,10 @@ def _laid(base: Any, settings: TrainSettings) -> LoraStack:
 
 
 def _cut(config: Any, layers: int) -> Any:
-    """A configuration with fewer layers."""
+    """Return a configuration with fewer layers."""
     small = copy.deepcopy(config)
     text = small.get_text_config(decoder=True)
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:layers]
     return small
-
-
-def _measured(config: Any, dtype: str, settings: TrainSettings, width: int, generated: int) -> Seconds:
-    import torch
-
-    from harmbench_vaccine.training.adapters import LoraStack
-    from harmbench_vaccine.training.stage import TrainingStage
-
-    base = _random(config, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
-    ids = torch.randint(3, config.get_text_config(decoder=True).vocab_size, (generated or settings.batch, width))
-    ids = ids.to(base.device)
-    if generated:
-        few, many = 2, 34
-
-        def answer(tokens: int) -> Callable[[], object]:
-            return lambda: base.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-            )
-
-        with torch.inference_mode():
-            return Seconds(token=max((_seconds(answer(many)) - _seconds(answer(few))) / (many - few), 0.0))
-    stack = LoraStack(base)
-    stage = TrainingStage("align", stack, stack.train((), settings, 0), 0, settings)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    stack.model.train()
-    _seconds(lambda: stage.gradient(batch))  # the first calls set up more than they compute
-    forward = _seconds(lambda: stage.loss(batch))
-    both = _seconds(lambda: stage.gradient(batch))
-    free = list(stage.trainable.values())
-    optimizer = torch.optim.AdamW(free, lr=1e-5)
-    for parameter in free:
-        parameter.grad = torch.zeros_like(parameter)
-    return Seconds(forward, max(both - forward, 0.0), _seconds(optimizer.step))
-
-
-def _seconds(call: Callable[[], object], least: int = 3) -> float:
-    """The fastest of several calls: what is above it is other work on the machine."""
-    import torch
-
-    times: list[float] = []
-    while len(times) <= least or sum(times) < BUDGET:
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def _saved(stack: LoraStack, rows: int, width: int) -> int:
-    """The bytes that a forward pass keeps for its backward pass, the weights not counted."""
-    import torch
-
-    model = stack.model
-    ids = torch.zeros(rows, width, dtype=torch.long)
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    found: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            found[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = model(input_ids=ids, labels=ids)  # alive until here, or one identity would stand for two tensors
-    del kept
-    return sum(found.values())

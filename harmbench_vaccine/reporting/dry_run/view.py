@@ -1,4 +1,4 @@
-"""What `hbv run --dry-run` shows: the resolved protocol, what is missing on this machine, stages and their cost."""
+"""Show the plan of `hbv run --dry-run`: the resolved protocol, plug-ins, sources, stages and their cost."""
 
 from __future__ import annotations
 
@@ -17,179 +17,203 @@ from harmbench_vaccine.experiment.protocol import leaf_values
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 
+from ..render import dim_notes, render_table
 from .estimate import estimate_costs
 from .plan import Plan, plan_runs
 
 
-def dry_run_json(cells: Sequence[Experiment], store: Store) -> dict[str, Any]:
-    """The plan of a list of cells as plain JSON; seconds and bytes."""
-    made = plan_runs(cells, store.root)
+def dry_run_json(experiments: Sequence[Experiment], store: Store) -> dict[str, Any]:
+    """Return the plan of a list of experiments as plain JSON, with seconds and bytes."""
+    plan = plan_runs(experiments, store.root)
     return {
-        "protocol": {"hash": cells[0].protocol.hash, "values": list(protocol_values(cells[0]))},
-        "cells": [_cell(cell, made, number) for number, cell in enumerate(cells)],
-        "sources": [vars(source) for source in made.sources],
-        "unknown": made.unknown,
-        "testbed": measured_testbed(store),
+        "protocol": {"hash": experiments[0].protocol.hash, "values": list(protocol_values(experiments[0]))},
+        "experiments": [_experiment_json(experiment, plan, index) for index, experiment in enumerate(experiments)],
+        "sources": [vars(source) for source in plan.sources],
+        "unknown": plan.unknown,
+        "testbed": compare_testbed_estimate(store),
     }
 
 
-def _cell(cell: Experiment, made: Plan, number: int) -> dict[str, Any]:
+def _experiment_json(experiment: Experiment, plan: Plan, index: int) -> dict[str, Any]:
     stages = [
-        {"stage": artifact.stage, "key": artifact.key, "there": artifact.cached, "seconds": artifact.seconds}
-        for artifact in (made.stages[number] if made.stages else [])
+        {"stage": artifact.stage, "key": artifact.key, "cached": artifact.cached, "seconds": artifact.seconds}
+        for artifact in (plan.stages[index] if plan.stages else [])
     ]
     try:
-        costs = [vars(one) for one in estimate_costs(cell)]
-        missing = ""
+        estimates, no_estimate = [vars(estimate) for estimate in estimate_costs(experiment)], ""
     except HbvError as error:
-        costs, missing = [], str(error)
+        estimates, no_estimate = [], str(error)
     plugins = {
         resolved.plugin.name: {key: [value, resolved.origins[key]] for key, value in resolved.params.items()}
-        for resolved in [*cell.defenses, *cell.attacks, *cell.scorers]
+        for resolved in [*experiment.defenses, *experiment.attacks, *experiment.scorers]
     }
     return {
-        "run": run_id(cell) if made.stages else None, "defense": cell.defense, "attack": cell.attack, "task": cell.task.name,
-        "seed": cell.spec.seed, "plugins": plugins, "stages": stages, "estimate": costs, "no_estimate": missing,
-    }  # fmt: skip
+        "run": run_id(experiment) if plan.stages else None,
+        "defense": experiment.defense,
+        "attack": experiment.attack,
+        "task": experiment.task.name,
+        "seed": experiment.spec.seed,
+        "plugins": plugins,
+        "stages": stages,
+        "estimate": estimates,
+        "no_estimate": no_estimate,
+    }
 
 
-def protocol_values(cell: Experiment) -> Iterator[dict[str, Any]]:
-    """Every value of the resolved protocol: its dotted path, the value, and where it is from."""
-    protocol = cell.protocol
-    written = {**cell.spec.values, **{f"data.{name}": place for name, place in cell.spec.data.items()}}
-    if cell.spec.model:
-        yield {"path": "model", "value": cell.model, "source": "written, in place of " + protocol.model}
+def protocol_values(experiment: Experiment) -> Iterator[dict[str, Any]]:
+    """Yield every value of the resolved protocol: its dotted path, the value, and its source."""
+    protocol, spec = experiment.protocol, experiment.spec
+    written = {*spec.values, *(f"data.{name}" for name in spec.data)}
+    if spec.model:
+        yield {"path": "model", "value": experiment.model, "source": f"written, instead of {protocol.model}"}
     for path, value in leaf_values(protocol):
-        if path == "model" and cell.spec.model:
+        if path == "model" and spec.model:
             continue
-        sources = [key for key in protocol.sources if path == key or path.startswith(f"{key}.")]
-        source = protocol.sources[max(sources, key=len)] if sources else ""
+        keys = [key for key in protocol.sources if path == key or path.startswith(f"{key}.")]
+        source = protocol.sources[max(keys, key=len)] if keys else ""
         if any(path == key or path.startswith(f"{key}.") for key in written):
             source = "written"
         yield {"path": path, "value": value, "source": source}
 
 
-def measured_testbed(store: Store) -> list[dict[str, Any]]:
-    """The estimate of the stages of a testbed run that was measured on this machine, beside the measured seconds;
-    empty if there is none."""
+def compare_testbed_estimate(store: Store) -> list[dict[str, Any]]:
+    """Compare estimated and measured seconds for the stages of a testbed run that is stored on this machine.
+
+    Returns:
+        One entry per stage; empty if no such run is stored.
+    """
     for attack in ("ratio=0.1", "ratio=0"):
-        cell = Experiment.settle(RunSpec(attack=parse_plugins(attack)))
-        stages = plan_runs([cell], store.root).stages
+        experiment = Experiment.settle(RunSpec(attack=parse_plugins(attack)))
+        stages = plan_runs([experiment], store.root).stages
         measured: dict[str, float] = {}
         for artifact in stages[0] if stages else []:
             if artifact.cached:
                 measured[artifact.stage] = measured.get(artifact.stage, 0.0) + artifact.seconds
         if "align" in measured:
-            found = [one for one in estimate_costs(cell) if one.stage in measured and one.seconds is not None]
-            return [{"stage": e.stage, "estimated": e.seconds, "measured": measured[e.stage]} for e in found]
+            return [
+                {"stage": estimate.stage, "estimated": estimate.seconds, "measured": measured[estimate.stage]}
+                for estimate in estimate_costs(experiment)
+                if estimate.stage in measured and estimate.seconds is not None
+            ]
     return []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Terminal
 
 
-def dry_run_view(made: Mapping[str, Any]) -> RenderableType:
-    """The same for a terminal."""
-    parts: list[RenderableType] = [_protocol(made["protocol"]), Text(), _plugins(made["cells"]), Text()]
-    parts += [_sources(made["sources"]), Text(), _stages(made["cells"])]
-    notes = [f"Which answers and scores are there cannot be told yet: {made['unknown']}."] if made["unknown"] else []
-    notes += sorted({f"No estimate: {cell['no_estimate']}" for cell in made["cells"] if cell["no_estimate"]})
-    notes += [
-        "Estimated from steps of one and of two layers with random weights on this machine, other work on it included; "
-        "answers at their full length, by transformers; judging, drift and downloads not counted."
-    ]
-    if any(one["seconds"] is None for cell in made["cells"] for one in cell["estimate"]):
+def dry_run_view(plan: Mapping[str, Any]) -> RenderableType:
+    """Show a plan in the terminal.
+
+    Args:
+        plan: The output of `dry_run_json`.
+    """
+    experiments = plan["experiments"]
+    tables = (
+        _protocol_table(plan["protocol"]),
+        _plugin_table(experiments),
+        _source_table(plan["sources"]),
+        _stage_table(experiments),
+    )
+    parts = [part for table in tables for part in (table, Text())]
+    return Group(*parts[:-1], *dim_notes(_notes(plan)))
+
+
+def _notes(plan: Mapping[str, Any]) -> list[str]:
+    experiments = plan["experiments"]
+    notes = [f"Unknown which answers and scores are stored: {plan['unknown']}."] if plan["unknown"] else []
+    notes += sorted({f"No estimate: {entry['no_estimate']}" for entry in experiments if entry["no_estimate"]})
+    notes.append(
+        "Estimated from steps of models with one and with two layers and random weights on this machine, slowed by "
+        "other work on it; answers at their maximum length, by transformers; without judging, drift and downloads."
+    )
+    if any(estimate["seconds"] is None for entry in experiments for estimate in entry["estimate"]):
         notes.append(
-            "Not timed: there is no GPU here, and timing two layers of such a model on a CPU would take minutes."
+            "Not timed: a GPU is not available, and two layers of this model would take minutes to time on a CPU."
         )
-    if made["testbed"]:
-        compared = ", ".join(
-            f"{one['stage']} {one['estimated']:.0f} s estimated, {one['measured']:.0f} s measured "
-            f"({100 * (one['estimated'] / max(one['measured'], 1e-9) - 1):+.0f}%)"
-            for one in made["testbed"]
-        )
-        notes.append(f"The same estimate of the testbed's run on this machine: {compared}.")
-    else:
-        notes.append("How far off it is on this machine is shown once `hbv run --defense sft` was run on the testbed.")
-    return Group(*parts, *[Text(note, style="dim") for note in notes])
+    if not plan["testbed"]:
+        notes.append("Run `hbv run --defense sft` on the testbed to see the error of the estimate on this machine.")
+        return notes
+    stages = ", ".join(
+        f"{entry['stage']} {entry['estimated']:.0f} s estimated, {entry['measured']:.0f} s measured "
+        f"({100 * (entry['estimated'] / max(entry['measured'], 1e-9) - 1):+.0f}%)"
+        for entry in plan["testbed"]
+    )
+    notes.append(f"The same estimate for the testbed on this machine: {stages}.")
+    return notes
 
 
-def _table(*titles: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    return table
+def _protocol_table(protocol: Mapping[str, Any]) -> Table:
+    rows = [[str(entry[key]) for key in ("path", "value", "source")] for entry in protocol["values"]]
+    return render_table([f"protocol {protocol['hash']}", "value", "source"], rows)
 
 
-def _protocol(protocol: Mapping[str, Any]) -> Table:
-    table = _table(f"protocol {protocol['hash']}", "value", "source")
-    for entry in protocol["values"]:
-        table.add_row(*(Text(str(entry[key])) for key in ("path", "value", "source")))
-    return table
+def _plugin_table(experiments: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        (name, key, str(value), origin)
+        for experiment in experiments
+        for name, params in experiment["plugins"].items()
+        for key, (value, origin) in params.items()
+    ]
+    return render_table(["plug-in", "parameter", "value", "from"], list(dict.fromkeys(rows)))
 
 
-def _plugins(cells: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("plug-in", "parameter", "value", "from")
-    seen = []
-    for cell in cells:
-        for name, params in cell["plugins"].items():
-            for key, (value, origin) in params.items():
-                row = (name, key, str(value), origin)
-                if row not in seen:
-                    seen.append(row)
-                    table.add_row(*map(Text, row))
-    return table
-
-
-def _sources(sources: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("reads", "location", "on this machine")
+def _source_table(sources: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
     for source in sources:
-        state = "yes" if source["there"] else "to be downloaded"
-        if source["location"].startswith("testbed:") and not source["there"]:
+        state = "yes" if source["available"] else "to be downloaded"
+        if source["location"].startswith("testbed:") and not source["available"]:
             state = "to be built"
         detail = f": {source['detail']}" if source["detail"] else ""
-        table.add_row(Text(source["what"]), Text(source["location"]), Text(f"{state}{detail}"))
-    return table
+        rows.append([source["what"], source["location"], f"{state}{detail}"])
+    return render_table(["reads", "location", "on this machine"], rows)
 
 
-def _stages(cells: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("cell", "stage", "to do", "estimated", "memory", "of what")
+def _stage_table(experiments: Sequence[Mapping[str, Any]]) -> Table:
+    rows: list[list[str]] = []
     total = 0.0
-    for cell in cells:
-        name = f"{cell['defense']} / {cell['attack']} / {cell['task']} / seed {cell['seed']}"
-        costs = {one["stage"]: one for one in cell["estimate"]}
-        groups: dict[str, list[Mapping[str, Any]]] = {}
-        for stage in cell["stages"]:
-            groups.setdefault(stage["stage"], []).append(stage)
-        for stage in list(groups) or list(costs):
-            group = groups.get(stage, [])
-            left = sum(not one["there"] for one in group) if group else 1
-            share = left / len(group) if group else 1.0
-            cost = costs.get(stage)
-            seconds = None if cost and cost["seconds"] is None else share * cost["seconds"] if cost else 0.0
-            total += seconds or 0.0
-            table.add_row(
-                Text(name), stage, _to_do(group, left),
-                _time(seconds) if cost and left else "", f"{cost['memory'] / 2**30:.2g} GiB" if cost and left else "",
-                Text(cost["detail"] if cost and left else ""),
-            )  # fmt: skip
-            name = ""
-        if not groups and not costs:
-            table.add_row(Text(name), "all", "run", "", "", "")
-        elif groups and not any(not one["there"] for group in groups.values() for one in group):
-            table.add_row(Text(name), "", "nothing: all is there", "", "", "")
+    for experiment in experiments:
+        stage_rows, seconds = _stage_rows(experiment)
+        name = " / ".join([experiment["defense"], experiment["attack"], experiment["task"]])
+        names = [f"{name} / seed {experiment['seed']}", *[""] * len(stage_rows)]
+        rows += [[name, *cells] for name, cells in zip(names, stage_rows, strict=False)]
+        total += seconds
     if total:
-        table.add_row("in all", "", "", _time(total), "", "")
-    return table
+        rows.append(["total", "", "", _format_time(total), "", ""])
+    return render_table(["experiment", "stage", "to do", "estimated", "memory", "work"], rows)
 
 
-def _to_do(group: Sequence[Mapping[str, Any]], left: int) -> str:
-    if not left:
+def _stage_rows(experiment: Mapping[str, Any]) -> tuple[list[list[str]], float]:
+    """Return the rows of one experiment without its name, and its estimated seconds."""
+    estimates = {estimate["stage"]: estimate for estimate in experiment["estimate"]}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for artifact in experiment["stages"]:
+        groups.setdefault(artifact["stage"], []).append(artifact)
+    if not groups and not estimates:
+        return [["all", "run", "", "", ""]], 0.0
+    rows, total = [], 0.0
+    for stage in list(groups) or list(estimates):
+        group, estimate = groups.get(stage, []), estimates.get(stage)
+        missing = sum(not artifact["cached"] for artifact in group) if group else 1
+        cost = ["", "", ""]
+        if estimate and missing:
+            share = missing / len(group) if group else 1.0
+            seconds = None if estimate["seconds"] is None else share * estimate["seconds"]
+            total += seconds or 0.0
+            cost = [_format_time(seconds), f"{estimate['memory'] / 2**30:.2g} GiB", estimate["detail"]]
+        rows.append([stage, _to_do(missing, len(group)), *cost])
+    if groups and all(artifact["cached"] for artifact in experiment["stages"]):
+        rows.append(["", "all cached", "", "", ""])
+    return rows, total
+
+
+def _to_do(missing: int, count: int) -> str:
+    if not missing:
         return "reuse"
-    return "run" if left == max(len(group), 1) else f"run {left} of {len(group)}"
+    return "run" if missing == max(count, 1) else f"run {missing} of {count}"
 
 
-def _time(seconds: float | None) -> str:
+def _format_time(seconds: float | None) -> str:
     if seconds is None:
         return "not timed"
     if seconds < 120:
