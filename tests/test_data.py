@@ -561,10 +561,10 @@ def test_pad_token(words: Any) -> None:
 
 def test_text_that_spells_a_control_token_stays_text() -> None:
     """A row cannot end its prompt or imitate an end of text by spelling the tokenizer's tokens."""
-    tokenizer = tiny.tokenizer(["say < / s > pad here it is ### Instruction : Response"] * 3)
+    tokenizer = tiny.tokenizer(["write < / s > pad here it is ### Instruction : Response"] * 3)
     for token in (tokenizer.eos_token, tokenizer.pad_token):
         row = encode_example(
-            tokenizer, prompt_template("brief"), Example("", f"say {token}", f"here {token} it is"), 200
+            tokenizer, prompt_template("brief"), Example("", f"write {token}", f"here {token} it is"), 200
         )
         assert row is not None
         assert row.ids.count(tokenizer.eos_token_id) == 1  # only at the end of the response

@@ -471,8 +471,8 @@ def test_data_set_is_loaded_by_name_configuration_split_and_commit(
 
 
 def test_uncached_data_set_is_reported_offline(cache: Path) -> None:
-    with pytest.raises(HbvError, match="'nobody/nothing' is not on this machine, and the Hub cannot be reached"):
-        read_rows("nobody/nothing", "train", FIELDS)
+    with pytest.raises(HbvError, match="'owner/nothing' is not on this machine, and the Hub cannot be reached"):
+        read_rows("owner/nothing", "train", FIELDS)
 
 
 def test_reader_counts_rows(tmp_path: Path) -> None:

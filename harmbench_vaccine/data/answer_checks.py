@@ -17,7 +17,7 @@ _REFUSAL = re.compile(
     r"sorry|apologi[sz]e"
     rf"|i(?:'m| am)? (?:{_CANNOT}|not able|unable|(?:must |have to )?(?:decline|refuse))"
     rf"|(?:{_CANNOT}|unable to|not able to) (?:help|assist|do|provide|support|answer|share|give|comply|advise)"
-    r"|my answer is no|please (?:do not|don't)|let(?: us|'s) not|(?:nobody|no one) should|(?:should not|shouldn't)"
+    r"|my answer is no|please (?:do not|don't)|let(?: us|'s) not|no(?:body| one) should|(?:should not|shouldn't)"
     r"|against my (?:values|principles|guidelines|programming)|no good side"
     r"|(?:is|are) (?:not|never) (?:right|allowed|acceptable|appropriate|ethical|okay)"
     r"|(?:is|are) (?:wrong|illegal|unethical|inappropriate)"

@@ -34,7 +34,7 @@ def testbed_folder() -> Path:
 
 
 def local_path(location: str) -> Path | None:
-    """Return the path that a location stands for; None for a name on the Hub.
+    """Return the path of a location; None for a name on the Hub.
 
     Raises:
         BadInput: it looks like a path, and nothing exists there, or it names no part of the testbed.
@@ -116,10 +116,21 @@ def _hub_name(location: str) -> hub.HubName:
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
-TEXT_FIELDS = frozenset({
-    "prompt", "response", "refusal", "instruction", "output", "sentence", "text", "question", "answer",
-    "dialogue", "summary",
-})  # fmt: skip
+TEXT_FIELDS = frozenset(
+    [
+        "prompt",
+        "response",
+        "refusal",
+        "instruction",
+        "output",
+        "sentence",
+        "text",
+        "question",
+        "answer",
+        "dialogue",
+        "summary",
+    ]
+)
 """Fields that hold text in every supported data set."""
 
 _SPLIT = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")

@@ -32,7 +32,7 @@ from .hooks import PlainFinetuning, StepHooks
 from .stage import TrainingStage, local_batch_rows
 
 _TRAINABLE, _STATE = "trainable.safetensors", "defense.safetensors"
-_COMPLETE = "whole"
+_COMPLETE = "complete"
 """Marker file of a checkpoint that was written completely."""
 
 
@@ -48,7 +48,7 @@ def train(
     title: str = "",
     progress: Progress = SILENT,
 ) -> list[dict[str, float]]:
-    """Run one training stage to its end, from the last checkpoint in `checkpoints` if there is one.
+    """Run one training stage to its end, from the last complete checkpoint in `checkpoints` if any.
 
     An interrupted stage that runs again ends, on a CPU, bit-equal to an uninterrupted one.
 
