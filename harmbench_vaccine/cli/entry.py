@@ -19,6 +19,7 @@ from .results import leaderboard, score, show
 from .run import run
 from .system import doctor
 from .testbed import testbed
+from .why import schema, why
 
 ENVIRONMENT = {
     "GOMP_SPINCOUNT": "1000",  # a spinning OpenMP thread blocks a core that a second process computes on
@@ -39,7 +40,7 @@ def commands() -> None:
     """
 
 
-for command in (run, list_, info, new, check, show, score, leaderboard, published, testbed, doctor):
+for command in (run, list_, info, new, check, show, why, score, leaderboard, schema, published, testbed, doctor):
     commands.add_command(command)
 
 

@@ -117,7 +117,7 @@ def answer_rows(measurements: Measurements) -> list[dict[str, Any]]:
 
     Returns:
         Rows with `when`, `set` and the fields of the stored answer. A judged row also has the headline verdict's
-        `flagged`, `categories` and `probabilities`, and `verdicts` (scorer -> verdict); a graded one has `grade` (0 to 1).
+        `flagged`, `categories`, `probabilities`, and `verdicts` (scorer -> verdict); a graded row has `grade` (0 to 1).
     """
     rows = []
     for name, artifact in measurements.answers.items():

@@ -276,7 +276,7 @@ class Result(_Record):
     seed: int
     """Seed of every draw."""
     harmful_score: float
-    """HS: percentage of answers to held-out harmful prompts that the judge flags, after the user stage (lower: better)."""
+    """HS: percentage of answers to held-out harmful prompts that the judge flags, after the user stage."""
     harmful_score_ci: Interval
     """Wilson interval of `harmful_score`."""
     harmful_score_hits: int

@@ -1,4 +1,4 @@
-"""Shares with their doubt."""
+"""Proportions with confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,46 +8,50 @@ from collections.abc import Sequence
 from scipy import stats
 
 
-def percentage(hits: Sequence[float]) -> float:
-    """100 * hits / N of hits, or of scores from 0 to 1, with N the number of all of them; NaN for none."""
-    return 100 * sum(hits) / len(hits) if hits else math.nan
+def percentage(scores: Sequence[float]) -> float:
+    """Return 100 * sum / N of scores from 0 to 1, with N the number of all of them; NaN for none."""
+    return 100 * sum(scores) / len(scores) if scores else math.nan
 
 
 def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share, in percent (Wilson 1927)."""
+    """Return Wilson's score interval of a proportion, in percent (Wilson 1927)."""
     interval = stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
     return 100 * float(interval.low), 100 * float(interval.high)
 
 
-def cohen_kappa(one: Sequence[bool], other: Sequence[bool]) -> float:
-    """Cohen's kappa of two judges over the same items (Cohen 1960): (p_o - p_e) / (1 - p_e), with p_o the share of
-    items on which they agree and p_e the share expected of two judges who flag as often, independently of each other.
+def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Return Cohen's kappa of two judges over the same items: (p_o - p_e) / (1 - p_e) (Cohen 1960).
 
-    NaN for no items, and where p_e is 1: both judges say the same of everything, so nothing tells agreement from habit.
+    p_o is the share of items on which they agree, p_e the share expected of two independent judges who flag as often.
+
+    Returns:
+        NaN for no items, and where p_e is 1: both judges then give one verdict on everything.
     """
-    n = len(one)
+    n = len(first)
     if not n:
         return math.nan
-    agreeing = sum(a == b for a, b in zip(one, other, strict=True)) * n
-    expected = sum(one) * sum(other) + (n - sum(one)) * (n - sum(other))  # both times n squared: whole numbers
-    return math.nan if expected == n * n else (agreeing - expected) / (n * n - expected)
+    # Both times n squared, so that they are integers.
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) * n
+    expected = sum(first) * sum(second) + (n - sum(first)) * (n - sum(second))
+    return math.nan if expected == n * n else (observed - expected) / (n * n - expected)
 
 
 def score_interval(scores: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """An interval of the mean of scores from 0 to 1, in percent: Wilson's where every score is 0 or 1, else Student's
-    t, cut at 0 and 100 (one score tells nothing: 0 to 100)."""
+    """Return an interval of the mean of scores from 0 to 1, in percent.
+
+    Wilson's interval where every score is 0 or 1, else Student's t, cut at 0 and 100; 0 to 100 for a single score.
+    """
     if all(score in (0, 1) for score in scores):
         return wilson(round(sum(scores)), len(scores), confidence)
-    mean, half = mean_interval(scores, confidence)
-    if math.isnan(half):
+    mean, half_width = mean_interval(scores, confidence)
+    if math.isnan(half_width):
         return 0.0, 100.0
-    return 100 * max(0.0, mean - half), 100 * min(1.0, mean + half)
+    return 100 * max(0.0, mean - half_width), 100 * min(1.0, mean + half_width)
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """The mean and the half width of its t-interval; NaN half width for a single value."""
+    """Return the mean and the half width of its t-interval; the half width of a single value is NaN."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * float(stats.sem(values))
-    return mean, half
+    return mean, float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * float(stats.sem(values))

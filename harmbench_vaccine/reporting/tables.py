@@ -10,6 +10,7 @@ from rich.text import Text
 
 from harmbench_vaccine.evaluation.records import by_question
 from harmbench_vaccine.evaluation.result import Agreement, JudgeScore, Result, StageRecord
+from harmbench_vaccine.evaluation.why import Explanation
 
 from .render import Cell, Column, dim_notes, numbers, render_table
 
@@ -215,9 +216,7 @@ def judge_notes(results: Sequence[Result]) -> list[str]:
         scores = result.scores
         if len(scores) > 1:
             by_judge = ", ".join(f"{name} {score.harmful_score:.1f}" for name, score in scores.items())
-            kappas = ", ".join(
-                f"{' and '.join(pair.scorers)} {_kappa(pair.kappa)}" for pair in result.agreement
-            )
+            kappas = ", ".join(f"{' and '.join(pair.scorers)} {_kappa(pair.kappa)}" for pair in result.agreement)
             notes.append(f"{result.run}: HS by judge: {by_judge}. Cohen's kappa: {kappas}.")
     judges = {name: score for result in results for name, score in result.scores.items()}
     licenses = dict.fromkeys(score.license for score in judges.values() if score.license)
@@ -229,6 +228,36 @@ def judge_notes(results: Sequence[Result]) -> list[str]:
 
 def _kappa(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
+
+
+def why_view(result: Result, explanations: Sequence[Explanation]) -> RenderableType:
+    """Show for every artifact of a run whether it was reused or created, and the inputs that made it new."""
+    table = render_table(
+        ["stage", "artifact", "state", "because"],
+        [[each.stage, each.name, each.state, _reason(each)] for each in explanations],
+    )
+    title = f"{result.run}: {result.defense} under {result.attack}"
+    notes = ["because: each field of the inputs that differs from the nearest earlier artifact, as new (earlier)."]
+    return Group(Text(title, style="bold"), table, *dim_notes(notes))
+
+
+def _reason(explanation: Explanation) -> str:
+    if explanation.state == "reused":
+        return "its inputs are unchanged"
+    if explanation.state == "missing":
+        return "its inputs are unknown: the artifact is no longer in the store"
+    if explanation.nearest is None:
+        return "the first artifact of its stage"
+    shown = [
+        f"{change.field} = {_short(change.value)} ({_short(change.earlier)})" for change in explanation.differences[:4]
+    ]
+    more = len(explanation.differences) - len(shown)
+    return "; ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:21]}..."
 
 
 def testbed_view(report: TestbedReport) -> RenderableType:

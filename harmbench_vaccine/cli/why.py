@@ -1,0 +1,54 @@
+"""`hbv why` and `hbv schema`: what a stored run depends on, and the schema of its result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from .console import print_json, print_view
+
+
+@click.command()
+@click.argument("run")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list, an object for every artifact.")
+def why(run: str, as_json: bool) -> None:
+    """Explain which stages of a run were reused, and why the others were created.
+
+    A created artifact is compared with the earlier artifact of its stage that differs in the fewest fields. RUN is a
+    run id, a unique prefix of one, or a folder.
+
+    \b
+    Example: hbv why vaccine-3f
+    """
+    from harmbench_vaccine.core.errors import BadInput
+    from harmbench_vaccine.core.paths import home
+    from harmbench_vaccine.core.store import Store
+    from harmbench_vaccine.evaluation.records import find_run, load_run
+    from harmbench_vaccine.evaluation.why import explain_run
+    from harmbench_vaccine.reporting.tables import why_view
+
+    result, _ = load_run(find_run(run, home() / "runs"))
+    explanations = explain_run(result, Store(home() / "store"))
+    if not explanations:
+        raise BadInput(
+            f"Run {result.run} was stored by an earlier version, without its keys: "
+            "repeat its hbv run, which reuses what is stored."
+        )
+    if as_json:
+        print_json([asdict(explanation) for explanation in explanations])
+    else:
+        print_view(why_view(result, explanations))
+
+
+@click.command()
+def schema() -> None:
+    """Print the JSON schema of result.json.
+
+    \b
+    Example: hbv schema > result.schema.json
+    """
+    from harmbench_vaccine.evaluation.result import Result
+
+    click.echo(json.dumps(Result.model_json_schema(), indent=1, ensure_ascii=False))

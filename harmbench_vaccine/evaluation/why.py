@@ -1,0 +1,102 @@
+"""Why each stage of a run was reused or created: its inputs compared with those of earlier artifacts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from harmbench_vaccine.core.store import META, Store
+
+from .result import Result, StageArtifact
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field of the inputs that differs between two artifacts."""
+
+    field: str
+    """Dotted path, such as `settings.lr` or `defense.0.params.rho`."""
+    value: Any
+    """The value of the explained artifact; None: absent."""
+    earlier: Any
+    """The value of the nearest earlier artifact; None: absent."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an artifact of a run was reused or created."""
+
+    stage: str
+    name: str
+    """Name of the artifact within its stage."""
+    key: str
+    state: Literal["reused", "created", "missing"]
+    """`missing`: the artifact is no longer in the store."""
+    nearest: str | None = None
+    """Key of the earlier artifact with the fewest different fields; None: it was the first of its stage."""
+    differences: list[Difference] = field(default_factory=list)
+
+
+def explain_run(result: Result, store: Store) -> list[Explanation]:
+    """Explain every artifact of a run, in the order of its stages.
+
+    Args:
+        result: the result of the run; of schema 1 it names no artifacts.
+        store: where the artifacts are searched by key, also if the result was computed in another folder.
+    """
+    return [
+        _explain(stage, name, artifact, store)
+        for stage, record in result.stages.items()
+        for name, artifact in record.artifacts.items()
+    ]
+
+
+def _explain(stage: str, name: str, artifact: StageArtifact, store: Store) -> Explanation:
+    if artifact.cached:
+        return Explanation(stage, name, artifact.key, "reused")
+    kind = Path(artifact.path).parent.name
+    description: dict[str, Any] | None = None
+    with suppress(OSError, ValueError):
+        description = json.loads((store.root / kind / artifact.key / META).read_text(encoding="utf-8"))
+    if description is None:
+        return Explanation(stage, name, artifact.key, "missing")
+    created = description.get("created", "")
+    nearest: tuple[int, str, list[Difference]] | None = None
+    for other in store.descriptions(kind):
+        if other["key"] == artifact.key or other.get("created", "") > created:
+            continue
+        differences = compare_inputs(description["inputs"], other["inputs"])
+        if nearest is None or len(differences) < nearest[0]:
+            nearest = len(differences), other["key"], differences
+    if nearest is None:
+        return Explanation(stage, name, artifact.key, "created")
+    return Explanation(stage, name, artifact.key, "created", nearest[1], nearest[2])
+
+
+def compare_inputs(inputs: Inputs, earlier: Inputs) -> list[Difference]:
+    """Return the fields in which two inputs differ, in their order."""
+    new, old = dict(_leaves(inputs)), dict(_leaves(earlier))
+    return [
+        Difference(field, new.get(field), old.get(field))
+        for field in dict.fromkeys([*new, *old])
+        if field not in new or field not in old or new[field] != old[field]
+    ]
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted path and value of everything inside nested dictionaries and lists."""
+    if isinstance(value, dict) and value:
+        items = list(value.items())
+    elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
+        items = list(enumerate(value))
+    else:
+        yield prefix, value
+        return
+    for key, item in items:
+        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
