@@ -294,7 +294,7 @@ def test_what_a_result_says_of_itself(cell: Experiment, tmp_path: Path) -> None:
     assert values.origins["vaccine"]["tau"].startswith("default: paper")
     assert values.judge_cut == 2
     assert values.seed == 3
-    assert RunSpec.from_json(json.dumps(values.spec)) == cell.spec
+    assert RunSpec.model_validate(values.spec) == cell.spec
     assert values.protocol_hash == cell.protocol.hash
     assert {"python", "torch", "transformers", "harmbench-vaccine"} <= set(values.environment.versions)
 

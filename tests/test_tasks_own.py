@@ -71,11 +71,8 @@ def test_file_is_a_task(settle: Callable[..., Experiment], tmp_path: Path) -> No
     path = write_lines(tmp_path / "mine.jsonl", TEN)
     for text in (path, f"own={path}", f"own:data={path}"):
         experiment = settle(text)
-        assert (experiment.task.name, experiment.task_plugin.params["data"], experiment.task_plugin.params["rule"]) == (
-            "own",
-            path,
-            "exact",
-        )
+        params = experiment.task_plugin.params
+        assert (experiment.task.name, params["data"], params["rule"]) == ("own", path, "exact")
         assert experiment.task_name == f"own={path}"
     assert settle(f"{path}:rule=number").task_name == f"own:data={path},rule=number"
     assert settle("sst2").task_name == "sst2"

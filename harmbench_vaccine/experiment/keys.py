@@ -105,7 +105,11 @@ def grade_key(experiment: Experiment, answers: Artifact) -> Inputs:
     is_local = params.get("model") and not params.get("base_url")
     return {
         "answers": answers.key,
-        "task": [experiment.task.name, type(experiment.task).fingerprint(), _task_params(experiment)],
+        "task": {
+            "name": experiment.task.name,
+            "params": _task_params(experiment),
+            "code": type(experiment.task).fingerprint(),
+        },
         "judge": fingerprint(params["model"]) if is_local else None,
     }
 
@@ -133,7 +137,8 @@ def raw_judgment_key(scorer: Scorer, backend: str) -> Inputs:
     ignored = (*scorer.decision_params, *scorer.irrelevant_params, "model")
     return {
         "scorer": scorer.name,
-        "code": [READING, type(scorer).fingerprint()],
+        "reading": READING,
+        "code": type(scorer).fingerprint(),
         "params": {
             key: fingerprint(value) if key in scorer.file_params and value else value
             for key, value in params.items()
@@ -152,7 +157,7 @@ def run_id(experiment: Experiment) -> str:
         "protocol": experiment.protocol.hash,
         "plugins": [resolved.identity for resolved in [*experiment.defenses, *experiment.attacks]],
         "scorer": judge_inputs(experiment, experiment.scorer),
-        "task": [task.name, _task_params(experiment)],
+        "task": {"name": task.name, "params": _task_params(experiment)},
         "model": fingerprint(experiment.model),
         "seed": experiment.spec.seed,
         "data": _data_inputs(experiment, *datasets),
@@ -168,11 +173,16 @@ def judge_inputs(experiment: Experiment, scorer: Resolved[Scorer]) -> Inputs:
     return {"scorer": raw_judgment_key(scorer.plugin, experiment.backend), "decision": decision}
 
 
-def task_inputs(experiment: Experiment) -> list[Any]:
-    """What training on the task's rows depends on: its name, code, data and parameters."""
+def task_inputs(experiment: Experiment) -> Inputs:
+    """What training on the task's rows depends on."""
     task = experiment.task
     params = {key: value for key, value in _task_params(experiment).items() if key not in task.scoring_only}
-    return [task.name, type(task).fingerprint(), _data_inputs(experiment, *task.datasets), params]
+    return {
+        "name": task.name,
+        "params": params,
+        "code": type(task).fingerprint(),
+        "data": _data_inputs(experiment, *task.datasets),
+    }
 
 
 def _task_params(experiment: Experiment) -> dict[str, Any]:
@@ -201,7 +211,7 @@ def _alignment_rows(experiment: Experiment) -> Inputs:
     return {
         "data": _data_inputs(experiment, *HARM_DATA),
         "alignment_rows": protocol.align.rows,
-        "row_selection": [protocol.rows, protocol.align.source],
+        "row_selection": {"rows": protocol.rows, "source": protocol.align.source},
     }
 
 

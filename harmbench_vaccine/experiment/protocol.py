@@ -1,7 +1,7 @@
 """Protocols: everything that makes two harmful scores comparable, as versioned, hashed YAML files.
 
-A protocol fixes data, prompts, counts, optimizer settings, token limits, judge and gates. Rows of two different hashes
-never stand in one table.
+A protocol fixes data, prompts, counts, optimizer settings, token limits, judge and gates. Results under two different
+hashes are never compared.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _later(default: Any) -> Any:
-    """A value that files written before it was added do not have: at its default it is not part of the hash, so that
-    the rows of those files keep theirs."""
+def _added(default: Any) -> Any:
+    """A value that older files lack: at its default it is excluded from the hash, so that their hash stays the same."""
     return Field(default, exclude_if=lambda value: value == default)
 
 
 class AlignProtocol(_Strict):
-    """The alignment stage: how many safe rows, trained how."""
+    """The alignment stage."""
 
     rows: int = Field(ge=1)
-    source: Literal["safe", "refusals"] = _later("safe")
-    """BeaverTails' own safe responses, or refusals of its harmful prompts."""
+    """Number of safe rows."""
+    source: Literal["safe", "refusals"] = _added("safe")
+    """`safe`: safe responses of BeaverTails. `refusals`: refusals of its harmful prompts."""
     settings: TrainSettings
 
 
 class TaskTraining(_Strict):
-    """What the user stage of one task does in another way."""
+    """What differs in the user stage of one task."""
 
     samples: int | None = Field(default=None, ge=1)
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -51,43 +51,43 @@ class TaskTraining(_Strict):
 
 
 class FinetuneProtocol(_Strict):
-    """The user stage: how many rows a user uploads by default, trained how."""
+    """The user stage."""
 
     samples: int = Field(ge=1)
+    """Number of rows that a user uploads by default."""
     settings: TrainSettings
-    tasks: dict[str, TaskTraining] = _later({})
+    tasks: dict[str, TaskTraining] = _added({})
 
     def of(self, task: str) -> FinetuneProtocol:
-        """The user stage of one task.
+        """Return the user stage of one task.
 
         Raises:
-            BadInput: the file changes a setting that there is not, or gives it a value that is not allowed.
+            BadInput: the file overrides a setting that does not exist, or with a value that is not allowed.
         """
-        own = self.tasks.get(task, TaskTraining())
+        override = self.tasks.get(task, TaskTraining())
+        settings = {**asdict(self.settings), **override.settings}
         try:
-            return FinetuneProtocol.model_validate(
-                {"samples": own.samples or self.samples, "settings": {**asdict(self.settings), **own.settings}}
-            )
+            return FinetuneProtocol.model_validate({"samples": override.samples or self.samples, "settings": settings})
         except ValidationError as error:
             raise BadInput(f"The protocol's settings for task {task!r}: {first_validation_error(error)}") from error
 
 
 class Questions(_Strict):
-    """How many prompts are asked, and how long an answer may be."""
+    """An evaluation set: its number of prompts and the token limit of an answer."""
 
     prompts: int = Field(ge=1)
     max_new_tokens: int = Field(ge=1)
 
 
 class AnswerProtocol(_Strict):
-    """The three sets of questions: harmful, benign, and the task's test items with a token limit for each task."""
+    """The evaluation sets: harmful, benign, and the task's test items with a token limit for each task."""
 
     harmful: Questions
     benign: Questions
     task_items: int = Field(ge=1)
     task_tokens: dict[str, int]
-    items: dict[str, int] = _later({})
-    """Task -> its number of test items, where it is another than `task_items`."""
+    items: dict[str, int] = _added({})
+    """Task -> its number of test items, where it differs from `task_items`."""
 
 
 class ScoreProtocol(_Strict):
@@ -95,37 +95,36 @@ class ScoreProtocol(_Strict):
 
     scorer: str
     judge: str
-    """Where the model of `scorer` lies."""
+    """Location of the model of `scorer`."""
     accuracy: Literal["strict", "flexible"]
     drift_rows: int = Field(ge=1)
     drift_batch: int = Field(ge=1)
 
 
 class Gates(_Strict):
-    """A cell outside any of these is collapsed, not safe. Percentages."""
+    """Limits in percent; a run outside any of them is collapsed, not safe."""
 
     degenerate: float
-    """At most this share of empty or repetitive answers."""
+    """Maximum share of empty or repetitive answers."""
     refusals: float
-    """At most this share of benign prompts refused."""
+    """Maximum share of benign prompts refused."""
     above_chance: float
-    """Accuracy after the user stage must exceed guessing by this."""
+    """Accuracy after the user stage must exceed guessing by more than this."""
     accuracy_before: float | None
-    """Accuracy before the user stage must reach this; None where the aligned model has not learned the task yet."""
+    """Minimum accuracy before the user stage; None where the aligned model has not learned the task yet."""
 
 
 class Splits(_Strict):
-    """Which splits are trained on and asked from: BeaverTails', and the benign instructions'."""
+    """The splits that are trained on and evaluated on, of BeaverTails and of the benign instructions."""
 
     train: str
     test: str
     benign_train: str = "train"
     benign_test: str = "test"
-    """The splits of the benign instructions."""
-    pairs: str = _later("train")
-    """The part of the refusal set that the defender has, or aligns on."""
-    attacker: str = _later("")
-    """The part of the refusal set whose harmful answers the attacker has; empty: BeaverTails' own unsafe rows."""
+    pairs: str = _added("train")
+    """The part of the refusal set that the defender owns, or aligns on."""
+    attacker: str = _added("")
+    """The part of the refusal set whose harmful answers the attacker owns; empty: unsafe rows of BeaverTails."""
 
 
 class Protocol(_Strict):
@@ -134,15 +133,15 @@ class Protocol(_Strict):
     name: str
     version: int
     model: str
-    models: tuple[str, ...] = _later(())
+    models: tuple[str, ...] = _added(())
     """Other models of the same tables."""
     dtype: Literal["float32", "bfloat16"]
-    """Of the base model; adapters are float32 always."""
-    quantization: Literal["none", "8bit", "4bit"] = _later("none")
-    """Of the base model's matrices, by bitsandbytes."""
-    rows: Literal["unique", "paper"] = _later("unique")
-    """unique: drawn by the seed, no question in two pools. paper: in the order of the files, overlaps kept and
-    counted."""
+    """Data type of the base model; adapters are always float32."""
+    quantization: Literal["none", "8bit", "4bit"] = _added("none")
+    """Quantization of the base model's matrices, by bitsandbytes."""
+    rows: Literal["unique", "paper"] = _added("unique")
+    """unique: rows are drawn by the seed, and a question occurs in one pool only. paper: rows are taken in the order of
+    the files, and overlaps are kept and counted."""
     prompt: str
     topology: Topology
     data: dict[str, str]
@@ -153,75 +152,76 @@ class Protocol(_Strict):
     score: ScoreProtocol
     gates: Gates
     defenses: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Defense -> parameter -> value that overrides the class default; `attacks` and `scorers` likewise."""
     attacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    scorers: dict[str, dict[str, Any]] = _later({})
+    scorers: dict[str, dict[str, Any]] = _added({})
     sources: dict[str, str] = Field(default_factory=dict, exclude=True)
-    """Dotted path of a value, or of a group of them -> where it is from."""
+    """Dotted path of a value, or of a group of values -> its source."""
 
     @cached_property
     def hash(self) -> str:
-        """The identity that a table checks: 12 hexadecimal digits over every value of the file."""
+        """The identity that tables compare: 12 hexadecimal digits over every value except the sources."""
         return digest(self.model_dump(mode="json"), 12)
 
     def replaced(self, values: Mapping[str, str]) -> Protocol:
-        """The protocol with other values at dotted paths, such as `align.settings.lr`; each is read as YAML.
+        """Return the protocol with other values at dotted paths, such as `align.settings.lr`; each is read as YAML.
 
         Raises:
-            BadInput: there is no such path, or the value is not allowed there.
+            BadInput: a path does not exist, or its value is not allowed.
         """
         changed = {**self.model_dump(mode="python"), "sources": self.sources}
         paths = _paths(Protocol)
         for path, text in values.items():
             if not any(path == known or (known.endswith(".") and f"{path}.".startswith(known)) for known in paths):
                 group = path
-                while group and not (beside := [known.rstrip(".") for known in paths if known.startswith(group)]):
+                while group and not (siblings := [known.rstrip(".") for known in paths if known.startswith(group)]):
                     group = group.rpartition(".")[0]
-                raise unknown_name("value", path, beside or [known.rstrip(".") for known in paths], of="a protocol")
-            *way, last = path.split(".")
-            place = changed
-            for step in way:
-                place = place.setdefault(step, {})
-            place[last] = _read(path, text)
+                raise unknown_name("value", path, siblings or [known.rstrip(".") for known in paths], of="a protocol")
+            *parents, last = path.split(".")
+            container = changed
+            for parent in parents:
+                container = container.setdefault(parent, {})
+            container[last] = _read(path, text)
         try:
             return Protocol.model_validate(changed)
         except ValidationError as error:
-            raise BadInput(f"The protocol cannot be changed so: {first_validation_error(error)}") from error
+            raise BadInput(f"This protocol value is not allowed: {first_validation_error(error)}") from error
 
     def location(self, dataset: str) -> str:
-        """Where a data set is read from.
+        """Return where a data set is read from.
 
         Raises:
-            BadInput: the protocol does not name it.
+            BadInput: the protocol does not name the data set.
         """
         if dataset not in self.data:
             raise unknown_name("data set", dataset, self.data, of=f"protocol {self.name!r}")
         return self.data[dataset]
 
 
-def _paths(kind: Any, above: str = "") -> list[str]:
-    """The dotted paths of everything that a protocol file may say; one that ends in a dot takes any name after it."""
+def _paths(kind: Any, prefix: str = "") -> list[str]:
+    """Return the dotted paths of everything that a protocol file may set; one that ends in a dot takes any name."""
     fields = get_type_hints(kind)
-    found = []
+    paths = []
     for name in kind.model_fields if issubclass(kind, BaseModel) else fields:
-        inner = fields[name]
-        if isinstance(inner, type) and (issubclass(inner, BaseModel) or is_dataclass(inner)):
-            found += _paths(inner, f"{above}{name}.")
+        field = fields[name]
+        if isinstance(field, type) and (issubclass(field, BaseModel) or is_dataclass(field)):
+            paths += _paths(field, f"{prefix}{name}.")
         elif name not in ("name", "sources"):
-            found.append(f"{above}{name}{'.' if get_origin(inner) is dict else ''}")
-    return found
+            paths.append(f"{prefix}{name}{'.' if get_origin(field) is dict else ''}")
+    return paths
 
 
-def leaf_values(value: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of a protocol with its dotted path, those at their defaults too."""
+def leaf_values(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of a protocol with its dotted path, defaults included."""
     if isinstance(value, BaseModel):
         value = {name: getattr(value, name) for name in type(value).model_fields if name != "sources"}
     elif is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from leaf_values(inner, f"{above}.{name}" if above else name)
+        for name, nested in value.items():
+            yield from leaf_values(nested, f"{prefix}.{name}" if prefix else name)
     else:
-        yield above, value
+        yield prefix, value
 
 
 def _read(path: str, text: str) -> Any:
@@ -232,7 +232,7 @@ def _read(path: str, text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as a command line writes it; YAML 1.1 wants a point in it."""
+    """YAML in which 1e-3 is a number; YAML 1.1 requires a decimal point in it."""
 
 
 _Loader.add_implicit_resolver(
@@ -241,27 +241,26 @@ _Loader.add_implicit_resolver(
 
 
 def protocol_names() -> list[str]:
-    """The protocols that come with the package."""
+    """Return the names of the built-in protocols."""
     return sorted(path.stem for path in (Path(__file__).parent / "protocols").glob("*.yaml"))
 
 
 def protocol_models() -> list[str]:
-    """The models that those protocols start from."""
-    return sorted(
-        {model for name in protocol_names() for model in (load_protocol(name).model, *load_protocol(name).models)}
-    )
+    """Return the base models of the built-in protocols."""
+    protocols = map(load_protocol, protocol_names())
+    return sorted({model for protocol in protocols for model in (protocol.model, *protocol.models)})
 
 
 def load_protocol(name: str) -> Protocol:
-    """The protocol of that name, or in the YAML file at that path.
+    """Load a built-in protocol by name, or a YAML file by path.
 
     Raises:
-        BadInput: there is none, or a value of the file is not allowed.
+        BadInput: it does not exist, or a value of the file is not allowed.
     """
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
         if not path.is_file():
-            raise BadInput(f"There is no protocol file {name!r}.")
+            raise BadInput(f"Protocol file {name!r} does not exist.")
     elif name in protocol_names():
         path = Path(__file__).parent / "protocols" / f"{name}.yaml"
     else:
@@ -273,4 +272,4 @@ def load_protocol(name: str) -> Protocol:
     except yaml.YAMLError as error:
         raise BadInput(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
     except ValidationError as error:
-        raise BadInput(f"{path} is no protocol: {first_validation_error(error)}") from error
+        raise BadInput(f"{path} is not a protocol: {first_validation_error(error)}") from error

@@ -1,21 +1,18 @@
-"""What a run is: validated, hashable, and the same after a round trip through YAML or JSON."""
+"""The specification of a run: what the user wrote, validated."""
 
 from __future__ import annotations
 
-import json
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.core.hashing import canonical_json
 from harmbench_vaccine.plugins.composition import Component, Composition
 
 
 class RunSpec(BaseModel):
-    """One cell: a model, a defense, an attack, a task, under a protocol, with a seed.
+    """One run: a model, a defense, an attack and a task, under a protocol, with a seed.
 
-    What the protocol settles and the user did not write stays empty here; `protocols.load` has the rest.
+    What the user did not write stays empty and is taken from the protocol (`Experiment.settle`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,57 +23,19 @@ class RunSpec(BaseModel):
     task: str = "sst2"
     seed: int = Field(default=0, ge=0)
     model: str | None = None
-    """A hub id or folder; None: the protocol's."""
+    """A Hub id or folder; None: the protocol's."""
     scorers: tuple[str, ...] = ()
-    """Judges in place of the protocol's; the first one's harmful score is the headline."""
+    """Judges that replace the protocol's; the first one's harmful score is the headline."""
     data: dict[str, str] = Field(default_factory=dict)
-    """Data set name -> folder, file or hub id, in place of the protocol's."""
+    """Data set name -> folder, file or Hub id that replaces the protocol's."""
     values: dict[str, str] = Field(default_factory=dict)
-    """Dotted path of a value of the protocol -> what stands in its place."""
+    """Dotted path of a protocol value -> the value that replaces it, as YAML."""
     backend: Literal["transformers", "vllm"] | None = None
-    """What generates answers; None: vLLM where it and a GPU are there."""
-
-    def __hash__(self) -> int:
-        return hash(self.to_json())
-
-    def to_json(self) -> str:
-        """Canonical JSON: equal specs give equal text."""
-        return canonical_json(self.model_dump(mode="json"))
-
-    @classmethod
-    def from_json(cls, text: str) -> RunSpec:
-        """Raises `BadInput` where the text is no spec."""
-        try:
-            return cls._read(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise BadInput(f"Not a run: not JSON: {error}.") from error
-
-    def to_yaml(self) -> str:
-        """The spec as YAML, defaults included."""
-        import yaml
-
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-    @classmethod
-    def from_yaml(cls, text: str) -> RunSpec:
-        """Raises `BadInput` where the text is no spec."""
-        import yaml
-
-        try:
-            return cls._read(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise BadInput(f"Not a run: not YAML: {str(error).splitlines()[0]}.") from error
-
-    @classmethod
-    def _read(cls, values: Any) -> RunSpec:
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise BadInput(f"Not a run: {first_validation_error(error)}") from error
+    """What generates answers; None: vLLM where it is installed and a GPU is available."""
 
 
 def first_validation_error(error: ValidationError) -> str:
-    """The first thing that pydantic objects to, as a sentence."""
+    """Return the first problem that pydantic reports, as a sentence."""
     problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "the whole"
+    where = ".".join(str(part) for part in problem["loc"]) or "the top level"
     return f"{where}: {problem['msg']}."
