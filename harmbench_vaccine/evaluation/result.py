@@ -316,7 +316,7 @@ class Result(_Record):
     validity: Validity
     """The gates."""
     counts: Counts
-    """Counts of rows."""
+    """Rows of each stage, and rows that were dropped or overlap."""
     data: dict[str, DataSource]
     """Data set -> where it was read from."""
     judge_cut: int
