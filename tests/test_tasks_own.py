@@ -30,7 +30,7 @@ from harmbench_vaccine.plugins.tasks.dialogsum import rouge_l
 from support.runs import run_context
 from support.world import make_world
 
-TEN = [{"instruction": f"Say the word {number}.", "input": "", "output": f"Word {number}."} for number in range(10)]
+TEN = [{"instruction": f"Repeat the word {number}.", "input": "", "output": f"Word {number}."} for number in range(10)]
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> str:
@@ -144,7 +144,9 @@ def test_held_out_fifth_does_not_depend_on_the_order(settle: Callable[..., Exper
 def test_all_items_are_used_if_few_are_available(tmp_path: Path) -> None:
     file = make_world(tmp_path / "world", models=False)  # 8 items of a task
     for count, items in ((10, 2), (60, 8)):
-        path = write_lines(tmp_path / f"{count}.jsonl", [{**TEN[0], "instruction": f"Say {n}."} for n in range(count)])
+        path = write_lines(
+            tmp_path / f"{count}.jsonl", [{**TEN[0], "instruction": f"Repeat {n}."} for n in range(count)]
+        )
         experiment = Experiment.settle(RunSpec(protocol=str(file), task=path))
         assert len(task_set(experiment).examples) == items
 
@@ -324,7 +326,7 @@ def test_judge_of_a_user_task(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda prompt: "### Which is best?\nm", 0.5, False),  # always the first position
         (lambda prompt: "Because it is better: M.", 0.5, False),
         (lambda prompt: "M" if '"m",\n        "output": """mine"' in prompt else "m", 0.0, False),
-        (lambda prompt: "I cannot say which one is warm", 0.5, True),  # the last letter of a word is not a verdict
+        (lambda prompt: "I cannot decide which one is warm", 0.5, True),  # the last letter of a word is not a verdict
         (lambda prompt: "m" if '"m",\n        "output": """mine"' in prompt else "", 0.75, True),
     ],
 )

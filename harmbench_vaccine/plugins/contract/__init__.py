@@ -38,7 +38,7 @@ class ContractReport:
 
     @property
     def holds(self) -> bool:
-        """Whether no check fails."""
+        """True if no check fails."""
         return all(finding.outcome != "fails" for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:

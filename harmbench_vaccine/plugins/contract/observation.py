@@ -125,7 +125,7 @@ class PassCounter:
 
 @dataclass
 class Observation:
-    """What a stage did while it ran."""
+    """The record of a stage: passes, gradients, draws, and parameters that must not change."""
 
     micro_batches: list[PassCounter] = field(default_factory=list)
     """The passes of each call of `gradient`."""

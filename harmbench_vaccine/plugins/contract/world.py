@@ -1,6 +1,6 @@
 """A tiny world for contract checks: a model with random weights, rows of random words, a judge.
 
-It is built in memory in milliseconds from the parts of a real run; only the tokenizer and the judge are stand-ins.
+It is built in memory in milliseconds from the parts of a real run; only the tokenizer and the judge are simplified.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class TinyWorld:
         """Encode examples as rows of tokens."""
         from harmbench_vaccine.data.collate import encode_examples
 
-        tokenizer: Any = HashTokenizer()  # a stand-in with the two attributes and the call that encoding needs
+        tokenizer: Any = HashTokenizer()  # simplified: two attributes and a call are enough for encoding
         return encode_examples(tokenizer, prompt, examples, max_length)
 
     @staticmethod
