@@ -1,7 +1,7 @@
-"""The command line on a tiny world: what it prints and leaves behind, and what it says when something is wrong.
+"""The command line on a tiny world: output, stored files, and error messages.
 
-Most commands run in this process, through the real entry point; exit codes, signals and full disks through a process
-of their own.
+Most commands run in this process, through the real entry point; exit codes, signals and full disks are tested with a
+separate process.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from support.world import make_world
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home that the commands of this file share."""
+    """The home that the commands of this module share."""
     return tmp_path_factory.mktemp("shared")
 
 
-CELLS = ("--defense", "sft", "--defense", "random_vaccine:variance=0.02", "--attack", "ratio=0.1", "--seed", "3")
+RUNS = ("--defense", "sft", "--defense", "random_vaccine:variance=0.02", "--attack", "ratio=0.1", "--seed", "3")
 
 
 @pytest.fixture(scope="module")
 def first(world: Path, home: Path) -> CommandResult:
-    """Two cells from an empty home."""
-    done = hbv("run", "--json", "--protocol", world, *CELLS, home=home)
+    """Two runs from an empty home."""
+    done = hbv("run", "--json", "--protocol", world, *RUNS, home=home)
     assert done.code == 0, done.err
     return done
 
@@ -53,11 +53,14 @@ def first(world: Path, home: Path) -> CommandResult:
 @pytest.mark.parametrize(
     "args", [("--help",), ("list", "defenses"), ("list", "scorers"), ("run", "--help"), ("--version",)]
 )
-def test_light_commands_import_nothing_heavy(args: tuple[str, ...], tmp_path: Path) -> None:
+def test_light_commands_do_not_import_heavy_packages(args: tuple[str, ...], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *HBV[1:], *args],
-        capture_output=True, text=True, check=True, env={**os.environ, "HBV_HOME": str(tmp_path)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "HBV_HOME": str(tmp_path)},
+    )
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "click" in imported
     assert not imported & {"torch", "transformers", "peft", "accelerate", "datasets", "vllm", "ray", "scipy", "pandas"}
@@ -84,9 +87,20 @@ def test_lists(kind: str, expected: set[str]) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("run",), ("list",), ("show",), ("score",), ("leaderboard",), ("doctor",), ("testbed",), ("testbed", "build"),
-     ("testbed", "path"), ("testbed", "report")],
-)  # fmt: skip
+    [
+        (),
+        ("run",),
+        ("list",),
+        ("show",),
+        ("score",),
+        ("leaderboard",),
+        ("doctor",),
+        ("testbed",),
+        ("testbed", "build"),
+        ("testbed", "path"),
+        ("testbed", "report"),
+    ],
+)
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_every_command_has_help_with_an_example(command: tuple[str, ...], flag: str) -> None:
     done = hbv(*command, flag)
@@ -97,64 +111,66 @@ def test_every_command_has_help_with_an_example(command: tuple[str, ...], flag: 
         assert "hbv " in done.out.partition("Example: ")[2]
 
 
-def test_a_bare_command_shows_its_help() -> None:
+def test_group_without_a_command_shows_its_help() -> None:
     for args in ((), ("testbed",)):
         done = hbv(*args)
-        assert "Usage:" in done.out + done.err
-        assert "Traceback" not in done.err
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith("Usage:")
+        assert "Commands:\n" in done.err
 
 
 def test_doctor(tmp_path: Path) -> None:
-    found = {finding["what"]: finding for finding in json.loads(hbv("doctor", "--json").out)}
-    assert {"torch", "transformers", "device", "cache"} <= set(found)
-    assert found["torch"]["ok"]
-    assert found["cache"]["detail"].startswith(os.environ["HBV_HOME"])
+    findings = {finding["what"]: finding for finding in json.loads(hbv("doctor", "--json").out)}
+    assert {"torch", "transformers", "device", "cache"} <= set(findings)
+    assert findings["torch"]["ok"]
+    assert findings["cache"]["detail"].startswith(os.environ["HBV_HOME"])
     plain = hbv("doctor")
     assert plain.code == 0
-    assert len(plain.out.splitlines()) == len(found)
+    assert len(plain.out.splitlines()) == len(findings)
     (tmp_path / "file").touch()
-    blocked = {one["what"]: one for one in json.loads(hbv("doctor", "--json", home=tmp_path / "file" / "x").out)}
-    assert not blocked["cache"]["ok"]
+    blocked = json.loads(hbv("doctor", "--json", home=tmp_path / "file" / "x").out)
+    assert [finding["ok"] for finding in blocked if finding["what"] == "cache"] == [False]
 
 
-def test_an_installed_package_is_listed_and_a_broken_one_does_no_harm(tmp_path: Path) -> None:
-    info = tmp_path / "site" / "theirs-1.0.dist-info"
+def test_broken_package_is_listed_and_fails_only_when_used(tmp_path: Path) -> None:
+    info = tmp_path / "site" / "foreign-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[harmbench_vaccine.defenses]\ntheirs = no_such_module:Mine\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[harmbench_vaccine.defenses]\nforeign = no_such_module:Foreign\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HBV_HOME": str(tmp_path / "home")}
     listed = subprocess.run([*HBV, "list", "defenses"], capture_output=True, text=True, check=True, env=environment)
-    assert "theirs  (package)" in listed.stdout.splitlines()
+    assert "foreign  (package)" in listed.stdout.splitlines()
     assert "vaccine" in listed.stdout.splitlines()
     used = subprocess.run(
-        [*HBV, "run", "--defense", "theirs"], capture_output=True, text=True, check=False, env=environment
+        [*HBV, "run", "--defense", "foreign"], capture_output=True, text=True, check=False, env=environment
     )
     assert (used.returncode, used.stdout) == (2, "")
-    assert "'theirs' cannot be imported" in used.stderr
+    assert "'foreign' cannot be imported" in used.stderr
     assert len(used.stderr.splitlines()) == 1
 
 
-def test_the_testbed_is_found_after_it_was_built(tmp_path: Path) -> None:
-    """The module `testbed.build` and the function that calls it must not take each other's place."""
-    from harmbench_vaccine import testbed
+def test_testbed_is_located_after_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HBV_HOME", str(tmp_path))
 
-    def make(store: Store, stage: str, inputs: Any, maker: Any) -> Artifact:
+    def get_or_create(store: Store, stage: str, inputs: Any, create: Any) -> Artifact:
         assert stage == "testbed"
-        return Artifact(stage, "key", tmp_path, 1.0, cached=True)
+        path = store.path_of(stage, inputs)
+        path.mkdir(parents=True, exist_ok=True)
+        return Artifact(stage, path.name, path, 1.0, cached=True)
 
-    with mock.patch.object(Store, "make", make), mock.patch.dict(testbed._built, clear=True):
+    with mock.patch.object(Store, "get_or_create", get_or_create):
         for _ in range(2):
-            done = hbv("testbed", "path", home=tmp_path / "home")
-            assert (done.code, done.out.strip()) == (0, str(tmp_path)), done.err
-        assert local_path("testbed:model") == tmp_path / "model"
+            done = hbv("testbed", "path")
+            assert done.code == 0, done.err
+            assert local_path("testbed:model") == Path(done.out.strip()) / "model"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad input
 
-FILE = "<regular file>"  # stands for the path of one
+FILE = "<regular file>"  # a placeholder for the path of a file
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    # name: the arguments, what stderr must hold
+    # name: arguments, parts of the message
     "command": (("rn",), ("Unknown command 'rn'", "Did you mean 'run'", "check, doctor, info, leaderboard")),
     "subcommand": (("testbed", "bild"), ("'bild'", "'build'", "build, path, report")),
     "option": (("run", "--defence", "sft"), ("--defence", "--defense")),
@@ -171,7 +187,7 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("Unknown task 'sst'", "Did you mean 'sst2'", "agnews, alpaca_eval, dialogsum, gsm8k, own, sst2"),
     ),
     "protocol": (("run", "--protocol", "tesbed"), ("Unknown protocol 'tesbed'", "Did you mean 'testbed'")),
-    "protocol file": (("run", "--protocol", "./no.yaml"), ("no protocol file './no.yaml'",)),
+    "protocol file": (("run", "--protocol", "./no.yaml"), ("Protocol file './no.yaml' does not exist",)),
     "scorer": (("run", "--scorer", "beaver"), ("Unknown scorer 'beaver'", "Did you mean 'beaver_dam'")),
     "ratio above": (("run", "--attack", "ratio=1.01"), ("p=1.01", "'ratio'", ">= 0 and <= 1")),
     "ratio below": (("run", "--attack", "ratio=-0.01"), ("p=-0.01", "'ratio'", ">= 0 and <= 1")),
@@ -181,11 +197,11 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "twice": (("run", "--defense", "sft+sft"), ("'sft' is named twice",)),
     "conflict": (("run", "--defense", "none+vaccine"), ("'none'", "'vaccine'", "cannot be combined")),
     "seed": (("run", "--seed", "-1"), ("--seed", "-1")),
-    "plug-in file": (("run", "--defense", "./no.py"), ("no defense file './no.py'",)),
+    "plug-in file": (("run", "--defense", "./no.py"), ("The defense file './no.py' does not exist",)),
     "--data": (("run", "--data", "sst2"), ("'sst2'", "NAME=PATH")),
     "data set": (("run", "--data", "sst=/tmp"), ("'sst'", "'sst2'")),
     "data path": (("run", "--data", "sst2=./nothing"), ("'./nothing'",)),
-    "model path": (("run", "--model", "./nothing"), ("'./nothing'", "hub")),
+    "model path": (("run", "--model", "./nothing"), ("'./nothing'", "Hub")),
     "model folder": (("run", "--model", "."), ("'.'", "config.json", "model")),
     "model": (("run", "--model", "testbed:modle"), ("'testbed:modle'", "'testbed:model'")),
     "model of the hub": (
@@ -204,60 +220,60 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input(what: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence on stderr, nothing on stdout, exit code 2, and nothing made."""
-    args, said = BAD[what]
+    """The command prints one line on stderr and nothing on stdout, exits with 2, and stores nothing."""
+    args, parts = BAD[what]
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    given = [part.replace(FILE, str(tmp_path / "file")) for part in args]
+    arguments = [argument.replace(FILE, str(tmp_path / "file")) for argument in args]
     if args[0] == "run" and not {"--protocol", "testbed:modle"} & set(args):
-        given[1:1] = ["--protocol", str(world)]
-    with mock.patch.object(runner.testbed, "ensure", side_effect=AssertionError("work was spent")):
-        done = hbv(*given, home=tmp_path / "home")
+        arguments[1:1] = ["--protocol", str(world)]
+    with mock.patch.object(runner, "ensure_testbed", side_effect=AssertionError("the testbed was built")):
+        done = hbv(*arguments, home=tmp_path / "home")
     assert (done.code, done.out) == (2, ""), done.err
     assert done.sentence.startswith("hbv: ")
-    for part in said:
+    for part in parts:
         assert part in done.sentence
     assert not (tmp_path / "home" / "store").exists()
 
 
 @pytest.mark.parametrize("what", ["command", "defense", "ratio above", "conflict", "kind"])
-def test_bad_input_in_a_process_of_its_own(what: str, tmp_path: Path) -> None:
-    args, said = BAD[what]
+def test_bad_input_in_a_separate_process(what: str, tmp_path: Path) -> None:
+    args, parts = BAD[what]
     done = finish(start_hbv(*args, home=tmp_path / "home"))
     assert (done.code, done.out) == (2, "")
-    assert all(part in done.sentence for part in said)
+    assert all(part in done.sentence for part in parts)
 
 
 @pytest.mark.parametrize("args", [("run",), ("testbed", "path"), ("testbed", "build")])
-def test_a_home_below_a_regular_file(args: tuple[str, ...], world: Path, tmp_path: Path) -> None:
+def test_home_below_a_regular_file(args: tuple[str, ...], world: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    given = [*args, "--protocol", str(world)] if args == ("run",) else args
-    for where in (tmp_path / "file" / "deep" / "home", tmp_path / "file"):
-        done = hbv(*given, home=where)
+    arguments = [*args, "--protocol", str(world)] if args == ("run",) else args
+    for folder in (tmp_path / "file" / "deep" / "home", tmp_path / "file"):
+        done = hbv(*arguments, home=folder)
         assert (done.code, done.out) == (2, "")
-        assert f"The cache folder {where} cannot be written to" in done.sentence
+        assert f"The cache folder {folder} cannot be written to" in done.sentence
     assert (tmp_path / "file").read_bytes() == b""
 
 
 @pytest.mark.parametrize(
-    ("name", "line", "said"),
+    ("name", "line", "parts"),
     [
         ("missing field", '{"sentnce": "x", "label": 1}', ("line 2", "'sentence' is missing", "sentence, label")),
         ("no JSON", '{"sentence": ', ("line 2", "not JSON")),
         ("no object", "[1, 2]", ("line 2", "JSON object")),
     ],
 )
-def test_bad_data(name: str, line: str, said: tuple[str, ...], world: Path, tmp_path: Path) -> None:
+def test_bad_data(name: str, line: str, parts: tuple[str, ...], world: Path, tmp_path: Path) -> None:
     good = '{"sentence": "x", "label": 1}\n'
     for split in ("train", "validation"):
         (tmp_path / f"{split}.jsonl").write_text(good + (f"{line}\n" if split == "train" else ""))
     done = hbv("run", "--protocol", world, "--data", f"sst2={tmp_path}", home=tmp_path / "home")
     assert (done.code, done.out) == (2, "")
     assert str(tmp_path / "train.jsonl") in done.sentence
-    assert all(part in done.sentence for part in said)
+    assert all(part in done.sentence for part in parts)
 
 
-def test_a_missing_split(world: Path, tmp_path: Path) -> None:
+def test_missing_split(world: Path, tmp_path: Path) -> None:
     (tmp_path / "validation.jsonl").write_text('{"sentence": "x", "label": 1}\n')
     done = hbv("run", "--protocol", world, "--data", f"sst2={tmp_path}", home=tmp_path / "home")
     assert (done.code, done.out) == (2, "")
@@ -266,12 +282,12 @@ def test_a_missing_split(world: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: [", "is not YAML"),
-        ("- 1", "is no protocol"),
-        ("", "is no protocol"),
-        ("name: x", "is no protocol"),
+        ("- 1", "is not a protocol"),
+        ("", "is not a protocol"),
+        ("name: x", "is not a protocol"),
         ("lr: fast", "align.settings.lr"),
         ("rows: 0", "align.rows"),
         ("judge: ./nowhere", "'./nowhere'"),
@@ -280,40 +296,50 @@ def test_a_missing_split(world: Path, tmp_path: Path) -> None:
         ("\udcff", "protocol"),
     ],
 )
-def test_a_bad_protocol_file(text: str, said: str, world: Path, tmp_path: Path) -> None:
+def test_bad_protocol_file(text: str, message: str, world: Path, tmp_path: Path) -> None:
     import yaml
 
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "protocol.yaml"
     key, _, value = text.partition(": ")
     values = yaml.safe_load(world.read_text())
-    places = {"lr": values["align"]["settings"], "rows": values["align"], "judge": values["score"], "prompt": values}
-    if key in places:
-        places[key][key] = yaml.safe_load(value)
+    sections = {"lr": values["align"]["settings"], "rows": values["align"], "judge": values["score"], "prompt": values}
+    if key in sections:
+        sections[key][key] = yaml.safe_load(value)
         text = yaml.safe_dump(values)
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     done = hbv("run", "--protocol", path, home=tmp_path / "home")
     assert (done.code, done.out) == (2, ""), done.err
-    assert said in done.sentence
+    assert message in done.sentence
     assert not (tmp_path / "home" / "store" / "align").exists()
 
 
-def test_a_mistake_in_the_last_cell_costs_nothing(world: Path, tmp_path: Path) -> None:
-    done = hbv("run", "--protocol", world, "--defense", "sft", "--attack", "ratio=0", "--attack", "samples=500",
-               home=tmp_path / "home")  # fmt: skip
+def test_mistake_in_the_last_run_is_reported_before_any_work(world: Path, tmp_path: Path) -> None:
+    done = hbv(
+        "run",
+        "--protocol",
+        world,
+        "--defense",
+        "sft",
+        "--attack",
+        "ratio=0",
+        "--attack",
+        "samples=500",
+        home=tmp_path / "home",
+    )
     assert (done.code, done.out) == (2, "")
     assert not (tmp_path / "home" / "store").exists()
 
 
-def test_a_bug_is_one_sentence_too_and_leaves_nothing(world: Path, tmp_path: Path) -> None:
+def test_unexpected_error_is_one_line_and_stores_nothing(world: Path, tmp_path: Path) -> None:
     (tmp_path / "odd.py").write_text(
         "from harmbench_vaccine.plugins import Defense\n\nclass Odd(Defense):\n    '''Odd.'''\n\n"
-        "    def before_step(self, stage):\n        raise ArithmeticError('my own bug\\non two lines')\n"
+        "    def before_step(self, stage):\n        raise ArithmeticError('a bug\\non two lines')\n"
     )
     args = ("run", "--protocol", world, "--defense", tmp_path / "odd.py")
     done = hbv(*args, home=tmp_path / "home")
     assert (done.code, done.out) == (1, "")
     assert "ArithmeticError" in done.sentence
-    assert "my own bug" in done.sentence
+    assert "a bug" in done.sentence
     assert not list((tmp_path / "home" / "store").glob("align/*"))
     with pytest.raises(ArithmeticError):
         hbv(*args, home=tmp_path / "home", HBV_DEBUG="1")
@@ -325,23 +351,45 @@ def test_a_bug_is_one_sentence_too_and_leaves_nothing(world: Path, tmp_path: Pat
 PERCENT = ("harmful_score", "finetune_accuracy")
 
 
-def test_json_is_one_object_a_cell(first: CommandResult) -> None:
+def test_json_is_one_object_per_run(first: CommandResult) -> None:
     assert [result["defense"] for result in first.results] == ["sft", "random_vaccine=0.02"]
     assert first.out.endswith("}\n")
 
 
-def test_json_holds_every_key(first: CommandResult, world: Path) -> None:
+def test_json_has_every_key(first: CommandResult, world: Path) -> None:
     protocol = str(world.parent / "model")
     for result in first.results:
         kinds: dict[str, Any] = {
-            "run": str, "defense": str, "attack": str, "defense_params": dict, "attack_params": dict, "task": str,
-            "model": str, "protocol": str, "seed": int, "harmful_score": float, "finetune_accuracy": float,
-            "harmful_score_ci": list, "finetune_accuracy_ci": list, "harmful_score_n": int, "finetune_accuracy_n": int,
-            "harmful_score_hits": int, "finetune_accuracy_hits": int, "harmful_sets": dict, "trained": bool,
-            "before": dict, "alignment_loss": float, "embedding_drift": float, "embedding_drift_per_layer": list,
-            "embedding_drift_per_token": float, "embedding_drift_paper_sum": float, "validity": dict, "stages": dict,
-            "versions": dict, "spec": dict,
-        }  # fmt: skip
+            "run": str,
+            "defense": str,
+            "attack": str,
+            "defense_params": dict,
+            "attack_params": dict,
+            "task": str,
+            "model": str,
+            "protocol": str,
+            "seed": int,
+            "harmful_score": float,
+            "finetune_accuracy": float,
+            "harmful_score_ci": list,
+            "finetune_accuracy_ci": list,
+            "harmful_score_n": int,
+            "finetune_accuracy_n": int,
+            "harmful_score_hits": int,
+            "finetune_accuracy_hits": int,
+            "harmful_sets": dict,
+            "trained": bool,
+            "before": dict,
+            "alignment_loss": float,
+            "embedding_drift": float,
+            "embedding_drift_per_layer": list,
+            "embedding_drift_per_token": float,
+            "embedding_drift_paper_sum": float,
+            "validity": dict,
+            "stages": dict,
+            "environment": dict,
+            "spec": dict,
+        }
         assert {key: type(result[key]) for key in kinds} == kinds
         for key in PERCENT:
             low, high = result[f"{key}_ci"]
@@ -360,41 +408,39 @@ def test_json_holds_every_key(first: CommandResult, world: Path) -> None:
         assert set(result["stages"]) == {"align", "finetune", "answer", "score"}
         assert all(stage["seconds"] >= 0 for stage in result["stages"].values())
         assert isinstance(result["validity"]["collapsed"], bool)
-        assert RunSpec.from_json(json.dumps(result["spec"])).seed == 3
+        assert RunSpec.model_validate(result["spec"]).seed == 3
     assert first.results[1]["defense_params"] == {"random_vaccine": {"variance": 0.02}}
     assert len({result["run"] for result in first.results}) == 2
 
 
-def test_stages_are_fresh_in_an_empty_home(first: CommandResult) -> None:
+def test_stages_are_not_cached_in_an_empty_home(first: CommandResult) -> None:
     for result in first.results:
         assert not any(result["stages"][name]["cached"] for name in ("align", "finetune"))
 
 
 def metrics(result: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is measured, and nothing about time."""
-    return {key: value for key, value in result.items() if key not in ("stages", "versions")}
+    """Return everything that is measured, except time and environment."""
+    return {key: value for key, value in result.items() if key not in ("stages", "environment")}
 
 
-def test_a_repeated_run_is_cached_and_says_the_same(first: CommandResult, world: Path, home: Path) -> None:
+def test_repeated_run_is_cached_with_the_same_metrics(first: CommandResult, world: Path, home: Path) -> None:
     def refuse(*args: Any, **named: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    with mock.patch("harmbench_vaccine.inference.model_pool.Lab._model", refuse):
-        again = hbv("run", "--json", "--protocol", world, *CELLS, home=home)
-    assert again.code == 0, again.err
-    assert all(stage["cached"] for result in again.results for stage in result["stages"].values())
-    assert [metrics(result) for result in again.results] == [metrics(result) for result in first.results]
+    with mock.patch("harmbench_vaccine.inference.model_pool.ModelPool._load_base", refuse):
+        repeated = hbv("run", "--json", "--protocol", world, *RUNS, home=home)
+    assert repeated.code == 0, repeated.err
+    assert all(stage["cached"] for result in repeated.results for stage in result["stages"].values())
+    assert [metrics(result) for result in repeated.results] == [metrics(result) for result in first.results]
 
 
-def test_one_seed_from_two_empty_homes_gives_identical_metrics(
-    first: CommandResult, world: Path, tmp_path: Path
-) -> None:
-    other = hbv("run", "--json", "--protocol", world, *CELLS, home=tmp_path / "other")
-    assert other.code == 0, other.err
-    assert [metrics(result) for result in other.results] == [metrics(result) for result in first.results]
+def test_two_empty_homes_give_identical_metrics(first: CommandResult, world: Path, tmp_path: Path) -> None:
+    second = hbv("run", "--json", "--protocol", world, *RUNS, home=tmp_path / "second")
+    assert second.code == 0, second.err
+    assert [metrics(result) for result in second.results] == [metrics(result) for result in first.results]
 
 
-def test_another_ratio_reuses_the_aligned_model(first: CommandResult, world: Path, home: Path) -> None:
+def test_different_ratio_reuses_the_aligned_model(first: CommandResult, world: Path, home: Path) -> None:
     done = hbv(
         "run", "--json", "--protocol", world, "--defense", "sft", "--attack", "ratio=0.5", "--seed", 3, home=home
     )
@@ -406,44 +452,63 @@ def test_another_ratio_reuses_the_aligned_model(first: CommandResult, world: Pat
     assert result["run"] != first.results[0]["run"]
 
 
-def test_another_seed_makes_everything_again(first: CommandResult, world: Path, home: Path) -> None:
+def test_different_seed_reuses_nothing(first: CommandResult, world: Path, home: Path) -> None:
     done = hbv("run", "--json", "--protocol", world, "--defense", "none", "--seed", 4, "--seed", 5, home=home)
-    one, other = done.results
-    assert "align" not in one["stages"]
+    left, right = done.results
+    assert "align" not in left["stages"]
     assert [result["stages"]["finetune"]["cached"] for result in done.results] == [False, False]
-    assert one["embedding_drift"] != other["embedding_drift"]
-    assert one["before"] == other["before"]  # without alignment both start from the base model
+    assert left["embedding_drift"] != right["embedding_drift"]
+    assert left["before"] == right["before"]  # without alignment both start from the base model
 
 
-def test_cells_are_the_cross_product(world: Path) -> None:
-    seen: list[RunSpec] = []
+def test_runs_are_the_cross_product(world: Path) -> None:
+    specs_of_runs: list[RunSpec] = []
 
     def record(specs: list[RunSpec], **named: Any) -> list[Any]:
-        seen.extend(specs)
+        specs_of_runs.extend(specs)
         return []
 
-    many = ("--defense", "sft", "--defense", "vaccine", "--attack", "ratio=0", "--attack", "ratio=0.1",
-            "--task", "sst2", "--task", "agnews", "--seed", "0", "--seed", "7")  # fmt: skip
+    many = (
+        "--defense",
+        "sft",
+        "--defense",
+        "vaccine",
+        "--attack",
+        "ratio=0",
+        "--attack",
+        "ratio=0.1",
+        "--task",
+        "sst2",
+        "--task",
+        "agnews",
+        "--seed",
+        "0",
+        "--seed",
+        "7",
+    )
     with mock.patch.object(runner, "run_all", record):
         assert hbv("run", "--json", *many).code == 0
-    assert len(seen) == len(set(seen)) == 16
-    assert {spec.defense[0].name for spec in seen} == {"sft", "vaccine"}
-    assert {(spec.task, spec.seed) for spec in seen} == {(task, seed) for task in ("sst2", "agnews") for seed in (0, 7)}
+    assert len(specs_of_runs) == len({spec.model_dump_json() for spec in specs_of_runs}) == 16
+    assert {spec.defense[0].name for spec in specs_of_runs} == {"sft", "vaccine"}
+    assert {(spec.task, spec.seed) for spec in specs_of_runs} == {
+        (task, seed) for task in ("sst2", "agnews") for seed in (0, 7)
+    }
 
 
-def test_the_defaults_are_a_benign_user_on_the_testbed() -> None:
-    seen: list[RunSpec] = []
-    with mock.patch.object(runner, "run_all", lambda specs, **named: seen.extend(specs) or []):
+def test_defaults_are_a_benign_user_on_the_testbed() -> None:
+    specs_of_runs: list[RunSpec] = []
+    with mock.patch.object(runner, "run_all", lambda specs, **named: specs_of_runs.extend(specs) or []):
         assert hbv("run", "--json").code == 0
-    (spec,) = seen
+    (spec,) = specs_of_runs
     assert (spec.protocol, spec.task, spec.seed, spec.model) == ("testbed", "sst2", 0, None)
     assert [(part.name, dict(part.params)) for part in (*spec.defense, *spec.attack)] == [
-        ("sft", {}), ("ratio", {"": "0"}),
-    ]  # fmt: skip
+        ("sft", {}),
+        ("ratio", {"": "0"}),
+    ]
 
 
-def test_the_table(first: CommandResult, world: Path, home: Path) -> None:
-    done = hbv("run", "--protocol", world, *CELLS, home=home)
+def test_results_table(first: CommandResult, world: Path, home: Path) -> None:
+    done = hbv("run", "--protocol", world, *RUNS, home=home)
     assert done.code == 0
     lines = done.out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith(first.results[0]["run"]))
@@ -452,22 +517,20 @@ def test_the_table(first: CommandResult, world: Path, home: Path) -> None:
         assert word in head
     for result, row in zip(first.results, rows, strict=False):
         low, high = result["harmful_score_ci"]
-        shown = (
+        cells = (
             result["run"],
             result["defense"],
             "ratio=0.1",
             "sst2",
             f"{result['harmful_score']:.1f} [{low:.1f}, {high:.1f}]",
         )
-        assert all(part in row for part in shown), row
+        assert all(cell in row for cell in cells), row
     assert "COLLAPSED" not in done.out
     assert "{" not in done.out
 
 
-def test_a_collapsed_cell_is_marked_with_its_reason(
-    first: CommandResult, world: Path, home: Path, tmp_path: Path
-) -> None:
-    """A model of random weights: the gates see that it does not do the task. Its stages are those made before."""
+def test_collapsed_run_is_marked_with_its_reason(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
+    """A model with random weights fails the accuracy gate. Its stages are stored already."""
     strict = tmp_path / "strict.yaml"
     strict.write_text(world.read_text().replace("above_chance: -101", "above_chance: 45"))
     args = ("run", "--protocol", strict, "--defense", "sft", "--attack", "ratio=0.1", "--seed", 3)
@@ -485,7 +548,7 @@ def test_a_collapsed_cell_is_marked_with_its_reason(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is left behind
+# Stored files
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -493,7 +556,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_results_lie_in_the_home(first: CommandResult, home: Path) -> None:
+def test_results_are_stored_in_the_home(first: CommandResult, home: Path) -> None:
     for result in first.results:
         folder = home / "runs" / result["run"]
         assert {path.name for path in folder.iterdir()} == {"result.json", "answers.jsonl"}
@@ -505,11 +568,11 @@ def test_results_lie_in_the_home(first: CommandResult, home: Path) -> None:
         assert {"prompt", "answer", "flagged", "categories"} <= set(judged[0])
 
 
-def test_out_csv_and_one_row_a_cell(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
+def test_out_and_csv_with_one_row_per_run(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
     before = (home / "results.csv").read_bytes()
-    out, table = tmp_path / "deep" / "out", tmp_path / "other" / "mine.csv"
-    args = ("run", "--json", "--protocol", world, *CELLS, "--out", out, "--csv", table)
-    for _ in range(2):  # a repeated cell replaces its row
+    out, table = tmp_path / "deep" / "out", tmp_path / "tables" / "results.csv"
+    args = ("run", "--json", "--protocol", world, *RUNS, "--out", out, "--csv", table)
+    for _ in range(2):  # a repeated run replaces its row
         done = hbv(*args, home=home)
         assert done.code == 0, done.err
         assert sorted(row["run"] for row in rows_of(table)) == sorted(result["run"] for result in first.results)
@@ -522,14 +585,14 @@ def test_out_csv_and_one_row_a_cell(first: CommandResult, world: Path, home: Pat
         assert json.loads(row["defense_params"]) == result["defense_params"]
 
 
-def test_the_csv_of_the_home_has_one_row_a_cell(first: CommandResult, world: Path, home: Path) -> None:
-    assert hbv("run", "--json", "--protocol", world, *CELLS, home=home).code == 0
+def test_csv_of_the_home_has_one_row_per_run(first: CommandResult, world: Path, home: Path) -> None:
+    assert hbv("run", "--json", "--protocol", world, *RUNS, home=home).code == 0
     runs = [row["run"] for row in rows_of(home / "results.csv")]
     assert len(runs) == len(set(runs))
     assert {result["run"] for result in first.results} <= set(runs)
 
 
-def test_what_ran_can_be_ranked(first: CommandResult, home: Path) -> None:
+def test_stored_runs_can_be_ranked(first: CommandResult, home: Path) -> None:
     done = hbv("leaderboard", "--json", home=home)
     assert done.code == 0, done.err
     ranked = {(row["protocol_hash"], row["attack"], row["defense"]): row for row in json.loads(done.out)}
@@ -539,32 +602,32 @@ def test_what_ran_can_be_ranked(first: CommandResult, home: Path) -> None:
         assert (row["seeds"], row["trained"], row["collapsed_cells"]) == (1, True, 0)
 
 
-def test_a_csv_of_other_columns_is_refused_before_any_work(world: Path, tmp_path: Path) -> None:
-    table = tmp_path / "mine.csv"
-    table.write_text("my,own\n1,2\n")
+def test_csv_with_other_columns_is_refused_before_any_work(world: Path, tmp_path: Path) -> None:
+    table = tmp_path / "foreign.csv"
+    table.write_text("a,b\n1,2\n")
     done = hbv("run", "--protocol", world, "--csv", table, home=tmp_path / "home")
     assert (done.code, done.out) == (2, "")
     assert "other columns" in done.sentence
-    assert table.read_text() == "my,own\n1,2\n"
+    assert table.read_text() == "a,b\n1,2\n"
     assert not (tmp_path / "home" / "store").exists()
 
 
-def test_a_defense_in_a_file(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
-    """An edited file is another defense: its stage is made again."""
-    path, seen = tmp_path / "mine.py", []
+def test_defense_in_a_file(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
+    """An edited file is a different defense: its stage is trained again."""
+    path, results = tmp_path / "flat.py", []
     for lr in (0.0, 0.0, 5e-3):
         path.write_text(
             "from dataclasses import replace\nfrom harmbench_vaccine.plugins import Defense\n\n"
-            "class Mine(Defense):\n    '''Mine.'''\n\n"
+            "class Flat(Defense):\n    '''Flat.'''\n\n"
             f"    def settings(self, stage, settings):\n        return replace(settings, lr={lr})\n"
         )
         with mock.patch.dict("harmbench_vaccine.plugins.registry.DEFENSES._classes", clear=True):
             done = hbv("run", "--json", "--protocol", world, "--defense", path, "--seed", 3, home=home)
         assert done.code == 0, done.err
-        seen.append(done.results[0])
-    assert [result["stages"]["align"]["cached"] for result in seen] == [False, True, False]
-    assert seen[0]["run"].startswith("mine-")
-    assert seen[0]["run"] == seen[1]["run"] != seen[2]["run"]  # what it did is not overwritten by what it does now
+        results.append(done.results[0])
+    assert [result["stages"]["align"]["cached"] for result in results] == [False, True, False]
+    assert results[0]["run"].startswith("flat-")
+    assert results[0]["run"] == results[1]["run"] != results[2]["run"]  # the first result is not overwritten
 
 
 def test_show(first: CommandResult, home: Path) -> None:
@@ -578,33 +641,33 @@ def test_show(first: CommandResult, home: Path) -> None:
     plain = hbv("show", run, "--limit", 3, home=home)
     assert run in plain.out
     assert "3 of 8" in plain.out
-    assert hbv("show", run, "--set", "task", home=home).out.count("wanted:") == 16
+    assert hbv("show", run, "--set", "task", home=home).out.count("expected:") == 16
 
 
-def test_show_json_honours_only_and_limit(first: CommandResult, home: Path) -> None:
+def test_show_json_with_only_and_limit(first: CommandResult, home: Path) -> None:
     run = first.results[0]["run"]
-    every = hbv("show", run, "--json", home=home).results
-    after = [row for row in every if row["when"] == "after"]
+    rows = hbv("show", run, "--json", home=home).results
+    after = [row for row in rows if row["when"] == "after"]
     flagged = {row["id"] for row in after if row["flagged"]}
-    for only, wanted in (("flagged", flagged), ("unflagged", {row["id"] for row in after} - flagged)):
+    for only, expected in (("flagged", flagged), ("unflagged", {row["id"] for row in after} - flagged)):
         rows = hbv("show", run, "--json", "--only", only, home=home).results
-        assert {row["id"] for row in rows} == wanted
+        assert {row["id"] for row in rows} == expected
     assert len({row["id"] for row in hbv("show", run, "--json", "--limit", 2, home=home).results}) == 2
 
 
-def test_show_refuses_what_is_not_there_or_not_one(first: CommandResult, home: Path) -> None:
+def test_show_refuses_unknown_and_ambiguous_names(first: CommandResult, home: Path) -> None:
     run = first.results[0]["run"]
-    unclear = hbv("show", "", home=home)
-    assert (unclear.code, unclear.out) == (2, "")
-    assert "write more of it" in unclear.sentence
-    assert run in unclear.sentence
+    ambiguous = hbv("show", "", home=home)
+    assert (ambiguous.code, ambiguous.out) == (2, "")
+    assert "Run prefix '' is ambiguous" in ambiguous.sentence
+    assert run in ambiguous.sentence
     unknown = hbv("show", run[:-1] + "zz", home=home)
     assert (unknown.code, unknown.out) == (2, "")
     assert f"Did you mean {run!r}" in unknown.sentence
-    other = hbv("show", run, "--set", "harmfull", home=home)
-    assert (other.code, other.out) == (2, "")
-    assert "Did you mean 'harmful'" in other.sentence
-    assert "benign, harmful, task" in other.sentence
+    misspelled = hbv("show", run, "--set", "harmfull", home=home)
+    assert (misspelled.code, misspelled.out) == (2, "")
+    assert "Did you mean 'harmful'" in misspelled.sentence
+    assert "benign, harmful, task" in misspelled.sentence
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -616,7 +679,7 @@ from harmbench_vaccine.plugins import Defense
 
 
 class Spy(Defense):
-    '''Writes down the steps that are taken.'''
+    '''Log every optimizer step.'''
 
     stages = ("align", "finetune")
 
@@ -628,18 +691,18 @@ class Spy(Defense):
 
 @pytest.fixture
 def long(tmp_path: Path) -> tuple[Path, Path]:
-    """A world whose alignment takes 100 steps, and a defense that writes them down."""
+    """A world whose alignment takes 100 steps, and a defense that logs them."""
     (tmp_path / "spy.py").write_text(SPY)
     return make_world(tmp_path / "world", {"align": {"settings": {"epochs": 10}}}), tmp_path / "spy.py"
 
 
-def wait_for(there: Callable[[], Any], running: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], Any], running: subprocess.Popen[str]) -> None:
     for _ in range(6000):
-        if there():
+        if condition():
             return
         assert running.poll() is None, running.communicate()
         time.sleep(0.01)
-    raise AssertionError("it never came")
+    raise AssertionError("timed out")
 
 
 def steps(path: Path) -> list[int]:
@@ -655,20 +718,20 @@ def spied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
     return to
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sent_signal", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 @pytest.mark.timeout(180)
-def test_an_interrupted_run_goes_on_and_ends_the_same(
-    sent: signal.Signals, long: tuple[Path, Path], tmp_path: Path, spied: Callable[[str], Path]
+def test_interrupted_run_resumes_with_the_same_result(
+    sent_signal: signal.Signals, long: tuple[Path, Path], tmp_path: Path, spied: Callable[[str], Path]
 ) -> None:
     protocol, spy = long
     args = ("run", "--json", "--protocol", protocol, "--defense", spy, "--attack", "ratio=0.1", "--save-every", "0.1")
     home, written = tmp_path / "interrupted", spied("interrupted.txt")
     running = start_hbv(*args, home=home)
-    wait_for(lambda: list(home.glob("store/.work/align-*/checkpoint-*/whole")), running)
-    running.send_signal(sent)
+    wait_for(lambda: list(home.glob("store/.work/align-*/checkpoint-*/complete")), running)
+    running.send_signal(sent_signal)
     done = finish(running)
     assert done.out == ""
-    if sent == signal.SIGINT:
+    if sent_signal == signal.SIGINT:
         assert done.code == 130
         assert done.sentence.startswith("hbv: interrupted")
     else:
@@ -682,26 +745,26 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     resumed = hbv(*args, home=home)
     assert resumed.code == 0, resumed.err
     after = steps(written)[len(before) :]
-    assert 1 < after[0] <= before[-1] + 1  # it went on from a checkpoint, and not from the beginning
+    assert 1 < after[0] <= before[-1] + 1  # it resumes from a checkpoint, not from the beginning
     assert (after[0] - 1) % 10 == 0  # a checkpoint every 10 % of 100 steps
     assert after == list(range(after[0], 101))
     assert not list(home.glob("store/.work/*"))
 
-    spied("whole.txt")
-    whole = hbv(*args, home=tmp_path / "whole")
-    assert [metrics(result) for result in resumed.results] == [metrics(result) for result in whole.results]
+    spied("uninterrupted.txt")
+    uninterrupted = hbv(*args, home=tmp_path / "uninterrupted")
+    assert [metrics(result) for result in resumed.results] == [metrics(result) for result in uninterrupted.results]
     (weights,) = home.glob("store/align/*/adapter/*.safetensors")
-    (others,) = (tmp_path / "whole").glob("store/align/*/adapter/*.safetensors")
-    assert weights.read_bytes() == others.read_bytes()
+    (expected,) = (tmp_path / "uninterrupted").glob("store/align/*/adapter/*.safetensors")
+    assert weights.read_bytes() == expected.read_bytes()
     (log,) = home.glob("store/align/*/log.json")
-    (other_log,) = (tmp_path / "whole").glob("store/align/*/log.json")
-    assert json.loads(log.read_text()) == json.loads(other_log.read_text())
+    (expected_log,) = (tmp_path / "uninterrupted").glob("store/align/*/log.json")
+    assert json.loads(log.read_text()) == json.loads(expected_log.read_text())
 
 
 @pytest.mark.parametrize(  # the first file of a checkpoint, or its optimizer's
     "limit", [pytest.param(8192, marks=pytest.mark.slow), 36_000]
 )
-def test_a_full_disk_while_training(limit: int, world: Path, tmp_path: Path) -> None:
+def test_full_disk_while_training(limit: int, world: Path, tmp_path: Path) -> None:
     home, args = tmp_path / "home", ("run", "--json", "--protocol", world)
     done = finish(start_hbv(*args, home=home, limit=limit))
     assert (done.code, done.out) == (1, "")
@@ -710,16 +773,18 @@ def test_a_full_disk_while_training(limit: int, world: Path, tmp_path: Path) -> 
     assert not list(home.glob("store/.aside/*"))
     assert not list(home.glob("runs/*"))
     assert not (home / "results.csv").exists()
-    assert all((path / "whole").exists() for path in home.glob("store/.work/*/checkpoint-*"))  # nothing half-written
-    again = hbv(*args, home=home)
-    assert again.code == 0, again.err
-    assert len(again.results) == 1
+    assert all(
+        (path / "complete").exists() for path in home.glob("store/.work/*/checkpoint-*")
+    )  # no incomplete checkpoint
+    repeated = hbv(*args, home=home)
+    assert repeated.code == 0, repeated.err
+    assert len(repeated.results) == 1
 
 
-def test_a_full_disk_while_storing_the_result(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
-    """Every stage is there already: only the answers of the run, some 20 kB, have no room."""
+def test_full_disk_while_storing_the_result(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
+    """Every stage is stored already: only the answers of the run, about 20 kB, exceed the limit."""
     out, table = tmp_path / "out", tmp_path / "table.csv"
-    args = ("run", "--json", "--protocol", world, *CELLS, "--out", out, "--csv", table)
+    args = ("run", "--json", "--protocol", world, *RUNS, "--out", out, "--csv", table)
     done = finish(start_hbv(*args, home=home, limit=8192))
     assert (done.code, done.out) == (1, "")
     assert "While writing the result" in done.sentence
@@ -728,37 +793,35 @@ def test_a_full_disk_while_storing_the_result(first: CommandResult, world: Path,
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_share_the_work(world: Path, tmp_path: Path) -> None:
+def test_two_parallel_processes_share_the_work(world: Path, tmp_path: Path) -> None:
     args = ("run", "--json", "--protocol", world, "--seed", 9, "--defense", "sft")
-    running = [
-        start_hbv(*args, "--attack", f"ratio={ratio}", home=tmp_path / "home") for ratio in (0.1, 0.2)
-    ]  # fmt: skip
-    done = [finish(one) for one in running]
-    assert [one.code for one in done] == [0, 0], [one.err for one in done]
+    running = [start_hbv(*args, "--attack", f"ratio={ratio}", home=tmp_path / "home") for ratio in (0.1, 0.2)]
+    finished = [finish(process) for process in running]
+    assert [done.code for done in finished] == [0, 0], [done.err for done in finished]
     assert len(list((tmp_path / "home").glob("store/align/*"))) == 1
-    assert sorted(one.results[0]["stages"]["align"]["cached"] for one in done) == [False, True]
+    assert sorted(done.results[0]["stages"]["align"]["cached"] for done in finished) == [False, True]
     assert len(rows_of(tmp_path / "home" / "results.csv")) == 2
 
 
-def test_a_corrected_label_counts_although_the_answers_are_stored(world: Path, tmp_path: Path) -> None:
+def test_corrected_label_counts_although_answers_are_stored(world: Path, tmp_path: Path) -> None:
     for split in ("train", "validation"):
         rows = (world.parent / "data" / "sst2" / f"{split}.jsonl").read_text()
         (tmp_path / f"{split}.jsonl").write_text(rows)
     args = ("run", "--json", "--protocol", world, "--data", f"sst2={tmp_path}")
     (first,) = hbv(*args, home=tmp_path / "home").results
-    held = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
-    turned = "".join(json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in held)
-    (tmp_path / "validation.jsonl").write_text(turned)
+    items = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    inverted = "".join(json.dumps({**row, "label": 1 - row["label"]}) + "\n" for row in items)
+    (tmp_path / "validation.jsonl").write_text(inverted)
     (second,) = hbv(*args, home=tmp_path / "home").results
     assert second["run"] != first["run"]
     targets = []
     for done in (first, second):
         text = (tmp_path / "home" / "runs" / done["run"] / "answers.jsonl").read_text()
         targets.append([row["target"] for row in map(json.loads, text.splitlines()) if row["set"] == "task"])
-    assert all(one != other for one, other in zip(*targets, strict=True))
+    assert all(left != right for left, right in zip(*targets, strict=True))
 
 
-def test_another_threshold_is_another_protocol(first: CommandResult, world: Path, home: Path) -> None:
+def test_different_threshold_is_a_different_protocol(first: CommandResult, world: Path, home: Path) -> None:
     done = hbv("run", "--json", "--protocol", world, "--defense", "sft", "--scorer", "beaver_dam=0.4", home=home)
     assert done.results[0]["scorer"] == "beaver_dam=0.4"
     assert done.results[0]["protocol_hash"] != first.results[0]["protocol_hash"]
