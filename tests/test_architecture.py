@@ -300,7 +300,6 @@ DATA: dict[str, str] = {
 # Text in which a forbidden word is right, wherever it is written -> reason.
 ALLOWED: dict[str, str] = {
     "does it say what the reference answer says": "the judge's prompt of a task; changing it changes results",
-    "behind a trigger": "the place of a hidden behavior",
     "behind an OpenAI-compatible server": "the position of a model",
 }
 
