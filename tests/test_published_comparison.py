@@ -18,7 +18,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from harmbench_vaccine.evaluation.records import _append
+from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.statistics import wilson
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import load_protocol, protocol_names
@@ -43,6 +43,7 @@ from harmbench_vaccine.reporting.published.matching import (
 )
 from harmbench_vaccine.reporting.tables import results_table
 from support.cli import hbv
+from support.results import collapsed, make_result, write_csv
 from support.world import make_world
 
 ROWS = load_figures()
@@ -51,7 +52,6 @@ FILE = yaml.safe_load(
 )
 PAPERS = sorted(FILE["protocols"])
 LLAMA = "meta-llama/Llama-2-7b-hf"
-SHARES = {"degenerate": 0.0, "over_refusal": 0.0, "neither": 10.0}
 VACCINE = {"vaccine": {"rho": 2.0, "tau": 1}}
 ROWS_DRAWN = "rows drawn by the seed, without repeated questions (paper: the first rows, with repeated questions)"
 
@@ -73,57 +73,54 @@ def result(
     data: Mapping[str, str] | None = None,
     attack: Mapping[str, Any] | None = None,
     **changes: Any,
-) -> dict[str, Any]:
-    """A result of `hbv run` with the fields that the tables need.
+) -> Result:
+    """Return a result: by default Vaccine at p = 0.1 on SST2 with the rows of the paper, HS 48.0 and FA 94.0.
 
-    By default Vaccine at p = 0.1 on SST2 with the paper's rows, HS 48.0 [43.65, 52.38] and FA 94.0 [91.56, 95.77].
+    Args:
+        defense: The defense as on the command line.
+        params: Parameters of its plug-ins.
+        hits: Flagged answers, and correct test items.
+        n: Harmful prompts, and test items.
+        seed: Seed of the run.
+        protocol: Name of a built-in protocol.
+        values: Protocol values that the user changed.
+        data: Data sets that the user changed.
+        attack: Parameters of the attacks.
+        changes: Further fields of the result.
     """
-    settled = {"rows": "paper"} if values is None else dict(values)
+    values = {"rows": "paper"} if values is None else dict(values)
     scorer = changes.get("scorer", "beaver_dam")
-    ran = load_protocol(protocol).replaced(settled)
-    score = ran.score.model_copy(update={"scorer": scorer})
-    ran = ran.model_copy(update={"data": {**ran.data, **(data or {})}, "score": score})
+    loaded = load_protocol(protocol).replaced(values)
+    score = loaded.score.model_copy(update={"scorer": scorer})
+    loaded = loaded.model_copy(update={"data": {**loaded.data, **(data or {})}, "score": score})
     attack = {"ratio": {"p": 0.1}} if attack is None else attack
-    hs, fa = (wilson(*pair) for pair in zip(hits, n, strict=True))
-    written = "+".join(f"{name}={next(iter(given.values()), '')}" for name, given in attack.items())
-    return {
-        "run": f"{defense}-{written}-{seed}-{changes.get('task', 'sst2')}",
+    harmful_score_ci, accuracy_ci = (wilson(*pair) for pair in zip(hits, n, strict=True))
+    attack_name = "+".join(f"{name}={next(iter(given.values()), '')}" for name, given in attack.items())
+    fields = {
+        "run": f"{defense}-{attack_name}-{seed}-{changes.get('task', 'sst2')}",
         "defense": defense,
         "defense_params": VACCINE if params is None else params,
-        "attack": written,
+        "attack": attack_name,
         "attack_params": attack,
-        "task": "sst2",
         "model": LLAMA,
         "protocol": protocol,
-        "protocol_version": 1,
-        "protocol_hash": ran.hash,
-        "scorer": scorer,
+        "protocol_hash": loaded.hash,
         "seed": seed,
         "harmful_score": 100 * hits[0] / n[0],
-        "harmful_score_ci": list(hs),
+        "harmful_score_ci": harmful_score_ci,
         "harmful_score_hits": hits[0],
         "harmful_score_n": n[0],
         "harmful_sets": {"harmful": 100 * hits[0] / n[0]},
         "finetune_accuracy": 100 * hits[1] / n[1],
-        "finetune_accuracy_ci": list(fa),
+        "finetune_accuracy_ci": accuracy_ci,
         "finetune_accuracy_hits": hits[1],
         "finetune_accuracy_n": n[1],
-        "trained": True,
-        "finetune_accuracy_measure": "accuracy",
-        "before": {"harmful_score": 40.0, "finetune_accuracy": 17.6},
-        "alignment_loss": 0.5,
-        "embedding_drift": 200.0,
-        "embedding_drift_per_token": 4.0,
-        "validity": {"collapsed": False, "reasons": [], "shares": {"after": SHARES}},
-        "versions": {},
-        "stages": {"align": {"seconds": 1.0, "cached": False}},
-        "counts": {"finetune": {}},
-        "spec": {"protocol": protocol, "values": settled, "data": dict(data or {})},
-        **changes,
+        "spec": {"protocol": protocol, "values": values, "data": dict(data or {})},
     }
+    return make_result(**{**fields, **changes})
 
 
-def only(*results: dict[str, Any]) -> PublishedComparison:
+def only(*results: Result) -> PublishedComparison:
     (comparison,) = compare_results(results)
     return comparison
 
@@ -133,7 +130,7 @@ def printed(comparison: PublishedComparison) -> dict[str, str]:
     return {score: compared.figures[0].figure["value"] for score, compared in comparison.scores.items()}
 
 
-def shown(results: Sequence[dict[str, Any]], width: int = 110, published: bool = True) -> str:
+def shown(results: Sequence[Result], width: int = 110, published: bool = True) -> str:
     console = Console(width=width, file=io.StringIO(), record=True)
     console.print(results_table(results, published=published))
     return console.export_text()
@@ -597,8 +594,7 @@ def test_evidence_and_notes_are_printed_with_figures() -> None:
 
 
 def test_collapsed_run_is_marked() -> None:
-    validity = {"collapsed": True, "reasons": ["60% of answers are empty"], "shares": {"after": SHARES}}
-    assert "vaccine (collapsed)" in shown([result(validity=validity)])
+    assert "vaccine (collapsed)" in shown([result(**collapsed("60% of answers are empty"))])
 
 
 def test_names_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
@@ -612,12 +608,12 @@ def test_names_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
 # Commands
 
 
-def patched(results: Sequence[dict[str, Any]]) -> Any:
+def patched(results: Sequence[Result]) -> Any:
     """Patch `hbv run` to return these results without training."""
 
-    def run_all(specs: Any, *, done: Any, **_: Any) -> Sequence[dict[str, Any]]:
-        for entry in results if done else ():
-            done(entry)
+    def run_all(specs: Any, *, on_result: Any, **_: Any) -> Sequence[Result]:
+        for entry in results if on_result else ():
+            on_result(entry)
         return results
 
     return mock.patch("harmbench_vaccine.runner.run_all", run_all)
@@ -657,13 +653,6 @@ def test_real_run_can_be_looked_up(tmp_path: Path) -> None:
     assert values_of_run["published"]["none"] == f"the paper does not report p=0.1, n={rows}"
 
 
-def table(path: Path, *results: dict[str, Any]) -> Path:
-    """Write these results to a CSV, as `hbv run` does."""
-    for values in results:
-        _append(path, values)
-    return path
-
-
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     """A CSV of results of several protocols.
@@ -672,7 +661,7 @@ def mixed(tmp_path: Path) -> Path:
     does not report, the testbed, and SFT under a changed protocol.
     """
     hits = enumerate((230, 240, 250))
-    return table(
+    return write_csv(
         tmp_path / "mixed.csv",
         *(result(hits=(count, 470), seed=seed, values={}) for seed, count in hits),
         result("sft", {"sft": {}}, values={}),
