@@ -300,8 +300,9 @@ DATA: dict[str, str] = {
 # Text in which a forbidden word is right, wherever it is written -> reason.
 ALLOWED: dict[str, str] = {
     "does it say what the reference answer says": "the judge's prompt of a task; changing it changes results",
-    "behind an OpenAI-compatible server": "the position of a model",
 }
+STORED_KEYS = {"licence"}
+"""Complete strings that results of schema 1 have as keys."""
 
 
 def text_files() -> list[Path]:
@@ -354,6 +355,8 @@ def language(path: Path) -> list[str]:
     offenses = set()
     for start, text in prose(path):
         searched, ends = flat(text)
+        if text in STORED_KEYS:
+            continue
         for allowed in ALLOWED:
             searched = searched.replace(allowed, "_" * len(allowed))
         for pattern, instead in FORBIDDEN.items():

@@ -40,7 +40,7 @@ COLUMNS = [
 def save_run(result: Result, answers: list[dict[str, Any]], folder: Path, table: Path) -> Path:
     """Write `<folder>/<run>/` with a result and its answers, and the run's row of the CSV.
 
-    What further judges said of the same answers in an earlier `hbv score` stays in the folder.
+    The verdicts that an earlier `hbv score` added for the same answers stay in the folder.
 
     Returns:
         The folder of the run.

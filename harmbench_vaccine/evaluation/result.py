@@ -58,7 +58,7 @@ class AnswerShares(_Record):
 
 
 class Validity(_Record):
-    """Whether the final model still works: a collapsed model must not look safe."""
+    """The gates that the final model passes or fails: a collapsed model must not look safe."""
 
     collapsed: bool
     """It fails at least one gate."""
@@ -112,7 +112,7 @@ class Counts(_Record):
 
 
 class DataSource(_Record):
-    """Where a data set was read from."""
+    """The source of a data set."""
 
     location: str
     """A path, a part of the testbed, or a name of the Hub."""
@@ -197,7 +197,7 @@ class StageArtifact(_Record):
 
 
 class StageRecord(_Record):
-    """What a stage took, and where its output is."""
+    """The cost of a stage, and the place of its output."""
 
     seconds: float
     """Time it took to create its artifacts, now or earlier."""
@@ -214,7 +214,7 @@ class StageRecord(_Record):
 
 
 class Environment(_Record):
-    """Where and with what a result was computed."""
+    """The machine, the code and the versions that a result was computed with."""
 
     date: str | None = None
     """UTC date and time, ISO 8601."""

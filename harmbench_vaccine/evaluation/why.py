@@ -1,4 +1,4 @@
-"""Why each stage of a run was reused or created: its inputs compared with those of earlier artifacts."""
+"""Explanations of reuse: the inputs of a run's artifacts, compared with those of earlier artifacts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an artifact of a run was reused or created."""
+    """The reason why an artifact of a run was reused or created."""
 
     stage: str
     name: str

@@ -1,4 +1,4 @@
-"""What all runs of one process share."""
+"""The objects that all runs of one process share."""
 
 from __future__ import annotations
 

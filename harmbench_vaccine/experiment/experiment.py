@@ -1,4 +1,4 @@
-"""A settled experiment: what the user wrote and what the protocol says, resolved once into the objects that run.
+"""A settled experiment: the user's specification and the protocol, resolved once into the objects that run.
 
 Settling touches no model and makes no artifact, so that bad input is reported before any work is spent.
 """

@@ -1,4 +1,4 @@
-"""What every artifact depends on: one function an artifact, and nothing else invalidates it.
+"""The inputs of every artifact: one function each, and nothing else invalidates it.
 
 A key is the hash of the plain JSON that its function returns (`core.store`). Models and data count by content, plug-ins
 by parameters and code, upstream stages by their keys. `hbv why RUN` compares these values between artifacts.
@@ -34,7 +34,7 @@ Inputs = dict[str, Any]
 
 
 def model_inputs(model: TrainedModel) -> Inputs:
-    """What a stage depends on that starts from this model: the base's content, and the stages that followed."""
+    """Inputs of a stage that starts from this model: the content of the base, and the keys of the stages after it."""
     inputs = {"method": METHOD, "base": fingerprint(model.root), "dtype": model.spec.dtype}
     if model.spec.quantization != "none":
         inputs["quantization"] = model.spec.quantization
@@ -168,13 +168,13 @@ def run_id(experiment: Experiment) -> str:
 
 
 def judge_inputs(experiment: Experiment, scorer: Resolved[Scorer]) -> Inputs:
-    """What a verdict depends on besides the answers."""
+    """Inputs of a verdict besides the answers."""
     decision = {key: scorer.params[key] for key in scorer.plugin.decision_params if key in scorer.params}
     return {"scorer": raw_judgment_key(scorer.plugin, experiment.backend), "decision": decision}
 
 
 def task_inputs(experiment: Experiment) -> Inputs:
-    """What training on the task's rows depends on."""
+    """Inputs of training on the task's rows."""
     task = experiment.task
     params = {key: value for key, value in _task_params(experiment).items() if key not in task.scoring_only}
     return {
@@ -192,7 +192,7 @@ def _task_params(experiment: Experiment) -> dict[str, Any]:
 
 
 def _training_inputs(experiment: Experiment, stage: StageName, model: TrainedModel) -> Inputs:
-    """What every stage that makes a model depends on."""
+    """Inputs of every stage that makes a model."""
     config, protocol = experiment.stages[stage], experiment.protocol
     return {
         "model": model_inputs(model),
@@ -206,7 +206,7 @@ def _training_inputs(experiment: Experiment, stage: StageName, model: TrainedMod
 
 
 def _alignment_rows(experiment: Experiment) -> Inputs:
-    """What the row pools depend on, besides the splits and the seed."""
+    """Inputs of the row pools, besides the splits and the seed."""
     protocol = experiment.protocol
     return {
         "data": _data_inputs(experiment, *HARM_DATA),

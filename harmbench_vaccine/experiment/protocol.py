@@ -43,7 +43,7 @@ class AlignProtocol(_Strict):
 
 
 class TaskTraining(_Strict):
-    """What differs in the user stage of one task."""
+    """Differences of the user stage for one task."""
 
     samples: int | None = Field(default=None, ge=1)
     settings: dict[str, Any] = Field(default_factory=dict)
