@@ -14,6 +14,8 @@ from harmbench_vaccine.core.errors import unknown_name
 from harmbench_vaccine.plugins import Plugin, resolve_params
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_plugin_path
 
+from .render import dim_notes, render_fields, render_table
+
 if TYPE_CHECKING:
     from harmbench_vaccine.experiment.protocol import Protocol
 
@@ -126,17 +128,14 @@ def plugin_details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[
 def plugin_table(kind: str, plugins: Sequence[Mapping[str, Any]]) -> Table:
     """Build a table with a row for each plug-in of a kind, from their facts."""
     columns = _COLUMNS[kind]
-    table = _table(*[_TITLES.get(column, column) for column in columns])
-    for facts in plugins:
-        table.add_row(*[Text(_fact_text(facts[column])) for column in columns])
-    return table
+    rows = [[_fact_text(facts[column]) for column in columns] for facts in plugins]
+    return render_table([_TITLES.get(column, column) for column in columns], rows)
 
 
 def plugin_page(details: Mapping[str, Any]) -> RenderableType:
     """Build the page of one plug-in from its details."""
-    facts = Table.grid(padding=(0, 2, 0, 0))
-    for key in ("citation", *FACTS[details["kind"]]):
-        facts.add_row(Text(_TITLES.get(key, key), style="bold"), Text(_fact_text(details[key])))
+    keys = ("citation", *FACTS[details["kind"]])
+    facts = render_fields((_TITLES.get(key, key), _fact_text(details[key])) for key in keys)
     title = Text(f"{details['kind']} {details['name']}: {details['summary']}", style="bold")
     parts: list[RenderableType] = [title, Text(details["doc"]), facts]
     if details["parameters"]:
@@ -147,23 +146,16 @@ def plugin_page(details: Mapping[str, Any]) -> RenderableType:
 def _parameters(details: Mapping[str, Any]) -> RenderableType:
     """Build the table of parameters, with a column for the values that a protocol overrides."""
     protocols = [details["protocol"]] if details["protocol"] else []
-    table = _table("parameter", "default", *protocols, "range", "description", "source of the default")
-    note = Text(style="dim")
+    rows, notes = [], []
     for parameter in details["parameters"]:
         name, default, value = (parameter[key] for key in ("name", "default", "value"))
         override = _value_text(value) if value != default else ""
         cells = [name, _value_text(default), *([override] if protocols else [])]
-        table.add_row(*map(Text, [*cells, parameter["range"], parameter["doc"], parameter["source"]]))
+        rows.append([*cells, parameter["range"], parameter["doc"], parameter["source"]])
         if parameter["main"]:
-            note.append(f"{details['name']}=VALUE sets {name}.")
-    return Group(table, note)
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    return table
+            notes.append(f"{details['name']}=VALUE sets {name}.")
+    columns = ["parameter", "default", *protocols, "range", "description", "source of the default"]
+    return Group(render_table(columns, rows), *dim_notes(notes))
 
 
 def _fact_text(fact: Any) -> str:

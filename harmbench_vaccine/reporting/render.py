@@ -1,6 +1,6 @@
 """Rich tables and notes for the terminal, in one plain style.
 
-Cells are never parsed as markup, so that `[` in a name, a question or a number's interval is printed as it is.
+Cells are never parsed as markup, so that `[` in a name, a question or an interval is printed as it is.
 """
 
 from __future__ import annotations
@@ -64,6 +64,14 @@ def render_table(
     for number, row in enumerate(rows):
         cells = [cell if isinstance(cell, Text) else Text(cell) for cell in row]
         table.add_row(*cells, style=styles[number] if styles else None)
+    return table
+
+
+def render_fields(fields: Iterable[tuple[str, str]]) -> Table:
+    """Build a list of names and values, without headings."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in fields:
+        table.add_row(Text(name, style="bold"), Text(value))
     return table
 
 
