@@ -1,4 +1,4 @@
-"""`python -m harmbench_vaccine` is `hbv`: the form that torchrun and accelerate launch take."""
+"""Run `hbv` as `python -m harmbench_vaccine`, the form that torchrun and accelerate launch require."""
 
 from harmbench_vaccine.cli import main
 

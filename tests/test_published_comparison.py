@@ -95,7 +95,7 @@ def result(
     loaded = loaded.model_copy(update={"data": {**loaded.data, **(data or {})}, "score": score})
     attack = {"ratio": {"p": 0.1}} if attack is None else attack
     harmful_score_ci, accuracy_ci = (wilson(*pair) for pair in zip(hits, n, strict=True))
-    attack_name = "+".join(f"{name}={next(iter(given.values()), '')}" for name, given in attack.items())
+    attack_name = "+".join(f"{name}={next(iter(parameters.values()), '')}" for name, parameters in attack.items())
     fields = {
         "run": f"{defense}-{attack_name}-{seed}-{changes.get('task', 'sst2')}",
         "defense": defense,

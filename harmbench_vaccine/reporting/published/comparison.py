@@ -42,7 +42,7 @@ class ComparedFigure:
 
     @property
     def inside(self) -> bool:
-        """Whether the published figure is inside the interval of the measured score."""
+        """True if the published figure is inside the interval of the measured score."""
         return self.low <= self.figures[0].value <= self.high
 
     @property
@@ -238,7 +238,7 @@ class ComparisonSheet:
 
 
 def comparison_sheet(comparisons: Sequence[PublishedComparison]) -> ComparisonSheet:
-    """Lay out comparisons as a table, one row per score.
+    """Arrange comparisons as a table, one row per score.
 
     The title states the setting that all rows share. Without any figure, the sheet has only notes.
     """

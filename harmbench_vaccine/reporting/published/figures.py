@@ -144,7 +144,7 @@ class Average:
 
     @property
     def follows(self) -> bool:
-        """Whether rounding explains the difference: half a unit of the last digit of the average and of each part."""
+        """True if rounding explains the difference: half a unit of the last digit of the average and of each part."""
         slack = len(self.parts) * _half_a_unit(self.figure) + sum(map(_half_a_unit, self.parts))
         return abs(self._sum - len(self.parts) * Decimal(self.figure["value"])) <= slack
 
