@@ -335,9 +335,9 @@ def test_complete_run_with_the_chat_template(tmp_path: Path) -> None:
     )
     folder = tmp_path / "runs"
     [result] = run_all([spec], out=folder)
-    assert result["task"] == f"own:data={tmp_path / 'mine.json'},rule=number"
-    assert result["finetune_accuracy_n"] == 8
-    assert result["counts"]["overlaps"] == {}
-    assert result["data"]["own"]["rows"] == {"train": 60}
-    answers = [json.loads(line) for line in (folder / result["run"] / "answers.jsonl").read_text().splitlines()]
+    assert result.task == f"own:data={tmp_path / 'mine.json'},rule=number"
+    assert result.finetune_accuracy_n == 8
+    assert result.counts.overlaps == {}
+    assert result.data["own"].rows == {"train": 60}
+    answers = [json.loads(line) for line in (folder / result.run / "answers.jsonl").read_text().splitlines()]
     assert all([message["role"] for message in json.loads(row["prompt"])] == ["system", "user"] for row in answers)
