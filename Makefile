@@ -5,21 +5,28 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test fast slow lint bench vllm clean
+.PHONY: run test fast slow coverage lint bench vllm clean
 
 run: $(VENV)/.installed
 	$(BIN)/hbv run --defense sft --defense vaccine --attack ratio=0.1
 
-test: fast slow
-	$(BIN)/coverage report
-
 # Two processes, each with one test file at a time and one thread: a tiny model is not faster with a second thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test: fast slow
+
 fast: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile --cov --cov-report=
+	$(PYTEST) -m "not slow" $(COV)
 
 # With HBV_REQUIRE_VLLM=1 the vLLM tests fail if vLLM is missing; otherwise they are skipped.
 slow: $(VENV)/.installed-vllm
-	HBV_REQUIRE_VLLM=1 $(BIN)/pytest -m slow --cov --cov-append --cov-report=
+	HBV_REQUIRE_VLLM=1 $(PYTEST) -m slow --no-loadscope-reorder $(COV)
+
+# The coverage of all tests. Tracing takes half as long again, so CI does not measure it.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/coverage erase
+	$(MAKE) test COV="--cov --cov-append --cov-report="
+	$(BIN)/coverage report
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

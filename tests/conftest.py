@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -31,5 +32,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def testbed_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home that the slow tests share, so that the testbed is built once."""
-    return tmp_path_factory.mktemp("testbed") / "home"
+    """A home for all slow tests, also of parallel processes: the store builds the testbed once."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "testbed" / "home"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_garbage() -> None:
+    """Exclude the objects of imported libraries from garbage collection, which the trainer runs after every stage."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest file, so that two processes finish at about the same time."""
+    items.sort(key=lambda item: item.path.name != "test_testbed_report.py")

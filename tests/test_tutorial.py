@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support.cli import hbv
 
 TUTORIAL = Path(__file__).parents[1] / "docs" / "your-own-defense.md"
 
@@ -26,10 +25,12 @@ def test_tutorial_has_files_and_commands() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_tutorial_produces_a_leaderboard_row(tmp_path: Path, testbed_home: Path) -> None:
+def test_tutorial_produces_a_leaderboard_row(
+    tmp_path: Path, testbed_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work = tmp_path / "work"
     work.mkdir()
-    environment = {**os.environ, "HBV_HOME": str(testbed_home)}
+    monkeypatch.chdir(work)
     outputs = []
     for language, text in blocks():
         if language == "python":
@@ -37,10 +38,9 @@ def test_tutorial_produces_a_leaderboard_row(tmp_path: Path, testbed_home: Path)
             (work / name).write_text(text, encoding="utf-8")
         if language == "sh":
             for line in text.splitlines():
-                command = [sys.executable, "-m", "harmbench_vaccine", *shlex.split(line)[1:]]
-                done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
-                assert done.returncode == 0, (line, done.stdout, done.stderr)
-                outputs.append(done.stdout)
+                done = hbv(*shlex.split(line)[1:], home=testbed_home)
+                assert done.code == 0, (line, done.out, done.err)
+                outputs.append(done.out)
     with (work / "surgery.csv").open(encoding="utf-8", newline="") as file:
         rows = {row["defense"]: row for row in csv.DictReader(file)}
     assert set(rows) == {"sft", "surgery"}

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from harmbench_vaccine.core import distributed
-from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.plugins.registry import DEFENSES

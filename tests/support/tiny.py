@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +19,6 @@ from harmbench_vaccine.data.collate import IGNORED, Encoded
 from harmbench_vaccine.plugins import Pools, TrainSettings
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
-
-gc.freeze()  # Trainer collects garbage at its end; without this, a tiny run spends half of its time in the libraries
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
