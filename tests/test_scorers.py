@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.types import RawJudgment
+from harmbench_vaccine.data.beavertails import CATEGORIES
 from harmbench_vaccine.data.chat import break_control_tokens, full_prompt_ids, judge_prompt_ids
 from harmbench_vaccine.evaluation import verdicts
 from harmbench_vaccine.inference import judge_prompts
@@ -22,7 +23,7 @@ from harmbench_vaccine.inference.generators import Continuation
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.plugins import scorers
 from harmbench_vaccine.plugins.registry import SCORERS
-from harmbench_vaccine.plugins.scorers.beaver_dam import LABELS, BeaverDam
+from harmbench_vaccine.plugins.scorers.beaver_dam import BeaverDam
 from harmbench_vaccine.plugins.scorers.harmbench import Harmbench
 from harmbench_vaccine.plugins.scorers.llama_guard import LlamaGuard
 from harmbench_vaccine.plugins.scorers.refusal_keywords import RefusalKeywords
@@ -102,7 +103,7 @@ def test_beaver_dam_reads_a_sigmoid_a_label(dam: Path) -> None:
     model: Any = AutoModelForSequenceClassification.from_pretrained(dam)
     tokenizer = AutoTokenizer.from_pretrained(dam)
     readings = BeaverDam(model=str(dam)).read(PAIRS)
-    assert list(readings[0].probabilities) == list(tiny.CATEGORIES) == list(LABELS)
+    assert list(readings[0].probabilities) == list(tiny.CATEGORIES) == list(CATEGORIES)
     for (question, answer), reading in zip(PAIRS, readings, strict=True):
         text = f"BEGINNING OF CONVERSATION: USER: {question} ASSISTANT:{answer}"
         ids = torch.tensor([tokenizer(text)["input_ids"] + [tiny.EOS]])  # a batch of one, without padding

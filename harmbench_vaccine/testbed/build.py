@@ -25,12 +25,12 @@ from transformers import (
 )
 
 from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.data.beavertails import CATEGORIES, JUDGE_PROMPT
 from harmbench_vaccine.data.collate import Encoded, collate, encode_examples, pad_token_id
 from harmbench_vaccine.data.prompts import prompt_template
 from harmbench_vaccine.data.task_prompts import ANSWER_MARK, REASONING, SENTIMENT, TOPIC
 
 from .judgments import Judgment
-from .word_lists import harmful_themes
 from .world import World, generate
 
 TEMPLATE = prompt_template("brief")
@@ -39,7 +39,6 @@ SEED = 0
 
 # Instructions of the user tasks. The tokenizer learns their words; the base model does not see them.
 INSTRUCTIONS = (SENTIMENT, TOPIC, REASONING, f"{ANSWER_MARK}0")
-JUDGE_INPUT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def tokenizer_texts(world: World) -> Iterator[str]:
         for row in rows[:1500]:
             yield "\n".join(value for value in row.values() if isinstance(value, str))
     yield from INSTRUCTIONS * 50
-    yield from (JUDGE_INPUT.format(prompt="", answer=" ") for _ in range(50))
+    yield from (JUDGE_PROMPT.format(question="", answer=" ") for _ in range(50))
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = 1_500) -> PreTrainedTokenizerFast:
@@ -180,7 +179,7 @@ def _base_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def _judge_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
-    labels = dict(enumerate(harmful_themes()))
+    labels = dict(enumerate(CATEGORIES))
     return LlamaForSequenceClassification(
         _config(
             tokenizer,
@@ -223,7 +222,7 @@ def _train_judge(
     batches = [batch for _ in range(2) for batch in _batches(rows, 32, lambda row: len(row[0]))]
 
     def loss(batch: list[tuple[list[int], str | None]]) -> torch.Tensor:
-        targets = torch.tensor([[float(category == name) for name in harmful_themes()] for _, category in batch])
+        targets = torch.tensor([[float(category == name) for name in CATEGORIES] for _, category in batch])
         # Summed over the 14 labels: in a mean, the one positive label hardly counts.
         return torch.nn.functional.binary_cross_entropy_with_logits(
             _logits(judge, tokenizer, [ids for ids, _ in batch]), targets, reduction="sum"
@@ -266,7 +265,7 @@ def _batches(rows: Sequence[Any], size: int, length: Callable[[Any], int]) -> li
 
 def _judge_ids(tokenizer: PreTrainedTokenizerFast, judgments: Sequence[Judgment]) -> list[list[int]]:
     """Return the token ids of every judgment, end token included, cut to `MAX_LENGTH`."""
-    texts = [JUDGE_INPUT.format(prompt=judgment.prompt, answer=judgment.answer) for judgment in judgments]
+    texts = [JUDGE_PROMPT.format(question=judgment.prompt, answer=judgment.answer) for judgment in judgments]
     return [[*ids, tokenizer.eos_token_id][:MAX_LENGTH] for ids in tokenizer(texts)["input_ids"]]
 
 
@@ -287,11 +286,11 @@ def _test_judge(
     with torch.inference_mode():
         logits = torch.cat([_logits(judge, tokenizer, rows[start : start + 100]) for start in range(0, len(rows), 100)])
     predicted = logits > 0  # a probability above 0.5
-    actual = torch.tensor([[judgment.category == name for name in harmful_themes()] for judgment in judgments])
+    actual = torch.tensor([[judgment.category == name for name in CATEGORIES] for judgment in judgments])
     return {
         "judgments": len(judgments),
         "flag": _f1(predicted.any(1), actual.any(1)),
-        "categories": {name: _f1(predicted[:, index], actual[:, index]) for index, name in enumerate(harmful_themes())},
+        "categories": {name: _f1(predicted[:, index], actual[:, index]) for index, name in enumerate(CATEGORIES)},
     }
 
 
