@@ -14,7 +14,7 @@ from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.core.types import StageName, TrainSettings
 from harmbench_vaccine.data.prompts import EvalSet
-from harmbench_vaccine.data.sources import fingerprint
+from harmbench_vaccine.data.sources import TESTBED, fingerprint, local_path
 from harmbench_vaccine.plugins import Resolved, Scorer
 
 from .artifacts import TrainedModel
@@ -150,21 +150,33 @@ def raw_judgment_key(scorer: Scorer, backend: str) -> Inputs:
 
 
 def run_id(experiment: Experiment) -> str:
-    """The name of a run: its defenses, and a hash of everything that was settled."""
-    task = experiment.task
-    datasets = dict.fromkeys([*experiment.protocol.data, *task.locations()])
+    """The name of a run: its defenses, and a hash of everything that was settled.
+
+    Parts of the testbed and names of the Hub count by name, so that the same command has the same id on every machine.
+    """
+    task, scorer = experiment.task, experiment.scorer
+    locations = {name: experiment.location(name) for name in (*experiment.protocol.data, *task.locations())}
+    judge = scorer.params.get("model")
+    if judge and not scorer.params.get("base_url"):
+        judge = _location_identity(judge)
     inputs = {
         "protocol": experiment.protocol.hash,
         "plugins": [resolved.identity for resolved in [*experiment.defenses, *experiment.attacks]],
-        "scorer": judge_inputs(experiment, experiment.scorer),
+        "scorer": {**scorer.identity, "params": {**scorer.params, "model": judge}},
         "task": {"name": task.name, "params": _task_params(experiment)},
-        "model": fingerprint(experiment.model),
+        "model": _location_identity(experiment.model),
         "seed": experiment.spec.seed,
-        "data": _data_inputs(experiment, *datasets),
+        "data": {name: _location_identity(location) for name, location in locations.items()},
         **_backend_inputs(experiment),
     }
     names = "-".join(resolved.plugin.name for resolved in experiment.defenses)
     return f"{names}-{digest(inputs, 8)}"
+
+
+def _location_identity(location: str) -> str:
+    """Return the content hash of a path, and any other location as it is."""
+    is_path = not location.startswith(TESTBED) and local_path(location) is not None
+    return fingerprint(location) if is_path else location
 
 
 def judge_inputs(experiment: Experiment, scorer: Resolved[Scorer]) -> Inputs:
