@@ -34,14 +34,14 @@ def content_hash(path: Path) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    whole = hashlib.sha256()
+    combined = hashlib.sha256()
     if path.is_file():
-        whole.update(f"{path.suffix}\0{file_hash(path)}".encode())
+        combined.update(f"{path.suffix}\0{file_hash(path)}".encode())
     else:
         for file in sorted(path.rglob("*")):
             if file.is_file():
-                whole.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\0".encode())
-    return whole.hexdigest()[:16]
+                combined.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\0".encode())
+    return combined.hexdigest()[:16]
 
 
 def file_hash(path: Path) -> str:

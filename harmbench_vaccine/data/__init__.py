@@ -1,0 +1,1 @@
+"""Rows and prompts: the Hub, files, pools, prompt and chat formats, batches."""

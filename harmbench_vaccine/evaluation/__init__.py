@@ -1,0 +1,1 @@
+"""Measurements: verdicts, drift, gates, statistics, the typed result and its records."""

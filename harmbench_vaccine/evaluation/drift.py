@@ -1,4 +1,4 @@
-"""Alignment loss and harmful embedding drift: what explains a harmful score (Vaccine, section 3)."""
+"""Alignment loss and harmful embedding drift, which explain a harmful score (Vaccine, section 3)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Drift:
 
 
 class DriftMeter:
-    """Adds up the drift batch by batch."""
+    """A sum of the drift over batches."""
 
     PAPER_BATCHES = 10
 
@@ -40,27 +40,33 @@ class DriftMeter:
         self.paper = 0.0
 
     def add(self, before: Sequence[Tensor], after: Sequence[Tensor], mask: Tensor) -> None:
-        """One batch: L tensors (rows x length x width) of each model, and the mask of real tokens (rows x length)."""
+        """Add one batch.
+
+        Args:
+            before: L attention outputs of the first model (rows x length x width).
+            after: the same of the second model.
+            mask: the real tokens (rows x length).
+        """
         squares = [(new.double() - old.double()).square().sum(-1) for old, new in zip(before, after, strict=True)]
         real = [float((square * mask).sum()) for square in squares]
-        self.squares = [old + new for old, new in zip(self.squares or [0.0] * len(real), real, strict=True)]
+        self.squares = [total + new for total, new in zip(self.squares or [0.0] * len(real), real, strict=True)]
         self.tokens += int(mask.sum())
         if self.batches < self.PAPER_BATCHES:
             self.paper += float(sum(square.sum() for square in squares))
         self.batches += 1
 
     def result(self) -> Drift:
-        """The drift of everything added."""
-        whole = sum(self.squares)
+        """Return the drift over all batches."""
+        total = sum(self.squares)
         per_layer = [math.sqrt(square) for square in self.squares]
-        return Drift(math.sqrt(whole), per_layer, math.sqrt(whole / max(self.tokens, 1)), self.paper)
+        return Drift(math.sqrt(total), per_layer, math.sqrt(total / max(self.tokens, 1)), self.paper)
 
 
 def attention_outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The outputs of every attention block (rows x length x width), and the logits.
+    """Return the outputs of every attention block (rows x length x width), and the logits.
 
-    No attention mask is given, as in the authors' code: rows are padded on the right of a causal model, so real
-    tokens do not see the padding.
+    No attention mask is given, as in the authors' code: rows are padded on the right and the model is causal, so real
+    tokens do not attend to padding.
     """
     with torch.inference_mode(), Taps(model).recorded() as outputs:
         logits = model(input_ids=batch["input_ids"].to(next(model.parameters()).device)).logits
@@ -73,17 +79,23 @@ def measure_drift(
     batches: Sequence[dict[str, Tensor]],
     progress: Progress = SILENT,
 ) -> tuple[float, Drift]:
-    """The alignment loss of `model()` and its drift from `reference()`, over alignment batches.
+    """Measure the alignment loss of a model and its drift from a reference, over alignment batches.
 
-    Both are functions that put a model in place and return it, since two cells of one stack share its weights. The
-    loss is the mean over all response tokens of all batches.
+    Args:
+        reference: activates the reference model and returns it; both models may share the weights of one stack.
+        model: activates the model and returns it.
+        batches: `input_ids`, `attention_mask` and `labels`, each rows x length.
+        progress: where progress is reported.
+
+    Returns:
+        The mean cross-entropy over all response tokens of all batches, and the drift.
     """
     meter, loss, tokens = DriftMeter(), 0.0, 0
     with progress.bar("score: drift", len(batches)) as advance:
         for batch in batches:
-            old, _ = attention_outputs(reference(), batch)
-            new, logits = attention_outputs(model(), batch)
-            meter.add(old, new, batch["attention_mask"].to(logits.device))
+            before, _ = attention_outputs(reference(), batch)
+            after, logits = attention_outputs(model(), batch)
+            meter.add(before, after, batch["attention_mask"].to(logits.device))
             labels = batch["labels"][:, 1:].to(logits.device)
             loss += float(
                 nn.functional.cross_entropy(

@@ -1,0 +1,1 @@
+"""The settled experiment: specification, protocol, rows, keys and training sessions."""

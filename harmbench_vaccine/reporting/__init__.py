@@ -1,0 +1,1 @@
+"""Printed output: tables, leaderboards, plug-in pages, the dry run, published figures."""

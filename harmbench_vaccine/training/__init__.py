@@ -1,0 +1,1 @@
+"""One training stage: the trainer, LoRA adapters, hidden-state taps, sharding."""

@@ -1,0 +1,1 @@
+"""The stages and the cost of a run, without running it."""
