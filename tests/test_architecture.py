@@ -226,7 +226,7 @@ def test_public_names_are_unique() -> None:
             command = any(re.search(r"\.(command|group)\b", ast.unparse(line)) for line in node.decorator_list)
             if node.name not in SHARED_NAMES and not (room(module) == "cli" and command):
                 places[node.name].append(f"{relative(path)}:{node.lineno}")
-    offenders = [f"{name}: {', '.join(found)}" for name, found in sorted(places.items()) if len(found) > 1]
+    offenders = [f"{name}: {', '.join(lines)}" for name, lines in sorted(places.items()) if len(lines) > 1]
     assert not offenders, report(offenders)
 
 
@@ -234,7 +234,7 @@ def test_public_names_are_unique() -> None:
 NOT_NOUNS = {"asked", "found", "given", "kept", "made", "own", "said", "seen", "told", "there", "wanted"}
 
 
-@pytest.mark.parametrize("path", [relative(path) for path in python_files() if "tests" not in path.parts])
+@pytest.mark.parametrize("path", [relative(path) for path in python_files()])
 def test_variables_are_nouns(path: str) -> None:
     offenders = set()
     for node in ast.walk(tree(ROOT / path)):

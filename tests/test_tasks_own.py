@@ -164,15 +164,18 @@ def test_items_of_another_file_or_split(settle: Callable[..., Experiment], tmp_p
 
 
 def test_target_depends_on_the_rule() -> None:
-    own = TASKS.get("own")
+    task_class = TASKS.get("own")
     row = {"instruction": "How many?", "input": "Two lamps.", "output": "We count 1, 2.\n#### 1,002"}
-    assert own(data="x").example("id", row) == Example(
+    assert task_class(data="x").example("id", row) == Example(
         "id", "How many?", response=row["output"], input="Two lamps.", target=row["output"]
     )
-    assert own(data="x", rule="first_word").example("id", row).target == "we"
-    assert own(data="x", rule="number").example("id", row).target == "1002"
-    assert own(data="x", rule="number").example("id", {"instruction": "a", "output": "so 3 and -4.5"}).target == "-4.5"
-    assert own(data="x").example("id", {"instruction": "a", "input": None, "output": "b"}).input == ""
+    assert task_class(data="x", rule="first_word").example("id", row).target == "we"
+    assert task_class(data="x", rule="number").example("id", row).target == "1002"
+    assert (
+        task_class(data="x", rule="number").example("id", {"instruction": "a", "output": "so 3 and -4.5"}).target
+        == "-4.5"
+    )
+    assert task_class(data="x").example("id", {"instruction": "a", "input": None, "output": "b"}).input == ""
 
 
 @pytest.mark.parametrize(
