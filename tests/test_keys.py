@@ -15,6 +15,7 @@ from harmbench_vaccine.core.hashing import content_hash
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.data.collate import Encoded
 from harmbench_vaccine.data.prompts import EvalSet, prompt_template
+from harmbench_vaccine.evaluation.why import Difference, _distance, compare_inputs
 from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.experiment.artifacts import TrainedModel
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -279,3 +280,32 @@ def test_a_store_lists_its_descriptions(tmp_path: Path) -> None:
     assert store.path_of("align", {"a": 1}) == created.path
     assert list(store.descriptions("finetune")) == []
     assert replace(created, cached=True).cached
+
+
+def difference(field: str, value: Any = 1, earlier: Any = 2) -> Difference:
+    return Difference(field, value, earlier)
+
+
+def test_the_nearest_artifact_differs_upstream_rather_than_in_its_question(two_runs: tuple[Path, Path]) -> None:
+    """The answers of two models to one set are nearer than the answers of one model to two sets."""
+    other_set, other_models = [difference("questions")], [difference("model.align"), difference("model.finetune")]
+    first_answers = [difference("model.finetune", earlier=None)]
+    assert min((other_set, first_answers, other_models), key=_distance) is other_models
+    _, home = two_runs
+    explanations = json.loads(hbv("why", run_of(home, "vaccine"), "--json", home=home).out)
+    fields = {each["name"]: [change["field"] for change in each["differences"]] for each in explanations}
+    assert fields["before/benign"] == ["model.align"]
+    assert fields["after/benign"] == ["model.align", "model.finetune"]
+
+
+def test_inputs_are_compared_by_field() -> None:
+    new = {"a": 1, "b": {"c": [1, 2], "d": 3}, "e": [{"f": 1}], "g": []}
+    old = {"a": 1, "b": {"c": [1, 3], "d": 3}, "e": [{"f": 2}, {"f": 1}], "h": None}
+    assert compare_inputs(new, new) == []
+    assert compare_inputs(new, old) == [
+        Difference("b.c", [1, 2], [1, 3]),
+        Difference("e.0.f", 1, 2),
+        Difference("g", [], None),
+        Difference("e.1.f", None, 1),
+        Difference("h", None, None),
+    ]

@@ -67,16 +67,23 @@ def _explain(stage: str, name: str, artifact: StageArtifact, store: Store) -> Ex
     if description is None:
         return Explanation(stage, name, artifact.key, "missing")
     created = description.get("created", "")
-    nearest: tuple[int, str, list[Difference]] | None = None
-    for other in store.descriptions(kind):
-        if other["key"] == artifact.key or other.get("created", "") > created:
-            continue
-        differences = compare_inputs(description["inputs"], other["inputs"])
-        if nearest is None or len(differences) < nearest[0]:
-            nearest = len(differences), other["key"], differences
-    if nearest is None:
+    candidates = [
+        (compare_inputs(description["inputs"], earlier["inputs"]), earlier["key"])
+        for earlier in store.descriptions(kind)
+        if earlier["key"] != artifact.key and earlier.get("created", "") <= created
+    ]
+    if not candidates:
         return Explanation(stage, name, artifact.key, "created")
-    return Explanation(stage, name, artifact.key, "created", nearest[1], nearest[2])
+    differences, nearest = min(candidates, key=lambda candidate: _distance(candidate[0]))
+    return Explanation(stage, name, artifact.key, "created", nearest, differences)
+
+
+def _distance(differences: list[Difference]) -> tuple[int, int, int]:
+    """Order earlier artifacts: few differences first, of which those in upstream stages and in values count less."""
+    absent = sum(difference.value is None or difference.earlier is None for difference in differences)
+    upstream = ("model.", "aligned.", "final.", "answers")
+    local = sum(not difference.field.startswith(upstream) for difference in differences)
+    return len(differences) + local + absent, local, absent
 
 
 def compare_inputs(inputs: Inputs, earlier: Inputs) -> list[Difference]:
