@@ -42,7 +42,7 @@ def trajectories(folder: Path) -> dict[str, dict[str, list[dict[str, float]]]]:
             inputs = artifact["inputs"]
             if stage == "align":
                 # `sft` has no defense that acts in this stage.
-                aligned[artifact["key"]] = defense = inputs["defense"][0][0] if inputs["defense"] else "sft"
+                aligned[artifact["key"]] = defense = inputs["defense"][0]["name"] if inputs["defense"] else "sft"
             else:
                 defense = aligned[inputs["model"]["align"]]
             assert stage not in logs[defense]
