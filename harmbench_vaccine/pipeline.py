@@ -64,10 +64,11 @@ def answer_all(
     experiment: Experiment, context: RunContext, aligned: TrainedModel, final: TrainedModel
 ) -> dict[str, Artifact]:
     """Ask both models every evaluation set: `before/SET` and `after/SET` -> answers, the headline set first."""
+    sets = eval_sets(experiment)
     return {
         f"{when}/{eval_set.name}": answer(experiment, context, model, eval_set)
         for when, model in (("before", aligned), ("after", final))
-        for eval_set in eval_sets(experiment)
+        for eval_set in sets
     }
 
 
