@@ -324,7 +324,7 @@ CONFIG = str(ROOT / "pyproject.toml")
     [
         ("ruff", "check", "--no-cache", "--config", CONFIG),
         ("ruff", "format", "--no-cache", "--check", "--config", CONFIG),
-        pytest.param(("mypy", "--config-file", CONFIG, "--follow-imports", "silent"), marks=pytest.mark.slow),
+        pytest.param(("mypy", "--config-file", CONFIG), marks=pytest.mark.slow),
     ],
     ids=lambda tool: " ".join(tool[:2]),
 )

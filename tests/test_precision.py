@@ -71,7 +71,7 @@ def test_quantization_changes_the_artifact_key(tmp_path: Path) -> None:
 
     plain = key()
     assert key(quantization="none") == plain
-    assert plain["dtype"] == "float32"
+    assert plain.dtype == "float32"
     assert "quantization" not in plain
     assert key(quantization="4bit") == {**plain, "quantization": "4bit"}
     assert ModelSpec("m", quantization="8bit").on_top(Path("a")).quantization == "8bit"
@@ -248,8 +248,8 @@ def test_checkpointing_of_full_finetuning(tmp_path: Path) -> None:
     plain = run_all([spec], out=tmp_path / "one")[0]
     (tmp_path / "home" / "store").rename(tmp_path / "old")
     checkpointed = run_all([spec], out=tmp_path / "two", gradient_checkpointing=True)[0]
-    assert checkpointed["alignment_loss"] == pytest.approx(plain["alignment_loss"], rel=1e-4)
-    assert checkpointed["embedding_drift"] == pytest.approx(plain["embedding_drift"], rel=1e-3)
+    assert checkpointed.alignment_loss == pytest.approx(plain.alignment_loss, rel=1e-4)
+    assert checkpointed.embedding_drift == pytest.approx(plain.embedding_drift, rel=1e-3)
 
 
 def test_stack_notes_skipped_targets(tmp_path: Path) -> None:
