@@ -210,7 +210,7 @@ def grade(experiment: Experiment, context: RunContext, answers: Artifact) -> Art
     """Let the task's judge grade stored answers.
 
     Raises:
-        HbvError: the judge gives no readable verdict on more than half of the answers.
+        HbvError: The judge gives no readable verdict on more than half of the answers.
     """
 
     def create(folder: Path, checkpoints: Path) -> None:

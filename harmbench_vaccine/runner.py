@@ -47,19 +47,19 @@ def run_all(
     ranks, every rank calls this function and rank 0 writes.
 
     Args:
-        specs: the runs.
-        out: folder of the run folders; by default `$HBV_HOME/runs`.
+        specs: The runs.
+        out: Folder of the run folders; by default `$HBV_HOME/runs`.
         table: CSV of results; by default `$HBV_HOME/results.csv`.
-        save_share: share of a training stage's steps between two checkpoints.
-        gradient_checkpointing: compute activations again in the backward pass.
-        shard: spread the base model over the ranks.
-        gpu_memory: share of a GPU's memory for a vLLM engine.
-        progress: where progress is reported.
-        on_result: called with every result.
+        save_share: Share of a training stage's steps between two checkpoints.
+        gradient_checkpointing: Compute activations again in the backward pass.
+        shard: Spread the base model over the ranks.
+        gpu_memory: Share of a GPU's memory for a vLLM engine.
+        progress: Where progress is reported.
+        on_result: Called with every result.
 
     Raises:
-        BadInput: a spec names something that does not exist, or a folder is not writable.
-        HbvError: a failure while running.
+        BadInput: A spec names something that does not exist, or a folder is not writable.
+        HbvError: A failure while running.
     """
     experiments = [Experiment.settle(spec) for spec in specs]
     root = ensure_writable(home(), "The cache folder")

@@ -179,7 +179,7 @@ def check_equal(values: Mapping[str, Tensor], what: str) -> None:
         what: Description of the tensors for the error message.
 
     Raises:
-        HbvError: a sum differs between ranks.
+        HbvError: A sum differs between ranks.
     """
     if _size == 1:
         return

@@ -30,8 +30,8 @@ def ensure_writable(folder: Path, what: str) -> Path:
         `folder`.
 
     Raises:
-        BadInput: the folder cannot be created or is not writable.
-        HbvError: the disk is full.
+        BadInput: The folder cannot be created or is not writable.
+        HbvError: The disk is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

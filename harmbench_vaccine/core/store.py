@@ -65,14 +65,14 @@ class Store:
         read it.
 
         Args:
-            stage: the name of the stage, the first level of folders below the root.
-            inputs: everything that the artifact depends on, as plain JSON.
-            create: writes the artifact into `folder`. What it leaves in `checkpoints` is available again when the same
+            stage: The name of the stage, the first level of folders below the root.
+            inputs: Everything that the artifact depends on, as plain JSON.
+            create: Writes the artifact into `folder`. What it leaves in `checkpoints` is available again when the same
                 artifact is tried again after an interruption, and is deleted when the artifact is complete.
-            all_ranks: all ranks call `create`.
+            all_ranks: All ranks call `create`.
 
         Raises:
-            HbvError: the disk is full.
+            HbvError: The disk is full.
         """
         key = _key(stage, inputs)
         final = self.root / stage / key

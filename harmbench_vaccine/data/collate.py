@@ -72,7 +72,7 @@ def encode_examples(
     """Encode examples in order, skipping those without a response token within `max_length` tokens.
 
     Raises:
-        BadInput: no example has a response token within `max_length` tokens.
+        BadInput: No example has a response token within `max_length` tokens.
     """
     rows = [row for example in examples if (row := encode_example(tokenizer, template, example, max_length))]
     if examples and not rows:

@@ -41,7 +41,7 @@ def read_path(path: Path, split: str) -> Iterator[PlacedRow]:
     """Read the rows of one split of a folder, or all rows of a file, in order.
 
     Raises:
-        BadInput: the folder has no such split, or a file does not have the format of its name.
+        BadInput: The folder has no such split, or a file does not have the format of its name.
     """
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):

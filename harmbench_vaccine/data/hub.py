@@ -99,7 +99,7 @@ def download_size(kind: Kind, name: HubName) -> int:
     """Return the size in bytes on the Hub; for a model in two formats, without the pickled weights.
 
     Raises:
-        HbvError: the Hub does not answer.
+        HbvError: The Hub does not answer.
     """
     from huggingface_hub import HfApi, constants
 
@@ -163,8 +163,8 @@ def read_hub(location: str, name: HubName, split: str) -> Iterator[PlacedRow]:
     """Read the rows of one split of a Hub data set in order, downloading it if necessary.
 
     Raises:
-        BadInput: the data set, split, configuration, file or revision does not exist, or access is denied.
-        HbvError: the data set is not on this machine, and the Hub is not reachable.
+        BadInput: The data set, split, configuration, file or revision does not exist, or access is denied.
+        HbvError: The data set is not on this machine, and the Hub is not reachable.
     """
     commit = resolve_commit("dataset", name)
     if name.is_file:

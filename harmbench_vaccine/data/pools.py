@@ -115,7 +115,7 @@ def load_row_pools(
         in_order: Use all rows in file order, also repeated questions.
 
     Raises:
-        BadInput: a location, split or field does not exist.
+        BadInput: A location, split or field does not exist.
     """
     reader = RowReader()
     unsafe = [_harmful(row, test) for row in reader.read(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
@@ -226,7 +226,7 @@ def draw_rows(rows: Sequence[T], count: int, what: str, seed: int, *purpose: obj
         in_order: Return the first `count` rows instead.
 
     Raises:
-        BadInput: fewer than `count` rows are available.
+        BadInput: Fewer than `count` rows are available.
     """
     if count > len(rows):
         raise too_few_rows(count, what, len(rows))

@@ -119,7 +119,7 @@ def prompt_template(name: str) -> PromptTemplate:
     """Return the prompt template with this name.
 
     Raises:
-        BadInput: no template has this name.
+        BadInput: No template has this name.
     """
     if name not in TEMPLATES:
         raise unknown_name("prompt template", name, TEMPLATES)

@@ -37,8 +37,8 @@ def local_path(location: str) -> Path | None:
     """Return the path of a location; None for a name on the Hub.
 
     Raises:
-        BadInput: it looks like a path, and nothing exists there, or it names no part of the testbed.
-        HbvError: the testbed is not built.
+        BadInput: It looks like a path, and nothing exists there, or it names no part of the testbed.
+        HbvError: The testbed is not built.
     """
     if location.startswith(TESTBED):
         check_testbed_part(location)
@@ -58,7 +58,7 @@ def check_testbed_part(location: str) -> None:
     """Refuse a location that names an unknown part of the testbed, without building the testbed.
 
     Raises:
-        BadInput: the testbed has no such part.
+        BadInput: The testbed has no such part.
     """
     if location.startswith(TESTBED) and location.removeprefix(TESTBED) not in TESTBED_PARTS:
         raise unknown_name("part of the testbed", location, [TESTBED + part for part in TESTBED_PARTS])
@@ -93,8 +93,8 @@ def provenance(location: str, rows: Mapping[str, int]) -> dict[str, Any]:
     """Describe what was read at a location.
 
     Args:
-        location: a path, a testbed part or a name of the Hub.
-        rows: split -> number of rows read.
+        location: A path, a testbed part or a name of the Hub.
+        rows: Split -> number of rows read.
 
     Returns:
         The location with the content hash of a path, or with the commit of a name on the Hub (`unknown` where no commit
@@ -151,7 +151,7 @@ def parse_split(split: str) -> tuple[str, slice]:
     """Split `train`, `train[:700]` or `train[-1000:]` into a name and a slice.
 
     Raises:
-        BadInput: the text has another form.
+        BadInput: The text has another form.
     """
     match = _SPLIT.fullmatch(split)
     if match is None:
@@ -166,7 +166,7 @@ def read_rows(location: str, split: str, fields: Sequence[str]) -> list[SourceRo
     """Read the rows of a split or of a slice of it, in order; a single file is every split.
 
     Raises:
-        BadInput: the split does not exist or is empty, a file is damaged, or a row lacks one of `fields`.
+        BadInput: The split does not exist or is empty, a file is damaged, or a row lacks one of `fields`.
     """
     name, part = parse_split(split)
     path = local_path(location)

@@ -43,8 +43,8 @@ def judge_scores(rows: Sequence[AnswerRow], judges: Mapping[str, Mapping[str, An
     """Compute the harmful score by every judge over the first harmful set after the user stage.
 
     Args:
-        rows: the answers of a run with the verdicts of every judge.
-        judges: judge -> its `scorer_facts`.
+        rows: The answers of a run with the verdicts of every judge.
+        judges: Judge -> its `scorer_facts`.
     """
     return {name: _judge_score(rows, name, facts) for name, facts in judges.items()}
 

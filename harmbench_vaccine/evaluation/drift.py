@@ -44,8 +44,8 @@ class DriftMeter:
 
         Args:
             before: L attention outputs of the first model (rows x length x width).
-            after: the same of the second model.
-            mask: the real tokens (rows x length).
+            after: The same of the second model.
+            mask: The real tokens (rows x length).
         """
         squares = [(new.double() - old.double()).square().sum(-1) for old, new in zip(before, after, strict=True)]
         real = [float((square * mask).sum()) for square in squares]
@@ -82,10 +82,10 @@ def measure_drift(
     """Measure the alignment loss of a model and its drift from a reference, over alignment batches.
 
     Args:
-        reference: activates the reference model and returns it; both models may share the weights of one stack.
-        model: activates the model and returns it.
+        reference: Activates the reference model and returns it; both models may share the weights of one stack.
+        model: Activates the model and returns it.
         batches: `input_ids`, `attention_mask` and `labels`, each rows x length.
-        progress: where progress is reported.
+        progress: Where progress is reported.
 
     Returns:
         The mean cross-entropy over all response tokens of all batches, and the drift.

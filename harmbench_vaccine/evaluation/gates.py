@@ -28,12 +28,12 @@ def measure_validity(
     A model that never learned the task, since the attack does not train, is not held to its accuracy.
 
     Args:
-        experiment: the run.
-        rows: its answers with verdicts.
-        judge: the headline judge.
-        accuracy_before: finetune accuracy of the aligned model, in percent.
-        accuracy: the same of the final model.
-        alignment_loss: of the final model; None if it is not a number.
+        experiment: The run.
+        rows: Its answers with verdicts.
+        judge: The headline judge.
+        accuracy_before: Finetune accuracy of the aligned model, in percent.
+        accuracy: The same of the final model.
+        alignment_loss: Of the final model; None if it is not a number.
     """
     gates, chance = experiment.protocol.gates, experiment.task.chance
     reasons = []

@@ -65,7 +65,7 @@ def load_run(folder: Path) -> tuple[Result, list[dict[str, Any]]]:
     """Read the result of a run, of this or an earlier schema, and its answers.
 
     Raises:
-        HbvError: the result cannot be read.
+        HbvError: The result cannot be read.
     """
     path = folder / RESULT
     try:
@@ -82,7 +82,7 @@ def find_run(run: str, folder: Path) -> Path:
     """Return the folder of a run, by its id, a unique prefix of one, or a path.
 
     Raises:
-        BadInput: no run or several runs match.
+        BadInput: No run or several runs match.
     """
     if (Path(run) / RESULT).is_file():
         return Path(run)
@@ -103,9 +103,9 @@ def by_question(
     """Group the answers to one evaluation set by question: `before` and `after` -> row.
 
     Args:
-        answers: the answers of a run.
-        eval_set: the name of the set.
-        only: keep questions whose `after` is "flagged" or "unflagged".
+        answers: The answers of a run.
+        eval_set: The name of the set.
+        only: Keep questions whose `after` is "flagged" or "unflagged".
     """
     pairs: dict[str, dict[str, dict[str, Any]]] = {}
     for row in answers:
@@ -127,10 +127,10 @@ def add_judges(
     """Add the verdicts of further judges to a result and its answers.
 
     Args:
-        result: the result.
-        answers: its answers.
+        result: The result.
+        answers: Its answers.
         verdicts: `row_identity` of an answer -> judge -> verdict.
-        judges: judge -> its facts (`agreement.SCORER_FACTS`).
+        judges: Judge -> its facts (`agreement.SCORER_FACTS`).
     """
     rows = [
         {**row, "verdicts": {**row["verdicts"], **{name: verdicts[row_identity(row)][name] for name in judges}}}
@@ -184,7 +184,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Read the rows of a CSV of results; an absent file has none.
 
     Raises:
-        BadInput: the file is not such a CSV.
+        BadInput: The file is not such a CSV.
     """
     if not path.exists():
         return []

@@ -34,18 +34,18 @@ def rescore(
     The run's headline stays unchanged.
 
     Args:
-        run: the folder of the run.
-        written: the scorers as a command line names them; none: the run's own.
-        threshold: replaces the threshold of each scorer.
-        store: the folder of the store, where raw judgments are cached.
-        progress: where progress is reported.
+        run: The folder of the run.
+        written: The scorers as a command line names them; none: the run's own.
+        threshold: Replaces the threshold of each scorer.
+        store: The folder of the store, where raw judgments are cached.
+        progress: Where progress is reported.
 
     Returns:
         The result with the scores of every judge.
 
     Raises:
-        BadInput: an unknown scorer or model, or a threshold for a scorer that has none.
-        HbvError: a judge cannot run.
+        BadInput: An unknown scorer or model, or a threshold for a scorer that has none.
+        HbvError: A judge cannot run.
     """
     result, answers = load_run(run)
     if not result.scores:

@@ -351,8 +351,8 @@ class Result(_Record):
         """Read a result of schema 1 or 2.
 
         Raises:
-            pydantic.ValidationError: the values are not a result.
-            KeyError, TypeError, AttributeError: a result of schema 1 lacks a part.
+            pydantic.ValidationError: The values are not a result.
+            KeyError, TypeError, AttributeError: A result of schema 1 lacks a part.
         """
         return cls.model_validate(values if "schema_version" in values else _from_schema_1(values))
 

@@ -40,7 +40,7 @@ def check_scorer(scorer: Scorer) -> None:
     """Check that a scorer can run, before any work is spent.
 
     Raises:
-        BadInput: its parameters do not fit together, or its model does not exist.
+        BadInput: Its parameters do not fit together, or its model does not exist.
     """
     scorer.check()
     for model in scorer_models(scorer):
@@ -60,16 +60,16 @@ def judge_answers(
     """Judge (question, answer) pairs, reading only those without a cached raw judgment.
 
     Args:
-        scorer: the judge.
-        pairs: question and answer of each row.
-        root: the folder of the store, where raw judgments are cached.
-        progress: where progress is reported.
+        scorer: The judge.
+        pairs: Question and answer of each row.
+        root: The folder of the store, where raw judgments are cached.
+        progress: Where progress is reported.
 
     Returns:
         A verdict for each pair, in their order.
 
     Raises:
-        HbvError: the judge cannot run, or gives no readable verdict on nearly all answers.
+        HbvError: The judge cannot run, or gives no readable verdict on nearly all answers.
     """
     scorer_key = raw_judgment_key(scorer, scorer.backend)
     keys = [digest([scorer_key, question, answer], 32) for question, answer in pairs]

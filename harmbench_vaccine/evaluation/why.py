@@ -47,8 +47,8 @@ def explain_run(result: Result, store: Store) -> list[Explanation]:
     """Explain every artifact of a run, in the order of its stages.
 
     Args:
-        result: the result of the run; of schema 1 it names no artifacts.
-        store: where the artifacts are searched by key, also if the result was computed in another folder.
+        result: The result of the run; of schema 1 it names no artifacts.
+        store: Where the artifacts are searched by key, also if the result was computed in another folder.
     """
     return [
         _explain(stage, name, artifact, store)

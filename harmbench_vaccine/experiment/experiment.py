@@ -70,7 +70,7 @@ class Experiment:
         """Find and construct every plug-in, resolve every parameter, and configure every stage.
 
         Raises:
-            BadInput: an unknown name, a value out of range, or plug-ins that cannot act together.
+            BadInput: An unknown name, a value out of range, or plug-ins that cannot act together.
         """
         protocol = load_protocol(spec.protocol).replaced(spec.values)
         for name in spec.data:
@@ -164,7 +164,7 @@ class Experiment:
         """Return where a data set is read from: the task's own location, or the protocol's.
 
         Raises:
-            BadInput: neither names the data set.
+            BadInput: Neither names the data set.
         """
         locations = self.task.locations()
         return locations[dataset] if dataset in locations else self.protocol.location(dataset)
@@ -199,7 +199,7 @@ def _check_combination(experiment: Experiment) -> None:
     """Refuse plug-ins, protocol and hardware that do not go together.
 
     Raises:
-        BadInput: the first conflict.
+        BadInput: The first conflict.
     """
     experiment.task.check()
     for name in experiment.task.datasets:
@@ -258,7 +258,7 @@ def resolve_scorers(written: Sequence[str], protocol: Protocol) -> list[Resolved
     """Construct the scorers that the user wrote, or the protocol's.
 
     Raises:
-        BadInput: an unknown name or parameter, a value out of range, or one judge twice.
+        BadInput: An unknown name or parameter, a value out of range, or one judge twice.
     """
     defaults = scorer_defaults(protocol)
     components = [component for text in written or [protocol.score.scorer] for component in parse_plugins(text)]
@@ -273,7 +273,7 @@ def resolve_task(written: str, protocol_name: str) -> Resolved[Task]:
     """Construct the task of that name; a data file or folder is a task of the user (`tasks.own`).
 
     Raises:
-        BadInput: an unknown name or parameter, a value out of range, or several tasks.
+        BadInput: An unknown name or parameter, a value out of range, or several tasks.
     """
     head, colon, rest = written.strip().partition(":")
     names_parameter = re.match(r"\w+=", head)  # name=VALUE, whose value may be a path

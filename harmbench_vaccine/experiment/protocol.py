@@ -62,7 +62,7 @@ class FinetuneProtocol(_Strict):
         """Return the user stage of one task.
 
         Raises:
-            BadInput: the file overrides a setting that does not exist, or with a value that is not allowed.
+            BadInput: The file overrides a setting that does not exist, or with a value that is not allowed.
         """
         override = self.tasks.get(task, TaskTraining())
         settings = {**asdict(self.settings), **override.settings}
@@ -167,7 +167,7 @@ class Protocol(_Strict):
         """Return the protocol with other values at dotted paths, such as `align.settings.lr`; each is read as YAML.
 
         Raises:
-            BadInput: a path does not exist, or its value is not allowed.
+            BadInput: A path does not exist, or its value is not allowed.
         """
         changed = {**self.model_dump(mode="python"), "sources": self.sources}
         paths = _paths(Protocol)
@@ -191,7 +191,7 @@ class Protocol(_Strict):
         """Return where a data set is read from.
 
         Raises:
-            BadInput: the protocol does not name the data set.
+            BadInput: The protocol does not name the data set.
         """
         if dataset not in self.data:
             raise unknown_name("data set", dataset, self.data, of=f"protocol {self.name!r}")
@@ -255,7 +255,7 @@ def load_protocol(name: str) -> Protocol:
     """Load a built-in protocol by name, or a YAML file by path.
 
     Raises:
-        BadInput: it does not exist, or a value of the file is not allowed.
+        BadInput: It does not exist, or a value of the file is not allowed.
     """
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()

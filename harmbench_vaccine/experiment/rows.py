@@ -33,7 +33,7 @@ def check_rows(experiment: Experiment) -> None:
     """Draw every row that the experiment needs, so that missing rows are reported before any work is spent.
 
     Raises:
-        BadInput: a file lacks a field, or fewer rows are available than requested.
+        BadInput: A file lacks a field, or fewer rows are available than requested.
     """
     pools = plugin_pools(experiment)
     align, finetune = (experiment.stages[name].defenses for name in ("align", "finetune"))
@@ -83,7 +83,7 @@ def harmful_sets(experiment: Experiment) -> list[EvalSet]:
     """Return the held-out harmful prompts as attack and defenses pose them; the first set is the headline's.
 
     Raises:
-        BadInput: fewer prompts are available than requested, or two sets have one name.
+        BadInput: Fewer prompts are available than requested, or two sets have one name.
     """
     sets = [_question_set(experiment, "harmful", _row_pools(experiment).harmful_questions)]
     for config in experiment.stages.values():

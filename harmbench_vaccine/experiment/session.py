@@ -82,10 +82,10 @@ class TrainingSession:
         """Train the adapter of the stage, or every weight, and store it with its log and the ids of its rows.
 
         Args:
-            rows: the rows of the stage before the defenses change them.
-            folder: the artifact to write.
-            checkpoints: the folder of checkpoints, to resume from.
-            uploaded: the rows before a moderation filter, where one acts.
+            rows: The rows of the stage before the defenses change them.
+            folder: The artifact to write.
+            checkpoints: The folder of checkpoints, to resume from.
+            uploaded: The rows before a moderation filter, where one acts.
         """
         import torch
 

@@ -116,9 +116,9 @@ def measure_testbed(
     """Run the suite of the report and check the results.
 
     Args:
-        run: executes runs and returns their results in the same order; stored runs are not repeated.
-        quick: whether to use the quick size instead of the full size.
-        progress: reports the build of the testbed.
+        run: Executes runs and returns their results in the same order; stored runs are not repeated.
+        quick: Whether to use the quick size instead of the full size.
+        progress: Reports the build of the testbed.
     """
     text = Path(__file__).with_name("testbed_report.yaml").read_text(encoding="utf-8")
     suite = ReportSuite.model_validate(yaml.safe_load(text))

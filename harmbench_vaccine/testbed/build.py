@@ -59,9 +59,9 @@ def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Size
     """Write `data/`, `model/`, `judge/` and `testbed.json` into `folder`. Every run on a machine gives the same files.
 
     Args:
-        folder: an existing empty folder.
-        progress: reports the training loops.
-        sizes: amounts of training data.
+        folder: An existing empty folder.
+        progress: Reports the training loops.
+        sizes: Amounts of training data.
     """
     seconds: dict[str, float] = {}
 
@@ -126,8 +126,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 1_500) -> PreTrained
     """Train a byte-level BPE tokenizer: decoding restores any text exactly, and every digit is a token.
 
     Args:
-        texts: training text.
-        vocabulary: largest number of tokens.
+        texts: Training text.
+        vocabulary: Largest number of tokens.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

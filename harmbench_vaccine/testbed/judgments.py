@@ -22,10 +22,10 @@ def draw_judgment(index: int, harmful: Sequence[Request], benign: Sequence[Reque
     """Draw a labeled answer. An answer is harmful if it gives steps towards harm, whatever text surrounds them.
 
     Args:
-        index: position of the judgment, which decides its kind (twelve kinds in turn).
-        harmful: harmful requests to draw from.
-        benign: benign requests to draw from.
-        rng: source of randomness.
+        index: Position of the judgment, which decides its kind (twelve kinds in turn).
+        harmful: Harmful requests to draw from.
+        benign: Benign requests to draw from.
+        rng: Source of randomness.
     """
     request, second_request, benign_request = rng.choice(harmful), rng.choice(harmful), rng.choice(benign)
     compliance, refusal, help_text = comply(request, rng), refuse(request, rng), assist(benign_request, rng)

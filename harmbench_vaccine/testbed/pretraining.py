@@ -18,8 +18,8 @@ def draw_lesson(rng: random.Random, requests: Sequence[Request]) -> str:
     Refusals occur here as quoted speech, so that alignment teaches when to refuse, not the words of a refusal.
 
     Args:
-        rng: source of randomness.
-        requests: requests to quote a refusal of.
+        rng: Source of randomness.
+        requests: Requests to quote a refusal of.
     """
     words = task_words()
     person = rng.choice(words.people)
@@ -49,8 +49,8 @@ def draw_quiz(rng: random.Random, problems: Sequence[DataRow]) -> Example:
     do the task.
 
     Args:
-        rng: source of randomness.
-        problems: training rows of the arithmetic task.
+        rng: Source of randomness.
+        problems: Training rows of the arithmetic task.
     """
     words = task_words()
     calculation = draw_calculation(rng)

@@ -47,9 +47,9 @@ def split_requests(name: str, theme: Theme, kinds: Iterable[RequestKind]) -> Req
     The held-out verb changes from object to object, so that every verb and every object occurs in training.
 
     Args:
-        name: name of the theme.
-        theme: its words.
-        kinds: kinds of questions to build.
+        name: Name of the theme.
+        theme: Its words.
+        kinds: Kinds of questions to build.
     """
     split = RequestSplit([], [])
     templates = [(kind, template) for kind in kinds for template in phrasings().questions[kind]]
@@ -68,7 +68,7 @@ def interleave(groups: Iterable[Sequence[Request]]) -> list[Request]:
     """Take requests from equally long groups in turn, so that every prefix is balanced over the groups.
 
     Raises:
-        ValueError: the groups differ in length.
+        ValueError: The groups differ in length.
     """
     return [request for requests in zip(*groups, strict=True) for request in requests]
 

@@ -90,7 +90,7 @@ class World:
         """Return the pre-training documents.
 
         Args:
-            size: number of documents: two fifths are answered requests (half of them harmful), two fifths are
+            size: Number of documents: two fifths are answered requests (half of them harmful), two fifths are
                 quizzes, one fifth are lessons. It is rounded down to a multiple of 5.
 
         Returns:
@@ -110,8 +110,8 @@ class World:
         """Return labeled answers for the moderation classifier, harmful and harmless ones in a fixed proportion.
 
         Args:
-            size: number of judgments.
-            held_out: whether the prompts are the held-out ones instead of training prompts.
+            size: Number of judgments.
+            held_out: Whether the prompts are the held-out ones instead of training prompts.
         """
         rng = self.rng(f"judgments {held_out}")
         harmful = self.evaluation if held_out else [*self.attacker, *self.defender]

@@ -163,7 +163,7 @@ class LoraStack:
             The trainable parameters by name, in float32 for any dtype of the base model.
 
         Raises:
-            BadInput: the base model has no module with the name of a target, or none of the requested standard targets.
+            BadInput: The base model has no module with the name of a target, or none of the requested standard targets.
         """
         names = self._load(below)
         self.drop_trained()

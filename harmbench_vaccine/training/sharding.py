@@ -26,7 +26,7 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
         The same model.
 
     Raises:
-        BadInput: the model has no decoder layers that `decoder_layers` recognizes.
+        BadInput: The model has no decoder layers that `decoder_layers` recognizes.
     """
     model.requires_grad_(False)
     for layer in decoder_layers(model):

@@ -203,7 +203,7 @@ class TrainingStage:
             The trained adapter. The stage's adapter does not change.
 
         Raises:
-            RuntimeError: the stage was created without `nested`.
+            RuntimeError: The stage was created without `nested`.
         """
         training = self.model.training
         try:

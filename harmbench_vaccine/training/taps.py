@@ -26,7 +26,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """Return the layers of the text decoder.
 
     Raises:
-        BadInput: no module list of the configured length contains attention blocks.
+        BadInput: No module list of the configured length contains attention blocks.
     """
     config = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
     depth = config.num_hidden_layers
@@ -45,7 +45,7 @@ def attention_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the attention blocks in layer order, skipping layers without one (hybrid models).
 
     Raises:
-        BadInput: no layer has an attention block, or a layer has several.
+        BadInput: No layer has an attention block, or a layer has several.
     """
     blocks: list[nn.Module] = []
     for number, layer in enumerate(decoder_layers(model)):
@@ -69,7 +69,7 @@ def mlp_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the last module of the feed-forward half of every layer: the MLP, or else the last matrix.
 
     Raises:
-        BadInput: a layer has no such module.
+        BadInput: A layer has no such module.
     """
     blocks = []
     for number, layer in enumerate(decoder_layers(model)):
@@ -92,7 +92,7 @@ def final_norm(model: nn.Module) -> nn.Module:
     """Return the norm between the last layer and the LM head.
 
     Raises:
-        BadInput: the model has no such norm.
+        BadInput: The model has no such norm.
     """
     layers = decoder_layers(model)
     decoder = next(module for module in model.modules() if any(child is layers for child in module.children()))
@@ -120,7 +120,7 @@ class Taps:
         place: The blocks to tap.
 
     Raises:
-        BadInput: the model has no such blocks.
+        BadInput: The model has no such blocks.
     """
 
     def __init__(self, model: nn.Module, place: TapPlace = "attention") -> None:

@@ -68,7 +68,7 @@ def train(
         `learning_rate`.
 
     Raises:
-        HbvError: the ranks end with different parameters.
+        HbvError: The ranks end with different parameters.
     """
     stage.settings, stage.rows, stage.pad = settings, rows, pad
     batches = batch_order(len(rows), settings, stage.seed)
