@@ -232,6 +232,7 @@ for line in sys.stdin:
     request = json.loads(line)
     if request["do"] == "die":
         print("Traceback (most recent call last)\\nValueError: it broke.", file=sys.stderr, flush=True)
+        print(request["written"], end="", flush=True)
         os.kill(os.getpid(), 9)
     for step in (2, 3):
         print(json.dumps({"step": step}), flush=True)
@@ -259,9 +260,10 @@ def test_process_replies_reports_its_steps_and_refuses(echo: VllmProcess) -> Non
     assert child.returncode == 0  # it ended by itself
 
 
-def test_dead_process_is_reported_with_its_last_error(echo: VllmProcess) -> None:
+@pytest.mark.parametrize("written", ["", '{"rows": [1, '], ids=["between replies", "within a reply"])
+def test_dead_process_is_reported_with_its_last_error(written: str, echo: VllmProcess) -> None:
     with pytest.raises(HbvError) as error:
-        echo.request("die")
+        echo.request("die", written=written)
     assert str(error.value) == (
         "The vLLM engine of 'some/model' died (SIGKILL): ValueError: it broke. "
         "Finished stages are stored: run the same command again, or add --backend transformers."

@@ -91,6 +91,8 @@ class VllmProcess:
             self._child.stdin.write(json.dumps({"do": do, **values}) + "\n")
             self._child.stdin.flush()
             for line in self._child.stdout:
+                if not line.endswith("\n"):  # the process was killed while it was writing
+                    break
                 reply: dict[str, Any] = json.loads(line)
                 if "step" not in reply:
                     self._busy = False
