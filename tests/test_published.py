@@ -512,7 +512,7 @@ def test_check_in_the_terminal() -> None:
         assert sum(line.startswith(expected) for line in lines) == 1, expected
     text = " ".join(done.out.split())
     assert "299 printed averages: 271 follow from their cells within rounding, 9 do not, 19 cannot be checked" in text
-    assert "none of its cells is recorded 15" in text
+    assert "15: none of its cells is recorded" in text
 
 
 def test_check_of_a_paper_without_averages_or_errors() -> None:

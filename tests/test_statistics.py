@@ -216,7 +216,7 @@ def test_rows_that_pass_the_guardrail_are_counted(experiment: Experiment, tmp_pa
     (measurements.final.artifacts["finetune"].path / ROWS).write_text(json.dumps(rows))
     values = measure_result(experiment, measurements)
     assert values.counts.finetune.filtered.model_dump() == filtered
-    message = "guardrail: 12 of 50 harmful rows leaked through, 3 of 450 benign rows dropped wrongly"
+    message = "guardrail: 12 of 50 harmful rows accepted, 3 of 450 benign rows rejected"
     assert f"{values.run}: {message}" in rendered(results_table([values]))
     assert "guardrail" not in rendered(results_table([measure_result(experiment, measured(tmp_path / "b"))]))
 

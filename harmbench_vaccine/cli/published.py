@@ -24,7 +24,7 @@ def _filter_options(command: F) -> F:
 
 @click.command()
 @_filter_options
-@click.option("--check", is_flag=True, help="Recompute the averages, and list those that do not follow.")
+@click.option("--check", is_flag=True, help="Recompute the printed averages, and list those that do not match.")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Number of figures. [default: 40; with --json all]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of figures; without a filter an object.")
 def published(check: bool, limit: int | None, as_json: bool, **filters: tuple[str, ...]) -> None:

@@ -17,10 +17,13 @@ from .console import print_json, print_view, terminal_progress
     "set_name",
     default="harmful",
     show_default=True,
-    help="Set of questions: harmful, benign, task, or a set that an attack adds.",
+    help="Evaluation set: harmful, benign, task, or a set that a plug-in adds.",
 )
 @click.option(
-    "--only", type=click.Choice(["flagged", "unflagged"]), default=None, help="Only answers with this verdict."
+    "--only",
+    type=click.Choice(["flagged", "unflagged"]),
+    default=None,
+    help="Only questions whose answer after the user stage has this verdict.",
 )
 @click.option(
     "--limit", type=click.IntRange(1), default=None, help="Number of questions. [default: 10; with --json all]"
@@ -29,7 +32,8 @@ from .console import print_json, print_view, terminal_progress
 def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: bool) -> None:
     """Show questions, answers and verdicts of a run.
 
-    The answers are from before and after the user stage. RUN is a run id, a unique prefix of one, or a folder.
+    The aligned model answers before the user stage, the final model after it. RUN is a run id, a unique prefix of
+    one, or a folder.
 
     \b
     Example: hbv show vaccine-3f --only flagged
@@ -42,7 +46,7 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: 
     result, answers = load_run(find_run(run, home() / "runs"))
     set_names = {row["set"] for row in answers}
     if set_name not in set_names:
-        raise unknown_name("set of questions", set_name, set_names)
+        raise unknown_name("evaluation set", set_name, set_names)
     if as_json:
         for pair in by_question(answers, set_name, only)[:limit]:
             for row in pair.values():
@@ -67,7 +71,7 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: 
     metavar="T",
     help="Flag answers with a higher score, instead of the scorers' thresholds.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object: the scores by judge, their agreement.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object: the scores by judge, and their agreement.")
 def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: bool) -> None:
     """Score the stored answers of a run again.
 
@@ -111,7 +115,7 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
 def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, published: bool, as_json: bool) -> None:
     """Rank defenses over their seeds.
 
-    There is one table per protocol, model, task and attack. Without CSV it reads $HBV_HOME/results.csv. A defense with
+    Print one table per protocol, model, task and attack. Without CSV, read $HBV_HOME/results.csv. A defense with
     a collapsed run has no rank.
 
     \b

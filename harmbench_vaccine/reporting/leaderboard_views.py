@@ -39,7 +39,7 @@ def _legend(baseline: str) -> str:
 
 def rankings_view(rankings: Sequence[Ranking]) -> RenderableType:
     """Show rankings in the terminal, one table each with its notes below."""
-    columns = [Column(title, right=title != "defense") for title in _HEAD]
+    columns = [Column(title, right=title != "defense", wrap=title != "defense") for title in _HEAD]
     parts: list[RenderableType] = []
     for ranking in rankings:
         styles = ["red" if row["collapsed_cells"] else None for row in ranking.rows]

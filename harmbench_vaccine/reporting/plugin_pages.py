@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from harmbench_vaccine.core.errors import unknown_name
 from harmbench_vaccine.plugins import Plugin, resolve_params
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_plugin_path
 
-from .render import dim_notes, render_fields, render_table
+from .render import Column, dim_notes, render_fields, render_table
 
 if TYPE_CHECKING:
     from harmbench_vaccine.experiment.protocol import Protocol
@@ -129,7 +130,7 @@ def plugin_table(kind: str, plugins: Sequence[Mapping[str, Any]]) -> Table:
     """Build a table with a row for each plug-in of a kind, from their facts."""
     columns = _COLUMNS[kind]
     rows = [[_fact_text(facts[column]) for column in columns] for facts in plugins]
-    return render_table([_TITLES.get(column, column) for column in columns], rows)
+    return render_table([Column(_TITLES.get(column, column), wrap=column != "name") for column in columns], rows)
 
 
 def plugin_page(details: Mapping[str, Any]) -> RenderableType:
@@ -137,10 +138,15 @@ def plugin_page(details: Mapping[str, Any]) -> RenderableType:
     keys = ("citation", *FACTS[details["kind"]])
     facts = render_fields((_TITLES.get(key, key), _fact_text(details[key])) for key in keys)
     title = Text(f"{details['kind']} {details['name']}: {details['summary']}", style="bold")
-    parts: list[RenderableType] = [title, Text(details["doc"]), facts]
+    parts: list[RenderableType] = [title, Text(_reflow(details["doc"])), facts]
     if details["parameters"]:
         parts.append(_parameters(details))
     return Group(*[line for part in parts for line in (part, Text())])
+
+
+def _reflow(text: str) -> str:
+    """Join the lines of each paragraph, so that the terminal wraps it; indented lines (equations) stay as they are."""
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", text)
 
 
 def _parameters(details: Mapping[str, Any]) -> RenderableType:

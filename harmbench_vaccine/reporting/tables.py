@@ -37,9 +37,9 @@ def results_table(results: Sequence[Result], published: bool = False) -> Rendera
     with_seed = len({result.seed for result in results}) > 1
     table = render_table(
         [
-            *("run", "defense", "attack", "task"),
+            *(Column("run", wrap=False), "defense", "attack", "task"),
             *numbers(*(["seed"] if with_seed else [])),
-            *numbers("HS %", "FA %", "before", "align. loss", "drift", "seconds", wrap=False),
+            *numbers("HS %", "FA %", "before", "align. loss", "drift", "seconds"),
         ],
         [_result_row(result, stages, with_seed) for result in results],
         gap=1,
@@ -81,7 +81,7 @@ def _results_legend(result: Result, stages: Sequence[str]) -> str:
         f"HS: % of answers to {result.harmful_score_n} harmful prompts that the judge flags (lower: better). "
         f"FA: % of {result.finetune_accuracy_n} test items answered correctly (higher: better). "
         "95% Wilson intervals. before: HS, FA of the aligned model. "
-        f"Seconds: {'+'.join(stages)}, in brackets if reused. "
+        f"Seconds: {'+'.join(stages)}, in parentheses if reused. "
         f"Protocol {result.protocol} {result.protocol_hash}."
     )
 
@@ -97,8 +97,8 @@ def _result_notes(result: Result) -> list[str]:
     if (rows := result.counts.finetune) and (filtered := rows.filtered):
         uploaded = filtered.harmful_uploaded
         notes.append(
-            f"{result.run}: guardrail: {uploaded - filtered.harmful} of {uploaded} harmful rows leaked through, "
-            f"{filtered.benign} of {filtered.benign_uploaded} benign rows dropped wrongly."
+            f"{result.run}: guardrail: {uploaded - filtered.harmful} of {uploaded} harmful rows accepted, "
+            f"{filtered.benign} of {filtered.benign_uploaded} benign rows rejected."
         )
     return notes
 
@@ -131,7 +131,7 @@ def answers_view(
     """
     pairs = by_question(answers, set_name, only)
     table = render_table(
-        [Column(title, ratio=1) for title in ("question", "before the user stage", "after")],
+        [Column(title, ratio=1) for title in ("question", "before the user stage", "after it")],
         [
             [f"{pair['after']['instruction']}\n{pair['after']['input']}".strip()]
             + [_answer(pair[when]) for when in ("before", "after")]
@@ -139,7 +139,7 @@ def answers_view(
         ],
         lines=True,
     )
-    title = f"{result.run}: {result.defense} under {result.attack}, set {set_name!r}"
+    title = f"{result.run}: {result.defense} under {result.attack}, evaluation set {set_name!r}"
     count = f"{min(limit, len(pairs))} of {len(pairs)} questions"
     return Group(Text(title, style="bold"), table, *dim_notes([count]))
 
@@ -231,13 +231,13 @@ def _kappa(value: float | None) -> str:
 
 
 def why_view(result: Result, explanations: Sequence[Explanation]) -> RenderableType:
-    """Show for every artifact of a run whether it was reused or created, and the inputs that made it new."""
+    """Show whether each artifact of a run was reused or created, and its inputs that differ from an earlier one."""
     table = render_table(
         ["stage", "artifact", "state", "because"],
-        [[each.stage, each.name, each.state, _reason(each)] for each in explanations],
+        [[entry.stage, entry.name, entry.state, _reason(entry)] for entry in explanations],
     )
     title = f"{result.run}: {result.defense} under {result.attack}"
-    notes = ["because: each field of the inputs that differs from the nearest earlier artifact, as new (earlier)."]
+    notes = ["because: the inputs that differ from those of the nearest earlier artifact: new value (earlier value)."]
     return Group(Text(title, style="bold"), table, *dim_notes(notes))
 
 

@@ -320,7 +320,8 @@ def check_view(outcome: Mapping[str, Any]) -> RenderableType:
                 average["evidence"],
             ]
         )
-    reasons = _format_counts(Counter(average["missing"] for average in unknown))
+    counts = Counter(average["missing"] for average in unknown)
+    reasons = "; ".join(f"{count}: {reason}" for reason, count in counts.items())
     notes = [
         f"{outcome['averages']} printed averages: {outcome['follow']} follow from their cells within rounding, "
         f"{len(wrong)} do not, {len(unknown)} cannot be checked{reasons and f' ({reasons})'}.",
