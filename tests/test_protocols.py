@@ -118,12 +118,12 @@ def test_a_replaced_value_is_read_as_yaml() -> None:
         (
             "align.settings.lrr",
             "1",
-            "Unknown value 'align.settings.lrr' of a protocol. Did you mean 'align.settings.lr'",
+            "Unknown protocol value 'align.settings.lrr'. Did you mean 'align.settings.lr'",
         ),
         ("align.settings.lr", "fast", "align.settings.lr: Input should be a valid number"),
         ("rows", "all", "rows: Input should be 'unique' or 'paper'"),
         ("align.settings.lora_targets", "[q_proj", "cannot be read"),
-        ("name", "mine", "Unknown value 'name'"),
+        ("name", "mine", "Unknown protocol value 'name'"),
     ],
 )
 def test_an_invalid_replacement_is_refused(path: str, value: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Stored runs: a folder with the result and every answer, a row of the CSV, and how they are read again."""
+"""Stored runs: read and write the folder of a run (result and answers) and its row of the CSV."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def add_judges(
         result: The result.
         answers: Its answers.
         verdicts: `row_identity` of an answer -> judge -> verdict.
-        judges: Judge -> its facts (`agreement.SCORER_FACTS`).
+        judges: Judge -> its `scorer_facts`.
     """
     rows = [
         {**row, "verdicts": {**row["verdicts"], **{name: verdicts[row_identity(row)][name] for name in judges}}}
@@ -144,7 +144,7 @@ def add_judges(
 
 
 def row_identity(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what distinguishes an answer of a run from every other one, its text included."""
+    """Return the fields that identify an answer of a run, its text included."""
     return tuple(row[key] for key in ("when", "set", "id", "instruction", "input", "answer"))
 
 
@@ -160,9 +160,9 @@ def _with_earlier_judges(
 ) -> tuple[Result, list[dict[str, Any]]]:
     try:
         earlier, earlier_rows = load_run(run)
-    except HbvError:
+        verdicts = {row_identity(row): row.get("verdicts", {}) for row in earlier_rows}
+    except (HbvError, KeyError):  # a damaged folder is written again
         return result, answers
-    verdicts = {row_identity(row): row.get("verdicts", {}) for row in earlier_rows}
     judged = [row_identity(row) for row in answers if "verdicts" in row]
     further = {
         name: _facts(score)
@@ -181,7 +181,7 @@ def _facts(score: JudgeScore) -> dict[str, Any]:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV of results; an absent file has none.
+    """Read the rows of a CSV of results; a missing file has no rows.
 
     Raises:
         BadInput: The file is not such a CSV.
@@ -195,7 +195,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
                 return list(reader)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as a CSV of results: {error}.") from error
-    raise BadInput(f"{path} has other columns than results of this version: name another file.")
+    raise BadInput(f"{path} has other columns than the results of this version: choose a CSV that `hbv run` wrote.")
 
 
 def csv_row(result: Result) -> dict[str, Any]:

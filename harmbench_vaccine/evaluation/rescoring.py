@@ -29,14 +29,14 @@ from .verdicts import check_scorer, judge_answers, judged_pair, scorer_models
 def rescore(
     run: Path, written: Sequence[str], threshold: float | None, store: Path, progress: Progress = SILENT
 ) -> Result:
-    """Let scorers judge the stored answers of a run, and add their verdicts to its folder.
+    """Judge the stored answers of a run by scorers, and add the verdicts to its folder.
 
-    The run's headline stays unchanged.
+    The headline harmful score does not change.
 
     Args:
         run: The folder of the run.
-        written: The scorers as a command line names them; none: the run's own.
-        threshold: Replaces the threshold of each scorer.
+        written: The scorers as the user wrote them; empty: the headline scorer of the run.
+        threshold: Threshold that replaces those of the scorers.
         store: The folder of the store, where raw judgments are cached.
         progress: Where progress is reported.
 
@@ -49,7 +49,10 @@ def rescore(
     """
     result, answers = load_run(run)
     if not result.scores:
-        raise BadInput(f"Run {result.run} was stored by an earlier version: repeat its hbv run, which trains nothing.")
+        raise BadInput(
+            f"Run {result.run} was stored by an earlier version. "
+            "Repeat its `hbv run` command, which reuses the stored stages."
+        )
     models = ModelPool(progress)
     try:
         judges = _resolve(result, written or [result.scorer], threshold, models)
@@ -77,23 +80,23 @@ def rescore(
 
 
 def _resolve(result: Result, written: Sequence[str], threshold: float | None, models: ModelPool) -> dict[str, Scorer]:
-    """Construct the scorers, with the models that the run's protocol names for them, or that judged it."""
+    """Construct the scorers, with their models from the protocol of the run or from its result."""
     spec = result.spec
     defaults: dict[str, dict[str, Any]] = {}
-    with suppress(BadInput):  # if its file no longer exists, the result names the judges
+    with suppress(BadInput):  # the file of the protocol may no longer exist; the result names the judges
         defaults = scorer_defaults(load_protocol(spec["protocol"]).replaced(spec["values"]))
     for name, score in result.scores.items():
         (component,) = parse_plugins(name)
         if score.model and "model" not in component.params:
             defaults[component.name] = {"model": score.model, **defaults.get(component.name, {})}
-    components = [_at(component, threshold) for text in written for component in parse_plugins(text)]
+    components = [_with_threshold(component, threshold) for text in written for component in parse_plugins(text)]
     scorers = [resolve_plugins((component,), SCORERS, defaults, result.protocol)[0] for component in components]
     backend = choose_backend(spec.get("backend"))
     return {canonical_name([scorer]): scorer.plugin.with_models(models, backend) for scorer in scorers}
 
 
-def _at(component: Component, threshold: float | None) -> Component:
-    """Return a written scorer with another threshold."""
+def _with_threshold(component: Component, threshold: float | None) -> Component:
+    """Return a scorer as the user wrote it, with `threshold` instead of its own threshold."""
     if threshold is None:
         return component
     cls = SCORERS.get(component.name)

@@ -1,6 +1,6 @@
 """A settled experiment: the user's specification and the protocol, resolved once into the objects that run.
 
-Settling touches no model and makes no artifact, so that bad input is reported before any work is spent.
+Settling loads no model and makes no artifact, so that bad input is reported before any work starts.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from .spec import RunSpec
 
 @dataclass(frozen=True)
 class StageConfig:
-    """Everything that a stage needs besides the model it starts from."""
+    """The configuration of one stage: everything that it needs in addition to the model that it starts from."""
 
     name: StageName
     defenses: DefenseTeam
-    """The defenses that act in the stage, as one; a training session works on a `fresh()` copy."""
+    """The defenses that act in the stage, as one object; a training session works on a `fresh()` copy."""
     settings: TrainSettings
     """The optimizer settings, as the protocol, the user's attack and the defenses of the stage define them."""
     template: PromptTemplate
-    """The prompt that rows are trained with."""
+    """The prompt format of the training rows."""
     topology: Topology
     """`single` if the user stage continues the alignment adapter, else `double`."""
     full: bool
-    """The stage makes another base model: every weight is trained, or an attack edits the weights."""
+    """True if the stage makes a new base model: every weight is trained, or an attack edits the weights."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,19 @@ class Experiment:
     defenses: tuple[Resolved[Defense], ...]
     attacks: tuple[Resolved[Attack], ...]
     scorers: tuple[Resolved[Scorer], ...]
-    """The verdicts of the first one make the headline harmful score; the others are reported next to it."""
+    """The first scorer gives the headline harmful score; the scores of the others are reported next to it."""
     task_plugin: Resolved[Task]
     """The downstream task of the user."""
     model: str
     backend: Backend
-    """The engine that generates answers, and runs the judges that it can."""
+    """The engine that generates answers, and the texts of judges where it supports them."""
     finetune: FinetuneProtocol
     """The protocol's user stage, for this task."""
     attack_team: AttackTeam
-    """The attacks, as one."""
+    """The attacks, as one object."""
     stages: Mapping[StageName, StageConfig]
     answer_template: PromptTemplate
-    """The prompt that questions are asked with."""
+    """The prompt format of the evaluation sets."""
 
     @classmethod
     def settle(cls, spec: RunSpec) -> Experiment:
@@ -143,7 +143,7 @@ class Experiment:
 
     @property
     def template(self) -> PromptTemplate:
-        """The prompt of the protocol."""
+        """The prompt format of the protocol."""
         return prompt_template(self.protocol.prompt)
 
     @property
@@ -153,7 +153,7 @@ class Experiment:
 
     @property
     def in_order(self) -> bool:
-        """Rows are taken in the order of the files, as the papers' scripts take them, instead of drawn."""
+        """True if rows are taken in file order, as in the scripts of the papers, instead of drawn by the seed."""
         return self.protocol.rows == "paper"
 
     def acting(self, stage: StageName) -> list[Resolved[Defense]]:
@@ -178,7 +178,7 @@ def _configure(
     finetune: FinetuneProtocol,
     template: PromptTemplate,
 ) -> StageConfig:
-    """Configure one stage. The repair stage trains as the protocol's user trains, whatever the attack does."""
+    """Configure one stage. The repair stage uses the settings of the protocol's user stage, not those of the attack."""
     team = DefenseTeam(members=tuple(defense for defense in defenses if name in defense.stages), stage=name)
     settings = protocol.align.settings if name == "align" else finetune.settings
     if name == "finetune":
@@ -196,7 +196,7 @@ def _configure(
 
 
 def _check_combination(experiment: Experiment) -> None:
-    """Refuse plug-ins, protocol and hardware that do not go together.
+    """Refuse combinations of plug-ins, protocol and hardware that do not work.
 
     Raises:
         BadInput: The first conflict.
@@ -210,8 +210,8 @@ def _check_combination(experiment: Experiment) -> None:
         for resolved in experiment.defenses:
             if resolved.plugin.needs_alignment:
                 raise BadInput(
-                    f"{resolved.plugin.name!r} needs the alignment adapter, "
-                    f"and {experiment.defense!r} leaves out the alignment stage."
+                    f"{resolved.plugin.name!r} needs the alignment adapter, but {experiment.defense!r} leaves out the "
+                    "alignment stage: remove the defense that leaves it out."
                 )
     if editing := experiment.attack_team.editing_attack:
         for resolved in later:
@@ -243,7 +243,8 @@ def _check_combination(experiment: Experiment) -> None:
             defense = resolved.plugin
             if defense.needs_adapter or defense.topology or "repair" in defense.stages:
                 raise BadInput(
-                    f"{defense.name!r} cannot act where the user trains every weight: it needs the user's adapter."
+                    f"{defense.name!r} needs the user's adapter, but the user trains every weight (`full`): "
+                    "choose an attack or a setting that trains an adapter."
                 )
 
 
@@ -270,7 +271,7 @@ def resolve_scorers(written: Sequence[str], protocol: Protocol) -> list[Resolved
 
 
 def resolve_task(written: str, protocol_name: str) -> Resolved[Task]:
-    """Construct the task of that name; a data file or folder is a task of the user (`tasks.own`).
+    """Construct a task from its name; the path of a data file or folder gives the task `own` on this data.
 
     Raises:
         BadInput: An unknown name or parameter, a value out of range, or several tasks.

@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 
 
 def _added(default: Any) -> Any:
-    """A value that older files lack: at its default it is excluded from the hash, so that their hash stays the same."""
+    """Declare a value that older files lack: its default is not part of the hash, so their hash stays the same."""
     return Field(default, exclude_if=lambda value: value == default)
 
 
@@ -54,7 +54,7 @@ class FinetuneProtocol(_Strict):
     """The user stage."""
 
     samples: int = Field(ge=1)
-    """Number of rows that a user uploads by default."""
+    """Number of rows that the user uploads, unless an attack changes it."""
     settings: TrainSettings
     tasks: dict[str, TaskTraining] = _added({})
 
@@ -105,9 +105,9 @@ class Gates(_Strict):
     """Limits in percent; a run outside any of them is collapsed, not safe."""
 
     degenerate: float
-    """Maximum share of empty or repetitive answers."""
+    """Maximum percentage of empty or repetitive answers."""
     refusals: float
-    """Maximum share of benign prompts refused."""
+    """Maximum percentage of benign prompts that are refused."""
     above_chance: float
     """Accuracy after the user stage must exceed guessing by more than this."""
     accuracy_before: float | None
@@ -115,16 +115,16 @@ class Gates(_Strict):
 
 
 class Splits(_Strict):
-    """The splits that are trained on and evaluated on, of BeaverTails and of the benign instructions."""
+    """The splits of the data sets that training and evaluation use."""
 
     train: str
     test: str
     benign_train: str = "train"
     benign_test: str = "test"
     pairs: str = _added("train")
-    """The part of the refusal set that the defender owns, or aligns on."""
+    """The part of the refusal set that the defender has."""
     attacker: str = _added("")
-    """The part of the refusal set whose harmful answers the attacker owns; empty: unsafe rows of BeaverTails."""
+    """The part of the refusal set whose harmful answers the attacker has; empty: the unsafe rows of BeaverTails."""
 
 
 class Protocol(_Strict):
@@ -140,8 +140,8 @@ class Protocol(_Strict):
     quantization: Literal["none", "8bit", "4bit"] = _added("none")
     """Quantization of the base model's matrices, by bitsandbytes."""
     rows: Literal["unique", "paper"] = _added("unique")
-    """unique: rows are drawn by the seed, and a question occurs in one pool only. paper: rows are taken in the order of
-    the files, and overlaps are kept and counted."""
+    """`unique`: the seed draws the rows, and a question occurs in one pool only. `paper`: rows are taken in file order,
+    and overlaps are kept and counted."""
     prompt: str
     topology: Topology
     data: dict[str, str]
@@ -176,7 +176,7 @@ class Protocol(_Strict):
                 group = path
                 while group and not (siblings := [known.rstrip(".") for known in paths if known.startswith(group)]):
                     group = group.rpartition(".")[0]
-                raise unknown_name("value", path, siblings or [known.rstrip(".") for known in paths], of="a protocol")
+                raise unknown_name("protocol value", path, siblings or [known.rstrip(".") for known in paths])
             *parents, last = path.split(".")
             container = changed
             for parent in parents:
@@ -185,7 +185,7 @@ class Protocol(_Strict):
         try:
             return Protocol.model_validate(changed)
         except ValidationError as error:
-            raise BadInput(f"This protocol value is not allowed: {first_validation_error(error)}") from error
+            raise BadInput(f"A protocol value is not allowed: {first_validation_error(error)}") from error
 
     def location(self, dataset: str) -> str:
         """Return where a data set is read from.
@@ -199,7 +199,7 @@ class Protocol(_Strict):
 
 
 def _paths(kind: Any, prefix: str = "") -> list[str]:
-    """Return the dotted paths of everything that a protocol file may set; one that ends in a dot takes any name."""
+    """Return the dotted paths that a protocol file may set; after a path that ends in a dot, any name is allowed."""
     fields = get_type_hints(kind)
     paths = []
     for name in kind.model_fields if issubclass(kind, BaseModel) else fields:

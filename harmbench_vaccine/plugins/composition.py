@@ -55,7 +55,7 @@ def parse_plugins(text: str) -> Composition:
 def _name(name: str, text: str) -> str:
     name = name.strip()
     if not (is_plugin_path(name) or re.fullmatch(r"[A-Za-z_][\w-]*", name)):
-        raise BadInput(f"{text!r} cannot be read: {name!r} is not a name. {_GRAMMAR}")
+        raise BadInput(f"{text!r} cannot be parsed: {name!r} is not a valid name. {_GRAMMAR}")
     return name if is_plugin_path(name) else name.replace("-", "_")
 
 
@@ -72,7 +72,7 @@ def _params(written: str, text: str) -> dict[str, Any]:
 def _pair(item: str, text: str) -> tuple[str, str]:
     key, equals, value = item.partition("=")
     if not equals or not key.strip():
-        raise BadInput(f"{text!r} cannot be read at {item!r}. {_GRAMMAR}")
+        raise BadInput(f"{text!r} cannot be parsed at {item!r}. {_GRAMMAR}")
     return KEYWORDS.get(key.strip(), key.strip()), _value(value, text)
 
 
