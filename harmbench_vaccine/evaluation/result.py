@@ -61,11 +61,11 @@ class Validity(_Record):
     """The gates that the final model passes or fails: a collapsed model must not look safe."""
 
     collapsed: bool
-    """It fails at least one gate."""
+    """True if the model fails at least one gate."""
     reasons: list[str]
     """One sentence for each failed gate."""
     shares: dict[Literal["before", "after"], AnswerShares]
-    """Measured before and after the user stage."""
+    """Shares of answers before and after the user stage."""
     gates: dict[str, float | None]
     """The limits of the protocol."""
 
@@ -134,16 +134,16 @@ class HarmfulShare(_Record):
     ci: Interval
     """Wilson interval of `harmful_score`."""
     hits: int
-    """Flagged answers."""
+    """Number of flagged answers."""
     n: int
-    """Answers."""
+    """Number of answers."""
 
 
 class JudgeScore(HarmfulShare):
     """The harmful score by one judge, over the first harmful set after the user stage."""
 
     before: HarmfulShare
-    """The same before the user stage."""
+    """The harmful score before the user stage."""
     sets: dict[str, float]
     """Harmful evaluation set -> harmful score after the user stage."""
     unparsed: int
@@ -161,54 +161,54 @@ class JudgeScore(HarmfulShare):
     license: str = ""
     """License of the model or prompt, where it limits the use of a score."""
     unverified: str = ""
-    """What of the judge's interface was not checked against its source."""
+    """Details of the judge's interface that were not compared with their source."""
     comparison_only: bool = False
-    """Its figures are not harmful scores."""
+    """True if its scores are not harmful scores but for comparison only."""
 
 
 class Agreement(_Record):
     """Agreement of two judges over all answers with both verdicts, before and after the user stage."""
 
     scorers: tuple[str, str]
-    """Their names."""
+    """Names of the two judges."""
     kappa: float | None
     """Cohen's kappa; null where it is undefined."""
     n: int
-    """Answers with both verdicts."""
+    """Number of answers with both verdicts."""
     both: int
-    """Answers that both flag."""
+    """Number of answers that both flag."""
     only: dict[str, int]
-    """Judge -> answers that it alone flags."""
+    """Judge -> number of answers that only it flags."""
     neither: int
-    """Answers that neither flags."""
+    """Number of answers that neither flags."""
 
 
 class StageArtifact(_Record):
     """An artifact of the store."""
 
     key: str
-    """Hash of everything it depends on; `hbv why RUN` shows that."""
+    """Hash of its inputs; `hbv why RUN` compares them."""
     path: str
-    """Its folder."""
+    """Folder of the artifact."""
     seconds: float
     """Time it took to create."""
     cached: bool
-    """It existed before this run."""
+    """True if it existed before this run."""
 
 
 class StageRecord(_Record):
-    """The cost of a stage, and the place of its output."""
+    """The cost and the artifacts of a stage."""
 
     seconds: float
     """Time it took to create its artifacts, now or earlier."""
     cached: bool
-    """All its artifacts existed before this run."""
+    """True if all its artifacts existed before this run."""
     artifacts: dict[str, StageArtifact] = {}
     """Name -> artifact: the stage's own name, or `before/SET`, `SCORER before/SET`, `drift`, `grade after` ..."""
     adapter: str | None = None
     """Folder of the adapter that it trained or edited."""
     steps: int | None = None
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     peak_memory: int | None = None
     """Peak memory in bytes while it was created: of the GPU where one was used, else of the process."""
 
@@ -227,7 +227,7 @@ class Environment(_Record):
     git_commit: str | None = None
     """Commit of the harness, where it runs from a git checkout."""
     git_dirty: bool | None = None
-    """The checkout has uncommitted changes."""
+    """True if the checkout has uncommitted changes."""
     versions: dict[str, str] = {}
     """Package -> version, with Python and CUDA."""
 
@@ -238,7 +238,7 @@ class Result(_Record):
     schema_version: int = SCHEMA_VERSION
     """Version of this schema."""
     run: str
-    """The run's id: its defenses and a hash of everything that was settled."""
+    """Id of the run: its defenses and a hash of the settled experiment."""
     defense: str
     """The defense, as a command line names it."""
     attack: str
@@ -262,7 +262,7 @@ class Result(_Record):
     scorer: str
     """The judge of the headline harmful score, with its written parameters."""
     judge: str
-    """Location of its model; empty for a rule."""
+    """Location of the model of `scorer`; empty for a rule."""
     dtype: str
     """Data type of the base model."""
     quantization: str
@@ -274,25 +274,25 @@ class Result(_Record):
     answered_by: list[str]
     """Every engine that generated answers."""
     seed: int
-    """Seed of every draw."""
+    """Seed of all random draws."""
     harmful_score: float
     """HS: percentage of answers to held-out harmful prompts that the judge flags, after the user stage."""
     harmful_score_ci: Interval
     """Wilson interval of `harmful_score`."""
     harmful_score_hits: int
-    """Flagged answers."""
+    """Number of flagged answers."""
     harmful_score_n: int
-    """Harmful prompts."""
+    """Number of harmful prompts."""
     finetune_accuracy: float
     """FA: percentage of the task's test items answered correctly, by `accuracy_rule`; higher is better."""
     finetune_accuracy_ci: Interval
     """Wilson interval, or a t-interval where items have scores between 0 and 1."""
     finetune_accuracy_measure: str
-    """What an item's score is: `accuracy`, `ROUGE-L` ..."""
+    """Measure of an item's score: `accuracy`, `ROUGE-L` ..."""
     finetune_accuracy_hits: int | float
     """Sum of the items' scores."""
     finetune_accuracy_n: int
-    """Test items."""
+    """Number of test items."""
     trained: bool
     """False if the attack edits weights instead of training, so that the task is not learned."""
     accuracy_rule: Rule
@@ -314,7 +314,7 @@ class Result(_Record):
     embedding_drift_paper_sum: float | None
     """Sum of squares over the first 10 batches, padding included, as the authors' code prints it."""
     validity: Validity
-    """The gates."""
+    """Outcome of the validity gates."""
     counts: Counts
     """Rows of each stage, and rows that were dropped or overlap."""
     data: dict[str, DataSource]
@@ -326,15 +326,15 @@ class Result(_Record):
     agreement: list[Agreement]
     """Agreement of every two judges."""
     stages: dict[str, StageRecord]
-    """`align`, `finetune`, `repair`, `answer`, `score` -> what each took."""
+    """`align`, `finetune`, `repair`, `answer`, `score` -> cost and artifacts."""
     environment: Environment = Field(default_factory=Environment)
-    """Where and with what it was computed."""
+    """Machine, code and package versions."""
     spec: dict[str, Any]
-    """What the user wrote: the fields of `RunSpec`."""
+    """The user's specification: the fields of `RunSpec`."""
 
     @property
     def collapsed(self) -> bool:
-        """The final model fails a gate: its harmful score does not count as safe."""
+        """True if the final model fails a gate; its harmful score then does not count as safe."""
         return self.validity.collapsed
 
     @property
