@@ -2,7 +2,8 @@
 
     n_h = round(p n) harmful rows, n - n_h task rows, drawn and shuffled by the seed
 
-The authors use int(p n) and int((1 - p) n), which lose a row for some p, and always take the first harmful rows.
+Departures from the authors' code: it uses int(p n) and int((1 - p) n), which lose a row for some p, and always takes
+the first harmful rows.
 """
 
 from dataclasses import replace

@@ -1,11 +1,12 @@
-"""The method: align a model, let a user fine-tune it, repair it, ask it questions, score its answers.
+"""The method: align a model, fine-tune it on a user's rows, repair it, generate its answers, and score them.
 
     base --align--> aligned --finetune on the user's rows--> tuned --repair--> final
     harmful score and accuracy of `aligned` (before) and of `final` (after); loss and drift of `final`
 
-Every stage trains an adapter on top of the base model, whose weights do not change; only an attack that trains or edits
-every weight makes another base. A stage is a pure function of its inputs (`experiment.keys`) and is stored under their
-hash: `align` runs once for all attacks that follow it, and an interrupted run resumes at its last checkpoint.
+The stages `align`, `finetune` and `repair` make an adapter; the weights of the base model do not change. Only an attack
+that trains or edits every weight makes a new base model. A stage is a pure function of its inputs (`experiment.keys`)
+and is stored under their hash. All attacks therefore share one aligned model, and an interrupted run resumes at its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -63,7 +64,11 @@ def train_models(experiment: Experiment, context: RunContext) -> tuple[TrainedMo
 def answer_all(
     experiment: Experiment, context: RunContext, aligned: TrainedModel, final: TrainedModel
 ) -> dict[str, Artifact]:
-    """Ask both models every evaluation set: `before/SET` and `after/SET` -> answers, the headline set first."""
+    """Generate the answers of both models to every evaluation set.
+
+    Returns:
+        `before/SET` and `after/SET` -> answers, the headline set first.
+    """
     sets = eval_sets(experiment)
     return {
         f"{when}/{eval_set.name}": answer(experiment, context, model, eval_set)
@@ -75,7 +80,11 @@ def answer_all(
 def judge_all(
     experiment: Experiment, context: RunContext, answers: Mapping[str, Artifact]
 ) -> dict[str, dict[str, Artifact]]:
-    """Let every scorer judge the answers to harmful prompts: scorer -> `before/SET` and `after/SET` -> verdicts."""
+    """Judge the answers to harmful prompts by every scorer.
+
+    Returns:
+        Scorer -> `before/SET` and `after/SET` -> verdicts.
+    """
     names = [f"{when}/{eval_set.name}" for when in ("before", "after") for eval_set in harmful_sets(experiment)]
     return {
         canonical_name([scorer]): {name: score(experiment, context, answers[name], scorer) for name in names}
@@ -88,7 +97,7 @@ def judge_all(
 
 
 def align(experiment: Experiment, context: RunContext) -> TrainedModel:
-    """Train the base model to answer harmful prompts safely, by the defense's rule."""
+    """Train the base model on the alignment rows by the rule of the defense."""
     config, protocol = experiment.stages["align"], experiment.protocol
     spec = ModelSpec(experiment.model, protocol.dtype, quantization=protocol.quantization)
     base = TrainedModel(experiment.model, spec, {})
@@ -105,7 +114,7 @@ def align(experiment: Experiment, context: RunContext) -> TrainedModel:
 
 
 def finetune(experiment: Experiment, context: RunContext, aligned: TrainedModel) -> TrainedModel:
-    """Train the aligned model on the user's rows, a mix of task rows and harmful ones.
+    """Train the aligned model on the user's rows, a mix of task rows and harmful rows.
 
     Double topology: a second adapter on top of the frozen alignment adapter. Single: the alignment adapter is trained
     further. An attack may train every weight, or edit the weights instead of training.
@@ -142,7 +151,7 @@ def finetune(experiment: Experiment, context: RunContext, aligned: TrainedModel)
 
 
 def repair(experiment: Experiment, context: RunContext, aligned: TrainedModel, tuned: TrainedModel) -> TrainedModel:
-    """Edit what the user stage added to the aligned model, by the defenses that act after it, if any."""
+    """Edit the adapter that the user stage added to the aligned model, if a defense acts in the repair stage."""
     if not experiment.acting("repair"):
         return tuned
 
@@ -150,7 +159,7 @@ def repair(experiment: Experiment, context: RunContext, aligned: TrainedModel, t
         from .training.adapters import Adapter, concatenate
 
         added = Adapter.load(tuned.spec.adapters[-1])
-        if continues_adapter(experiment.stages["finetune"], aligned):  # subtract the alignment adapter it started from
+        if continues_adapter(experiment.stages["finetune"], aligned):  # subtract the alignment adapter
             added = concatenate([added, Adapter.load(aligned.spec.adapters[-1]).scaled(-1.0)])
         TrainingSession.open(experiment, context, experiment.stages["repair"], aligned).edit_adapter(added, folder)
 
@@ -192,7 +201,7 @@ def answer(experiment: Experiment, context: RunContext, model: TrainedModel, eva
 
 
 def score(experiment: Experiment, context: RunContext, answers: Artifact, scorer: Resolved[Scorer]) -> Artifact:
-    """Judge stored answers: one verdict each."""
+    """Judge stored answers: one verdict per answer."""
 
     def create(folder: Path, checkpoints: Path) -> None:
         rows = read_lines(answers.path / ANSWERS)
@@ -207,7 +216,7 @@ def score(experiment: Experiment, context: RunContext, answers: Artifact, scorer
 
 
 def grade(experiment: Experiment, context: RunContext, answers: Artifact) -> Artifact:
-    """Let the task's judge grade stored answers.
+    """Grade stored answers by the judge of the task.
 
     Raises:
         HbvError: The judge gives no readable verdict on more than half of the answers.

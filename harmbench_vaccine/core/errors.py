@@ -25,7 +25,7 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "") -> 
         kind: The kind of thing that the name should refer to.
         name: The unknown name.
         allowed: All valid names.
-        of: The owner of the names, such as a model class.
+        of: The object that has the names, such as "defense 'vaccine'".
     """
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)

@@ -13,9 +13,8 @@ from typing import Any
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a JSON Lines file: one object per line."""
     text = path.read_text(encoding="utf-8")
-    return [
-        json.loads(line) for line in text.split("\n") if line
-    ]  # splitlines also splits at characters inside an answer
+    # `splitlines` would also split at characters inside an answer.
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -24,7 +23,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, by None in a value and everything inside it."""
+    """Replace NaN and infinity, which JSON does not have, by None in a nested value."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -24,10 +24,10 @@ def ensure_writable(folder: Path, what: str) -> Path:
 
     Args:
         folder: The folder.
-        what: What the folder is for, for the error message.
+        what: Description of the folder for the error message, such as "The cache folder".
 
     Returns:
-        `folder`.
+        The same folder.
 
     Raises:
         BadInput: The folder cannot be created or is not writable.

@@ -24,7 +24,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """A progress that reports nothing: the default of every function with a `progress` parameter."""
+    """A receiver that reports nothing: the default of every `progress` parameter."""
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:

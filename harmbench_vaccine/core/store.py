@@ -36,12 +36,12 @@ class Artifact:
     key: str
     path: Path
     seconds: float
-    """Time that it took to create."""
+    """Time that its creation took."""
     cached: bool
-    """It existed before this call."""
+    """True if it existed before this call."""
 
     def json(self, name: str) -> Any:
-        """Read the JSON file of that name inside the artifact."""
+        """Read a JSON file of the artifact."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
 
@@ -59,17 +59,17 @@ class Store:
     def get_or_create(
         self, stage: str, inputs: Mapping[str, Any], create: Callable[[Path, Path], None], *, all_ranks: bool = False
     ) -> Artifact:
-        """Return the artifact that depends on `inputs`; `create(folder, checkpoints)` makes it if it does not exist.
+        """Return the artifact that depends on `inputs`; `create(folder, checkpoints)` writes it if it does not exist.
 
-        Several ranks call this at the same place: rank 0 creates the artifact, alone or with all ranks, and the others
-        read it.
+        All ranks call this function with the same arguments. Rank 0 creates the artifact, alone or with the others, and
+        the others then read it.
 
         Args:
             stage: The name of the stage, the first level of folders below the root.
             inputs: Everything that the artifact depends on, as plain JSON.
-            create: Writes the artifact into `folder`. What it leaves in `checkpoints` is available again when the same
-                artifact is tried again after an interruption, and is deleted when the artifact is complete.
-            all_ranks: All ranks call `create`.
+            create: Writes the artifact into `folder`. Files in `checkpoints` survive an interruption, so that the
+                next attempt can resume from them; they are deleted when the artifact is complete.
+            all_ranks: Whether all ranks call `create`, or only rank 0.
 
         Raises:
             HbvError: The disk is full.
@@ -116,13 +116,13 @@ class Store:
             return Artifact(stage, key, final, seconds, cached=False)
 
     def descriptions(self, stage: str) -> Iterator[dict[str, Any]]:
-        """Yield what is recorded of every artifact of a stage: `key`, `created`, `seconds`, `inputs`, `files`."""
+        """Yield the description of every artifact of a stage: `key`, `created`, `seconds`, `inputs`, `files`."""
         for path in sorted((self.root / stage).glob(f"*/{META}")):
             with suppress(OSError, ValueError):
                 yield json.loads(path.read_text(encoding="utf-8"))
 
     def _get_on_other_rank(self, artifact: Artifact, create: Callable[[Path, Path], None] | None) -> Artifact:
-        """On the ranks after 0: run `create` where all ranks do, and read what rank 0 published."""
+        """Run `create` on a rank other than 0 if all ranks do, and return the artifact that rank 0 published."""
         name = f"{artifact.stage}-{artifact.key}"
         if not distributed.receive():
             if create:
@@ -136,8 +136,7 @@ class Store:
         published = self._finished(artifact.stage, artifact.key, artifact.path)
         if published is None:
             raise HbvError(
-                f"Rank {distributed.rank()} does not find {artifact.path}: "
-                "all ranks need the same folder for their artifacts."
+                f"Rank {distributed.rank()} does not find {artifact.path}: set the same HBV_HOME on all ranks."
             )
         return published
 
@@ -150,7 +149,7 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             intact = False
         if not intact:
-            self.progress.note(f"{stage} {key}: its files differ from those that were stored; creating it again")
+            self.progress.note(f"{stage} {key}: the artifact is damaged and is created again")
             return None
         return Artifact(stage, key, path, seconds, cached=True)
 
@@ -195,7 +194,11 @@ _FULL = {
 
 @contextmanager
 def readable_disk_errors(content: str) -> Iterator[None]:
-    """Translate a full disk into one sentence, whichever library raises the error; `content` is what is written."""
+    """Translate a full disk into one sentence, whichever library raises the error.
+
+    Args:
+        content: Description of the files that the block writes, for the error message.
+    """
     try:
         yield
     except Exception as error:
@@ -203,12 +206,13 @@ def readable_disk_errors(content: str) -> Iterator[None]:
         if code is None:
             raise
         raise HbvError(
-            f"While writing {content}, {_FULL[code]}; finished stages are kept, and no partial file remains."
+            f"While writing {content}, {_FULL[code]}. Finished stages are kept, and no partial file remains. "
+            "Free space or raise the limit, then repeat the command."
         ) from error
 
 
 def _disk_error(error: BaseException | None) -> int | None:
-    """Return the code of a full-disk error: safetensors and torch wrap it, with its number or only a phrase."""
+    """Return the code of a full-disk error, also if safetensors or torch wraps it with its number or only a phrase."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return error.errno

@@ -89,7 +89,7 @@ class Mix:
 
     @property
     def harmful(self) -> int:
-        """The number of harmful rows, round(p n). Only this count is rounded, so that both counts sum to n."""
+        """The number of harmful rows, round(p n). The other n - round(p n) rows are task rows."""
         return round((self.ratio or 0.0) * self.samples)
 
     @property

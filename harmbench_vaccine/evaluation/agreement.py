@@ -1,4 +1,4 @@
-"""Several judges of the same answers: the harmful score by each, and how far they agree."""
+"""Harmful scores of several judges on the same answers, and their agreement."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SCORER_FACTS = ("model", "license", "unverified", "comparison_only")
 
 
 def scorer_facts(scorer: Scorer) -> dict[str, Any]:
-    """Return what a reader of this scorer's figures must know. The testbed's judge has no license to report."""
+    """Return the facts of a scorer that a result stores (`SCORER_FACTS`). The testbed's judge has no license."""
     model = getattr(scorer, "model", "")
     license_text = "" if model.startswith(TESTBED) else scorer.license
     return dict(zip(SCORER_FACTS, (model, license_text, scorer.unverified, scorer.comparison_only), strict=True))
 
 
 def stored_verdict(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a verdict as `answers.jsonl` stores it: without the fields that the judge does not report."""
+    """Return the fields of a verdict that `answers.jsonl` stores: those that the judge reports."""
     return {field.name: values[field.name] for field in fields(Verdict) if values.get(field.name) is not None}
 
 
@@ -50,7 +50,7 @@ def judge_scores(rows: Sequence[AnswerRow], judges: Mapping[str, Mapping[str, An
 
 
 def pairwise_agreement(rows: Sequence[AnswerRow], judges: Sequence[str]) -> list[Agreement]:
-    """Compute Cohen's kappa of every two judges over all answers that both gave a readable verdict on."""
+    """Compute Cohen's kappa of every two judges over all answers with readable verdicts of both."""
     agreements = []
     for first, second in combinations(judges, 2):
         pairs = [

@@ -1,4 +1,4 @@
-"""Alignment loss and harmful embedding drift, which explain a harmful score (Vaccine, section 3)."""
+"""Alignment loss and embedding drift, which help to explain a harmful score (Vaccine, section 3)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Drift:
 
 
 class DriftMeter:
-    """A sum of the drift over batches."""
+    """An accumulator of the drift over batches."""
 
     PAPER_BATCHES = 10
 
@@ -65,8 +65,8 @@ class DriftMeter:
 def attention_outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
     """Return the outputs of every attention block (rows x length x width), and the logits.
 
-    No attention mask is given, as in the authors' code: rows are padded on the right and the model is causal, so real
-    tokens do not attend to padding.
+    The model gets no attention mask, as in the authors' code: rows are padded on the right and the model is causal, so
+    real tokens do not attend to padding.
     """
     with torch.inference_mode(), Taps(model).recorded() as outputs:
         logits = model(input_ids=batch["input_ids"].to(next(model.parameters()).device)).logits

@@ -20,11 +20,11 @@ PACKAGES = (
     *("harmbench-vaccine", "torch", "transformers", "peft", "accelerate", "numpy", "datasets", "tokenizers"),
     *("safetensors", "pandas", "scipy"),
 )
-"""Packages that a number depends on."""
+"""Packages whose version can change a result."""
 
 
 def current_environment(*, vllm: bool = False) -> Environment:
-    """Describe this machine now; with `vllm`, the version of vLLM too."""
+    """Describe this machine; with `vllm`, include the version of vLLM."""
     commit, is_dirty = _git_state()
     return Environment(
         date=datetime.now(UTC).isoformat(timespec="seconds"),

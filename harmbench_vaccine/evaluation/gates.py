@@ -1,4 +1,4 @@
-"""The gates of a protocol: whether a model still answers, or has collapsed."""
+"""The gates of a protocol, which detect a collapsed model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def measure_validity(
 ) -> Validity:
     """Apply the gates of the protocol to the aligned and to the final model.
 
-    A model that never learned the task, since the attack does not train, is not held to its accuracy.
+    The accuracy gate does not apply if the attack does not train, because the task is then not learned.
 
     Args:
-        experiment: The run.
-        rows: Its answers with verdicts.
+        experiment: The settled experiment.
+        rows: The answers of the run with verdicts.
         judge: The headline judge.
         accuracy_before: Finetune accuracy of the aligned model, in percent.
         accuracy: The same of the final model.

@@ -144,7 +144,7 @@ def answer_rows(measurements: Measurements) -> list[dict[str, Any]]:
 
 
 def stage_records(measurements: Measurements) -> dict[str, StageRecord]:
-    """Return what each stage took and where its artifacts are."""
+    """Return the cost and the artifacts of each stage."""
     verdicts = {
         f"{scorer} {name}": artifact
         for scorer, artifacts in measurements.verdicts.items()
@@ -209,7 +209,7 @@ def _answered_by(measurements: Measurements) -> list[str]:
 
 
 def _adapted_modules(measurements: Measurements) -> list[str]:
-    """Return the modules with an adapter; none where every stage was left out or trained all weights."""
+    """Return the modules with an adapter; empty if no stage trained an adapter."""
     adapters = [*measurements.aligned.spec.adapters, *measurements.final.spec.adapters]
     configs = [json.loads((path / "adapter_config.json").read_text(encoding="utf-8")) for path in adapters]
     return sorted({module for config in configs for module in config["target_modules"]})

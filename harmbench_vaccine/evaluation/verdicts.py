@@ -1,7 +1,7 @@
-"""From answers to verdicts: each pair is read once by each judge, whatever run it is part of.
+"""From answers to verdicts: each judge reads each (question, answer) pair once, for all runs together.
 
-A scorer first reads a (question, answer) pair into a raw judgment, then decides on a verdict, so that another threshold
-runs no model. Raw judgments are cached in one file next to the artifacts, under the hash of the pair and of
+A scorer first reads a pair into a raw judgment, then decides on a verdict, so that another threshold runs no model. Raw
+judgments are cached in one file next to the artifacts, under the hash of the pair and of
 `experiment.keys.raw_judgment_key`. They are written as they arrive, so that interrupted judging resumes.
 """
 
@@ -26,18 +26,18 @@ from harmbench_vaccine.inference.loading import check_model
 from harmbench_vaccine.plugins import Scorer
 
 CHUNK = 128
-"""Pairs that are read before their raw judgments are written."""
+"""Number of pairs after which raw judgments are written."""
 MAX_UNPARSED = 0.9
-"""Share of answers without a readable verdict at which judging fails."""
+"""Share of unreadable verdicts from which judging fails."""
 
 
 def judged_pair(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what a judge reads of a stored answer: the question without an attack's wrapping, and the answer."""
+    """Return the question, without the changes of an attack, and the answer of a stored row: the input of a judge."""
     return f"{row['instruction']} {row['input']}".strip(), row["answer"]
 
 
 def check_scorer(scorer: Scorer) -> None:
-    """Check that a scorer can run, before any work is spent.
+    """Check that a scorer can run, before any work starts.
 
     Raises:
         BadInput: Its parameters do not fit together, or its model does not exist.
@@ -138,7 +138,7 @@ class _Cache:
 
     @contextmanager
     def without_errors(self) -> Iterator[None]:
-        """Continue without the cache where its file cannot be used: that costs time, not the run."""
+        """Continue without the cache if its file cannot be used: judging is then slower, but does not fail."""
         try:
             yield
         except (sqlite3.Error, ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Explanations of reuse: the inputs of a run's artifacts, compared with those of earlier artifacts."""
+"""Explain which artifacts of a run were reused, and which inputs of the others differ from earlier artifacts."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def explain_run(result: Result, store: Store) -> list[Explanation]:
     """Explain every artifact of a run, in the order of its stages.
 
     Args:
-        result: The result of the run; of schema 1 it names no artifacts.
-        store: Where the artifacts are searched by key, also if the result was computed in another folder.
+        result: The result of the run; a result of schema 1 has no artifacts.
+        store: The store that contains the artifacts, also if the result was computed in another folder.
     """
     return [
         _explain(stage, name, artifact, store)
@@ -79,7 +79,7 @@ def _explain(stage: str, name: str, artifact: StageArtifact, store: Store) -> Ex
 
 
 def _distance(differences: list[Difference]) -> tuple[int, int, int]:
-    """Order earlier artifacts: few differences first, of which those in upstream stages and in values count less."""
+    """Return a sort key for earlier artifacts: the number of differences; those inside the stage count twice."""
     absent = sum(difference.value is None or difference.earlier is None for difference in differences)
     upstream = ("model.", "aligned.", "final.", "answers")
     local = sum(not difference.field.startswith(upstream) for difference in differences)
@@ -97,7 +97,7 @@ def compare_inputs(inputs: Inputs, earlier: Inputs) -> list[Difference]:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted path and value of everything inside nested dictionaries and lists."""
+    """Yield the dotted path and the value of every leaf of nested dictionaries and lists."""
     if isinstance(value, dict) and value:
         items = list(value.items())
     elif isinstance(value, list) and any(isinstance(item, dict | list) for item in value):

@@ -1,1 +1,1 @@
-"""The settled experiment: specification, protocol, rows, keys and training sessions."""
+"""Experiments before evaluation: specification, protocol, settled experiment, rows, keys, training sessions."""

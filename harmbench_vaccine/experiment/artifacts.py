@@ -1,4 +1,4 @@
-"""The models and measurements that the stages of an experiment leave in the store."""
+"""Files of the artifacts in the store, and the models and measurements that consist of artifacts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ ROWS, LOG, TRAINING = "rows.json", "log.json", "training.json"
 """The ids of the rows of a training stage, its log by step, and its steps with the peak memory."""
 ANSWERS, VERDICTS, GRADES, DRIFT = "answers.jsonl", "verdicts.jsonl", "grades.jsonl", "drift.json"
 ENGINE = "engine.json"
-"""The engine that generated the answers, where vLLM was requested: another one serves what vLLM cannot."""
+"""The engine that generated the answers, stored if vLLM was requested: transformers answers for models that vLLM
+does not support."""
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with the artifacts that led to it."""
+    """A model with the artifacts of the stages that made it."""
 
     root: str
     """The location of the base model that the experiment started from."""

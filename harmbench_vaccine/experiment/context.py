@@ -17,4 +17,4 @@ class RunContext:
     models: ModelPool
     progress: Progress = SILENT
     save_share: float = 0.1
-    """A training stage writes a checkpoint after each such share of its steps."""
+    """Share of the steps of a training stage between two checkpoints."""

@@ -40,7 +40,7 @@ class TrainingSession:
     context: RunContext
     config: StageConfig
     defenses: DefenseTeam
-    """A copy for this session, so that the state of a defense never passes to another stage or run."""
+    """A copy for this session, so that stages and runs share no state of a defense."""
     stage: TrainingStage
 
     @classmethod
@@ -85,7 +85,7 @@ class TrainingSession:
             rows: The rows of the stage before the defenses change them.
             folder: The artifact to write.
             checkpoints: The folder of checkpoints, to resume from.
-            uploaded: The rows before a moderation filter, where one acts.
+            uploaded: The rows before a moderation filter; None: no filter acts.
         """
         import torch
 
@@ -125,7 +125,7 @@ class TrainingSession:
         _write_rows(folder, examples, encoded, rows, uploaded)
 
     def edit_adapter(self, adapter: Adapter, folder: Path) -> None:
-        """Store an adapter as the defenses edit it: the repair stage."""
+        """Store an adapter after the edits of the defenses: the repair stage."""
         from harmbench_vaccine.training.peak_memory import peak_memory
 
         with ExitStack() as cleanup:
@@ -136,7 +136,7 @@ class TrainingSession:
             write_json(folder / TRAINING, {"steps": 0, "peak_memory": peak()})
 
     def edit_weights(self, attack: Attack, folder: Path) -> None:
-        """Store the merged model as an attack edits it, instead of training."""
+        """Store the merged model after the edits of an attack that does not train."""
         from harmbench_vaccine.training.peak_memory import peak_memory
 
         with peak_memory() as peak, self.stage.isolated("ablate"):
@@ -146,7 +146,7 @@ class TrainingSession:
         _write_rows(folder, [], [])
 
     def _edited(self, adapter: Adapter) -> Adapter:
-        """Return a finished adapter as the defenses edit it, without dropout and with reproducible random numbers."""
+        """Return a finished adapter after the edits of the defenses, without dropout and with a fixed seed."""
         with self.stage.isolated("edit"):
             return self.defenses.edit(self.stage, adapter)
 
@@ -196,7 +196,7 @@ def _write_rows(
     before_defense: Sequence[Example] = (),
     uploaded: Sequence[Example] | None = None,
 ) -> None:
-    """Store the ids of the rows that were trained on, of those too long for a response, and what a filter removed."""
+    """Store the ids of the trained rows, the ids of rows without room for a response, and the counts of a filter."""
     used = {row.id for row in encoded}
     record: dict[str, Any] = {
         "used": [row.id for row in encoded],

@@ -1,4 +1,4 @@
-"""The specification of a run: what the user wrote, validated."""
+"""The specification of a run: the user's input, parsed and validated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harmbench_vaccine.plugins.composition import Component, Composition
 class RunSpec(BaseModel):
     """One run: a model, a defense, an attack and a task, under a protocol, with a seed.
 
-    What the user did not write stays empty and is taken from the protocol (`Experiment.settle`).
+    Optional values that the user does not set are None or empty; `Experiment.settle` takes them from the protocol.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -23,15 +23,15 @@ class RunSpec(BaseModel):
     task: str = "sst2"
     seed: int = Field(default=0, ge=0)
     model: str | None = None
-    """A Hub id or folder; None: the protocol's."""
+    """A Hub id or a folder; None: the model of the protocol."""
     scorers: tuple[str, ...] = ()
-    """Judges that replace the protocol's; the first one's harmful score is the headline."""
+    """Judges that replace the judge of the protocol; the first one gives the headline harmful score."""
     data: dict[str, str] = Field(default_factory=dict)
     """Data set name -> folder, file or Hub id that replaces the protocol's."""
     values: dict[str, str] = Field(default_factory=dict)
     """Dotted path of a protocol value -> the value that replaces it, as YAML."""
     backend: Literal["transformers", "vllm"] | None = None
-    """What generates answers; None: vLLM where it is installed and a GPU is available."""
+    """Engine that generates answers; None: vLLM if it is installed and a GPU is available, else transformers."""
 
 
 def first_validation_error(error: ValidationError) -> str:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 P = TypeVar("P", bound="Plugin", covariant=True)
 
 _CONTRACT = frozenset(f"{__package__}.{module}" for module in ("base", "defense", "attack", "task", "scorer"))
-"""Modules that are not part of the code of a plug-in."""
+"""Modules of base classes, which are not part of a plug-in's fingerprint."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters
@@ -45,9 +45,9 @@ def param(
 
     Args:
         default: The default value.
-        doc: One line that describes the parameter; `hbv info` prints it.
+        doc: Description in one line, which `hbv info` prints.
         source: Source of the default: a section of the paper, a script of the authors.
-        main: Whether `name=VALUE` on the command line sets this parameter.
+        main: Whether `PLUGIN=VALUE` on the command line sets this parameter.
         ge: Smallest allowed value.
         gt: Exclusive lower bound.
         le: Largest allowed value.
@@ -157,7 +157,7 @@ class Plugin(BaseModel):
     def fingerprint(cls) -> str:
         """Hash the code of the class and of its base classes, without comments, docstrings and imports.
 
-        An edit of code gives new artifacts; an edit of wording does not.
+        An edit of code leads to new artifacts; an edit of comments or docstrings does not.
         """
         classes = [base for base in cls.__mro__ if issubclass(base, Plugin) and base.__module__ not in _CONTRACT]
         files = dict.fromkeys(inspect.getfile(base) for base in classes)

@@ -1,4 +1,4 @@
-"""One training stage as a defense sees it: the model, its clock, and the operations of update rules."""
+"""The object that the hooks of a defense receive: model, step counters, and the operations of update rules."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _no_nested(*args: Any) -> Adapter:
 
 @dataclass
 class TrainingStage:
-    """The training stage that every hook receives.
+    """A training stage: the argument of every hook.
 
     With several ranks, a hook sees only the rows of its rank. A loss is then this rank's share: the sum over ranks is
     the loss of the micro-batch, and every `Gradient` is the gradient of the complete micro-batch. If a defense sums
@@ -115,7 +115,7 @@ class TrainingStage:
         return loss
 
     def gradient(self, batch: Batch) -> Gradient:
-        """Return the gradient of L(w; B). The `.grad` of the parameters does not change: the trainer uses it."""
+        """Return the gradient of L(w; B). It does not change the `.grad` of the parameters, which the trainer uses."""
         return self.gradient_of(self.loss(batch))
 
     def gradient_of(self, loss: Tensor) -> Gradient:
