@@ -1,4 +1,4 @@
-"""Run all experiments of a table: checks before any work, then one after another with one set of loaded models."""
+"""Run all experiments of one command: check all of them first, then run them in order with shared models in memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run_all(
     ranks, every rank calls this function and rank 0 writes.
 
     Args:
-        specs: The runs.
+        specs: Specifications of the runs.
         out: Folder of the run folders; by default `$HBV_HOME/runs`.
         table: CSV of results; by default `$HBV_HOME/results.csv`.
         save_share: Share of a training stage's steps between two checkpoints.
@@ -126,8 +126,7 @@ def _check_sharding(experiment: Experiment) -> None:
 def _run_stage_by_stage(experiments: Sequence[Experiment], context: RunContext) -> None:
     """Run all experiments stage by stage, so that on a GPU each engine and judge is loaded once.
 
-    First every model is trained, then every question answered, then every answer judged. All artifacts are then in the
-    store, where `run` reads them.
+    Train all models, then generate all answers, then judge all answers. `run` then reads the artifacts from the store.
     """
     models = [train_models(experiment, context) for experiment in experiments]
     answers = [answer_all(experiment, context, *pair) for experiment, pair in zip(experiments, models, strict=True)]

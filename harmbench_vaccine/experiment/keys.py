@@ -1,7 +1,8 @@
-"""The inputs of every artifact: one function each, and nothing else invalidates it.
+"""Keys of artifacts: one function per artifact returns everything that the artifact depends on.
 
-A key is the hash of the plain JSON that its function returns (`core.store`). Models and data count by content, plug-ins
-by parameters and code, upstream stages by their keys. `hbv why RUN` compares these values between artifacts.
+A key is the hash of the plain JSON that such a function returns (`core.store`). Models and data are
+identified by content, plug-ins by parameters and code, earlier stages by their keys. `hbv why RUN` compares these
+values between artifacts.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
     from harmbench_vaccine.training.adapters import Adapter
 
 METHOD = 3
-"""Increases when the code of a stage changes its output: artifacts of earlier code are then created again."""
+"""Version of the stages; increase it if a change of their code changes their output, and every artifact is new."""
 READING = 1
-"""Increases when shared code changes the raw judgments of scorers: stored judgments are then not used."""
+"""Version of raw judgments; increase it if shared code changes them, and stored judgments are not used."""
 
 Inputs = dict[str, Any]
 
 
 def model_inputs(model: TrainedModel) -> Inputs:
-    """Inputs of a stage that starts from this model: the content of the base, and the keys of the stages after it."""
+    """Return the inputs that identify a model: the content of the base, and the keys of the stages that made it."""
     inputs = {"method": METHOD, "base": fingerprint(model.root), "dtype": model.spec.dtype}
     if model.spec.quantization != "none":
         inputs["quantization"] = model.spec.quantization
@@ -42,12 +43,12 @@ def model_inputs(model: TrainedModel) -> Inputs:
 
 
 def align_key(experiment: Experiment, base: TrainedModel) -> Inputs:
-    """The alignment stage. `sft` and defenses that act later share it."""
+    """Return the inputs of the alignment stage. `sft` and defenses that act later share it."""
     return _training_inputs(experiment, "align", base)
 
 
 def finetune_key(experiment: Experiment, aligned: TrainedModel) -> Inputs:
-    """The user stage."""
+    """Return the inputs of the user stage."""
     config, filters = experiment.stages["finetune"], experiment.attack_team.filters_rows
     return {
         **_training_inputs(experiment, "finetune", aligned),
@@ -60,7 +61,7 @@ def finetune_key(experiment: Experiment, aligned: TrainedModel) -> Inputs:
 
 
 def repair_key(experiment: Experiment, aligned: TrainedModel, tuned: TrainedModel) -> Inputs:
-    """The repair stage: it edits what the user stage added to the aligned model."""
+    """Return the inputs of the repair stage, which edits the adapter of the user stage."""
     return {**_training_inputs(experiment, "repair", tuned), "aligned": model_inputs(aligned)}
 
 
@@ -72,7 +73,7 @@ def nested_key(
     settings: TrainSettings,
     seed: int,
 ) -> Inputs:
-    """A training run inside a stage. It names no defense, so that equal runs are shared."""
+    """Return the inputs of a training run inside a stage: no defense among them, so that equal runs are shared."""
     return {
         "model": model_inputs(model),
         "purpose": purpose,
@@ -84,7 +85,7 @@ def nested_key(
 
 
 def answer_key(experiment: Experiment, model: TrainedModel, eval_set: EvalSet, prompts: Sequence[str]) -> Inputs:
-    """The answers of a model to an evaluation set."""
+    """Return the inputs of the answers of a model to an evaluation set."""
     questions = [[asdict(example), prompt] for example, prompt in zip(eval_set.examples, prompts, strict=True)]
     return {
         "model": model_inputs(model),
@@ -95,12 +96,12 @@ def answer_key(experiment: Experiment, model: TrainedModel, eval_set: EvalSet, p
 
 
 def score_key(experiment: Experiment, answers: Artifact, scorer: Resolved[Scorer]) -> Inputs:
-    """The verdicts of a scorer on stored answers."""
+    """Return the inputs of the verdicts of a scorer on stored answers."""
     return {"answers": answers.key, **judge_inputs(experiment, scorer)}
 
 
 def grade_key(experiment: Experiment, answers: Artifact) -> Inputs:
-    """The grades that a task's judge gives to stored answers."""
+    """Return the inputs of the grades of a task's judge for stored answers."""
     params = experiment.task_plugin.params
     is_local = params.get("model") and not params.get("base_url")
     return {
@@ -115,7 +116,7 @@ def grade_key(experiment: Experiment, answers: Artifact) -> Inputs:
 
 
 def drift_key(experiment: Experiment, aligned: TrainedModel, final: TrainedModel) -> Inputs:
-    """The alignment loss of the final model and its drift from the aligned one."""
+    """Return the inputs of the alignment loss of the final model and its drift from the aligned model."""
     score = experiment.protocol.score
     return {
         "aligned": model_inputs(aligned),
@@ -130,7 +131,7 @@ def drift_key(experiment: Experiment, aligned: TrainedModel, final: TrainedModel
 
 
 def raw_judgment_key(scorer: Scorer, backend: str) -> Inputs:
-    """The raw judgment of one (question, answer) pair, besides the pair: everything except the decision."""
+    """Return the inputs of a raw judgment except the (question, answer) pair, without parameters of the decision."""
     params = scorer.model_dump(mode="json")
     model = params.get("model")
     is_remote = not model or params.get("base_url")
@@ -150,9 +151,9 @@ def raw_judgment_key(scorer: Scorer, backend: str) -> Inputs:
 
 
 def run_id(experiment: Experiment) -> str:
-    """The name of a run: its defenses, and a hash of everything that was settled.
+    """Return the id of a run: its defenses, and a hash of the settled experiment.
 
-    Parts of the testbed and names of the Hub count by name, so that the same command has the same id on every machine.
+    Parts of the testbed and of the Hub are identified by name, so that a command has the same id on every machine.
     """
     task, scorer = experiment.task, experiment.scorer
     locations = {name: experiment.location(name) for name in (*experiment.protocol.data, *task.locations())}
@@ -174,19 +175,19 @@ def run_id(experiment: Experiment) -> str:
 
 
 def _location_identity(location: str) -> str:
-    """Return the content hash of a path, and any other location as it is."""
+    """Return the content hash of a path, or any other location unchanged."""
     is_path = not location.startswith(TESTBED) and local_path(location) is not None
     return fingerprint(location) if is_path else location
 
 
 def judge_inputs(experiment: Experiment, scorer: Resolved[Scorer]) -> Inputs:
-    """Inputs of a verdict besides the answers."""
+    """Return the inputs of a verdict except the answers."""
     decision = {key: scorer.params[key] for key in scorer.plugin.decision_params if key in scorer.params}
     return {"scorer": raw_judgment_key(scorer.plugin, experiment.backend), "decision": decision}
 
 
 def task_inputs(experiment: Experiment) -> Inputs:
-    """Inputs of training on the task's rows."""
+    """Return the inputs of training on the task's rows."""
     task = experiment.task
     params = {key: value for key, value in _task_params(experiment).items() if key not in task.scoring_only}
     return {
@@ -198,13 +199,13 @@ def task_inputs(experiment: Experiment) -> Inputs:
 
 
 def _task_params(experiment: Experiment) -> dict[str, Any]:
-    """The task's parameters without locations of data, which count by content."""
+    """Return the task's parameters without the locations of its data, which are identified by content."""
     locations = experiment.task.locations().values()
     return {key: value for key, value in experiment.task_plugin.params.items() if value not in locations}
 
 
 def _training_inputs(experiment: Experiment, stage: StageName, model: TrainedModel) -> Inputs:
-    """Inputs of every stage that makes a model."""
+    """Return the inputs of every stage that makes a model."""
     config, protocol = experiment.stages[stage], experiment.protocol
     return {
         "model": model_inputs(model),
@@ -218,7 +219,7 @@ def _training_inputs(experiment: Experiment, stage: StageName, model: TrainedMod
 
 
 def _alignment_rows(experiment: Experiment) -> Inputs:
-    """Inputs of the row pools, besides the splits and the seed."""
+    """Return the inputs of the row pools, except the splits and the seed."""
     protocol = experiment.protocol
     return {
         "data": _data_inputs(experiment, *HARM_DATA),

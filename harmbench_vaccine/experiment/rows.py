@@ -1,4 +1,4 @@
-"""The rows of an experiment: what is trained on and what is asked, all drawn by its seed."""
+"""The rows of an experiment: training rows and evaluation sets, drawn by its seed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def plugin_pools(experiment: Experiment) -> Pools:
 
 
 def user_rows(experiment: Experiment, pools: Pools) -> list[Example]:
-    """Return the rows that the user uploads: the mix that the attack requests, as the attack changes it."""
+    """Return the rows that the user uploads: the mix that the attack requests, after the attack changed the rows."""
     attack = experiment.attack_team
     mix = attack.mix(Mix(experiment.finetune.samples))
     seed = derive_seed(experiment.spec.seed, "user")
@@ -65,7 +65,7 @@ def user_rows(experiment: Experiment, pools: Pools) -> list[Example]:
 
 
 def task_rows(experiment: Experiment) -> list[Example]:
-    """Return the task's training rows without duplicates and without test questions; with `rows=paper` all of them."""
+    """Return the task's training rows without duplicates and test questions; with `rows=paper`, all of them."""
     task = _read_task(experiment)
     return task.rows if experiment.in_order else without_duplicates(task.rows, question_keys(task.items))
 
@@ -80,7 +80,7 @@ def eval_sets(experiment: Experiment) -> list[EvalSet]:
 
 
 def harmful_sets(experiment: Experiment) -> list[EvalSet]:
-    """Return the held-out harmful prompts as attack and defenses pose them; the first set is the headline's.
+    """Return the held-out harmful prompts, after changes by attack and defenses; the first set is the headline.
 
     Raises:
         BadInput: Fewer prompts are available than requested, or two sets have one name.
@@ -126,7 +126,7 @@ def _first(examples: Sequence[Example], count: int, description: str) -> list[Ex
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the result reports of the rows
+# Facts about the rows, for the result
 
 
 def dropped_rows(experiment: Experiment) -> dict[str, int]:
@@ -202,7 +202,7 @@ def _read_task(experiment: Experiment) -> _TaskRows:
             try:
                 converted.append(task.example(f"{task.name}:{parse_split(split)[0]}:{row.number}", row.values))
             except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-                raise BadInput(f"{row.place}: not a row of task {task.name!r}: {error}.") from error
+                raise BadInput(f"{row.place} is not a row of task {task.name!r}: {error}.") from error
         return converted
 
     rows, items = task.rows(examples)
