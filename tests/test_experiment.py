@@ -108,6 +108,34 @@ def test_the_state_of_a_defense_stays_in_its_session(small_world: Path, tmp_path
     assert plugin._steps == []
 
 
+def test_rows_do_not_depend_on_earlier_requests(small_world: Path, tmp_path: Path) -> None:
+    """The check before the work calls the same hooks as the stages; a plug-in with a generator draws the same rows."""
+    file = tmp_path / "sampling.py"
+    file.write_text(
+        "from typing import Any\n"
+        "from pydantic import PrivateAttr\n"
+        "from harmbench_vaccine.plugins import KIND\n\n\n"
+        "class Sampling(KIND):\n"
+        "    _generator: Any = PrivateAttr(None)\n\n"
+        "    def HOOK(self, *arguments: Any) -> Any:\n"
+        '        self._generator = self._generator or self.random("rows")\n'
+        "        return self._generator.sample(list(arguments[INDEX]), 4)\n"
+    )
+    text = file.read_text()
+    attack = tmp_path / "uploading.py"
+    for path, kind, hook, index in ((file, "Defense", "train_on", "1"), (attack, "Attack", "upload", "0")):
+        path.write_text(text.replace("KIND", kind).replace("HOOK", hook).replace("INDEX", index))
+    used = []
+    for checks in range(3):
+        experiment = Experiment.settle(spec(small_world, str(file), str(attack)))
+        for _ in range(checks):
+            check_rows(experiment)
+        aligned = align(experiment, run_context(tmp_path / f"store{checks}"))
+        uploaded = [row.id for row in user_rows(experiment, plugin_pools(experiment))]
+        used.append((aligned.artifacts["align"].json("rows.json")["used"], uploaded))
+    assert used[0] == used[1] == used[2]
+
+
 def test_with_models_and_seeded_return_copies(small_world: Path) -> None:
     experiment = Experiment.settle(spec(small_world))
     defense, scorer = experiment.defenses[0].plugin, experiment.scorer.plugin
@@ -156,6 +184,12 @@ def test_an_edited_data_file_is_read_again(tmp_path: Path) -> None:
     ]
     path.write_text("".join(lines[:100]))
     assert data_provenance(again)["beavertails"]["rows"]["30k_train"] == 100
+
+
+def test_provenance_counts_the_rows_of_a_location_that_pools_and_task_share(small_world: Path) -> None:
+    alpaca = small_world.parent / "data" / "alpaca"
+    provenance = data_provenance(Experiment.settle(spec(small_world, task=f"own:data={alpaca},train=train[:50]")))
+    assert provenance["alpaca"]["rows"] == {"train": 120, "test": 40, "train[:50]": 50}
 
 
 def test_rows_are_the_same_however_often_they_are_requested(small_world: Path) -> None:

@@ -36,7 +36,7 @@ def check_rows(experiment: Experiment) -> None:
         BadInput: A file lacks a field, or fewer rows are available than requested.
     """
     pools = plugin_pools(experiment)
-    align, finetune = (experiment.stages[name].defenses for name in ("align", "finetune"))
+    align, finetune = (experiment.stages[name].defenses.fresh() for name in ("align", "finetune"))
     align.train_on("align", list(pools.alignment), pools)
     finetune.train_on("finetune", user_rows(experiment, pools), pools)
     eval_sets(experiment)
@@ -58,7 +58,7 @@ def plugin_pools(experiment: Experiment) -> Pools:
 
 def user_rows(experiment: Experiment, pools: Pools) -> list[Example]:
     """Return the rows that the user uploads: the mix that the attack requests, after the attack changed the rows."""
-    attack = experiment.attack_team
+    attack = experiment.attack_team.fresh()
     mix = attack.mix(Mix(experiment.finetune.samples))
     seed = derive_seed(experiment.spec.seed, "user")
     return upload_rows(mix, task_rows(experiment), pools, attack, seed, experiment.in_order)
@@ -87,8 +87,8 @@ def harmful_sets(experiment: Experiment) -> list[EvalSet]:
     """
     sets = [_question_set(experiment, "harmful", _row_pools(experiment).harmful_questions)]
     for config in experiment.stages.values():
-        sets = config.defenses.evaluations(sets)
-    sets = experiment.attack_team.evaluations(sets)
+        sets = config.defenses.fresh().evaluations(sets)
+    sets = experiment.attack_team.fresh().evaluations(sets)
     names = [eval_set.name for eval_set in sets]
     if len({*names, "benign", "task"}) < len(names) + 2:
         raise BadInput(f"Evaluation sets need different names, other than benign and task; got {', '.join(names)}.")
@@ -152,7 +152,8 @@ def overlapping_questions(experiment: Experiment) -> dict[str, int]:
 
 def data_provenance(experiment: Experiment) -> dict[str, dict[str, Any]]:
     """Describe each data set: its location, its revision or content hash, and the rows read from each split."""
-    rows_read = {**_row_pools(experiment).rows_read, **_read_task(experiment).rows_read}
+    pools, task = _row_pools(experiment).rows_read, _read_task(experiment).rows_read
+    rows_read = {location: pools.get(location, {}) | task.get(location, {}) for location in (*pools, *task)}
     locations = {name: experiment.location(name) for name in (*HARM_DATA, *experiment.task.datasets)}
     return {name: provenance(location, rows_read.get(location, {})) for name, location in locations.items()}
 
