@@ -198,6 +198,24 @@ def test_code_without_comments_docstrings_and_imports_is_the_fingerprint(tmp_pat
     assert plain != edited
 
 
+def test_grades_depend_on_the_content_of_a_local_judge(settle: Callable[..., Experiment], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n')
+
+    def grade_key(model: str, *params: str) -> dict[str, Any]:
+        task = ",".join([f"own:data={rows},rule=judge,model={model}", *params])
+        return keys.grade_key(settle(task=task), artifact("answer"))
+
+    for name, content in (("judge", "{}"), ("copy", "{}"), ("other", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    first = grade_key(f"{tmp_path}/judge")
+    assert grade_key(f"{tmp_path}/copy") == first
+    assert grade_key(f"{tmp_path}/other") != first
+    remote = "base_url=http://localhost:1/v1"
+    assert grade_key("small", remote) != grade_key("large", remote)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A copied home, and why an artifact was created
 

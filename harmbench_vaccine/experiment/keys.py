@@ -102,16 +102,13 @@ def score_key(experiment: Experiment, answers: Artifact, scorer: Resolved[Scorer
 
 def grade_key(experiment: Experiment, answers: Artifact) -> Inputs:
     """Return the inputs of the grades of a task's judge for stored answers."""
-    params = experiment.task_plugin.params
+    params = _task_params(experiment)
     is_local = params.get("model") and not params.get("base_url")
+    judge = fingerprint(params.pop("model")) if is_local else None
     return {
         "answers": answers.key,
-        "task": {
-            "name": experiment.task.name,
-            "params": _task_params(experiment),
-            "code": type(experiment.task).fingerprint(),
-        },
-        "judge": fingerprint(params["model"]) if is_local else None,
+        "task": {"name": experiment.task.name, "params": params, "code": type(experiment.task).fingerprint()},
+        "judge": judge,
     }
 
 
