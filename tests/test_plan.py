@@ -248,6 +248,20 @@ def test_dry_run_prints_the_plan_and_creates_nothing(world: Path, own_home: Path
         assert part in text
 
 
+def test_dry_run_downloads_no_rows(world: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set that is not on this machine is counted by the protocol, also where the Hub is reachable."""
+
+    def refuse(location: str, *args: Any) -> Any:
+        raise AssertionError(f"{location} would be downloaded")
+
+    monkeypatch.setattr(hub, "_load_dataset", refuse)
+    arguments = ["run", "--protocol", str(world), "--data", "beavertails=org/none", "--dry-run", "--json"]
+    printed = json.loads(CliRunner().invoke(commands, arguments, catch_exceptions=False).stdout)
+    details = {entry["stage"]: entry["detail"] for entry in printed["experiments"][0]["estimate"]}
+    assert details["finetune"].startswith("20 steps of 4 rows of 96 tokens")  # max_length
+    assert details["answer"].startswith("44 answers")
+
+
 def test_paper_protocol_is_planned_without_its_models_and_data(own_home: Path) -> None:
     arguments = ["run", "--protocol", "vaccine-paper", "--defense", "vaccine", "--task", "gsm8k", "--dry-run", "--json"]
     printed = json.loads(CliRunner().invoke(commands, arguments, catch_exceptions=False).stdout)

@@ -13,6 +13,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,12 @@ class Estimate:
     detail: str
 
 
-def estimate_costs(experiment: Experiment) -> list[Estimate]:
+def estimate_costs(experiment: Experiment, *, read_rows: bool = True) -> list[Estimate]:
     """Estimate the stages of an experiment that train or generate, as if none were stored.
+
+    Args:
+        experiment: The experiment.
+        read_rows: False: take the numbers of rows from the protocol, since to read the rows would download them.
 
     Raises:
         HbvError: The configuration of the model cannot be read.
@@ -85,7 +90,7 @@ def estimate_costs(experiment: Experiment) -> list[Estimate]:
     estimates = []
     for name in names:
         settings = experiment.stages[name].settings
-        rows, width = _row_shape(experiment, name, settings)
+        rows, width = _row_shape(experiment, name, settings, read_rows)
         steps = math.ceil(round(settings.epochs * math.ceil(rows / settings.batch)) / settings.accumulation)
         memory = count_memory(model, protocol.dtype, protocol.quantization, settings, width)
         times = measure_seconds(model, protocol.dtype, settings, width)
@@ -96,7 +101,7 @@ def estimate_costs(experiment: Experiment) -> list[Estimate]:
             seconds = steps * (settings.accumulation * batch + times.update)
         detail = f"{steps} steps of {settings.batch} rows of {width} tokens, {forward}F {backward}B per step"
         estimates.append(Estimate(name, seconds, memory.peak, detail))
-    return [*estimates, _estimate_answers(experiment)]
+    return [*estimates, _estimate_answers(experiment, read_rows)]
 
 
 def passes_per_step(defenses: Sequence[Defense]) -> tuple[int, int]:
@@ -108,11 +113,14 @@ def passes_per_step(defenses: Sequence[Defense]) -> tuple[int, int]:
     return max(((int(cost[1]), int(cost[2])) for cost in costs if cost), default=(1, 1))
 
 
-def _row_shape(experiment: Experiment, name: StageName, settings: TrainSettings) -> tuple[int, int]:
+def _row_shape(experiment: Experiment, name: StageName, settings: TrainSettings, read_rows: bool) -> tuple[int, int]:
     """Return the number of rows of a stage, and the mean width of its batches in tokens.
 
     If the rows are not on this machine, return the number in the protocol and the maximum width.
     """
+    count = experiment.protocol.align.rows if name == "align" else experiment.finetune.samples
+    if not read_rows:
+        return count, settings.max_length
     try:
         from transformers import AutoTokenizer
 
@@ -122,21 +130,20 @@ def _row_shape(experiment: Experiment, name: StageName, settings: TrainSettings)
 
         pools = plugin_pools(experiment)
         rows = list(pools.alignment) if name == "align" else user_rows(experiment, pools)
-        rows = experiment.stages[name].defenses.train_on(name, rows, pools)
+        rows = experiment.stages[name].defenses.fresh().train_on(name, rows, pools)
         with readable_load_errors(experiment.model) as arguments:
             tokenizer = AutoTokenizer.from_pretrained(**arguments)
         lengths = [len(row.ids) for row in encode_examples(tokenizer, experiment.template, rows, settings.max_length)]
         order = batch_order(len(lengths), settings, derive_seed(experiment.spec.seed, name))
         return len(lengths), round(statistics.mean(max(lengths[index] for index in batch) for batch in order))
     except HbvError:
-        count = experiment.protocol.align.rows if name == "align" else experiment.finetune.samples
         return count, settings.max_length
 
 
-def _estimate_answers(experiment: Experiment, batch: int = 64) -> Estimate:
+def _estimate_answers(experiment: Experiment, read_rows: bool, batch: int = 64) -> Estimate:
     """Estimate the answers of both models to every question, at their maximum length: an upper bound."""
     protocol, settings = experiment.protocol, experiment.finetune.settings
-    sets = _answer_sets(experiment)
+    sets = _answer_sets(experiment, read_rows)
     times = measure_seconds(experiment.model, protocol.dtype, settings, settings.max_length, batch)
     seconds = 2 * sum(math.ceil(count / batch) * tokens * times.token for count, tokens in sets) if times else None
     memory = count_memory(experiment.model, protocol.dtype, protocol.quantization, settings, 1).weights
@@ -144,17 +151,17 @@ def _estimate_answers(experiment: Experiment, batch: int = 64) -> Estimate:
     return Estimate("answer", seconds, memory, f"{count} answers at their maximum length, by transformers")
 
 
-def _answer_sets(experiment: Experiment) -> list[tuple[int, int]]:
+def _answer_sets(experiment: Experiment, read_rows: bool) -> list[tuple[int, int]]:
     """Return the number of questions and the maximum of new tokens of every evaluation set."""
-    try:
-        return [(len(eval_set.examples), eval_set.max_new_tokens) for eval_set in eval_sets(experiment)]
-    except HbvError:  # the rows are not on this machine
-        limits, task = experiment.protocol.answer, experiment.task
-        return [
-            (limits.harmful.prompts, limits.harmful.max_new_tokens),
-            (limits.items.get(task.name, limits.task_items), limits.task_tokens.get(task.name, task.max_new_tokens)),
-            (limits.benign.prompts, limits.benign.max_new_tokens),
-        ]
+    if read_rows:
+        with suppress(HbvError):  # the rows are not on this machine
+            return [(len(eval_set.examples), eval_set.max_new_tokens) for eval_set in eval_sets(experiment)]
+    limits, task = experiment.protocol.answer, experiment.task
+    return [
+        (limits.harmful.prompts, limits.harmful.max_new_tokens),
+        (limits.items.get(task.name, limits.task_items), limits.task_tokens.get(task.name, task.max_new_tokens)),
+        (limits.benign.prompts, limits.benign.max_new_tokens),
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
