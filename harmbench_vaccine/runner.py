@@ -108,7 +108,11 @@ def _check(experiments: Sequence[Experiment], shard: bool, progress: Progress) -
 
 def _locations(experiment: Experiment) -> list[str]:
     judges = [model for scorer in experiment.scorers for model in scorer_models(scorer.plugin)]
-    return [experiment.model, *judges, *experiment.protocol.data.values()]
+    params = experiment.task_plugin.params
+    if params.get("model") and not params.get("base_url"):
+        judges.append(params["model"])  # of the task
+    data = [*experiment.protocol.data.values(), *experiment.task.locations().values()]
+    return [experiment.model, *judges, *data]
 
 
 def _check_sharding(experiment: Experiment) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from harmbench_vaccine import runner
+from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import ModelPool
@@ -45,3 +47,29 @@ def test_experiments_run_stage_by_stage_if_models_take_turns(tmp_path: Path, mon
     assert orders[1] == ["train", "answer", "score", "drift"]
     for together, in_turns in zip(*results, strict=True):
         assert together.model_dump(include=set(SAME)) == in_turns.model_dump(include=set(SAME))
+
+
+@pytest.mark.parametrize("task", ["own:data=testbed:data/alpaca", "own:data=ROWS,rule=judge,model=testbed:model"])
+def test_the_testbed_is_built_for_a_task_that_reads_it(
+    task: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The protocol itself does not use the testbed."""
+
+    def build(*args: Any) -> None:
+        raise HbvError("the testbed is built")
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n' * 9)
+    monkeypatch.setattr(runner, "ensure_testbed", build)
+    with pytest.raises(HbvError, match="the testbed is built"):
+        run_all([RunSpec(protocol=str(world), task=task.replace("ROWS", str(rows)))])
+
+
+def test_a_run_whose_stored_answers_are_damaged_is_stored_again(tmp_path: Path, own_home: Path) -> None:
+    world = make_world(tmp_path / "world", {"align": {"rows": 8}, "finetune": {"samples": 8}})
+    [result] = run_all([RunSpec(protocol=str(world))])
+    answers = own_home / "runs" / result.run / "answers.jsonl"
+    text = answers.read_text()
+    answers.write_text(text.replace('"instruction"', '"question"'))
+    run_all([RunSpec(protocol=str(world))])
+    assert answers.read_text() == text
