@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -18,6 +20,7 @@ from harmbench_vaccine.evaluation import environment
 from harmbench_vaccine.evaluation.records import COLUMNS, csv_row, load_run, write_run
 from harmbench_vaccine.evaluation.result import SCHEMA_VERSION, Result
 from harmbench_vaccine.reporting.tables import results_table, scores_view
+from harmbench_vaccine.training import peak_memory
 from support.cli import hbv
 from support.world import make_world
 
@@ -140,3 +143,13 @@ def test_every_field_has_a_docstring_in_the_schema() -> None:
     ]
     assert undocumented == []
     assert schema["properties"]["schema_version"]["default"] == SCHEMA_VERSION
+
+
+def test_peak_memory_is_unknown_where_the_system_does_not_report_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows: neither /proc nor the module `resource` exists."""
+    for name in ("_STATUS", "_RESET"):
+        monkeypatch.setattr(peak_memory, name, Path("absent") / "file")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    with peak_memory.peak_memory() as peak:
+        assert peak() is None

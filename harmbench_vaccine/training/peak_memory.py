@@ -12,12 +12,13 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @contextmanager
-def peak_memory() -> Iterator[Callable[[], int]]:
+def peak_memory() -> Iterator[Callable[[], int | None]]:
     """Inside, measure peak memory: of the GPU where one is used, else of the process.
 
     Yields:
         A function that returns the peak since the block began, in bytes. Where the system cannot reset the peak of a
-        process (not Linux), it is the peak since the process started.
+        process (not Linux), it is the peak since the process started; None where the system has no such number
+        (Windows).
     """
     import torch
 
@@ -30,11 +31,13 @@ def peak_memory() -> Iterator[Callable[[], int]]:
     yield _process_peak
 
 
-def _process_peak() -> int:
+def _process_peak() -> int | None:
     with suppress(OSError):
         if match := re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text()):
             return int(match[1]) * 1024
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
