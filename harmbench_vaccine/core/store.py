@@ -99,7 +99,7 @@ class Store:
                     description = {
                         "stage": stage,
                         "key": key,
-                        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
                         "seconds": round(seconds, 3),
                         "inputs": inputs,
                         "files": _file_hashes(folder),
