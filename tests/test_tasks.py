@@ -111,7 +111,8 @@ def test_arithmetic_rows() -> None:
 
 @pytest.mark.parametrize("task", ["sst2", "agnews", "gsm8k"])
 def test_target_response_is_right_by_both_rules(task: str) -> None:
-    row = TASKS.get(task)().example("id", {"sentence": "s", "text": "t", "label": 1, "question": "q", "answer": "a #### 7"})
+    values = {"sentence": "s", "text": "t", "label": 1, "question": "q", "answer": "a #### 7"}
+    row = TASKS.get(task)().example("id", values)
     assert right(task, row.response, row.target) == (True, True)
 
 
