@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.types import RawJudgment
+from harmbench_vaccine.data import beavertails
 from harmbench_vaccine.data.beavertails import CATEGORIES
 from harmbench_vaccine.data.chat import break_control_tokens, full_prompt_ids, judge_prompt_ids
 from harmbench_vaccine.evaluation import verdicts
@@ -525,3 +526,11 @@ def test_vllm_judges_equal_transformers_judges(dam: Path, guard: Path, tmp_path:
             assert [reading.text for reading in expected] == [reading.text for reading in actual]
             for left, right in zip(expected, actual, strict=True):
                 assert left.probabilities == pytest.approx(right.probabilities, abs=1e-4)
+
+
+def test_the_judge_prompt_is_part_of_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in another file than the scorer; verdicts by another prompt must not be reused."""
+    assert beavertails.JUDGE_PROMPT in BeaverDam.fixed_texts
+    before = BeaverDam.fingerprint()
+    monkeypatch.setattr(BeaverDam, "fixed_texts", ("Another prompt.",))
+    assert BeaverDam.fingerprint() != before

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args, get
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from harmbench_vaccine.core.errors import BadInput, too_few_rows, unknown_name
+from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.seeds import random_stream
 from harmbench_vaccine.inference.model_pool import ModelPool
 
@@ -65,6 +66,9 @@ class Plugin(BaseModel):
     citation: ClassVar[str] = ""
     neutral: ClassVar[Mapping[str, Any] | None] = None
     """Parameters at which the plug-in has no effect; None: no such setting exists."""
+
+    fixed_texts: ClassVar[tuple[str, ...]] = ()
+    """Texts of its prompts that other files contain; they are part of the fingerprint."""
 
     _seed: int = PrivateAttr(0)
     _in_order: bool = PrivateAttr(False)
@@ -161,7 +165,8 @@ class Plugin(BaseModel):
         """
         classes = [base for base in cls.__mro__ if issubclass(base, Plugin) and base.__module__ not in _CONTRACT]
         files = dict.fromkeys(inspect.getfile(base) for base in classes)
-        return hashlib.sha256("".join(map(_code, files)).encode()).hexdigest()[:16]
+        code = hashlib.sha256("".join(map(_code, files)).encode()).hexdigest()[:16]
+        return digest([code, *cls.fixed_texts], 16) if cls.fixed_texts else code
 
 
 class _CodeOnly(ast.NodeTransformer):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import Example, Grade
 
@@ -34,13 +33,6 @@ class Task(Plugin):
     """The name of the score, if an item is not simply right or wrong."""
     scoring_only: ClassVar[tuple[str, ...]] = ()
     """Parameters that change no training row, or only through the content of a data set."""
-    fixed_texts: ClassVar[tuple[str, ...]] = ()
-    """Texts of its prompts that other files contain; they are part of the fingerprint."""
-
-    @classmethod
-    def fingerprint(cls) -> str:
-        """Hash its code, the code that it inherits, and `fixed_texts`."""
-        return digest([super().fingerprint(), *cls.fixed_texts], 16)
 
     def check(self) -> None:
         """Check the parameters before any work is spent.

@@ -24,6 +24,7 @@ class BeaverDam(Scorer):
 
     citation: ClassVar[str] = "arXiv 2307.04657"
     license: ClassVar[str] = "beaver-dam-7b: non-commercial use only"
+    fixed_texts: ClassVar[tuple[str, ...]] = (JUDGE_PROMPT, *CATEGORIES)
 
     model: str = param("PKU-Alignment/beaver-dam-7b", "a folder or hub id", source="BeaverTails")
     threshold: float = param(
