@@ -1092,7 +1092,7 @@ def test_name_of_both_kinds_is_checked_as_both(monkeypatch: pytest.MonkeyPatch) 
         ("vaccine+ewc", "'vaccine+ewc' names 2 plug-ins, but hbv check takes one at a time."),
         ("vaccine:rho=-1", "'vaccine': rho=-1 is not allowed; allowed: a number >= 0"),
         ("vaccine:rh=1", "Unknown parameter 'rh' of defense 'vaccine'. Did you mean 'rho'?"),
-        ("not a name", "'not a name' cannot be read"),
+        ("not a name", "'not a name' cannot be parsed"),
     ],
 )
 def test_invalid_plugin_is_refused_in_one_sentence(

@@ -1,4 +1,4 @@
-"""Errors that the command line prints as one sentence, with their exit codes."""
+"""Errors that the command line prints on one line, with their exit codes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 class HbvError(Exception):
-    """A failure while running (disk, engine, network), described in one sentence. Exit code 1."""
+    """A failure while running (disk, engine, network), described on one line. Exit code 1."""
 
     exit_code = 1
 
 
 class BadInput(HbvError):
-    """Invalid user input, described in one sentence with the allowed values. Exit code 2."""
+    """Invalid user input, described on one line with the allowed values. Exit code 2."""
 
     exit_code = 2
 

@@ -194,7 +194,7 @@ _FULL = {
 
 @contextmanager
 def readable_disk_errors(content: str) -> Iterator[None]:
-    """Translate a full disk into one sentence, whichever library raises the error.
+    """Translate a full-disk error of any library into a one-line error.
 
     Args:
         content: Description of the files that the block writes, for the error message.

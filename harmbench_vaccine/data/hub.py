@@ -27,6 +27,8 @@ Kind = Literal["dataset", "model"]
 
 _NAME = re.compile(r"(?P<id>\w[\w.-]*(?:/[\w.-]+)?)(?::(?P<inside>[^@:]+))?(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_UNREACHABLE = frozenset({"ConnectionError", "ConnectError", "TimeoutException"})
+"""Names of exceptions that libraries raise if the Hub cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ def download_size(kind: Kind, name: HubName) -> int:
     try:
         files = info(name.id, revision=name.revision, files_metadata=True, timeout=10).siblings or []
     except Exception as error:  # the libraries raise many kinds of errors
+        if error_class_names(error) & _UNREACHABLE:
+            raise HbvError("the Hub cannot be reached") from error
         raise HbvError(str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     sizes = {file.rfilename: file.size or 0 for file in files}
     if name.is_file:
@@ -243,9 +247,7 @@ def hub_access_error(what: str, error: BaseException, otherwise: str) -> HbvErro
         )
     if "RevisionNotFoundError" in kinds or text.startswith("Revision ") or "not a valid git identifier" in text:
         return BadInput(f"{what}: the Hub has no such revision. See its page for branches, tags and commits.")
-    if kinds & {
-        *("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "TimeoutException")
-    }:
+    if kinds & (_UNREACHABLE | {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}):
         return HbvError(
             f"{what} is not on this machine, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
             f"download it first, or {otherwise}."

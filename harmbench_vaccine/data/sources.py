@@ -141,7 +141,7 @@ class SourceRow:
     """One row of a data set, with its place for messages and ids."""
 
     number: int
-    """Its number in the split from 0, whatever slice is read."""
+    """Its number in the complete split, from 0, also if a slice is read."""
     values: Mapping[str, Any]
     place: str
     """File and line, or data set, split and row."""

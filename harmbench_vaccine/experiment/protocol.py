@@ -228,7 +228,14 @@ def _read(path: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise BadInput(f"The value of {path!r} cannot be read: {str(error).splitlines()[0]}.") from error
+        raise BadInput(f"The value of {path!r} cannot be read as YAML: {_yaml_problem(error)}.") from error
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Return the problem and its line as one phrase."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error).splitlines()[0]
 
 
 class _Loader(yaml.SafeLoader):
@@ -270,6 +277,6 @@ def load_protocol(name: str) -> Protocol:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"Protocol {path} cannot be read: {error}.") from error
     except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
+        raise BadInput(f"{path} is not YAML: {_yaml_problem(error)}.") from error
     except ValidationError as error:
         raise BadInput(f"{path} is not a protocol: {first_validation_error(error)}") from error

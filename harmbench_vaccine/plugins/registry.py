@@ -131,7 +131,7 @@ class Registry(Generic[P]):
             ]
             if len(classes) != 1:
                 raise BadInput(
-                    f"{loaded.__name__} defines {len(classes)} {self.base.kind} classes, but a file must define one."
+                    f"'{loaded.__file__}' defines {len(classes)} {self.base.kind} classes, but a file must define one."
                 )
             loaded = classes[0]
         if not (inspect.isclass(loaded) and issubclass(loaded, self.base)):

@@ -122,7 +122,7 @@ def dry_run_view(plan: Mapping[str, Any]) -> RenderableType:
 
 def _notes(plan: Mapping[str, Any]) -> list[str]:
     experiments = plan["experiments"]
-    notes = [f"Unknown which answers and scores are stored: {plan['unknown']}."] if plan["unknown"] else []
+    notes = [f"The stored answers and scores are unknown: {plan['unknown']}."] if plan["unknown"] else []
     notes += sorted({f"No estimate: {entry['no_estimate']}" for entry in experiments if entry["no_estimate"]})
     notes.append(
         "The estimates extrapolate timed steps of models with one and two layers on this machine, and are longer if it "
@@ -175,7 +175,7 @@ def _source_table(sources: Sequence[Mapping[str, Any]]) -> Table:
         state = "yes" if source["available"] else "to be downloaded"
         if source["location"].startswith("testbed:") and not source["available"]:
             state = "to be built"
-        detail = f": {source['detail']}" if source["detail"] else ""
+        detail = f" ({source['detail']})" if source["detail"] else ""
         rows.append([source["what"], source["location"], f"{state}{detail}"])
     return render_table(["reads", "location", "on this machine"], rows)
 
