@@ -33,8 +33,7 @@ def why(run: str, as_json: bool) -> None:
     explanations = explain_run(result, Store(home() / "store"))
     if not explanations:
         raise BadInput(
-            f"Run {result.run} was stored by an earlier version, without its keys. "
-            "Repeat its `hbv run` command, which reuses the stored stages."
+            f"Run {result.run} was stored by an earlier version, without its keys. Repeat its `hbv run` command."
         )
     if as_json:
         print_json([asdict(explanation) for explanation in explanations])

@@ -49,10 +49,7 @@ def rescore(
     """
     result, answers = load_run(run)
     if not result.scores:
-        raise BadInput(
-            f"Run {result.run} was stored by an earlier version. "
-            "Repeat its `hbv run` command, which reuses the stored stages."
-        )
+        raise BadInput(f"Run {result.run} was stored by an earlier version. Repeat its `hbv run` command.")
     models = ModelPool(progress)
     try:
         judges = _resolve(result, written or [result.scorer], threshold, models)
