@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,6 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from harmbench_vaccine import cli
 from harmbench_vaccine.attacks.backdoor import REFUSAL
 from harmbench_vaccine.attacks.guardrail import Guardrail
 from harmbench_vaccine.attacks.identity_shift import AFFIRMATION, ORDER, PERSONA
@@ -41,6 +36,7 @@ from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS
 from harmbench_vaccine.training.adapters import Adapter
 from support import tiny
+from support.cli import hbv
 from support.runs import run_context
 from support.world import make_world
 
@@ -736,22 +732,6 @@ def test_every_defense_of_the_adapter_refuses_full_training(world: Path) -> None
             settle(world, "optimizer:full=true", defense=name)
 
 
-def command(*args: object, home: Path) -> tuple[int, str, str]:
-    """Run the command in this process; return exit code, stdout and stderr."""
-    out, err, code = io.StringIO(), io.StringIO(), None
-    with (
-        mock.patch.object(sys, "argv", ["hbv", *map(str, args)]),
-        mock.patch.dict(os.environ, {"HBV_HOME": str(home)}),
-        redirect_stdout(out),
-        redirect_stderr(err),
-    ):
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-    return int(code or 0), out.getvalue(), err.getvalue()
-
-
 @pytest.mark.parametrize(
     ("defense", "attack"),
     [
@@ -763,13 +743,10 @@ def command(*args: object, home: Path) -> tuple[int, str, str]:
     ],
 )
 def test_conflicts_exit_with_2_before_any_work(defense: str, attack: str, world: Path, tmp_path: Path) -> None:
-    code, out, err = command(
-        "run", "--protocol", world, "--defense", defense, "--attack", attack, home=tmp_path / "home"
-    )
-    assert (code, out) == (2, ""), err
-    (line,) = [line for line in err.splitlines() if line]
-    assert line.startswith("hbv: ")
-    assert "cannot" in line
+    done = hbv("run", "--protocol", world, "--defense", defense, "--attack", attack, home=tmp_path / "home")
+    assert (done.code, done.out) == (2, ""), done.err
+    assert done.sentence.startswith("hbv: ")
+    assert ("every weight" if "full" in attack else "cannot") in done.sentence
     assert not (tmp_path / "home" / "store").exists()
 
 

@@ -71,7 +71,7 @@ def test_quantization_changes_the_artifact_key(tmp_path: Path) -> None:
 
     plain = key()
     assert key(quantization="none") == plain
-    assert plain.dtype == "float32"
+    assert plain["dtype"] == "float32"
     assert "quantization" not in plain
     assert key(quantization="4bit") == {**plain, "quantization": "4bit"}
     assert ModelSpec("m", quantization="8bit").on_top(Path("a")).quantization == "8bit"
