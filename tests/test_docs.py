@@ -23,6 +23,7 @@ from harmbench_vaccine.cli import commands
 from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.evaluation.records import COLUMNS
 from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.protocol import Protocol
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
@@ -290,3 +291,13 @@ def test_architecture_page_names_every_room_and_only_files_that_exist() -> None:
 def test_architecture_page_names_the_six_files_from_command_to_loss() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert len(re.findall(r"^\d\. `[\w/]+\.py`", text, re.MULTILINE)) == 6
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="a fingerprint of code depends on Python's normal form")
+def test_run_ids_in_the_readme_are_those_that_the_command_prints() -> None:
+    """`make run` prints these ids on every machine, since the testbed counts by name."""
+    ids = [
+        run_id(Experiment.settle(RunSpec(defense=parse_plugins(defense), attack=parse_plugins("ratio=0.1"))))
+        for defense in ("sft", "vaccine")
+    ]
+    assert [line.split()[0] for line in README.splitlines() if " ratio=0.1 sst2 " in line] == ids
