@@ -136,6 +136,27 @@ def test_rows_do_not_depend_on_earlier_requests(small_world: Path, tmp_path: Pat
     assert used[0] == used[1] == used[2]
 
 
+def test_settling_leaves_no_state_in_a_plugin(small_world: Path, tmp_path: Path) -> None:
+    """Every stage is configured from the initial state, also if a hook stores something."""
+    file = tmp_path / "counting.py"
+    file.write_text(
+        "from dataclasses import replace\n"
+        "from typing import Any, ClassVar\n"
+        "from pydantic import PrivateAttr\n"
+        "from harmbench_vaccine.plugins import Defense, StageName, TrainSettings\n\n\n"
+        "class Counting(Defense):\n"
+        '    stages: ClassVar[tuple[StageName, ...]] = ("align", "finetune", "repair")\n'
+        "    _calls: int = PrivateAttr(0)\n\n"
+        "    def settings(self, stage: StageName, settings: TrainSettings) -> TrainSettings:\n"
+        "        self._calls += 1\n"
+        "        return replace(settings, accumulation=self._calls)\n"
+    )
+    experiment = Experiment.settle(spec(small_world, str(file)))
+    assert [config.settings.accumulation for config in experiment.stages.values()] == [1, 1, 1]
+    plugin: Any = experiment.defenses[0].plugin
+    assert plugin._calls == 0
+
+
 def test_with_models_and_seeded_return_copies(small_world: Path) -> None:
     experiment = Experiment.settle(spec(small_world))
     defense, scorer = experiment.defenses[0].plugin, experiment.scorer.plugin

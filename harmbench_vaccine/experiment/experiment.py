@@ -98,7 +98,7 @@ class Experiment:
         }
         answer_template = template
         for stage in stages.values():
-            answer_template = stage.defenses.template("answer", answer_template)
+            answer_template = stage.defenses.fresh().template("answer", answer_template)
         experiment = cls(
             spec=spec,
             protocol=protocol,
@@ -180,16 +180,17 @@ def _configure(
 ) -> StageConfig:
     """Configure one stage. The repair stage uses the settings of the protocol's user stage, not those of the attack."""
     team = DefenseTeam(members=tuple(defense for defense in defenses if name in defense.stages), stage=name)
+    hooks = team.fresh()  # hooks run on copies, so that the constructed objects keep their initial state
     settings = protocol.align.settings if name == "align" else finetune.settings
     if name == "finetune":
-        settings = attack.settings(settings)
-    settings = team.settings(name, settings)
+        settings = attack.fresh().settings(settings)
+    settings = hooks.settings(name, settings)
     is_user = name == "finetune"
     return StageConfig(
         name=name,
         defenses=team,
         settings=settings,
-        template=team.template("train", template),
+        template=hooks.template("train", template),
         topology=(team.required_topology or protocol.topology) if is_user else "double",
         full=is_user and (attack.editing_attack is not None or settings.full),
     )
