@@ -2,7 +2,7 @@
 
     pip install -e '.[docs]'
     python leaderboards/plot_testbed.py                       # leaderboards/testbed.csv -> docs/images/testbed.svg
-    python leaderboards/plot_testbed.py --out /tmp/testbed.png
+    python leaderboards/plot_testbed.py --out testbed.png
 
 A point is the mean over the seeds. Its bar reaches from the lowest to the highest end of the 95% Wilson intervals of
 the single seeds, so that it shows the sampling error of the prompts and the spread of the seeds.
