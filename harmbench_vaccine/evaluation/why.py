@@ -37,7 +37,7 @@ class Explanation:
     """Name of the artifact within its stage."""
     key: str
     state: Literal["reused", "created", "missing"]
-    """`missing`: the artifact is no longer in the store."""
+    """`missing`: the artifact was deleted from the store."""
     nearest: str | None = None
     """Key of the earlier artifact with the fewest different fields; None: it was the first of its stage."""
     differences: list[Difference] = field(default_factory=list)

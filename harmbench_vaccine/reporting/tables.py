@@ -245,7 +245,7 @@ def _reason(explanation: Explanation) -> str:
     if explanation.state == "reused":
         return "its inputs are unchanged"
     if explanation.state == "missing":
-        return "its inputs are unknown: the artifact is no longer in the store"
+        return "its inputs are unknown: the artifact was deleted from the store"
     if explanation.nearest is None:
         return "the first artifact of its stage"
     shown = [
