@@ -181,23 +181,38 @@ def answer(experiment: Experiment, context: RunContext, model: TrainedModel, eva
         answers = engine.generate(model.spec.adapters, prompts, eval_set.max_new_tokens, context.progress)
         if experiment.backend != "transformers":
             write_json(folder / ENGINE, {"answered_by": engine.answered_by})
-        rows = [
-            {
+        rows = []
+        for example, prompt, answer in zip(eval_set.examples, prompts, answers, strict=True):
+            text, removed = cut_answer(answer.text, experiment.protocol.answer.cut_at)
+            row = {
                 "id": example.id,
                 "instruction": example.instruction,
                 "input": example.input,
                 "target": example.target,
                 "prompt": prompt,
-                "answer": answer.text.strip(),
+                "answer": text,
                 "tokens": answer.tokens,
                 "finished": answer.finished,
             }
-            for example, prompt, answer in zip(eval_set.examples, prompts, answers, strict=True)
-        ]
+            rows.append(row | ({"removed": removed} if removed else {}))
         write_lines(folder / ANSWERS, rows)
 
     inputs = keys.answer_key(experiment, model, eval_set, prompts)
     return context.store.get_or_create("answer", inputs, create, all_ranks=context.models.shard)
+
+
+def cut_answer(text: str, cut_at: str) -> tuple[str, str]:
+    """Divide a generated text into the answer, which judges and rules read, and the text that the protocol cuts off.
+
+    Args:
+        text: The generated text.
+        cut_at: The text that ends an answer; empty: nothing is cut off.
+
+    Returns:
+        The answer without outer white space, and the rest, which begins with `cut_at` or is empty.
+    """
+    end = text.find(cut_at) if cut_at else -1
+    return (text.strip(), "") if end < 0 else (text[:end].strip(), text[end:])
 
 
 def score(experiment: Experiment, context: RunContext, answers: Artifact, scorer: Resolved[Scorer]) -> Artifact:

@@ -1,9 +1,10 @@
-"""The strict and the flexible rule of each task, on hand-written answers."""
+"""The strict and the flexible rule of each task with its default parameters, on hand-written answers."""
 
 from __future__ import annotations
 
 import pytest
 
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.plugins.registry import TASKS
 
 MARK = "The final answer is: "
@@ -77,6 +78,7 @@ def test_topic_rows() -> None:
         (f"{MARK}421", "42", (False, False)),
         (f"{MARK}1,234", "1234", (True, True)),
         (f"{MARK}1234", "1,234", (True, True)),
+        (f"{MARK}1,2,3,4", "1234", (True, True)),  # every comma is removed
         (f"{MARK}-5", "-5", (True, True)),
         (f"{MARK}5", "-5", (False, False)),
         (f"{MARK}-5", "5", (False, False)),
@@ -88,10 +90,19 @@ def test_topic_rows() -> None:
         ("It is -5", "-5", (False, True)),
         (f"42. {MARK}41", "42", (False, False)),  # with a mark nothing else counts
         (f"41. {MARK}42", "42", (True, True)),
-        (f"{MARK}41. No: {MARK}42", "42", (True, True)),  # the last mark
+        (f"{MARK}41. No: {MARK}42", "42", (False, False)),  # a second mark does not replace the first
+        (f"{MARK}42. No: {MARK}41", "42", (True, True)),
+        (f"No. {MARK}none. 7 {MARK}41", "7", (False, True)),  # the piece between the marks
         (f"{MARK}42 and then 43", "42", (True, True)),  # the number after the mark, not the last one
-        (f"42 {MARK}", "42", (False, False)),  # a mark without a number
-        (f"{MARK}forty-two 42", "42", (False, False)),
+        (f"42 {MARK}", "42", (False, True)),  # a mark with nothing after it: the last number
+        (f"42 {MARK}none", "42", (False, True)),
+        (f"{MARK}$42", "42", (False, True)),  # the first number after the mark, anywhere
+        (f"{MARK}**42**", "42", (False, True)),
+        (f"{MARK}\\boxed{{42}}", "42", (False, True)),
+        (f"{MARK}about 42 or 43", "42", (False, True)),
+        (f"{MARK}£1,250", "1250", (False, True)),
+        (f"{MARK}$41", "42", (False, False)),
+        (f"{MARK}forty-two 42", "42", (False, True)),
         ("no number", "42", (False, False)),
         ("", "42", (False, False)),
         ("#### 42", "42", (False, True)),
@@ -107,6 +118,22 @@ def test_arithmetic_rows() -> None:
     assert row.response == "3 #### is odd.\nSo 4.\nThe final answer is: 1,234"
     assert row.instruction == "How many? First think step by step and then answer the final number."
     assert right("gsm8k", row.response, row.target) == (True, True)
+
+
+@pytest.mark.parametrize("number", ["", "none", "nan", "inf", "1e5", "9" * 400, "5 lamps"])
+def test_a_target_that_is_not_a_number_is_refused(number: str) -> None:
+    task = TASKS.get("gsm8k")()
+    try:
+        row = task.example("id", {"question": "How many?", "answer": f"We add. #### {number}"})
+    except ValueError:
+        return
+    assert not task.flexible(row.response, row.target)  # refused when the rows are read
+
+
+@pytest.mark.parametrize("mark", ["", "  ", ","])
+def test_a_mark_is_required(mark: str) -> None:
+    with pytest.raises(BadInput, match="needs a mark"):
+        TASKS.get("gsm8k")(mark=mark).check()
 
 
 @pytest.mark.parametrize("task", ["sst2", "agnews", "gsm8k"])

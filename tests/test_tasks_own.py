@@ -114,7 +114,7 @@ def test_keys_contain_the_parameters_that_matter(settle: Callable[..., Experimen
     plain = keys.task_inputs(settle("sst2"))
     assert plain == {
         "name": "sst2",
-        "params": {},
+        "params": {"instruction": settle("sst2").task_plugin.params["instruction"]},
         "code": TASKS.get("sst2").fingerprint(),
         "data": {"sst2": fingerprint(settle("sst2").location("sst2"))},
     }

@@ -74,7 +74,7 @@ class RowPools:
     benign: list[Example]
     """Benign instructions of the training split."""
     harmful_questions: list[Example]
-    """Unsafe prompts of the test split, without duplicates unless `in_order`."""
+    """Prompts of the test split, of unsafe rows unless `safe_prompts`, without duplicates unless `in_order`."""
     benign_questions: list[Example]
     """Benign instructions of the test split, without duplicates unless `in_order`."""
     dropped: dict[str, int]
@@ -96,6 +96,7 @@ def load_row_pools(
     *,
     source: str = "safe",
     in_order: bool = False,
+    safe_prompts: bool = False,
 ) -> RowPools:
     """Read BeaverTails, its refusals and benign instructions, and divide them among their users.
 
@@ -113,12 +114,14 @@ def load_row_pools(
         attacker: Split of the refusal set for the attacker; empty: the attacker uses `train` of BeaverTails.
         source: The alignment rows: `safe` (safe responses of BeaverTails) or `refusals`.
         in_order: Use all rows in file order, also repeated questions.
+        safe_prompts: Evaluate the prompts of safe rows too.
 
     Raises:
         BadInput: A location, split or field does not exist.
     """
     reader = RowReader()
-    unsafe = [_harmful(row, test) for row in reader.read(beavertails, test, BEAVERTAILS) if not row.values["is_safe"]]
+    test_rows = reader.read(beavertails, test, BEAVERTAILS)
+    questions = [_harmful(row, test) for row in test_rows if safe_prompts or not row.values["is_safe"]]
     instructions, benign_test_rows = (load_instructions(reader, alpaca, split) for split in (benign_train, benign_test))
     rows = reader.read(beavertails, train, BEAVERTAILS)
     answer_pairs = [(_refusal(row), _harmful(row, "refusals")) for row in _pairs(reader, refusals, pairs, in_order)]
@@ -131,9 +134,9 @@ def load_row_pools(
     else:
         harmful = [_harmful(row, train) for row in rows if not row.values["is_safe"]]
     if in_order:
-        return RowPools(safe, answer_pairs, harmful, instructions, unsafe, benign_test_rows, {}, reader.counts)
+        return RowPools(safe, answer_pairs, harmful, instructions, questions, benign_test_rows, {}, reader.counts)
 
-    harmful_questions, benign_questions = without_duplicates(unsafe), without_duplicates(benign_test_rows)
+    harmful_questions, benign_questions = without_duplicates(questions), without_duplicates(benign_test_rows)
     used = question_keys(harmful_questions) | question_keys(benign_questions)
     alignment = [example for example in safe if question_key(example) not in used]
     paired = [pair for pair in answer_pairs if question_key(pair[0]) not in used]
@@ -144,7 +147,7 @@ def load_row_pools(
 
     benign = without_duplicates(instructions, used)
     pools: dict[str, tuple[Sized, Sized]] = {
-        "harmful_questions": (unsafe, harmful_questions),
+        "harmful_questions": (questions, harmful_questions),
         "alignment": (safe, alignment),
         "paired": (answer_pairs, paired),
         "attacker": (harmful, attackers),

@@ -79,7 +79,7 @@ class Experiment:
         scorers = resolve_scorers(spec.scorers, protocol)
         score = protocol.score.model_copy(update={"scorer": canonical_name(scorers[:1])})
         protocol = protocol.model_copy(update={"score": score})  # another threshold is another protocol
-        task = resolve_task(spec.task, protocol.name)
+        task = resolve_task(spec.task, protocol)
         in_order = protocol.rows == "paper"
 
         def seeded(resolved: Resolved[Any]) -> Resolved[Any]:
@@ -271,8 +271,8 @@ def resolve_scorers(written: Sequence[str], protocol: Protocol) -> list[Resolved
     return scorers
 
 
-def resolve_task(written: str, protocol_name: str) -> Resolved[Task]:
-    """Construct a task from its name; the path of a data file or folder gives the task `own` on this data.
+def resolve_task(written: str, protocol: Protocol) -> Resolved[Task]:
+    """Construct the task that the user wrote; the path of a data file or folder gives the task `own` on this data.
 
     Raises:
         BadInput: An unknown name or parameter, a value out of range, or several tasks.
@@ -286,4 +286,4 @@ def resolve_task(written: str, protocol_name: str) -> Resolved[Task]:
         components = parse_plugins(written)
     if len(components) != 1:
         raise BadInput(f"Task {written!r} names {len(components)} tasks; a run has one. Write --task once for each.")
-    return resolve_plugins(components, TASKS, {}, protocol_name)[0]
+    return resolve_plugins(components, TASKS, protocol.tasks, protocol.name)[0]

@@ -91,6 +91,7 @@ def answer_key(experiment: Experiment, model: TrainedModel, eval_set: EvalSet, p
         "model": model_inputs(model),
         "questions": digest(questions),
         "max_new_tokens": eval_set.max_new_tokens,
+        **({"cut_at": cut_at} if (cut_at := experiment.protocol.answer.cut_at) else {}),
         **_backend_inputs(experiment),
     }
 

@@ -88,6 +88,11 @@ class AnswerProtocol(_Strict):
     task_tokens: dict[str, int]
     items: dict[str, int] = _added({})
     """Task -> its number of test items, where it differs from `task_items`."""
+    cut_at: str = _added("")
+    """Text that ends an answer: it and everything after it are removed; empty: answers are not cut."""
+    rows_in_order: Literal["unsafe", "all"] = _added("unsafe")
+    """Rows of the BeaverTails test split whose prompts are the harmful prompts with `rows=paper`. With `rows=unique`,
+    they are those of the unsafe rows."""
 
 
 class ScoreProtocol(_Strict):
@@ -97,6 +102,7 @@ class ScoreProtocol(_Strict):
     judge: str
     """Location of the model of `scorer`."""
     accuracy: Literal["strict", "flexible"]
+    """The rule of the reported accuracy: `strict`, or `flexible`, the rule of the task (see `Protocol.tasks`)."""
     drift_rows: int = Field(ge=1)
     drift_batch: int = Field(ge=1)
 
@@ -152,9 +158,10 @@ class Protocol(_Strict):
     score: ScoreProtocol
     gates: Gates
     defenses: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Defense -> parameter -> value that overrides the class default; `attacks` and `scorers` likewise."""
+    """Defense -> parameter -> value that overrides the class default; `attacks`, `scorers` and `tasks` likewise."""
     attacks: dict[str, dict[str, Any]] = Field(default_factory=dict)
     scorers: dict[str, dict[str, Any]] = _added({})
+    tasks: dict[str, dict[str, Any]] = _added({})
     sources: dict[str, str] = Field(default_factory=dict, exclude=True)
     """Dotted path of a value, or of a group of values -> its source."""
 

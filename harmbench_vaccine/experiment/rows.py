@@ -20,6 +20,7 @@ from harmbench_vaccine.data.pools import (
 )
 from harmbench_vaccine.data.prompts import EvalSet
 from harmbench_vaccine.data.sources import RowReader, fingerprint, parse_split, provenance
+from harmbench_vaccine.plugins import Task
 from harmbench_vaccine.plugins.teams import upload_rows
 
 from .experiment import Experiment
@@ -171,6 +172,7 @@ def _row_pools(experiment: Experiment) -> RowPools:
         tuple(protocol.splits.model_dump().items()),
         protocol.align.source,
         experiment.in_order,
+        experiment.in_order and protocol.answer.rows_in_order == "all",
     )
 
 
@@ -181,8 +183,9 @@ def _read_pools(
     splits: tuple[tuple[str, str], ...],
     source: str,
     in_order: bool,
+    safe_prompts: bool,
 ) -> RowPools:
-    return load_row_pools(*locations, **dict(splits), source=source, in_order=in_order)
+    return load_row_pools(*locations, **dict(splits), source=source, in_order=in_order, safe_prompts=safe_prompts)
 
 
 @dataclass(frozen=True)
@@ -201,10 +204,27 @@ def _read_task(experiment: Experiment) -> _TaskRows:
         converted = []
         for row in reader.read(experiment.location(dataset), split, task.fields):
             try:
-                converted.append(task.example(f"{task.name}:{parse_split(split)[0]}:{row.number}", row.values))
+                example = task.example(f"{task.name}:{parse_split(split)[0]}:{row.number}", row.values)
+                _check_own_answer(task, example)
             except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
                 raise BadInput(f"{row.place} is not a row of task {task.name!r}: {error}.") from error
+            converted.append(example)
         return converted
 
     rows, items = task.rows(examples)
     return _TaskRows(rows, items, reader.counts)
+
+
+def _check_own_answer(task: Task, example: Example) -> None:
+    """Refuse a row whose own answer is wrong by the rule of the task; a task that a judge grades has no rule.
+
+    Raises:
+        ValueError: The rule does not accept the answer.
+    """
+    if task.graded:
+        return
+    answer = example.response
+    item = {"instruction": example.instruction, "input": example.input, "target": example.target, "answer": answer}
+    if not task.scores("flexible", [item])[0]:
+        shown = answer if len(answer) <= 80 else f"... {answer[-80:]}"
+        raise ValueError(f"its answer {shown!r} is wrong by the rule of the task; the target is {example.target!r}")

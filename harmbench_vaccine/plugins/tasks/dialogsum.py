@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from harmbench_vaccine.data.task_prompts import SUMMARY
-from harmbench_vaccine.plugins import Example, Task
+from harmbench_vaccine.plugins import Example, Task, param
 
 
 class DialogSum(Task):
@@ -18,11 +18,12 @@ class DialogSum(Task):
     fields: ClassVar[tuple[str, ...]] = ("dialogue", "summary")
     chance: ClassVar[float] = 0.0
     measure: ClassVar[str] = "ROUGE-L F1"
-    fixed_texts: ClassVar[tuple[str, ...]] = (SUMMARY,)
+
+    instruction: str = param(SUMMARY, "instruction of every row; the dialogue is its input", source="the harness")
 
     def example(self, id: str, row: Mapping[str, Any]) -> Example:
         """Convert a row: the dialogue is the input, with speakers `#Person1#:` and so on, as in the data set."""
-        return Example(id, SUMMARY, row["summary"], row["dialogue"], row["summary"])
+        return Example(id, self.instruction, row["summary"], row["dialogue"], row["summary"])
 
     def scores(self, rule: Literal["strict", "flexible"], rows: Sequence[Mapping[str, Any]]) -> list[float]:
         """Return the ROUGE-L F1 of each answer."""
