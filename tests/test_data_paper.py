@@ -15,6 +15,7 @@ from harmbench_vaccine.data.pools import count_overlaps, load_row_pools
 from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.experiment.artifacts import TrainedModel
 from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.experiment.rows import (
     benign_set,
     check_rows,
@@ -114,6 +115,20 @@ def test_rows_of_the_vaccine_paper(world: Callable[..., Experiment]) -> None:
     assert [row.instruction for row in questions] == [f"train {number // 2}" for number in (1, 2, 4, 5, 7, 8, 10, 11)]
     assert ids(benign_set(experiment).examples) == [f"benign:test:{number}" for number in range(6)]
     assert ids(task_set(experiment).examples) == [f"sst2:validation:{number}" for number in range(8)]
+
+
+def test_safe_prompts_are_evaluated_in_file_order_only(world: Callable[..., Experiment]) -> None:
+    """Lisa evaluates the first rows of the test split, safe or not. Every third row is safe."""
+    every = {"answer.rows_in_order": "all"}
+    questions = harmful_sets(world({**PAPER, **every}))[0].examples
+    assert ids(questions) == [f"harmful:30k_test:{number}" for number in range(8)]
+    drawn = harmful_sets(world({**every, "answer.harmful.prompts": "6"}))[0].examples
+    assert all(int(row.id.rpartition(":")[2]) % 3 for row in drawn)
+
+
+def test_lisa_evaluates_the_first_rows_of_the_test_split() -> None:
+    assert load_protocol("lisa-paper").answer.rows_in_order == "all"
+    assert {load_protocol(f"{name}-paper").answer.rows_in_order for name in ("vaccine", "booster")} == {"unsafe"}
 
 
 @pytest.mark.parametrize(("p", "harmful"), [(0.8, 8), (0.9, 9), (0.05, 0), (0.15, 2)])

@@ -32,7 +32,8 @@ class Task(Plugin):
     measure: ClassVar[str] = "accuracy"
     """The name of the score, if an item is not simply right or wrong."""
     scoring_only: ClassVar[tuple[str, ...]] = ()
-    """Parameters that change no training row, or only through the content of a data set."""
+    """Parameters that change no training row, or only through the content of a data set. All others are part of the key
+    of the user stage, so that another text of a prompt is another artifact."""
 
     def check(self) -> None:
         """Check the parameters before any work is spent.
@@ -61,6 +62,8 @@ class Task(Plugin):
     def example(self, id: str, row: Mapping[str, Any]) -> Example:
         """Convert a row of the data set to an instruction with its response and target.
 
+        The rule `flexible` must accept the response, which the model is trained to write; otherwise the row is refused.
+
         Raises:
             ValueError: The row is not valid.
         """
@@ -71,7 +74,7 @@ class Task(Plugin):
         return answer.strip().lower() == target.strip().lower()
 
     def flexible(self, answer: str, target: str) -> bool:
-        """Return whether the answer is right by the rule of the papers."""
+        """Return whether the answer is right by the rule of the task, which the reported accuracy uses."""
         raise NotImplementedError
 
     def scores(self, rule: Literal["strict", "flexible"], rows: Sequence[Mapping[str, Any]]) -> list[float]:
