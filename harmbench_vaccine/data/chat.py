@@ -1,11 +1,7 @@
-"""Conversations as token ids, by the chat template that a tokenizer ships.
+"""Conversations of rows as token ids, by the chat template that a tokenizer ships.
 
-Two kinds of prompts need them, with one rule each for text that spells a control token of the template:
-
-- A prompt of a row of data (`chat_prompt_ids`): the control tokens of the template become tokens, and the text of the
-  row stays text, so that a row can neither end its turn nor fake another one.
-- A prompt of a judge (`judge_prompt_ids`), which reads text of a model under attack: a space is put inside each control
-  token that the text spells (`break_control_tokens`), so that what is judged can neither end its turn nor open another.
+The control tokens of the template become tokens, and the text of the row stays text, so that a row can neither end its
+turn nor fake another one. Prompts of judges are in `inference/judge_prompts.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.errors import BadInput
 
 from .prompts import Conversation
 
@@ -26,11 +22,6 @@ Messages = Sequence[dict[str, str]]
 
 _PLACEHOLDER = "\ue000{}\ue001"
 """Replaces a message while a template is examined; private-use characters occur in no template."""
-
-_CONTROL_TOKENS = re.compile(
-    r"<\|[^<>|\s]{1,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
-)
-"""Control tokens of the common chat formats. Some of Llama 2's are not tokens, and a server's are not known."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,57 +89,6 @@ def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prompts of judges
-
-
-def judge_prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> list[int]:
-    """Encode a conversation by the chat template of a judge, up to the position where the judge's text begins.
-
-    Multimodal templates (Llama Guard 4, Llama Guard 3 1B) take a list of parts instead of a text; a probe finds out
-    which form shows the messages.
-
-    Args:
-        tokenizer: Tokenizer of the judge.
-        messages: Role and content of each message.
-        options: Further variables of the template.
-
-    Raises:
-        HbvError: The tokenizer has no chat template, or the template does not show the messages.
-    """
-    if not tokenizer.chat_template:
-        raise HbvError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template, which this judge's prompt needs."
-        )
-    probes = [{**message, "content": f"\ue000probe {number}\ue001"} for number, message in enumerate(messages)]
-    texts = [*(probe["content"] for probe in probes), *(value for value in options.values() if isinstance(value, str))]
-    for parts in (False, True):
-        shown = _try_render(tokenizer, probes, parts, options)
-        if all(text in shown for text in texts) and "{'type'" not in shown:  # no printed list of parts
-            safe = [{**message, "content": break_control_tokens(message["content"], tokenizer)} for message in messages]
-            return full_prompt_ids(tokenizer, _try_render(tokenizer, safe, parts, options))
-    raise HbvError(f"{tokenizer.name_or_path}: its chat template does not show the text to judge.")
-
-
-def full_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode a complete prompt: its control tokens become tokens, with one opening token and no closing one."""
-    opened = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
-    ids: list[int] = list(tokenizer(text, add_special_tokens=not opened)["input_ids"])
-    if not opened and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
-
-
-def break_control_tokens(text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """Put a space inside every control token that a text spells: those of common formats and of the tokenizer."""
-    text = _CONTROL_TOKENS.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-    tokens = {str(token) for token in tokenizer.all_special_tokens} if tokenizer is not None else set()
-    for token in sorted(tokens, key=len, reverse=True):
-        if len(token) > 1:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    return text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Rendering
 
 
@@ -179,14 +119,6 @@ def render_chat(
     text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opened, **options)
     assert isinstance(text, str)
     return text
-
-
-def _try_render(tokenizer: PreTrainedTokenizerBase, messages: Messages, parts: bool, options: dict[str, Any]) -> str:
-    """Render a conversation; empty where the template cannot take it."""
-    try:
-        return render_chat(tokenizer, messages, parts=parts, **options)
-    except Exception:  # jinja's own kinds, and any that a template raises
-        return ""
 
 
 def _accepted_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> Messages:

@@ -2,6 +2,9 @@
 
 The key of a server is read from the environment (`HBV_JUDGE_API_KEY`, else `OPENAI_API_KEY`) when a request is sent. It
 is not stored, and no message shows it.
+
+Thoughts of a reasoning model are skipped. A server does not reveal whether its model thinks: an answer that ends at the
+token limit is requested once more with room for thoughts.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ from urllib.request import Request, urlopen
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
 
+from .judge_prompts import break_control_tokens, full_prompt_ids, judge_prompt_ids
 from .model_pool import ModelPool
+from .thinking import THINKING_TOKENS, after_thinking
 
 KEYS = ("HBV_JUDGE_API_KEY", "OPENAI_API_KEY")
 """Environment variables with the key of a server; the first that is set counts."""
@@ -74,9 +79,12 @@ class ChatJudge:
 
         Args:
             prompts: Text of the user's turn of each conversation.
-            max_new_tokens: Largest number of generated tokens.
+            max_new_tokens: Largest number of generated tokens of an answer, without those of thoughts before it.
             progress: Where the number of answered prompts is reported.
             system: System message before each prompt.
+
+        Returns:
+            Each answer without thoughts; empty if the model did not get to an answer.
 
         Raises:
             HbvError: The model cannot be loaded, or the server does not answer.
@@ -86,7 +94,7 @@ class ChatJudge:
         return (self._remote if self.base_url else self._local)(conversations, max_new_tokens, progress)
 
     def _local(self, conversations: Conversations, max_new_tokens: int, progress: Progress) -> list[str]:
-        from harmbench_vaccine.data.chat import break_control_tokens, full_prompt_ids, judge_prompt_ids
+        from .generators import generate_answers
 
         generator = (self.models or ModelPool()).judge_generator(self.model)
         tokenizer = generator.tokenizer
@@ -98,7 +106,7 @@ class ChatJudge:
             )
             for messages in conversations
         ]
-        return [answer.text.strip() for answer in generator.generate(ids, max_new_tokens, progress=progress)]
+        return [answer.text.strip() for answer in generate_answers(generator, ids, max_new_tokens, progress=progress)]
 
     def _remote(self, conversations: Conversations, max_new_tokens: int, progress: Progress) -> list[str]:
         answers = []
@@ -114,34 +122,51 @@ class ChatJudge:
         return answers
 
     def _request(self, messages: list[dict[str, str]], max_new_tokens: int) -> str:
-        """Send one conversation, again after errors that may pass, and return the answer."""
-        from harmbench_vaccine.data.chat import break_control_tokens
+        """Return the answer to one conversation, requested again with room for thoughts if the limit ends it."""
+        shown = [{**message, "content": break_control_tokens(message["content"])} for message in messages]
+        reply = self._post(shown, max_new_tokens)
+        if reply.cut:
+            with suppress(_TooLong):  # the first part of the answer is then all that the server gives
+                reply = self._post(shown, max_new_tokens + THINKING_TOKENS)
+        return after_thinking(reply.text).strip()
 
+    def _post(self, messages: list[dict[str, str]], max_tokens: int) -> _Reply:
+        """Send one request, again after errors that may pass.
+
+        Raises:
+            _TooLong: The server refuses this number of tokens.
+            HbvError: The server does not answer.
+        """
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{**message, "content": break_control_tokens(message["content"])} for message in messages],
+            "messages": messages,
             "temperature": 0,
-            "max_tokens": max_new_tokens,
+            "max_tokens": max_tokens,
         }
         for attempt in range(1, self.attempts + 1):
             wait = self.pause * 2 ** (attempt - 1)
             try:
-                return _content(self._send(body))
+                return _parse_reply(self._send(body))
             except HTTPError as error:
                 reason = _server_message(error)
                 if error.code == 400 and "max_completion_tokens" in reason and "max_tokens" in body:
                     body["max_completion_tokens"] = body.pop("max_tokens")  # the name in newer OpenAI models
                     continue
+                if error.code == 400 and "output limit was reached" in reason:  # OpenAI's, where thoughts fill it
+                    return _Reply("", cut=True)
                 if error.code not in _RETRY_STATUSES or attempt == self.attempts:
-                    raise self._failure(f"answers {error.code} {error.reason}{reason and f': {reason}'}") from error
+                    failure = _TooLong if error.code == 400 else HbvError
+                    text = f"answers {error.code} {error.reason}{reason and f': {reason}'}"
+                    raise failure(self._message(text)) from error
                 wait = max(wait, _retry_after(error))
             except (HTTPException, OSError) as error:
                 if attempt == self.attempts:
-                    raise self._failure(f"cannot be reached: {getattr(error, 'reason', error)}") from error
+                    text = f"cannot be reached: {getattr(error, 'reason', error)}"
+                    raise HbvError(self._message(text)) from error
             except ValueError as error:
-                raise self._failure(f"returns no chat completion, but: {error}") from error
+                raise HbvError(self._message(f"returns no chat completion, but: {error}")) from error
             time.sleep(wait)
-        raise self._failure("refuses the format of the request")
+        raise HbvError(self._message("refuses the format of the request"))
 
     def _send(self, body: dict[str, Any]) -> bytes:
         url = f"{self.base_url.rstrip('/')}/chat/completions"
@@ -151,28 +176,44 @@ class ChatJudge:
         with urlopen(request, timeout=self.timeout) as response:
             return bytes(response.read())
 
-    def _failure(self, problem: str) -> HbvError:
+    def _message(self, problem: str) -> str:
         key = _key()
         text = problem.replace(key, "(the key)") if key else problem
-        return HbvError(f"Judge {self.model!r} at {self.base_url} {text.rstrip('.')}.")
+        return f"Judge {self.model!r} at {self.base_url} {text.rstrip('.')}."
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """The answer of a server."""
+
+    text: str
+    """Empty where the model wrote no answer."""
+    cut: bool
+    """True if the token limit ended it."""
+
+
+class _TooLong(HbvError):
+    """A server refuses a request, which may have too many tokens."""
 
 
 def _key() -> str:
     return next((os.environ[name] for name in KEYS if os.environ.get(name)), "")
 
 
-def _content(answer: bytes) -> str:
-    """Return the text of a chat completion; empty where the model wrote none.
+def _parse_reply(answer: bytes) -> _Reply:
+    """Read the text of a chat completion.
 
     Raises:
         ValueError: The answer is not a chat completion.
     """
     try:
-        message = json.loads(answer)["choices"][0]["message"]
-        content = message["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+        choice = json.loads(answer)["choices"][0]
+        content = choice["message"].get("content") or ""
+        if isinstance(content, list):  # parts, of which some may be thoughts
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        return _Reply(str(content), choice.get("finish_reason") == "length")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(" ".join(answer[:80].decode(errors="replace").split()) or "an empty answer") from error
-    return str(content or "").strip()
 
 
 def _server_message(error: HTTPError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from harmbench_vaccine.core.progress import SILENT, Progress
 
 from .loading import generation_settings, load_tokenizer_and_config
+from .thinking import THINKING_TOKENS, after_thinking, can_think, count_thoughts, opens_thinking
 
 if TYPE_CHECKING:
     from .generation import GeneratedTokens
@@ -115,6 +117,30 @@ class VllmGenerator:
         return [_decode_continuation(self.tokenizer, row, watched) for row in rows]
 
 
+def generate_answers(
+    generator: Generator,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    watched: Sequence[int] = (),
+    progress: Progress = SILENT,
+) -> list[Continuation]:
+    """Continue each prompt, and return what the judge writes after its thoughts.
+
+    A judge that can think gets `THINKING_TOKENS` more. If its thoughts do not end, its answer is empty.
+
+    Args:
+        generator: The judge.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Largest number of generated tokens of an answer.
+        watched: Tokens whose log-probabilities are returned.
+        progress: Where the number of continued prompts is reported.
+    """
+    if not can_think(generator.tokenizer):
+        return generator.generate(prompts, max_new_tokens, watched, progress)
+    outputs = generator.generate(prompts, max_new_tokens + THINKING_TOKENS, watched, progress)
+    return [_answer(generator.tokenizer, prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+
+
 def first_tokens(tokenizer: Any, text: str, count: int) -> tuple[str, bool]:
     """Return the first `count` tokens of a text, and whether the text was cut."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -124,6 +150,23 @@ def first_tokens(tokenizer: Any, text: str, count: int) -> tuple[str, bool]:
 def first_token_id(tokenizer: Any, word: str) -> int:
     """Return the first token of a word."""
     return int(tokenizer(word, add_special_tokens=False)["input_ids"][0])
+
+
+def _answer(tokenizer: Any, prompt: list[int], output: Continuation) -> Continuation:
+    """Return the part of a judge's text after its thoughts."""
+
+    def thoughts_in(count: int) -> int:
+        return count_thoughts(tokenizer.decode(output.tokens[:count]))  # with marks that are special tokens
+
+    opening = "<think>" if opens_thinking(tokenizer.decode(prompt[-16:])) else ""
+    text = opening + str(tokenizer.decode(output.tokens))
+    if not after_thinking(text):
+        return Continuation("", [], [])
+    if not (thoughts := count_thoughts(text)):
+        return output
+    start = bisect_left(range(len(output.tokens) + 1), thoughts, key=thoughts_in)
+    answer = str(tokenizer.decode(output.tokens[start:], skip_special_tokens=True))
+    return Continuation(answer, output.tokens[start:], output.watched[start:])
 
 
 def _decode_continuation(tokenizer: Any, row: GeneratedTokens, watched: Sequence[int]) -> Continuation:

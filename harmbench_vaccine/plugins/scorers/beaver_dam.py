@@ -16,7 +16,10 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment
 from harmbench_vaccine.data.beavertails import CATEGORIES, JUDGE_PROMPT
+from harmbench_vaccine.inference import judge_prompts
 from harmbench_vaccine.plugins import Scorer, param
+
+SLOTS = ("question", "answer")
 
 
 class BeaverDam(Scorer):
@@ -45,9 +48,8 @@ class BeaverDam(Scorer):
         from harmbench_vaccine.inference.classifiers import multi_label_head
 
         tokenizer, labels = multi_label_head(self.model, CATEGORIES)
-        texts = [JUDGE_PROMPT.format(question=question, answer=answer) for question, answer in pairs]
-        # A control token that an answer spells stays text.
-        encoded = [tokenizer(text, split_special_tokens=True)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+        prompts = judge_prompts.filled_prompt_ids(tokenizer, JUDGE_PROMPT, SLOTS, pairs)
+        encoded = [[*ids, tokenizer.eos_token_id] for ids in prompts]
         classify = self.models.judge_classifier(self.model, self.backend, self.dtype, self.batch)
         logits = classify([ids[: self.tokens] for ids in encoded], progress)
         if wrong := [row for row in logits if len(row) != len(labels)]:

@@ -56,8 +56,8 @@ class Shieldgemma(Scorer):
 
     def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[RawJudgment]:
         """Compute P(Yes) for each policy."""
-        from harmbench_vaccine.data.chat import judge_prompt_ids
         from harmbench_vaccine.inference.generators import first_token_id
+        from harmbench_vaccine.inference.judge_prompts import judge_prompt_ids
 
         policies = self._policies()
         generator = self.models.judge_generator(self.model, self.backend, self.batch)
