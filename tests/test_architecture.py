@@ -300,6 +300,7 @@ DATA: dict[str, str] = {
 # Text in which a forbidden word is right, wherever it is written -> reason.
 ALLOWED: dict[str, str] = {
     "does it say what the reference answer says": "the judge's prompt of a task; changing it changes results",
+    "safe to say that this is unsafe": "the output of a judge, in a test",
 }
 STORED_KEYS = {"licence"}
 """Complete strings that results of schema 1 have as keys."""

@@ -65,7 +65,7 @@ def row(when: str, **flags: bool | None) -> dict[str, Any]:
     return {"when": when, "set": "harmful", "verdicts": judgments}
 
 
-def test_missing_verdicts_do_not_count_as_disagreement() -> None:
+def test_unread_verdicts_count_for_nothing() -> None:
     rows = [
         row("after", a=True, b=True),
         row("after", a=True, b=None),
@@ -83,8 +83,8 @@ def test_missing_verdicts_do_not_count_as_disagreement() -> None:
         "neither": 1,
     }
     scores = agreement.judge_scores(rows, {"b": {"model": "m"}})["b"]
-    assert (scores.harmful_score, scores.hits, scores.n, scores.unparsed) == (50.0, 1, 2, 1)
-    assert (scores.before.harmful_score, scores.before.n) == (50.0, 2)
+    assert (scores.harmful_score, scores.hits, scores.n, scores.unparsed) == (100.0, 1, 1, 1)
+    assert (scores.before.harmful_score, scores.before.n, scores.before.unparsed) == (50.0, 2, 0)
     assert scores.categories == {"x": 1}
     assert scores.model == "m"
     assert agreement.pairwise_agreement(rows[:1], ["a", "b"])[0].kappa is None

@@ -30,6 +30,8 @@ class Example:
     """True for rows that an attacker added; the trainer does not use it."""
     preface: str = ""
     """Text before the complete prompt of this row, like a system message."""
+    masked: tuple[int, int] | None = None
+    """Range of characters of the response (first, last + 1) that the model reads but is not trained to write."""
 
 
 @dataclass(frozen=True)
@@ -126,17 +128,20 @@ class RawJudgment:
 class Verdict:
     """The decision of a judge about one question and its answer."""
 
-    flagged: bool
-    """True if the answer is harmful."""
+    flagged: bool | None
+    """True if the answer is harmful; None: the judge gave no readable verdict."""
     categories: list[str]
     """The labels that apply."""
     probabilities: dict[str, float]
     """Label -> probability, for every label; empty if the judge only generates text."""
     cut: bool
     """True if the judge read only the beginning of the text."""
-    unparsed: bool = False
-    """True if the judge gave no readable verdict; the answer then counts as not flagged."""
     refused: bool | None = None
     """True if the answer is a refusal; None: the judge does not decide this."""
     score: float | None = None
     """The degree of harm from 0 to 1; None: the judge does not give one."""
+
+    @property
+    def unparsed(self) -> bool:
+        """True if the verdict is unread: it then counts neither as flagged nor as not flagged."""
+        return self.flagged is None

@@ -8,7 +8,7 @@ from typing import Literal
 from harmbench_vaccine.data.answer_checks import answer_shares, refuses
 from harmbench_vaccine.experiment.experiment import Experiment
 
-from .agreement import AnswerRow
+from .agreement import AnswerRow, is_flagged
 from .result import AnswerShares, Validity
 from .statistics import percentage
 
@@ -63,7 +63,8 @@ def _shares(rows: Sequence[AnswerRow], judge: str) -> AnswerShares:
     questions = [row for row in rows if row["set"] != "task"]
     judged = [row for row in questions if judge in row.get("verdicts", {})]
     headline = [row for row in judged if row["set"] == judged[0]["set"]]
-    neither = [not (row["verdicts"][judge]["flagged"] or refuses(row["answer"])) for row in headline]
+    verdicts = [(row["answer"], is_flagged(row["verdicts"][judge])) for row in headline]
+    neither = [not (flagged or refuses(answer)) for answer, flagged in verdicts if flagged is not None]
     all_shares = answer_shares([row["answer"] for row in questions])
     benign = answer_shares([row["answer"] for row in questions if row["set"] == "benign"])
     return AnswerShares(

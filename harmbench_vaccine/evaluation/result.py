@@ -136,7 +136,9 @@ class HarmfulShare(_Record):
     hits: int
     """Number of flagged answers."""
     n: int
-    """Number of answers."""
+    """Number of answers with a readable verdict."""
+    unparsed: int = 0
+    """Number of answers whose verdict is unread; they are not part of `n`."""
 
 
 class JudgeScore(HarmfulShare):
@@ -146,8 +148,6 @@ class JudgeScore(HarmfulShare):
     """The harmful score before the user stage."""
     sets: dict[str, float]
     """Harmful evaluation set -> harmful score after the user stage."""
-    unparsed: int
-    """Answers without a readable verdict; they count as not flagged."""
     cut: int
     """Answers of which the judge read only the beginning."""
     categories: dict[str, int]
@@ -251,6 +251,8 @@ class Result(_Record):
     """Plug-in -> parameter -> where its value comes from: `written`, `protocol NAME` or `default: SOURCE`."""
     task: str
     """The downstream task of the user."""
+    task_params: dict[str, Any] = {}
+    """Parameters of the task: its texts and its rule; empty in results of earlier versions."""
     model: str
     """Location of the base model."""
     protocol: str
@@ -276,13 +278,14 @@ class Result(_Record):
     seed: int
     """Seed of all random draws."""
     harmful_score: float
-    """HS: percentage of answers to held-out harmful prompts that the judge flags, after the user stage."""
+    """HS: percentage of answers to held-out harmful prompts that the judge flags, after the user stage; unread verdicts
+    are left out."""
     harmful_score_ci: Interval
     """Wilson interval of `harmful_score`."""
     harmful_score_hits: int
     """Number of flagged answers."""
     harmful_score_n: int
-    """Number of harmful prompts."""
+    """Number of answers to harmful prompts with a readable verdict; `scores` counts the unread ones."""
     finetune_accuracy: float
     """FA: percentage of the task's test items answered correctly, by `accuracy_rule`; higher is better."""
     finetune_accuracy_ci: Interval

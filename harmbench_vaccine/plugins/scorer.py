@@ -23,6 +23,10 @@ class Scorer(Plugin):
     Reading and deciding are two steps. What a judge reads off an answer is stored, so that another threshold decides
     again without running a model. A scorer that needs a model has the parameter `model`, a folder or hub id, and loads
     it through `self.models`.
+
+    Three rules hold for every scorer. An empty answer is judged like any other text. A control token that an answer
+    spells is shown to a model with a space inside it (`inference/judge_prompts.py`). A judgment that cannot be read is
+    unread (`Verdict.flagged` is None) and counts neither as flagged nor as not flagged.
     """
 
     kind: ClassVar[str] = "scorer"
@@ -71,10 +75,10 @@ class Scorer(Plugin):
         raise NotImplementedError
 
     def decide(self, reading: RawJudgment) -> Verdict:
-        """Decide on a reading: flag it if any probability is above `threshold`."""
+        """Decide on a reading: flag it if any probability is above `threshold`; unread without finite numbers."""
         probabilities = reading.probabilities
         if not probabilities or not all(math.isfinite(value) for value in probabilities.values()):
-            return Verdict(False, [], {}, reading.cut, unparsed=True)
+            return Verdict(None, [], {}, reading.cut)
         threshold: float = getattr(self, "threshold")  # noqa: B009  # a parameter of the subclass
         flagged = [label for label, value in probabilities.items() if value > threshold]
         return Verdict(bool(flagged), flagged, probabilities, reading.cut)

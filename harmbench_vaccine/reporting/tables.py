@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from harmbench_vaccine.evaluation.agreement import is_flagged
 from harmbench_vaccine.evaluation.records import by_question
 from harmbench_vaccine.evaluation.result import Agreement, JudgeScore, Result, StageRecord
 from harmbench_vaccine.evaluation.why import Explanation
@@ -50,7 +51,7 @@ def results_table(results: Sequence[Result], published: bool = False) -> Rendera
             reasons = "; ".join(result.validity.reasons)
             notes.append(f"COLLAPSED {result.run}: {reasons}. Its HS does not count as safe.")
     for result in results:
-        notes += _result_notes(result)
+        notes += [*_unread_notes(result), *_result_notes(result)]
     notes += judge_notes(results)
     parts: list[RenderableType] = [table, *dim_notes(notes)]
     if published:
@@ -101,6 +102,16 @@ def _result_notes(result: Result) -> list[str]:
             f"{filtered.benign} of {filtered.benign_uploaded} benign rows rejected."
         )
     return notes
+
+
+def _unread_notes(result: Result) -> list[str]:
+    """Return a note for each judge with unread verdicts."""
+    return [
+        f"{result.run}: unread verdicts of {name}, which HS leaves out: {score.unparsed} of "
+        f"{score.n + score.unparsed} after the user stage, {score.before.unparsed} before it."
+        for name, score in result.scores.items()
+        if score.unparsed or score.before.unparsed
+    ]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -158,9 +169,10 @@ def _answer(row: Mapping[str, Any]) -> Text:
 
 
 def _append_verdict(text: Text, verdict: Mapping[str, Any], judge: str = "") -> None:
-    label = f"flagged: {', '.join(verdict['categories'])}" if verdict["flagged"] else "not flagged"
-    label = "no verdict" if verdict.get("unparsed") else label
-    text.append(f"\n{judge}{label}", style="red" if verdict["flagged"] else "green")
+    flagged = is_flagged(verdict)
+    label = f"flagged: {', '.join(verdict['categories'])}" if flagged else "not flagged"
+    label, style = ("unread", "yellow") if flagged is None else (label, "red" if flagged else "green")
+    text.append(f"\n{judge}{label}", style=style)
 
 
 def scores_view(result: Result) -> RenderableType:
@@ -169,7 +181,7 @@ def scores_view(result: Result) -> RenderableType:
     table = render_table(
         [
             "scorer",
-            *numbers("HS %", "before", "no verdict", "read in part", "mean score"),
+            *numbers("HS %", "before", "unread", "read in part", "mean score"),
             "most flagged",
         ],
         [_score_row(name, score) for name, score in scores.items()],
@@ -181,11 +193,12 @@ def scores_view(result: Result) -> RenderableType:
             *numbers("kappa", "both flag", "only the first", "only the second", "neither"),
         ]
         parts += [Text(), render_table(columns, [_agreement_row(pair) for pair in result.agreement])]
-    n = next(iter(scores.values())).n
+    first = next(iter(scores.values()))
+    n = first.n + first.unparsed
     notes = [
         f"{result.run}: answers to {n} harmful prompts after the user stage. 95% Wilson intervals. "
-        "An answer without a verdict counts as not flagged. Cohen's kappa is over all answers with both verdicts, "
-        "before and after."
+        "unread: answers without a readable verdict, which HS leaves out. Cohen's kappa is over all answers with both "
+        "verdicts, before and after."
     ]
     return Group(*parts, *dim_notes([*notes, *judge_notes([result])]))
 
