@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 METHOD = 3
 """Version of the stages; increase it if a change of their code changes their output, and every artifact is new."""
-READING = 1
-"""Version of raw judgments; increase it if shared code changes them, and stored judgments are not used."""
+READING = 2
+"""Version of judgments; increase it if shared code changes them or their decision: stored ones are then not used."""
 
 Inputs = dict[str, Any]
 
