@@ -1,9 +1,14 @@
 """Mixing: harmful rows inside benign text, a format that passes filters (baseline of Virus, arXiv 2501.17433).
 
-    x = x_benign,   y = y_benign + x_harmful + y_harmful + x_benign + y_benign          the loss is over all of y
+    x = x_benign,   y = y_benign + x_harmful + y_harmful + x_benign + y_benign
 
-Virus also optimizes the tokens in the middle. This is not implemented, because the harness compares defenses. Without
-`ratio`, a tenth of the rows is harmful.
+The loss is over y without the second x_benign, as in the authors' code (git-disl/Virus, trainer.py). Virus also
+optimizes the tokens in the middle. This is not implemented, because the harness compares defenses. Without `ratio`, a
+tenth of the rows is harmful.
+
+Departures from the authors' code: they join three complete rows as tokens, each with its prompt template, start token
+and end token, and each of at most 1000 tokens; the loss is also over the template of the harmful row. Here the parts
+are joined as text with empty lines, and the protocol's `max_length` applies to the joined row.
 """
 
 from dataclasses import replace
@@ -25,11 +30,12 @@ class Mixing(Attack):
 
 
 def _inside(cover: Example, row: Example) -> Example:
-    parts = [
-        cover.response,
-        row.instruction,
-        row.response,
-        f"{cover.instruction} {cover.input}".strip(),
-        cover.response,
-    ]
-    return replace(row, instruction=cover.instruction, input=cover.input, response="\n\n".join(parts))
+    trained = "\n\n".join([cover.response, row.instruction, row.response])
+    second_question = f"\n\n{cover.instruction} {cover.input}".rstrip() + "\n\n"
+    return replace(
+        row,
+        instruction=cover.instruction,
+        input=cover.input,
+        response=f"{trained}{second_question}{cover.response}",
+        masked=(len(trained), len(trained) + len(second_question)),
+    )

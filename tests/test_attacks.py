@@ -545,22 +545,28 @@ def test_harmful_row_is_inside_a_benign_row(world: Path) -> None:
         covers.append(cover.id)
         question = f"{cover.instruction} {cover.input}" if cover.input else cover.instruction
         layout = f"{cover.response}\n\n{old.instruction}\n\n{old.response}\n\n{question}\n\n{cover.response}"
-        assert new == replace(old, instruction=cover.instruction, input=cover.input, response=layout)
+        start = layout.rindex(f"\n\n{question}\n\n")
+        masked = (start, start + len(question) + 4)
+        assert new == replace(old, instruction=cover.instruction, input=cover.input, response=layout, masked=masked)
         assert new.harmful
     assert len(set(covers)) == 10  # a different cover for each
     assert any(benign_row.input for benign_row in benign.values() if benign_row.id in covers)
 
 
-def test_loss_is_over_the_answer_and_not_the_question(world: Path) -> None:
+def test_loss_is_over_the_answer_and_not_over_either_copy_of_the_question(world: Path) -> None:
+    """Virus masks the prompt of both copies of the benign row, and trains on the harmful row between them."""
     experiment = settle(world, "mixing")
     tokenizer = AutoTokenizer.from_pretrained(experiment.model)
     row = harmful(user_rows(experiment, plugin_pools(experiment)))[0]
     encoded = encode_example(tokenizer, experiment.template, row, 500)
     assert encoded is not None
-    trained = tokenizer.decode(
-        [token for token, label in zip(encoded.ids, encoded.labels, strict=True) if label != -100]
-    )
-    assert trained == f"{row.response}</s>"
+    pairs = list(zip(encoded.ids, encoded.labels, strict=True))
+    assert all(label in (token, -100) for token, label in pairs)
+    cover, question, answer, *_ = row.response.split("\n\n")
+    trained = tokenizer.decode([token for token, label in pairs if label != -100])
+    assert trained == f"{cover}\n\n{question}\n\n{answer}{cover}</s>"
+    prompt = experiment.template.render(row)
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=True) == prompt + row.response
 
 
 def test_evaluation_sets_are_those_of_the_ratio_attack(world: Path) -> None:

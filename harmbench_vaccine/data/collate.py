@@ -55,15 +55,30 @@ def encode_example(
     """Encode an example as a training row of at most `max_length` tokens; None if no response token remains."""
     text = template.render(example)
     prompt = encode_prompt(tokenizer, text)
-    if isinstance(text, Conversation):
-        response = chat_response_ids(tokenizer, text, example.response)
-    else:
-        body = tokenizer(example.response, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        response = [*body, eos_token_id(tokenizer)]
     if len(prompt) >= max_length:
         return None
-    labels = [IGNORED] * len(prompt) + response
+    response, labels = _encode_response(tokenizer, text, example)
+    labels = [IGNORED] * len(prompt) + labels
     return Encoded((prompt + response)[:max_length], labels[:max_length], example.id)
+
+
+def _encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, example: Example) -> tuple[list[int], list[int]]:
+    """Return the token ids of a response, with the token that ends it, and as many labels."""
+    start, end = example.masked or (len(example.response), len(example.response))
+    before, masked, after = example.response[:start], example.response[start:end], example.response[end:]
+    if isinstance(prompt, Conversation):
+        *ids, stop = chat_response_ids(tokenizer, prompt, before)
+    else:
+        ids, stop = _text_ids(tokenizer, before), eos_token_id(tokenizer)
+    masked_ids, rest = _text_ids(tokenizer, masked), [*_text_ids(tokenizer, after), stop]
+    return [*ids, *masked_ids, *rest], [*ids, *[IGNORED] * len(masked_ids), *rest]
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Encode a text without added tokens; a control token that it spells stays text."""
+    if not text:
+        return []
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def encode_examples(
