@@ -32,8 +32,6 @@ class Example:
     """Text before the complete prompt of this row, like a system message."""
     masked: tuple[int, int] | None = None
     """Range of characters of the response (first, last + 1) that the model reads but is not trained to write."""
-    masked: tuple[int, int] | None = None
-    """Range of characters of the response (first, last + 1) that the model reads but is not trained to write."""
 
 
 @dataclass(frozen=True)
