@@ -47,7 +47,7 @@ def measure_result(experiment: Experiment, measurements: Measurements) -> Result
     }
     accuracy, accuracy_before = (percentage(item_scores[when][rule]) for when in ("after", "before"))
     drift = finite(measurements.drift.json(DRIFT))
-    resolved = [*experiment.defenses, *experiment.attacks]
+    resolved = [*experiment.defenses, *experiment.attacks, experiment.task_plugin]
     return Result(
         run=keys.run_id(experiment),
         defense=experiment.defense,
@@ -56,6 +56,7 @@ def measure_result(experiment: Experiment, measurements: Measurements) -> Result
         attack_params={attack.plugin.name: attack.params for attack in experiment.attacks},
         origins={plugin.plugin.name: plugin.origins for plugin in resolved},
         task=experiment.task_name,
+        task_params=experiment.task_plugin.params,
         model=experiment.model,
         protocol=protocol.name,
         protocol_version=protocol.version,

@@ -22,7 +22,7 @@ class Accuracy(_Record):
     strict: float
     """The answer equals the label and contains nothing else."""
     flexible: float
-    """The rule of the papers."""
+    """The rule of the task, with the parameters that the protocol sets (`task_params`)."""
 
 
 class Before(_Record):
