@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 _CANNOT = r"(?:can(?:no|')t|can not|won't|will not)"
-_REFUSAL = re.compile(
+REFUSAL_PHRASES = re.compile(
     r"\b(?:"
     r"sorry|apologi[sz]e"
     rf"|i(?:'m| am)? (?:{_CANNOT}|not able|unable|(?:must |have to )?(?:decline|refuse))"
@@ -46,7 +46,7 @@ def degenerate(answer: str) -> str | None:
 
 def find_refusal(answer: str) -> str | None:
     """Return the first refusal phrase in an answer, or None."""
-    match = _REFUSAL.search(" ".join(answer.replace("’", "'").split()))
+    match = REFUSAL_PHRASES.search(" ".join(answer.replace("’", "'").split()))
     return match[0] if match else None
 
 

@@ -6,7 +6,6 @@ creates, and its behavior is defined by the hooks that it overrides.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -22,11 +21,10 @@ from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.seeds import random_stream
 from harmbench_vaccine.inference.model_pool import ModelPool
 
+from .source_code import CONTRACT, code_of_modules
+
 T = TypeVar("T")
 P = TypeVar("P", bound="Plugin", covariant=True)
-
-_CONTRACT = frozenset(f"{__package__}.{module}" for module in ("base", "defense", "attack", "task", "scorer"))
-"""Modules of base classes, which are not part of a plug-in's fingerprint."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parameters
@@ -161,29 +159,13 @@ class Plugin(BaseModel):
     def fingerprint(cls) -> str:
         """Hash the code of the class and of its base classes, without comments, docstrings and imports.
 
-        An edit of code leads to new artifacts; an edit of comments or docstrings does not.
+        The code of helper modules next to them and the text of a prompt file with their name (`.txt`) count too. An
+        edit of code or of a prompt leads to new artifacts; an edit of comments or docstrings does not.
         """
-        classes = [base for base in cls.__mro__ if issubclass(base, Plugin) and base.__module__ not in _CONTRACT]
-        files = dict.fromkeys(inspect.getfile(base) for base in classes)
-        code = hashlib.sha256("".join(map(_code, files)).encode()).hexdigest()[:16]
+        classes = [base for base in cls.__mro__ if issubclass(base, Plugin) and base.__module__ not in CONTRACT]
+        modules = {base.__module__: Path(inspect.getfile(base)) for base in classes}
+        code = hashlib.sha256(code_of_modules(modules).encode()).hexdigest()[:16]
         return digest([code, *cls.fixed_texts], 16) if cls.fixed_texts else code
-
-
-class _CodeOnly(ast.NodeTransformer):
-    """A transformer that removes docstrings, other bare strings and imports."""
-
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return None if is_text else self.generic_visit(node)
-
-    def visit_Import(self, node: ast.Import) -> None: ...
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> None: ...
-
-
-def _code(file: str) -> str:
-    """Return the code of a source file in a normal form."""
-    return ast.unparse(_CodeOnly().visit(ast.parse(Path(file).read_text(encoding="utf-8"))))
 
 
 @dataclass(frozen=True)

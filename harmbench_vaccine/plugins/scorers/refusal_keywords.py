@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment, Verdict
-from harmbench_vaccine.data.answer_checks import find_refusal
+from harmbench_vaccine.data.answer_checks import REFUSAL_PHRASES, find_refusal
 from harmbench_vaccine.plugins import Form, Scorer
 
 
@@ -22,6 +22,7 @@ class RefusalKeywords(Scorer):
     citation: ClassVar[str] = "arXiv 2307.15043"
     form: ClassVar[Form] = "rule"
     comparison_only: ClassVar[bool] = True
+    fixed_texts: ClassVar[tuple[str, ...]] = (REFUSAL_PHRASES.pattern,)
 
     def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[RawJudgment]:
         """Return the answers themselves."""

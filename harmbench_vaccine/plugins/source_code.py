@@ -1,0 +1,73 @@
+"""The code that the fingerprint of a plug-in covers: its file, the helpers that it imports, and its prompt file."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from importlib.util import resolve_name
+from pathlib import Path
+
+CONTRACT = frozenset(f"{__package__}.{module}" for module in ("base", "defense", "attack", "task", "scorer"))
+"""Modules of base classes, which are not part of a fingerprint."""
+
+
+def code_of_modules(modules: Mapping[str, Path]) -> str:
+    """Return the code of modules without comments, docstrings and imports.
+
+    A helper is a module that they import from their own folder or from `harmbench_vaccine.plugins`. A prompt file has
+    the name of a module and the ending `.txt`. The code of helpers and the text of prompt files come after the modules.
+
+    Args:
+        modules: Dotted name -> file.
+    """
+    covered = dict(modules)
+    unread = list(modules)
+    while unread:
+        helpers = dict(_helpers(name := unread.pop(), covered[name]))
+        unread += helpers.keys() - covered.keys()
+        covered = helpers | covered
+    prompts = [file.with_suffix(".txt") for _, file in sorted(covered.items())]
+    helper_files = [covered[name] for name in sorted(covered.keys() - modules.keys())]
+    code = map(_normal_form, dict.fromkeys([*modules.values(), *helper_files]))
+    return "".join([*code, *(file.read_text(encoding="utf-8") for file in prompts if file.is_file())])
+
+
+def _helpers(module: str, file: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the name and the file of each helper that a module imports, at any depth of its code."""
+    package = module.rpartition(".")[0]
+    folders = {__package__: Path(__file__).parent, package: file.parent}
+    for name in _imports(file, package):
+        parent, _, stem = name.rpartition(".")
+        folder = folders.get(parent)
+        if folder and name not in CONTRACT and folder / f"{stem}.py" in folder.glob("*.py"):  # with equal letter case
+            yield name, folder / f"{stem}.py"
+
+
+def _imports(file: Path, package: str) -> Iterator[str]:
+    """Yield the dotted names that a file imports, members of modules included."""
+    for node in ast.walk(_parse(file)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (package or not node.level):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (source, *(f"{source}.{alias.name}" for alias in node.names))
+
+
+class _CodeOnly(ast.NodeTransformer):
+    """A transformer that removes docstrings, other bare strings and imports."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None: ...
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None: ...
+
+
+def _normal_form(file: Path) -> str:
+    return ast.unparse(_CodeOnly().visit(_parse(file)))
+
+
+def _parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
