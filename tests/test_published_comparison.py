@@ -104,6 +104,7 @@ def result(
         "attack_params": attack,
         "model": LLAMA,
         "protocol": protocol,
+        "protocol_version": loaded.version,
         "protocol_hash": loaded.hash,
         "seed": seed,
         "harmful_score": 100 * hits[0] / n[0],
@@ -454,12 +455,63 @@ def test_defenses_attacks_and_tasks_are_not_grouped() -> None:
 # Deviations
 
 
-INSTRUCTION = "the instruction of SST-2 ends in a full stop"
+FLOAT16 = "the authors load the base model in float16 (ours is in bfloat16)"
 
 
 def test_run_of_the_papers_setup_has_no_deviations() -> None:
-    assert only(result(attack={"ratio": {"p": 0.05}}, task="agnews")).deviations == ()
-    assert only(result()).deviations == (INSTRUCTION,)
+    """What the authors' code has and this harness cannot have remains."""
+    assert only(result(attack={"ratio": {"p": 0.05}}, task="agnews")).deviations == (FLOAT16,)
+    assert only(result()).deviations == (FLOAT16,)
+    lisa = result("lisa", {"lisa": {"k1": 100, "k2": 900, "rho": 1.0}}, protocol="lisa-paper", n=(1000, 872))
+    assert only(lisa).deviations == (FLOAT16,)
+    booster = result("booster", {"booster": {"lam": 5.0, "alpha": 0.1}}, protocol="booster-paper", n=(1000, 872))
+    assert only(booster).deviations == (
+        "the authors' loops skip a row: 4999 alignment rows instead of 5000, and one harmful row less",
+    )
+
+
+def test_lisa_evaluates_safe_prompts_too() -> None:
+    params = {"lisa": {"k1": 100, "k2": 900, "rho": 1.0}}
+    drawn = result("lisa", params, protocol="lisa-paper", n=(1000, 872), values={})
+    assert (
+        only(drawn).deviations[0].endswith("(paper: the first rows, with repeated questions; prompts of safe rows too)")
+    )
+    unsafe = {"rows": "paper", "answer.rows_in_order": "unsafe"}
+    changed = result("lisa", params, protocol="lisa-paper", n=(1000, 872), values=unsafe)
+    assert only(changed).deviations[0] == "answer.rows_in_order: unsafe (paper: all)"
+
+
+def test_a_row_lost_by_the_authors_rounding_is_a_deviation() -> None:
+    """int(0.9 * 5000) + int((1 - 0.9) * 5000) is 4500 + 499, since 1 - 0.9 is less than 0.1 in floating point."""
+
+    def deviations(ratio: float) -> tuple[str, ...]:
+        match = next(match for match in matched_figures("lisa-paper") if match.ratio == ratio)
+        attack, name = {"ratio": {"p": ratio}}, "+".join(match.defense)
+        changes = {"task": match.task, "model": match.model, "attack": attack}
+        return only(result(name, match.defense, protocol="lisa-paper", n=(1000, 1000), **changes)).deviations
+
+    lost = "the authors' rounding trains on 4999 of 5000 rows"
+    ratios = {match.ratio for match in matched_figures("lisa-paper")}
+    assert {ratio for ratio in ratios if lost in deviations(ratio)} == {0.9}
+
+
+@pytest.mark.parametrize("name", ["vaccine-paper", "booster-paper", "lisa-paper"])
+def test_results_of_an_earlier_version_stay_apart(name: str, tmp_path: Path) -> None:
+    """A result of version 1 has another hash, is ranked apart, and is not compared value by value."""
+    defense, params = {
+        "vaccine-paper": ("vaccine", VACCINE),
+        "booster-paper": ("booster", {"booster": {"lam": 5.0, "alpha": 0.1}}),
+        "lisa-paper": ("lisa", {"lisa": {"k1": 100, "k2": 900, "rho": 1.0}}),
+    }[name]
+    new = result(defense, params, protocol=name)
+    old = new.model_copy(update={"run": "earlier", "protocol_version": 1, "protocol_hash": "0123456789ab"})
+    line = "the runs follow version 1 of the protocol, not version 2: docs/protocols.md lists the changes"
+    assert line in only(old).deviations
+    assert line not in only(new).deviations
+    rankings = leaderboard.rank_results([write_csv(tmp_path / "results.csv", old, new)])
+    assert sorted(ranking.setting["protocol_hash"] for ranking in rankings) == sorted(
+        ["0123456789ab", new.protocol_hash]
+    )
 
 
 @pytest.mark.parametrize(
@@ -488,23 +540,35 @@ def test_run_of_the_papers_setup_has_no_deviations() -> None:
             {"defense": "kl", "params": {"kl": {"lam": 0.1}}},
             ["the authors' KL normalizes over positions, ours over the vocabulary"],
         ),
+        ({"task": "sst2:rule=contains"}, []),
+        ({"task": "sst2:rule=equals"}, ["sst2:rule=equals (paper: contains)"]),
+        (
+            {"values": {"rows": "paper", "tasks.sst2.rule": "equals", "tasks.agnews.rule": "equals"}},
+            ["tasks.sst2.rule: equals (paper: contains)"],
+        ),
+        (
+            {"values": {"rows": "paper", "tasks.sst2.instruction": "Judge it."}},
+            [
+                "tasks.sst2.instruction: Judge it. (paper: Analyze the sentiment of the input, and respond only "
+                "positive or negative)"
+            ],
+        ),
+        ({"values": {"rows": "paper", "answer.cut_at": "''"}}, ["answer.cut_at: none (paper: ### Response:)"]),
     ],
 )
 def test_deviations(changes: dict[str, Any], expected: list[str]) -> None:
     comparison = only(result(**changes))
     assert comparison.scores
-    assert [line for line in comparison.deviations if line != INSTRUCTION] == expected
+    assert [line for line in comparison.deviations if line != FLOAT16] == expected
     assert comparison.to_json()["deviations"] == list(comparison.deviations)
-    assert (INSTRUCTION in comparison.deviations) is (
-        comparison.setting["task"] == "sst2" and comparison.setting["protocol"] == "vaccine-paper"
-    )
+    assert FLOAT16 in comparison.deviations
 
 
 def test_deviations_of_several_seeds() -> None:
     assert only(result(seed=0), result(seed=1, n=(499, 500))).deviations == (
         "harmful prompts: 499, 500 (paper: 500)",
         "seed: 0, 1 (paper: 43)",
-        INSTRUCTION,
+        FLOAT16,
     )
 
 
@@ -514,6 +578,7 @@ def test_alpaca_eval_items_are_compared_with_the_papers_number() -> None:
     assert printed(comparison) == {"harmful_score": "67.80", "finetune_accuracy": "43.14"}
     assert comparison.deviations == (
         "test items: 105 (paper: 200)",
+        FLOAT16,
         "the paper's FA is judged by ChatGPT, in one order of the two answers",
     )
 
@@ -545,7 +610,7 @@ def test_terminal_table() -> None:
         assert line in lines, line
     joined = " ".join(lines)
     assert (
-        f"Deviations from the paper: {INSTRUCTION}; kl: the authors' KL normalizes over positions, ours over the "
+        f"Deviations from the paper: {FLOAT16}; kl: the authors' KL normalizes over positions, ours over the "
         "vocabulary." in joined
     )
     reason = "the paper does not report this defense with these parameters"
@@ -555,7 +620,11 @@ def test_terminal_table() -> None:
 
 def test_varied_settings_are_columns_and_shared_ones_are_in_the_title() -> None:
     comparisons = compare_results(
-        [result(seed=1), result(seed=1, attack={"ratio": {"p": 0.2}}), result(seed=1, task="agnews")]
+        [
+            result(seed=1),
+            result(seed=1, attack={"ratio": {"p": 0.2}}),
+            result(seed=1, task="agnews", values={"rows": "paper", "tasks.agnews.rule": "equals"}),
+        ]
     )
     sheet = comparison_sheet(comparisons)
     assert sheet.head[:4] == ["task", "attack", "defense", "seeds"]
@@ -566,7 +635,8 @@ def test_varied_settings_are_columns_and_shared_ones_are_in_the_title() -> None:
     ]
     assert sheet.title.endswith(f": {LLAMA}")
     assert [note for note in sheet.notes if note.startswith("Deviations")] == [
-        f"Deviations from the paper: seed: 1 (paper: 43); vaccine: {INSTRUCTION}."
+        f"Deviations from the paper: seed: 1 (paper: 43); {FLOAT16}; "
+        "vaccine: tasks.agnews.rule: equals (paper: contains)."
     ]
 
 
@@ -708,7 +778,7 @@ def test_leaderboard_columns(mixed: Path, tmp_path: Path) -> None:
         "_others_low": "48.2",
         "_others_high": "49",
     }
-    assert vaccine["published_deviations"] == f"{ROWS_DRAWN}; seed: 0, 1, 2 (paper: 43); {INSTRUCTION}"
+    assert vaccine["published_deviations"] == f"{ROWS_DRAWN}; seed: 0, 1, 2 (paper: 43); {FLOAT16}"
     assert (sft["published_harmful_score"], sft["published_finetune_accuracy_inside"]) == ("55.2", "True")
     assert float(sft["harmful_score_low"]) == pytest.approx(43.65, abs=0.01)  # one seed: the Wilson interval
     assert (ldifs["published_harmful_score"], ldifs["harmful_score_low"], ldifs["published_deviations"]) == ("", "", "")

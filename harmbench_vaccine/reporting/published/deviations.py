@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from harmbench_vaccine.experiment.protocol import Protocol, leaf_values, load_protocol
+from harmbench_vaccine.plugins.composition import parse_plugins
 
 from .matching import MatchedFigure, Paper
 
@@ -39,11 +40,17 @@ def list_deviations(
     shipped = load_protocol(first["protocol"])
     if protocol.hash == first["protocol_hash"]:
         yield from _changed_values(paper, _paper_values(protocol, task), _paper_values(shipped, task))
+    elif int(first["protocol_version"]) != shipped.version:
+        yield (
+            f"the runs follow version {first['protocol_version']} of the protocol, not version {shipped.version}: "
+            "docs/protocols.md lists the changes"
+        )
     else:
         yield (
             f"values or data of the protocol were changed (hash {first['protocol_hash']}, its file has "
             f"{protocol.hash}): the result.json of each run lists the user's changes"
         )
+    yield from _written_task_parameters(str(first["task"]), shipped.tasks.get(task, {}))
     if first["model"] != matched.model:
         yield f"the model is read from {first['model']} (paper: {matched.model})"
     items = paper.reference.get(f"answer.items.{task}")
@@ -60,7 +67,23 @@ def list_deviations(
         values = sorted({int(row[column]) for row in rows})
         if expected and values != [expected]:
             yield f"{name}: {', '.join(map(str, values))} (paper: {expected})"
+    yield from _rounding(matched)
     yield from paper.deviations
+
+
+def _written_task_parameters(written: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the differences of a task with parameters, such as `sst2:rule=contains`, from the paper's values."""
+    (component,) = parse_plugins(written)
+    for key, value in component.params.items():
+        if value != values.get(key, value):
+            yield f"{component.name}:{key}={value} (paper: {_format(values[key])})"
+
+
+def _rounding(matched: MatchedFigure) -> Iterator[str]:
+    """Yield the row that int(p n) + int((1 - p) n) of the authors' code loses; we train on n rows."""
+    ratio, samples = matched.ratio, matched.samples[0]
+    if lost := samples - int(ratio * samples) - int((1 - ratio) * samples):
+        yield f"the authors' rounding trains on {samples - lost} of {samples} rows"
 
 
 def _changed_values(paper: Paper, values: Mapping[str, Any], shipped: Mapping[str, Any]) -> Iterator[str]:
@@ -73,10 +96,11 @@ def _changed_values(paper: Paper, values: Mapping[str, Any], shipped: Mapping[st
 
 
 def _paper_values(protocol: Protocol, task: str) -> dict[str, Any]:
-    """Return dotted path -> value for the values that a paper has too, with the user stage of one task."""
+    """Return dotted path -> value for the values that a paper has too, with the user stage and texts of one task."""
     tokens = {task: protocol.answer.task_tokens.get(task)}
     answer = protocol.answer.model_copy(update={"task_tokens": tokens})
-    of_task = protocol.model_copy(update={"finetune": protocol.finetune.of(task), "answer": answer})
+    texts = {task: protocol.tasks.get(task, {})}
+    of_task = protocol.model_copy(update={"finetune": protocol.finetune.of(task), "answer": answer, "tasks": texts})
     excluded = (*_NOT_IN_PAPERS, *_COUNTS)
     return {
         path: value
@@ -86,4 +110,6 @@ def _paper_values(protocol: Protocol, task: str) -> dict[str, Any]:
 
 
 def _format(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+    if value is None or value == "":
+        return "none"
+    return f"{value:g}" if isinstance(value, float) else repr(value) if "\n" in str(value) else str(value)
