@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import Example, Grade
 
+from .answer_text import comparable_text
 from .base import Plugin
 
 
@@ -70,8 +71,8 @@ class Task(Plugin):
         raise NotImplementedError
 
     def strict(self, answer: str, target: str) -> bool:
-        """Return whether the answer is the target and nothing else."""
-        return answer.strip().lower() == target.strip().lower()
+        """Return whether the answer is the target and nothing else, without letter case and in one Unicode form."""
+        return comparable_text(answer) == comparable_text(target)
 
     def flexible(self, answer: str, target: str) -> bool:
         """Return whether the answer is right by the rule of the task, which the reported accuracy uses."""
