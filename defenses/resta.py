@@ -6,8 +6,15 @@ user stage:
     dW <- dW - gamma * dW_h          the safety vector is -dW_h
 
 The only cost at repair time is that training run, which all runs of one aligned model share. As a LoRA the sum has both
-ranks: A' = [A; A_h], B' = [B, -gamma B_h]. Departure from the paper: no DARE (RESTA_d), whose sparse dW has full rank.
-The authors publish no code; gamma = 0.5 is the value reported for the paper; it is not verified.
+ranks: A' = [A; A_h], B' = [B, -gamma B_h].
+
+Departures from the paper and from the authors' code (github.com/declare-lab/resta), which merges complete checkpoints
+with mergekit and whose scripts were not compared line by line:
+
+- no DARE (RESTA_d), which drops random entries of dW and rescales the rest: the sparse dW has full rank;
+- dW_h is trained on the defender's harmful rows, starting at the aligned model of the protocol; the authors start at
+  Llama-2-Chat and use their own harmful questions and answers;
+- gamma = 0.5 is the value reported for the paper; it is not verified.
 """
 
 from __future__ import annotations
