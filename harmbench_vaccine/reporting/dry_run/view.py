@@ -46,7 +46,7 @@ def _experiment_json(experiment: Experiment, plan: Plan, index: int) -> dict[str
         estimates, no_estimate = [], str(error)
     plugins = {
         resolved.plugin.name: {key: [value, resolved.origins[key]] for key, value in resolved.params.items()}
-        for resolved in [*experiment.defenses, *experiment.attacks, *experiment.scorers]
+        for resolved in [*experiment.defenses, *experiment.attacks, experiment.task_plugin, *experiment.scorers]
     }
     return {
         "run": run_id(experiment) if plan.stages else None,
