@@ -65,9 +65,9 @@ def test_stored_answer_is_the_one_that_is_scored(
     model = TrainedModel(experiment.model, ModelSpec(experiment.model), {})
     rows = read_lines(pipeline.answer(experiment, context, model, task_set(experiment)).path / ANSWERS)
     assert len(rows) == 8
-    kept = "positive\n\n### Instruction:\nAnother." if cut_at else RunningOn.text.strip()
+    answer = "positive\n\n### Instruction:\nAnother." if cut_at else RunningOn.text.strip()
     for row in rows:
-        assert judged_pair(row)[1] == row["answer"] == kept
+        assert judged_pair(row)[1] == row["answer"] == answer
         assert (row["tokens"], row["finished"]) == (4, False)  # of the generated text
         assert row.get("removed") == (f"{MARK}\nnegative\n\n{MARK} more" if cut_at else None)
 
@@ -89,7 +89,7 @@ def test_cut_answers_have_keys_of_their_own(world: Path) -> None:
 
 @given(text=st.lists(st.sampled_from([MARK, "### ", "Response:", " ", "\n", "a", "positive"]), max_size=8).map("".join))
 @settings(max_examples=examples(200), deadline=None)
-def test_an_answer_is_what_stands_before_the_first_mark(text: str) -> None:
+def test_an_answer_ends_before_the_first_mark(text: str) -> None:
     """The scripts decode prompt and answer together, and keep the second of the pieces between marks."""
     answer, removed = pipeline.cut_answer(text, MARK)
     assert answer == f"prompt{MARK}{text}".split(MARK)[1].strip()

@@ -179,7 +179,7 @@ def test_testbed_ignores_letter_case() -> None:
 
 def numbers(text: str) -> list[float]:
     """Return the numbers of a text without commas: digits, then optionally a point and further digits; a sign."""
-    found, start = [], 0
+    values, start = [], 0
     while start < len(text):
         end = start + 1 if text[start] == "-" else start
         if end == len(text) or not text[end].isdecimal():
@@ -191,9 +191,9 @@ def numbers(text: str) -> list[float]:
             end += 1
             while end < len(text) and text[end].isdecimal():
                 end += 1
-        found.append(float(text[start:end]))
+        values.append(float(text[start:end]))
         start = end
-    return found
+    return values
 
 
 def given_number(answer: str) -> float | None:

@@ -459,7 +459,7 @@ FLOAT16 = "the authors load the base model in float16 (ours is in bfloat16)"
 
 
 def test_run_of_the_papers_setup_has_no_deviations() -> None:
-    """What the authors' code has and this harness cannot have remains."""
+    """Only differences from the authors' code that no option removes are listed."""
     assert only(result(attack={"ratio": {"p": 0.05}}, task="agnews")).deviations == (FLOAT16,)
     assert only(result()).deviations == (FLOAT16,)
     lisa = result("lisa", {"lisa": {"k1": 100, "k2": 900, "rho": 1.0}}, protocol="lisa-paper", n=(1000, 872))
@@ -496,8 +496,8 @@ def test_a_row_lost_by_the_authors_rounding_is_a_deviation() -> None:
 
 
 @pytest.mark.parametrize("name", ["vaccine-paper", "booster-paper", "lisa-paper"])
-def test_results_of_an_earlier_version_stay_apart(name: str, tmp_path: Path) -> None:
-    """A result of version 1 has another hash, is ranked apart, and is not compared value by value."""
+def test_results_of_an_earlier_version_are_ranked_separately(name: str, tmp_path: Path) -> None:
+    """A result of version 1 has another hash, is ranked separately, and is not compared value by value."""
     defense, params = {
         "vaccine-paper": ("vaccine", VACCINE),
         "booster-paper": ("booster", {"booster": {"lam": 5.0, "alpha": 0.1}}),
