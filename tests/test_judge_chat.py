@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,8 +15,11 @@ import pytest
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.evaluation import verdicts
 from harmbench_vaccine.inference.chat_api import ChatJudge
+from harmbench_vaccine.inference.generators import Continuation, generate_answers
 from harmbench_vaccine.inference.model_pool import ModelPool
+from harmbench_vaccine.inference.thinking import THINKING_TOKENS, after_thinking
 from harmbench_vaccine.plugins.registry import SCORERS
+from harmbench_vaccine.plugins.scorers.llama_guard import LlamaGuard
 from support import tiny
 
 Response = tuple[int, Any, dict[str, str]]
@@ -58,8 +62,9 @@ class Server:
         return ChatJudge("some/judge", self.url, pause=0.001, **changes)
 
 
-def completion(text: str | None) -> Response:
-    return 200, {"choices": [{"message": {"role": "assistant", "content": text}}]}, {}
+def completion(text: Any, finish: str = "stop", **fields: Any) -> Response:
+    choice = {"message": {"role": "assistant", "content": text, **fields}, "finish_reason": finish}
+    return 200, {"choices": [choice]}, {}
 
 
 def failure(status: int, message: str, **headers: str) -> Response:
@@ -210,3 +215,148 @@ def test_local_judge_is_loaded_through_the_pool(tmp_path: Path) -> None:
     model = pool.judge_generator(str(tmp_path))
     ChatJudge(str(tmp_path), models=pool).ask(["two"], 4)
     assert pool.judge_generator(str(tmp_path)).model is model.model  # type: ignore[attr-defined]  # of transformers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judges that think
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("yes", "yes"),
+        ("<think>no?</think>yes", "yes"),
+        ("<THINK>\nno\n</THINK>\n\nyes", "\n\nyes"),
+        ("no?</think>yes", "yes"),  # the chat template wrote the beginning mark
+        ("<think>a</think>b<think>c</think>d", "d"),
+        ("<thinking>no</thinking> yes", " yes"),
+        ("<reasoning>no</reasoning>yes", "yes"),
+        ("[THINK]no[/THINK]yes", "yes"),
+        ("◁think▷no◁/think▷yes", "yes"),
+        ("<think>yes", ""),
+        ("<think>a</think>yes<think>", ""),
+        ("", ""),
+        ("I think < 3, <thinks> [thinking]", "I think < 3, <thinks> [thinking]"),
+    ],
+)
+def test_thoughts_are_skipped(text: str, answer: str) -> None:
+    assert after_thinking(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        (completion("<think>no?</think>\n\nyes"), "yes"),
+        (completion("yes", reasoning_content="no? no."), "yes"),
+        (completion(None, reasoning_content="no? no."), ""),
+        (completion([{"type": "thinking", "thinking": "no"}, {"type": "text", "text": "yes"}]), "yes"),
+        (completion("<think>yes"), ""),
+    ],
+)
+def test_thoughts_of_a_server_are_skipped(server: Server, reply: Response, answer: str) -> None:
+    server.reply = lambda body: reply
+    assert server.judge().ask(["a"], 16) == [answer]
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        completion("<think>Let me", "length"),
+        completion(None, "length", reasoning_content="Let me"),
+        failure(400, "Could not finish the message because max_tokens or model output limit was reached."),
+    ],
+)
+def test_cut_answer_is_requested_with_room_for_thoughts(server: Server, cut: Response) -> None:
+    server.reply = lambda body: cut if body["max_tokens"] == 16 else completion("<think>Let me see.</think>yes")
+    assert server.judge().ask(["a", "b"], 16) == ["yes", "yes"]
+    assert sorted(body["max_tokens"] for body in server.bodies) == [16, 16, *[16 + THINKING_TOKENS] * 2]
+
+
+@pytest.mark.parametrize(
+    ("status", "answer"), [(200, "yes, because it"), (400, "yes, because"), (500, None)], ids=["longer", "full", "down"]
+)
+def test_cut_answer_of_a_small_server_is_read_as_it_is(server: Server, status: int, answer: str | None) -> None:
+    def reply(body: dict[str, Any]) -> Response:
+        if body["max_tokens"] == 16:
+            return completion("yes, because", "length")
+        return completion("yes, because it", "length") if status == 200 else failure(status, "context is 4096 tokens")
+
+    server.reply = reply
+    if answer is None:
+        with pytest.raises(HbvError, match="answers 500"):
+            server.judge(attempts=2).ask(["a"], 16)
+    else:
+        assert server.judge().ask(["a"], 16) == [answer]
+
+
+class Thinker:
+    """A local judge that writes given texts and records the numbers of tokens it may write."""
+
+    def __init__(self, texts: list[str], template: str, tokens: list[str]) -> None:
+        self.texts, self.tokenizer = texts, tiny.tokenizer(["safe unsafe think"])
+        self.tokenizer.add_tokens(tokens)
+        self.tokenizer.chat_template = template
+        self.limits: list[int] = []
+
+    def generate(
+        self, prompts: Any, max_new_tokens: int, watched: Any = (), progress: Any = None
+    ) -> list[Continuation]:
+        self.limits.append(max_new_tokens)
+        outputs = []
+        for text in self.texts:
+            tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            steps = [dict.fromkeys(watched, -float(number)) for number in range(len(tokens) + 1)]
+            outputs.append(Continuation(self.tokenizer.decode(tokens, skip_special_tokens=True), tokens, steps))
+        return outputs
+
+
+PLAIN = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+OPENED = PLAIN + "{% if add_generation_prompt %}<think>\n{% endif %}"
+MARKS = ["<think>", "</think>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "text", "answer"),
+    [
+        (PLAIN, MARKS, "<think>unsafe?</think>\n\nsafe", "safe"),
+        (PLAIN, MARKS, "safe", "safe"),
+        (PLAIN, MARKS, "<think>unsafe", ""),
+        (OPENED, [], "unsafe?</think>safe", "safe"),
+        (OPENED, [], "unsafe", ""),  # thoughts that the limit ends
+        (OPENED, MARKS, "unsafe</think>", ""),
+        (PLAIN, [], "<think>unsafe</think>safe", "<think>unsafe</think>safe"),  # the tokenizer knows no thoughts
+    ],
+)
+def test_local_judge_has_room_for_thoughts(template: str, tokens: list[str], text: str, answer: str) -> None:
+    judge = Thinker([text], template, tokens)
+    prompt = judge.tokenizer("Is it safe?" + ("<think>\n" if template == OPENED else ""))["input_ids"]
+    [output] = generate_answers(judge, [prompt], 16, watched=[7])
+    assert output.text.strip() == answer
+    assert judge.limits == [16 + THINKING_TOKENS if tokens or template == OPENED else 16]
+    assert judge.tokenizer.decode(output.tokens).strip() == answer
+    if answer:
+        first = len(judge.tokenizer(text, add_special_tokens=False)["input_ids"]) - len(output.tokens)
+        assert output.watched[0][7] == -first  # the log-probabilities are those of the answer's tokens
+
+
+def test_marks_that_are_special_tokens() -> None:
+    judge = Thinker(["[THINK]unsafe[/THINK]safe"], PLAIN, [])
+    judge.tokenizer.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    [output] = generate_answers(judge, [[5]], 16)
+    assert output.text == "safe"
+
+
+def test_probability_of_llama_guard_is_read_after_its_thoughts(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Thinker(["<think>unsafe safe unsafe</think>unsafe\nS1"], PLAIN, MARKS)
+    monkeypatch.setattr(ModelPool, "judge_generator", lambda *args: judge)
+    [reading] = LlamaGuard().read([("How?", "So.")])
+    thoughts = judge.tokenizer("<think>unsafe safe unsafe</think>", add_special_tokens=False)["input_ids"]
+    assert reading.text == "unsafe\nS1"
+    assert reading.probabilities == {"unsafe": pytest.approx(math.exp(-len(thoughts)))}
+
+
+def test_chat_judge_returns_the_answer_of_a_local_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Thinker(["<think>no</think>\nyes", "<think>no"], PLAIN, MARKS)
+    monkeypatch.setattr(ModelPool, "judge_generator", lambda *args: judge)
+    assert ChatJudge("a/judge").ask(["one", "two"], 16) == ["yes", ""]
