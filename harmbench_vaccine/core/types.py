@@ -104,12 +104,15 @@ class Mix:
 class Grade:
     """The quality of one answer to a task item."""
 
-    score: float
-    """The score, from 0 to 1."""
+    score: float | None
+    """The score, from 0 to 1; None: the judge gave no readable verdict."""
     judge_text: str = ""
     """The judge's text; empty if no judge was used."""
-    unparsed: bool = False
-    """True if the judge's text contains no readable verdict."""
+
+    @property
+    def unparsed(self) -> bool:
+        """True if the grade is unread: the answer then has no score and is counted on its own."""
+        return self.score is None
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ def answer_rows(measurements: Measurements) -> list[dict[str, Any]]:
 
     Returns:
         Rows with `when`, `set` and the fields of the stored answer. A judged row also has the headline verdict's
-        `flagged`, `categories`, `probabilities`, and `verdicts` (scorer -> verdict); a graded row has `grade` (0 to 1).
+        `flagged`, `categories`, `probabilities`, and `verdicts` (scorer -> verdict); a graded row has `grade` (0 to 1,
+        or None if it is unread).
     """
     rows = []
     for name, artifact in measurements.answers.items():
@@ -139,7 +140,7 @@ def answer_rows(measurements: Measurements) -> list[dict[str, Any]]:
                 row |= {key: headline[key] for key in ("flagged", "categories", "probabilities")}
                 row["verdicts"] = by_scorer
             if grades:
-                row["grade"] = float(grades[number]["score"])
+                row["grade"] = grades[number]["score"]
             rows.append(row)
     return rows
 
@@ -182,10 +183,13 @@ def _stage_record(stage: str, artifacts: dict[str, Artifact]) -> StageRecord:
 
 
 def _item_scores(experiment: Experiment, rows: Sequence[AnswerRow], when: When, rule: Rule) -> list[float]:
-    """Return the score of each test item from 0 to 1; a graded task has one score for both rules."""
+    """Return the score of each test item from 0 to 1.
+
+    A graded task has one score for both rules, and none for an item whose grade is unread.
+    """
     items = [row for row in rows if row["when"] == when and row["set"] == "task"]
     if all("grade" in row for row in items):
-        return [row["grade"] for row in items]
+        return [row["grade"] for row in items if row["grade"] is not None]
     return experiment.task.scores(rule, items)
 
 
@@ -230,7 +234,7 @@ def _counts(experiment: Experiment, measurements: Measurements) -> Counts:
                 counts[stage]["filtered"] = rows["filtered"]
     if measurements.grades:
         counts["unparsed_grades"] = {
-            when: sum(grade["unparsed"] for grade in read_lines(artifact.path / GRADES))
+            when: sum(grade["score"] is None for grade in read_lines(artifact.path / GRADES))
             for when, artifact in measurements.grades.items()
         }
     if experiment.in_order:

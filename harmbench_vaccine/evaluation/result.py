@@ -108,7 +108,7 @@ class Counts(_Record):
     overlaps: dict[str, int] | None = None
     """With `rows=paper`: use of rows, or pair of uses -> questions that occur more than once."""
     unparsed_grades: dict[Literal["before", "after"], int] | None = None
-    """Answers to the task without a readable grade, where a judge grades them."""
+    """Answers to the task whose grade is unread, where a judge grades them; they are not part of FA."""
 
 
 class DataSource(_Record):
@@ -295,7 +295,7 @@ class Result(_Record):
     finetune_accuracy_hits: int | float
     """Sum of the items' scores."""
     finetune_accuracy_n: int
-    """Number of test items."""
+    """Number of test items with a score; `counts.unparsed_grades` counts those with an unread grade."""
     trained: bool
     """False if the attack edits weights instead of training, so that the task is not learned."""
     accuracy_rule: Rule

@@ -27,11 +27,14 @@ def first_word(text: str) -> str:
     punctuation at its end. All other characters are: `-1`, `C++`, `C#`, `.NET`, `don't`, `1,000`, `50%`. List marks
     such as `-` and `##` are not words.
     """
-    words = (_without_marks(piece) for piece in _BREAK.split(text))
-    return comparable_text(next((word for word in words if word.strip(_LIST_MARKS)), ""))
+    words = (_without_marks(piece) for piece in _BREAK.split(comparable_text(text)))
+    return next((word for word in words if word.strip(_LIST_MARKS)), "")
 
 
 def _without_marks(piece: str) -> str:
-    body = piece.lstrip(_OPENING)
-    opening = piece[: len(piece) - len(body)]
-    return body.rstrip(_CLOSING).removesuffix(opening[::-1]).rstrip(_CLOSING)
+    word = piece.lstrip(_OPENING)
+    opening = piece[: len(piece) - len(word)]
+    word = word.rstrip(_CLOSING)
+    for mark in reversed(opening):  # `A*` keeps its star, and `*A*` does not
+        word = word.removesuffix(mark).rstrip(_CLOSING)
+    return word

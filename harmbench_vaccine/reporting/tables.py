@@ -105,13 +105,19 @@ def _result_notes(result: Result) -> list[str]:
 
 
 def _unread_notes(result: Result) -> list[str]:
-    """Return a note for each judge with unread verdicts."""
-    return [
+    """Return a note for each judge with unread verdicts, and one for unread grades of the task's answers."""
+    grades = result.counts.unparsed_grades or {}
+    grade_note = (
+        f"{result.run}: answers to the task with an unread grade, which FA leaves out: {grades.get('after', 0)} after "
+        f"the user stage, {grades.get('before', 0)} before it."
+    )
+    verdict_notes = [
         f"{result.run}: unread verdicts of {name}, which HS leaves out: {score.unparsed} of "
         f"{score.n + score.unparsed} after the user stage, {score.before.unparsed} before it."
         for name, score in result.scores.items()
         if score.unparsed or score.before.unparsed
     ]
+    return [*verdict_notes, *([grade_note] if any(grades.values()) else [])]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -165,6 +171,8 @@ def _answer(row: Mapping[str, Any]) -> Text:
         _append_verdict(text, row)
     elif row["target"]:
         text.append(f"\nexpected: {row['target']}", style="dim")
+    if "grade" in row:
+        text.append("\ngrade: unread" if row["grade"] is None else f"\ngrade: {row['grade']:g}", style="dim")
     return text
 
 

@@ -19,12 +19,17 @@ from harmbench_vaccine.plugins import Example, Grade, Task, param
 
 _TURN_MARKS = re.compile(r"<\|im_(?:start\|>(?:system|user)|end\|>)\n?")
 _SLOTS = re.compile(r"\{(instruction|output_1|output_2)\}")
-_VERDICT = re.compile(r"(?<!\w)([mM])\W*$")
+_MARKS = "*`\"'“”‘’()[]{}<>.,:;!#"
+_OPEN_ENDS = frozenset(("m", "or", "and", "nor", "not", "than", "over", "to", "vs", "versus"))
+"""Words before the last one after which it is not a choice: `m or M`, `m is better than M`."""
 _JUDGE_PROMPT = _TURN_MARKS.sub("", Path(__file__).with_suffix(".txt").read_text(encoding="utf-8"))
 
 
 class AlpacaEval(Task):
-    """The score of an item is 1 if the judge prefers the answer in both orders, 1/2 if in one, and 0 if in none."""
+    """The score of an item is 1 if the judge prefers the answer in both orders, 1/2 if in one, and 0 if in none.
+
+    An item has no score if one of its two verdicts is unread. A verdict is the last word of the judge's text.
+    """
 
     dataset: ClassVar[str] = "alpaca_eval"
     test_dataset: ClassVar[str] = "alpaca_eval_reference"
@@ -60,19 +65,28 @@ class AlpacaEval(Task):
         return True
 
     def grade(self, rows: Sequence[Mapping[str, Any]], progress: Progress = SILENT) -> list[Grade]:
-        """Ask the judge about (answer, reference) and (reference, answer); an unparsed verdict counts as 1/2."""
+        """Ask the judge about (answer, reference) and (reference, answer)."""
         from harmbench_vaccine.inference.chat_api import ChatJudge
 
         orders = [(row, *pair) for row in rows for pair in (("answer", "target"), ("target", "answer"))]
         prompts = [_prompt(row["instruction"], row[first], row[second]) for row, first, second in orders]
         texts = ChatJudge(self.model, self.base_url, self.models).ask(prompts, 512, progress)
-        matches = [_VERDICT.search(text.strip()) for text in texts]
-        grades = []
-        for number in range(0, len(texts), 2):
-            pair = matches[number : number + 2]
-            wins = [0.5 if match is None else float(match[1] == name) for match, name in zip(pair, "mM", strict=True)]
-            grades.append(Grade(sum(wins) / 2, "\n---\n".join(texts[number : number + 2]), None in pair))
-        return grades
+        return [_grade(texts[number], texts[number + 1]) for number in range(0, len(texts), 2)]
+
+
+def _grade(text: str, swapped_text: str) -> Grade:
+    """Average the verdicts of both orders: the answer is `m` in the first one and `M` in the second one."""
+    choices = (_choice(text), _choice(swapped_text))
+    score = None if None in choices else sum(choice == name for choice, name in zip(choices, "mM", strict=True)) / 2
+    return Grade(score, f"{text}\n---\n{swapped_text}")
+
+
+def _choice(text: str) -> str | None:
+    """Return the last word of a judge's text, `m` or `M`; None if it is another word, or if it is not a choice."""
+    *_, before, last = ["", "", *(text.strip().splitlines() or [""])[-1].split()]
+    name = last.strip(_MARKS).rpartition(":")[2].strip(_MARKS)
+    is_open = before.strip(_MARKS).lower() in _OPEN_ENDS or before[-1:].isdigit()  # `5 m` is a length
+    return name if name in ("m", "M") and not is_open else None
 
 
 def _prompt(instruction: str, first: str, second: str) -> str:

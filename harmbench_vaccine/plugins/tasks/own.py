@@ -7,10 +7,13 @@
 
 Without `test`, the test items are a fifth of the questions, at least one: those with the smallest SHA-256. So they do
 not depend on the order of the rows or on the seed, and all rows of one question are on the same side.
+
+Texts and words are compared without letter case and in one Unicode form (`plugins/answer_text.py`, which also defines a
+word). Numbers are compared exactly; `_numbers.py` lists the forms that are read. A row is refused if its output has no
+word or no number that can be read; an answer with an unreadable number is wrong.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -19,9 +22,12 @@ from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.data.files import is_data_file
 from harmbench_vaccine.data.pools import question_key
 from harmbench_vaccine.plugins import Example, Grade, Task, param
-from harmbench_vaccine.plugins.tasks._numbers import find_numbers
+from harmbench_vaccine.plugins.answer_text import comparable_text, first_word
+from harmbench_vaccine.plugins.judge_text import leading_word
+from harmbench_vaccine.plugins.tasks._numbers import first_number, last_number, parse_number
 
 Rule = Literal["exact", "first_word", "number", "judge"]
+_MARK = "####"
 
 _JUDGE_PROMPT = """Here is a question, a reference answer, and an answer to be marked.
 
@@ -96,25 +102,25 @@ class Own(Task):
         extra = row.get("input") or ""
         if not isinstance(extra, str):
             raise ValueError(f"input is {extra!r}, which is not text")
-        if self.rule == "first_word" and not (target := _first_word(output)):
+        if self.rule == "first_word" and not (target := first_word(output)):
             raise ValueError("the output has no word for rule=first_word")
         if self.rule == "number":
-            if (number := _number(output, marked=False)) is None:
-                raise ValueError("the output has no number for rule=number")
-            target = f"{number:.15g}"
+            target = _output_number(output)
         return Example(id, row["instruction"], output, extra, target)
 
     def strict(self, answer: str, target: str) -> bool:
         """Return whether the answer is the target and nothing else; with rule=number, the number must follow ####."""
         if self.rule == "number":
-            return _number(answer, marked=True) == float(target)
-        return answer.strip().lower() == target.strip().lower()
+            return _MARK in answer and _is_number(answer, target)
+        return super().strict(answer, target)
 
     def flexible(self, answer: str, target: str) -> bool:
-        """Return whether the first words are equal, or the number after #### (else the last number) is the target."""
+        """Return whether the answer is right by the rule of the parameter `rule`."""
+        if self.rule == "number":
+            return _is_number(answer, target)
         if self.rule == "first_word":
-            return _first_word(answer) == target
-        return self.strict(answer, target) or (self.rule == "number" and _number(answer, False) == float(target))
+            return first_word(answer) == comparable_text(target)
+        return super().strict(answer, target)
 
     @property
     def graded(self) -> bool:
@@ -122,7 +128,7 @@ class Own(Task):
         return self.rule == "judge"
 
     def grade(self, rows: Sequence[Mapping[str, Any]], progress: Progress = SILENT) -> list[Grade]:
-        """Ask the judge; the score is 1 for yes, and 0 for no or for an answer that cannot be parsed."""
+        """Ask the judge; the score is 1 for yes and 0 for no. An unread answer of the judge gives none."""
         from harmbench_vaccine.inference.chat_api import ChatJudge
 
         prompts = [
@@ -132,20 +138,36 @@ class Own(Task):
             for row in rows
         ]
         texts = ChatJudge(self.model, self.base_url, self.models).ask(prompts, 16, progress)
-        grades = []
-        for text in texts:
-            word = _first_word(text)
-            grades.append(Grade(float(word == "yes"), text, word not in ("yes", "no")))
-        return grades
+        words = [leading_word(text, ("yes", "no")) for text in texts]
+        return [
+            Grade(None if word is None else float(word == "yes"), text) for word, text in zip(words, texts, strict=True)
+        ]
 
 
-def _first_word(text: str) -> str:
-    match = re.search(r"\w+", text.lower())
-    return match[0] if match else ""
+def _output_number(output: str) -> str:
+    """Return the number of the output of a row.
+
+    Raises:
+        ValueError: The output has no number that can be read.
+    """
+    try:
+        return _number(output)
+    except ValueError as error:
+        raise ValueError(f"rule=number cannot read the output: {error}; write one number after {_MARK}") from error
 
 
-def _number(text: str, marked: bool) -> float | None:
-    """Return the number after the last `####`; without a mark the last number, unless `marked` requires the mark."""
-    _, mark, after = text.rpartition("####")
-    numbers = find_numbers(after) if mark or not marked else []
-    return numbers[0 if mark else -1] if numbers else None
+def _is_number(answer: str, target: str) -> bool:
+    try:
+        return parse_number(_number(answer)) == parse_number(target)
+    except ValueError:
+        return False
+
+
+def _number(text: str) -> str:
+    """Return the first number after the last `####`, or the last number of a text without this mark.
+
+    Raises:
+        ValueError: There is no number, or it cannot be read.
+    """
+    _, mark, after = text.rpartition(_MARK)
+    return first_number(after) if mark else last_number(text)
