@@ -181,7 +181,9 @@ def test_target_depends_on_the_rule() -> None:
 @pytest.mark.parametrize(
     ("rule", "row", "message"),
     [
-        ("number", {"instruction": "a", "output": "none"}, "the output has no number for rule=number"),
+        ("number", {"instruction": "a", "output": "none"}, "rule=number cannot read the output: it has no digits"),
+        ("number", {"instruction": "a", "output": "at 12:30"}, "'at 12:30' is not a number that can be read"),
+        ("number", {"instruction": "a", "output": "5.\n#### 1.2.3"}, "'1.2.3' is not a number that can be read"),
         ("first_word", {"instruction": "a", "output": "!?"}, "the output has no word"),
         ("exact", {"instruction": "a", "output": 3}, "field 'output' holds 3, which is not text"),
         ("exact", {"instruction": "a", "input": [], "output": "b"}, None),
@@ -220,6 +222,11 @@ def test_invalid_row_is_refused(
         ("first_word", "**Yes**, of course", "yes", (False, True)),
         ("first_word", "Of course, yes", "yes", (False, False)),
         ("first_word", "", "yes", (False, False)),
+        ("exact", "cafe\N{COMBINING ACUTE ACCENT}", "Caf\N{LATIN SMALL LETTER E WITH ACUTE}", (True, True)),
+        ("exact", "STRASSE", "straße", (True, True)),
+        ("exact", "x²", "x2", (False, False)),
+        ("exact", "Ａ", "A", (False, False)),
+        ("first_word", "Cafe\N{COMBINING ACUTE ACCENT}!", "caf\N{LATIN SMALL LETTER E WITH ACUTE}", (False, True)),
         ("number", "5 and 6.\n#### 1,100.0", "1100", (True, True)),
         ("number", "#### 7\n#### 8 of 9", "8", (True, True)),
         ("number", "We get 1100", "1100", (False, True)),
@@ -314,7 +321,7 @@ def test_judge_of_a_user_task(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [(graded.score, graded.unparsed, graded.judge_text) for graded in grades] == [
         (1.0, False, "Yes."),
         (0.0, False, "no"),
-        (0.0, True, "It depends."),
+        (None, True, "It depends."),
     ]
     chat, prompt = requests[0]
     assert chat == ChatJudge("m", "http://host/v1")
@@ -323,22 +330,22 @@ def test_judge_of_a_user_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "score", "unparsed"),
+    ("verdict", "score"),
     [
-        (lambda prompt: "m" if '"m",\n        "output": """mine"' in prompt else "M", 1.0, False),  # always the answer
-        (lambda prompt: "### Which is best?\nm", 0.5, False),  # always the first position
-        (lambda prompt: "Because it is better: M.", 0.5, False),
-        (lambda prompt: "M" if '"m",\n        "output": """mine"' in prompt else "m", 0.0, False),
-        (lambda prompt: "I cannot decide which one is warm", 0.5, True),  # the last letter of a word is not a verdict
-        (lambda prompt: "m" if '"m",\n        "output": """mine"' in prompt else "", 0.75, True),
+        (lambda prompt: "m" if '"m",\n        "output": """mine"' in prompt else "M", 1.0),  # always the answer
+        (lambda prompt: "### Which is best?\nm", 0.5),  # always the first position
+        (lambda prompt: "Because it is better: M.", 0.5),
+        (lambda prompt: "M" if '"m",\n        "output": """mine"' in prompt else "m", 0.0),
+        (lambda prompt: "I cannot decide which one is warm", None),  # the last letter of a word is not a verdict
+        (lambda prompt: "m" if '"m",\n        "output": """mine"' in prompt else "", None),  # one order is unread
     ],
 )
 def test_both_orders_are_judged(
-    monkeypatch: pytest.MonkeyPatch, verdict: Callable[[str], str], score: float, unparsed: bool
+    monkeypatch: pytest.MonkeyPatch, verdict: Callable[[str], str], score: float | None
 ) -> None:
     requests = stub_judge(monkeypatch, verdict)
     [graded] = TASKS.get("alpaca_eval")(model="m").grade(answered("mine", target="theirs"))
-    assert (graded.score, graded.unparsed) == (score, unparsed)
+    assert (graded.score, graded.unparsed) == (score, score is None)
     first, second = (prompt for _, prompt in requests)
     assert '"m",\n        "output": """mine"""' in first
     assert '"M",\n        "output": """theirs"""' in first
@@ -417,17 +424,21 @@ def test_interval_of_fractional_scores_uses_the_t_distribution() -> None:
     assert score_interval([0.3]) == (0.0, 100.0)
 
 
-def test_item_scores_are_the_grades_of_the_judge(settle: Callable[..., Experiment], tmp_path: Path) -> None:
+@pytest.mark.parametrize("scores", [[1.0, 0.5], [1.0, None]])
+def test_item_scores_are_the_grades_of_the_judge(
+    settle: Callable[..., Experiment], tmp_path: Path, scores: list[float | None]
+) -> None:
+    """An item with an unread grade has no score: it counts neither as right nor as wrong."""
     experiment = settle(f"{write_lines(tmp_path / 'mine.jsonl', TEN)}:rule=judge,model=m,base_url=http://host/v1")
     write_lines(
         tmp_path / "artifact" / "answers.jsonl", [{"id": str(n), **row} for n, row in enumerate(answered("a", "right"))]
     )
-    write_lines(tmp_path / "artifact" / "grades.jsonl", [{"score": score, "unparsed": False} for score in (1.0, 0.5)])
+    write_lines(tmp_path / "artifact" / "grades.jsonl", [{"score": score} for score in scores])
     write_lines(tmp_path / "artifact" / "verdicts.jsonl", [{"flagged": False, "cut": False, "unparsed": False}])
     artifact = Artifact("x", "key", tmp_path / "artifact", 0.0, True)
 
     model = TrainedModel("base", ModelSpec("base"), {})
     graded = Measurements(model, model, {"after/task": artifact}, {}, artifact, {"after": artifact})
     for rule in ("strict", "flexible"):
-        assert _item_scores(experiment, answer_rows(graded), "after", rule) == [1.0, 0.5]
+        assert _item_scores(experiment, answer_rows(graded), "after", rule) == [s for s in scores if s is not None]
     assert _item_scores(experiment, answer_rows(replace(graded, grades={})), "after", "strict") == [0.0, 1.0]
