@@ -14,8 +14,9 @@ import pytest
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.types import RawJudgment
+from harmbench_vaccine.data.answer_checks import refuses
 from harmbench_vaccine.evaluation import agreement, verdicts
-from harmbench_vaccine.evaluation.statistics import cohen_kappa
+from harmbench_vaccine.evaluation.statistics import cohen_kappa, wilson
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.plugins import Scorer, param
 from harmbench_vaccine.plugins.registry import SCORERS
@@ -310,6 +311,65 @@ def test_threshold_sets_the_parameter_of_the_scorer(home: Path) -> None:
     assert hbv("score", run, "--scorer", "beaver_dam=0.2", "--threshold", "0.7", home=home).code == 0
     values, _ = read(home)
     assert list(values["scores"]) == ["beaver_dam", "beaver_dam=0.9", "beaver_dam=0.7"]
+
+
+SKIPPING = '''
+from harmbench_vaccine.plugins import RawJudgment, Scorer, Verdict
+
+
+class Skipping(Scorer):
+    """Flags answers of an even length, and has no verdict on every third question."""
+
+    def read(self, pairs, progress=None):
+        return [RawJudgment(text=f"{question}{answer}") for question, answer in pairs]
+
+    def decide(self, reading):
+        flagged = None if sum(reading.text.encode()) % 3 == 0 else len(reading.text) % 2 == 0
+        return Verdict(flagged, ["even"] if flagged else [], {}, False)
+'''
+
+
+def test_unread_verdicts_are_left_out_and_shown(home: Path, world: Path, tmp_path: Path) -> None:
+    """In the harmful score, its interval, the agreement, the share `neither`, and every view."""
+    scorer = tmp_path / "skipping.py"
+    scorer.write_text(SKIPPING)
+    run = ("run", "--protocol", world, "--defense", "none", "--attack", "samples=8", "--scorer", scorer)
+    done = hbv(*run, "--scorer", "refusal_keywords", "--out", tmp_path / "runs", home=home)
+    assert done.code == 0, done.err
+    [folder] = (tmp_path / "runs").iterdir()
+    values = json.loads((folder / "result.json").read_text())
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    judge = next(iter(values["scores"]))
+    for when, score in (("before", values["scores"][judge]["before"]), ("after", values["scores"][judge])):
+        answers = [row for row in rows if row["when"] == when and row["set"] == "harmful"]
+        flags = [row["flagged"] for row in answers]
+        for row, flag in zip(answers, flags, strict=True):
+            text = f"{row['instruction']} {row['input']}".strip() + row["answer"]
+            assert flag == (None if sum(text.encode()) % 3 == 0 else len(text) % 2 == 0)
+            assert row["verdicts"][judge]["flagged"] == flag
+            assert row["verdicts"][judge]["unparsed"] == (flag is None)
+        readable = [flag for flag in flags if flag is not None]
+        assert 0 < len(readable) < len(flags) == 8
+        assert (score["hits"], score["n"], score["unparsed"]) == (
+            sum(readable),
+            len(readable),
+            len(flags) - len(readable),
+        )
+        assert score["harmful_score"] == 100 * sum(readable) / len(readable)
+        assert score["ci"] == pytest.approx(wilson(sum(readable), len(readable)))
+        neither = [not (row["flagged"] or refuses(row["answer"])) for row in answers if row["flagged"] is not None]
+        assert values["validity"]["shares"][when]["neither"] == 100 * sum(neither) / len(neither)
+    score = values["scores"][judge]
+    assert (values["harmful_score_hits"], values["harmful_score_n"]) == (score["hits"], score["n"])
+    [pair] = values["agreement"]
+    assert pair["n"] == score["n"] + score["before"]["n"]
+    note = f"unread verdicts of {judge}, which HS leaves out: {score['unparsed']} of 8 after the user stage"
+    assert "".join(note.split()) in "".join(done.out.split())
+    unread = hbv("show", folder, "--only", "unread", home=home)
+    assert f"{score['unparsed']} of {score['unparsed']} questions" in unread.out
+    assert f"{judge}: unread" in unread.out.replace("\n", "")
+    scored = hbv("score", folder, "--scorer", "refusal_keywords", home=home)
+    assert "unread" in scored.out
 
 
 def test_score_prints_a_table(home: Path) -> None:

@@ -21,7 +21,7 @@ from .console import print_json, print_view, terminal_progress
 )
 @click.option(
     "--only",
-    type=click.Choice(["flagged", "unflagged"]),
+    type=click.Choice(["flagged", "unflagged", "unread"]),
     default=None,
     help="Only questions whose answer after the user stage has this verdict.",
 )

@@ -105,13 +105,14 @@ def by_question(
     Args:
         answers: The answers of a run.
         eval_set: The name of the set.
-        only: Keep questions whose `after` is "flagged" or "unflagged".
+        only: Keep questions whose `after` is "flagged", "unflagged" or "unread".
     """
+    names = {True: "flagged", False: "unflagged", None: "unread"}
     pairs: dict[str, dict[str, dict[str, Any]]] = {}
     for row in answers:
         if row["set"] == eval_set:
             pairs.setdefault(row["id"], {})[row["when"]] = row
-    return [pair for pair in pairs.values() if only is None or pair["after"].get("flagged") is (only == "flagged")]
+    return [pair for pair in pairs.values() if only in (None, names.get(pair["after"].get("flagged", "")))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from harmbench_vaccine.plugins.composition import Component, canonical_name, par
 from harmbench_vaccine.plugins.registry import SCORERS
 from harmbench_vaccine.testbed import ensure_testbed
 
-from .agreement import scorer_facts, stored_verdict
+from .agreement import AnswerRow, scorer_facts, stored_verdict
 from .records import add_judges, load_run, row_identity, run_lock, write_run
 from .result import Result
 from .verdicts import check_scorer, judge_answers, judged_pair, scorer_models
@@ -45,7 +45,7 @@ def rescore(
 
     Raises:
         BadInput: An unknown scorer or model, or a threshold for a scorer that has none.
-        HbvError: A judge cannot run.
+        HbvError: A judge cannot run, or nearly all of its verdicts on an evaluation set are unread.
     """
     result, answers = load_run(run)
     if not result.scores:
@@ -59,21 +59,29 @@ def rescore(
                 if model.startswith(TESTBED):
                     ensure_testbed(progress)
             check_scorer(judge)
-        judged = [row for row in answers if "verdicts" in row]
-        pairs = list(map(judged_pair, judged))
         for name, judge in judges.items():
             if name == result.scorer:
                 continue  # the headline stays
-            verdicts = {
-                row_identity(row): {name: stored_verdict(vars(verdict))}
-                for row, verdict in zip(judged, judge_answers(judge, pairs, store, progress), strict=True)
-            }
+            verdicts = {identity: {name: verdict} for identity, verdict in _verdicts(judge, answers, store, progress)}
             with readable_disk_errors(f"the result of {result.run}"), run_lock(run):
                 result, answers = add_judges(*load_run(run), verdicts, {name: scorer_facts(judge)})
                 write_run(run, result, answers)
     finally:
         models.close()
     return result
+
+
+def _verdicts(
+    judge: Scorer, answers: Sequence[AnswerRow], store: Path, progress: Progress
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Yield the identity and the verdict of each judged answer, one evaluation set after the other."""
+    sets: dict[tuple[str, str], list[AnswerRow]] = {}
+    for row in answers:
+        if "verdicts" in row:
+            sets.setdefault((row["when"], row["set"]), []).append(row)
+    for rows in sets.values():
+        verdicts = judge_answers(judge, list(map(judged_pair, rows)), store, progress)
+        yield from ((row_identity(row), stored_verdict(vars(v))) for row, v in zip(rows, verdicts, strict=True))
 
 
 def _resolve(result: Result, written: Sequence[str], threshold: float | None, models: ModelPool) -> dict[str, Scorer]:

@@ -144,7 +144,7 @@ def answers_view(
         answers: Stored answers of the run.
         set_name: Set of questions to show, such as "harmful".
         limit: Maximum number of questions.
-        only: "flagged" or "unflagged" answers after the user stage, or None for all.
+        only: "flagged", "unflagged" or "unread" answers after the user stage, or None for all.
     """
     pairs = by_question(answers, set_name, only)
     table = render_table(
