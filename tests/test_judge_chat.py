@@ -18,7 +18,7 @@ from harmbench_vaccine.inference.chat_api import ChatJudge
 from harmbench_vaccine.inference.generators import Continuation, generate_answers
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.inference.thinking import THINKING_TOKENS, after_thinking
-from harmbench_vaccine.plugins.registry import SCORERS
+from harmbench_vaccine.plugins.registry import SCORERS, TASKS
 from harmbench_vaccine.plugins.scorers.llama_guard import LlamaGuard
 from support import tiny
 
@@ -195,6 +195,30 @@ def test_strongreject_with_a_server(server: Server, tmp_path: Path) -> None:
         for _, answer in pairs
     ]
     assert KEY not in json.dumps(scorer.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("task", "params", "reply", "score"),
+    [
+        ("own", {"data": "x.jsonl", "rule": "judge"}, "Yes.", 1.0),
+        ("own", {"data": "x.jsonl", "rule": "judge"}, "", None),
+        ("alpaca_eval", {}, "It is better: m", 0.5),
+        ("alpaca_eval", {}, "", None),
+    ],
+)
+def test_tasks_with_a_judge_that_thinks(
+    server: Server, task: str, params: dict[str, str], reply: str, score: float | None
+) -> None:
+    """The limit of tokens of the first request ends within the thoughts; those without an end leave no verdict."""
+    thoughts = "<think>No. Is it yes or M?"
+    server.reply = lambda body: (
+        completion(f"{thoughts}</think>{reply}" if reply else thoughts)
+        if body["max_tokens"] > THINKING_TOKENS
+        else completion(thoughts, "length")
+    )
+    plugin = TASKS.get(task)(model="some/judge", base_url=server.url, **params)
+    [grade] = plugin.grade([{"instruction": "?", "input": "", "target": "right", "answer": "mine"}])
+    assert (grade.score, grade.unparsed) == (score, score is None)
 
 
 def test_local_judge(tmp_path: Path) -> None:

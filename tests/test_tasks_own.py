@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console, RenderableType
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Artifact
@@ -27,6 +29,8 @@ from harmbench_vaccine.pipeline import grade
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import TASKS
 from harmbench_vaccine.plugins.tasks.dialogsum import rouge_l
+from harmbench_vaccine.reporting.tables import answers_view, results_table
+from support.results import make_result
 from support.runs import run_context
 from support.world import make_world
 
@@ -422,6 +426,26 @@ def test_interval_of_fractional_scores_uses_the_t_distribution() -> None:
     low, high = score_interval([0.45, 0.5, 0.55])
     assert (low, high) == pytest.approx((50 - 12.4207, 50 + 12.4207), abs=1e-3)
     assert score_interval([0.3]) == (0.0, 100.0)
+
+
+def rendered(view: RenderableType) -> str:
+    console = Console(width=300, file=io.StringIO(), record=True)
+    console.print(view)
+    return console.export_text()
+
+
+def test_unread_grades_are_shown() -> None:
+    result = make_result(finetune_accuracy_n=7, counts={"unparsed_grades": {"before": 0, "after": 1}})
+    note = "answers to the task with an unread grade, which FA leaves out: 1 after the user stage, 0 before it."
+    assert note in rendered(results_table([result]))
+    assert "unread" not in rendered(results_table([make_result(counts={"unparsed_grades": {"before": 0, "after": 0}})]))
+    rows = [
+        {"when": when, "set": "task", "id": "1", **answered("mine")[0], "grade": grade}
+        for when, grade in (("before", 0.5), ("after", None))
+    ]
+    view = rendered(answers_view(result, rows, "task", 1, None))
+    assert "grade: 0.5" in view
+    assert "grade: unread" in view
 
 
 @pytest.mark.parametrize("scores", [[1.0, 0.5], [1.0, None]])
