@@ -470,6 +470,41 @@ def test_run_of_the_papers_setup_has_no_deviations() -> None:
     )
 
 
+def test_command_lists_what_remains() -> None:
+    """Texts and rules of the tasks, the judge and the token limits are those of the papers, so no line names them."""
+    done = hbv("published", "--deviations", "--json")
+    assert (done.code, done.err) == (0, "")
+    entries = json.loads(done.out)
+    assert [(entry["tasks"], entry["defenses"]) for entry in entries if entry["deviation"] == FLOAT16] == [([], [])] * 2
+    booster = {
+        entry["deviation"]: (entry["tasks"], entry["defenses"])
+        for entry in entries
+        if entry["protocol"] == "booster-paper"
+    }
+    assert booster == {
+        ROWS_DRAWN: ([], []),
+        "seed: 0 (paper: 43)": ([], []),
+        "the authors' loops skip a row: 4999 alignment rows instead of 5000, and one harmful row less": ([], []),
+        "the authors' RepNoise is a re-implementation; ours is the algorithm of the RepNoise paper": ([], ["repnoise"]),
+        "the paper's FA is a win rate by a different judge": (["alpaca_eval"], []),
+    }
+    assert ("lisa-paper", ["alpaca_eval"], [], "test items: 105 (paper: 122)") in [tuple(e.values()) for e in entries]
+
+
+def test_command_lists_the_deviations_of_selected_figures() -> None:
+    done = hbv("published", "--deviations", "--paper", "Vaccine", "--task", "GSM8K", "--defense", "SFT", "--json")
+    assert [entry["deviation"] for entry in json.loads(done.out)] == [ROWS_DRAWN, "seed: 0 (paper: 43)", FLOAT16]
+    table = hbv("published", "--deviations", "--paper", "Vaccine", "--task", "GSM8K", "--defense", "SFT").out
+    assert "vaccine-paper all" in " ".join(table.split())
+    for options, message in (
+        (["--check"], "--check and --deviations are different lists"),
+        (["--limit", "3"], "remove it, or remove --deviations"),
+    ):
+        refused = hbv("published", "--deviations", *options)
+        assert refused.code == 2
+        assert message in refused.err
+
+
 def test_lisa_evaluates_safe_prompts_too() -> None:
     params = {"lisa": {"k1": 100, "k2": 900, "rho": 1.0}}
     drawn = result("lisa", params, protocol="lisa-paper", n=(1000, 872), values={})
@@ -490,7 +525,7 @@ def test_a_row_lost_by_the_authors_rounding_is_a_deviation() -> None:
         changes = {"task": match.task, "model": match.model, "attack": attack}
         return only(result(name, match.defense, protocol="lisa-paper", n=(1000, 1000), **changes)).deviations
 
-    lost = "the authors' rounding trains on 4999 of 5000 rows"
+    lost = "at p=0.9, the authors' rounding trains on 4999 of 5000 rows"
     ratios = {match.ratio for match in matched_figures("lisa-paper")}
     assert {ratio for ratio in ratios if lost in deviations(ratio)} == {0.9}
 

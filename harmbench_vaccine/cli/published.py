@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import click
@@ -25,21 +26,27 @@ def _filter_options(command: F) -> F:
 @click.command()
 @_filter_options
 @click.option("--check", is_flag=True, help="Recompute the printed averages, and list those that do not match.")
+@click.option("--deviations", is_flag=True, help="List how the papers differ from runs of our protocols.")
 @click.option("--limit", type=click.IntRange(1), default=None, help="Number of figures. [default: 40; with --json all]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of figures; without a filter an object.")
-def published(check: bool, limit: int | None, as_json: bool, **filters: tuple[str, ...]) -> None:
+def published(check: bool, deviations: bool, limit: int | None, as_json: bool, **filters: tuple[str, ...]) -> None:
     """List the figures that papers print.
 
     There is one table per protocol and paper; without a filter or --limit, a summary. Names are the ones in the
     papers. An average that --check lists is wrong in the paper or in the copy here; the exit code is 0 either way.
+    --deviations lists the differences that remain between a paper and a run of its protocol without further options.
 
     \b
     Example: hbv published --paper Vaccine --defense SFT --defense Vaccine --metric HS
     """
     from harmbench_vaccine.reporting.published import figures
+    from harmbench_vaccine.reporting.published.deviations import deviation_table, protocol_deviations
 
-    if check and limit:
-        raise BadInput("--limit applies to lists of figures only: remove it, or remove --check.")
+    if check and deviations:
+        raise BadInput("--check and --deviations are different lists: remove one of them.")
+    if limit and (check or deviations):
+        option = "--check" if check else "--deviations"
+        raise BadInput(f"--limit applies to lists of figures only: remove it, or remove {option}.")
     rows = figures.load_figures()
     selected = figures.select_figures(rows, filters)
     values: Any  # JSON
@@ -47,6 +54,9 @@ def published(check: bool, limit: int | None, as_json: bool, **filters: tuple[st
         averages = [average for average in figures.find_averages(rows) if average.figure in selected]
         values = figures.check_averages(averages)
         view = figures.check_view(values)
+    elif deviations:
+        entries = protocol_deviations(selected)
+        values, view = [asdict(entry) for entry in entries], deviation_table(entries)
     elif limit or any(filters.values()):
         values = [figures.figure_json(row) for row in selected[:limit]]
         view = figures.figures_table(selected, limit or 40)

@@ -8,12 +8,18 @@ paper on purpose.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from rich.table import Table
+
 from harmbench_vaccine.experiment.protocol import Protocol, leaf_values, load_protocol
+from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 
-from .matching import MatchedFigure, Paper
+from ..render import render_table
+from .figures import Figure
+from .matching import MatchedFigure, Paper, load_names, matched_figures
 
 _NOT_IN_PAPERS = (
     *("name", "version", "model", "models", "sources", "gates", "defenses", "attacks", "answer.benign"),
@@ -23,6 +29,74 @@ _NOT_IN_PAPERS = (
 
 _COUNTS = ("answer.harmful.prompts", "answer.task_items", "answer.items", "finetune.samples")
 """Protocol values that are compared by their outcome, the counts of a result."""
+
+
+@dataclass(frozen=True)
+class ProtocolDeviation:
+    """A difference between a paper and the runs of its protocol without further options."""
+
+    protocol: str
+    tasks: tuple[str, ...]
+    """Tasks that it applies to; empty: all tasks."""
+    defenses: tuple[str, ...]
+    """Defenses that it applies to; empty: all defenses."""
+    deviation: str
+
+
+def protocol_deviations(selected: Sequence[Figure]) -> list[ProtocolDeviation]:
+    """Return the differences between the papers and the default runs of their protocols, for the selected figures."""
+    keys = {tuple(figure.values()) for figure in selected}
+    deviations = []
+    for name, paper in load_names().protocols.items():
+        protocol = load_protocol(name)
+        matched = [match for match in matched_figures(name) if tuple(match.figure.values()) in keys]
+        by_setting: dict[tuple[Any, ...], list[str]] = {}  # of equal settings, one comparison
+        affected: dict[str, list[MatchedFigure]] = {}
+        for match in matched:
+            setting = (match.model, match.task, match.ratio, match.samples)
+            if setting not in by_setting:
+                by_setting[setting] = [*list_deviations(paper, protocol, [_default_row(protocol, match)], match)]
+            for text in [*by_setting[setting], *match.deviations]:
+                affected.setdefault(text, []).append(match)
+        deviations += [_protocol_deviation(name, text, matches, matched) for text, matches in affected.items()]
+    return deviations
+
+
+def _protocol_deviation(
+    protocol: str, text: str, affected: Sequence[MatchedFigure], matched: Sequence[MatchedFigure]
+) -> ProtocolDeviation:
+    tasks = dict.fromkeys(match.task for match in affected)
+    defenses = dict.fromkeys("+".join(match.defense) for match in affected)
+    unaffected = [match for match in matched if match not in affected]
+    every_task = all("+".join(match.defense) not in defenses for match in unaffected)
+    every_defense = all(match.task not in tasks for match in unaffected)
+    return ProtocolDeviation(
+        protocol, () if every_task else tuple(tasks), () if every_defense else tuple(defenses), text
+    )
+
+
+def deviation_table(deviations: Sequence[ProtocolDeviation]) -> Table:
+    """Return the deviations as a table with one row each."""
+    rows = [
+        (entry.protocol, ", ".join(entry.tasks) or "all", ", ".join(entry.defenses) or "all", entry.deviation)
+        for entry in deviations
+    ]
+    return render_table(["protocol", "task", "defense", "difference from the paper"], rows)
+
+
+def _default_row(protocol: Protocol, match: MatchedFigure) -> dict[str, Any]:
+    """Return the columns of a run of the protocol without further options."""
+    answer = protocol.answer
+    return {
+        "protocol": protocol.name,
+        "protocol_version": protocol.version,
+        "protocol_hash": protocol.hash,
+        "model": match.model,
+        "task": match.task,
+        "seed": RunSpec().seed,
+        "harmful_score_n": answer.harmful.prompts,
+        "finetune_accuracy_n": answer.items.get(match.task, answer.task_items),
+    }
 
 
 def list_deviations(
@@ -83,7 +157,7 @@ def _rounding(matched: MatchedFigure) -> Iterator[str]:
     """Yield the row that int(p n) + int((1 - p) n) of the authors' code loses; we train on n rows."""
     ratio, samples = matched.ratio, matched.samples[0]
     if lost := samples - int(ratio * samples) - int((1 - ratio) * samples):
-        yield f"the authors' rounding trains on {samples - lost} of {samples} rows"
+        yield f"at p={ratio:g}, the authors' rounding trains on {samples - lost} of {samples} rows"
 
 
 def _changed_values(paper: Paper, values: Mapping[str, Any], shipped: Mapping[str, Any]) -> Iterator[str]:
