@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +18,7 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.types import RawJudgment
 from harmbench_vaccine.data.answer_checks import refuses
 from harmbench_vaccine.evaluation import agreement, verdicts
+from harmbench_vaccine.evaluation.judgment_cache import FILE
 from harmbench_vaccine.evaluation.statistics import cohen_kappa, wilson
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.plugins import Scorer, param
@@ -185,19 +188,54 @@ def test_stored_probabilities_are_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", [b"not a database, but long enough to look like one" * 40, b""])
-def test_broken_file_is_replaced(broken: bytes, tmp_path: Path) -> None:
-    (tmp_path / ".readings.sqlite").write_bytes(broken)
+def test_broken_file_is_renamed_and_replaced(broken: bytes, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(broken)
     for _ in range(2):
         assert len(verdicts.judge_answers(Counting(), PAIRS, tmp_path)) == 9
-    assert len(Counting.pairs_read) == (18 if broken else 9)
+    assert Counting.pairs_read == PAIRS
+    assert [path.read_bytes() for path in tmp_path.glob(f"{FILE}.damaged-1")] == [broken] * bool(broken)
+
+
+def test_no_flipped_byte_changes_a_verdict(tmp_path: Path) -> None:
+    right = verdicts.judge_answers(Counting(), PAIRS, tmp_path)
+    intact = (tmp_path / FILE).read_bytes()
+    used = [place for place, byte in enumerate(intact) if byte]
+    for place in used[:: max(1, len(used) // 150)]:
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        (folder / FILE).write_bytes(intact[:place] + bytes([intact[place] ^ 0x08]) + intact[place + 1 :])
+        assert verdicts.judge_answers(Counting(), PAIRS, folder) == right, place
+
+
+def test_damaged_row_is_judged_again(tmp_path: Path) -> None:
+    right = verdicts.judge_answers(Counting(), PAIRS, tmp_path)
+    with closing(sqlite3.connect(tmp_path / FILE)) as database, database:
+        database.execute("UPDATE judgments SET judgment = replace(judgment, '0.', '1.') WHERE judgment LIKE '%0.%'")
+        changed = database.execute("SELECT changes()").fetchone()[0]
+    assert changed
+    Counting.pairs_read.clear()
+    assert verdicts.judge_answers(Counting(), PAIRS, tmp_path) == right
+    assert len(Counting.pairs_read) == changed
+    Counting.pairs_read.clear()
+    assert verdicts.judge_answers(Counting(), PAIRS, tmp_path) == right
+    assert not Counting.pairs_read
+
+
+def test_cache_file_gets_the_mode_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        verdicts.judge_answers(Counting(), PAIRS, tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o664
 
 
 def test_unparsed_verdict_is_requested_again(tmp_path: Path) -> None:
     scorer = Counting(scale=0.1)
     pairs = [*PAIRS, ("q", "x")]
     verdicts.judge_answers(scorer, pairs, tmp_path)
-    with sqlite3.connect(tmp_path / ".readings.sqlite") as database:
-        assert database.execute("SELECT count(*) FROM readings").fetchone() == (10,)
+    with sqlite3.connect(tmp_path / FILE) as database:
+        assert database.execute("SELECT count(*) FROM judgments").fetchone() == (10,)
         assert database.execute("PRAGMA journal_mode").fetchone() == (
             "delete",
         )  # network file systems support no other mode

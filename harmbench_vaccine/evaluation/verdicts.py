@@ -7,11 +7,7 @@ judgments are cached in one file next to the artifacts, under the hash of the pa
 
 from __future__ import annotations
 
-import json
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,8 @@ from harmbench_vaccine.experiment.keys import raw_judgment_key
 from harmbench_vaccine.experiment.protocol import protocol_models
 from harmbench_vaccine.inference.loading import check_model
 from harmbench_vaccine.plugins import Scorer
+
+from .judgment_cache import open_judgments
 
 CHUNK = 128
 """Number of pairs after which raw judgments are written."""
@@ -73,7 +71,7 @@ def judge_answers(
     """
     scorer_key = raw_judgment_key(scorer, scorer.backend)
     keys = [digest([scorer_key, question, answer], 32) for question, answer in pairs]
-    with _open_cache(root, progress) as cache:
+    with open_judgments(root, progress) as cache:
         judgments = cache.get(keys)
         missing = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in judgments}.items())
         with progress.bar(f"score: {scorer.name}", len(missing)) as advance:
@@ -102,61 +100,3 @@ def _unreadable(scorer: Scorer, judgment: RawJudgment, count: int, n: int) -> st
         f"Scorer {scorer.name!r}{model and f' with model {model!r}'} gives no readable verdict on {count} of {n} "
         f"answers: {example}. Use a model that was trained as this judge, with the prompt it was trained with."
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Cache:
-    """Raw judgments in an SQLite file, one row each; no write-ahead log, which network file systems do not support."""
-
-    def __init__(self, connection: sqlite3.Connection | None, progress: Progress) -> None:
-        self._connection, self._progress = connection, progress
-
-    def get(self, keys: Sequence[str]) -> dict[str, RawJudgment]:
-        judgments: dict[str, RawJudgment] = {}
-        with self.without_errors():
-            for key in dict.fromkeys(keys):
-                if self._connection is None:
-                    break
-                query = "SELECT reading FROM readings WHERE key = ?"
-                if row := self._connection.execute(query, (key,)).fetchone():
-                    judgments[key] = RawJudgment(**json.loads(row[0]))
-        return judgments
-
-    def put(self, judgments: Mapping[str, RawJudgment]) -> None:
-        with self.without_errors():
-            if self._connection and judgments:
-                with self._connection:
-                    self._connection.executemany(
-                        "INSERT OR REPLACE INTO readings VALUES (?, ?)",
-                        [
-                            (key, json.dumps(asdict(judgment), ensure_ascii=False))
-                            for key, judgment in judgments.items()
-                        ],
-                    )
-
-    @contextmanager
-    def without_errors(self) -> Iterator[None]:
-        """Continue without the cache if its file cannot be used: judging is then slower, but does not fail."""
-        try:
-            yield
-        except (sqlite3.Error, ValueError, TypeError) as error:
-            self._progress.note(f"raw judgments are not cached: {error}")
-            self._connection = None
-
-
-@contextmanager
-def _open_cache(root: Path, progress: Progress) -> Iterator[_Cache]:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(root / ".readings.sqlite", timeout=60)
-    except (OSError, sqlite3.Error) as error:
-        progress.note(f"raw judgments are not cached: {error}")
-        yield _Cache(None, progress)
-        return
-    with closing(connection):
-        cache = _Cache(connection, progress)
-        with cache.without_errors():
-            connection.execute("CREATE TABLE IF NOT EXISTS readings (key TEXT PRIMARY KEY, reading TEXT) WITHOUT ROWID")
-        yield cache
