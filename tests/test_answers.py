@@ -87,6 +87,21 @@ def test_cut_answers_have_keys_of_their_own(world: Path) -> None:
     assert key(**{"answer.cut_at": "X"}) == {**key(), "cut_at": "X"}
 
 
+def test_a_changed_text_is_another_artifact_and_a_changed_rule_is_not(world: Path) -> None:
+    def inputs(**values: str) -> tuple[dict[str, Any], list[str]]:
+        experiment = settle(world, values=values)
+        prompts = [experiment.template.render(row) for row in task_set(experiment).examples]
+        return keys.task_inputs(experiment), prompts
+
+    plain, judged = inputs(), inputs(**{"tasks.sst2.rule": "equals"})
+    text = inputs(**{"tasks.sst2.instruction": "Is it good?"})
+    assert judged == plain
+    assert text[0] != plain[0]
+    assert not set(text[1]) & set(plain[1])
+    run_ids = {keys.run_id(settle(world, values=values)) for values in ({}, {"tasks.sst2.rule": "equals"})}
+    assert len(run_ids) == 2  # the score of the run changes
+
+
 @given(text=st.lists(st.sampled_from([MARK, "### ", "Response:", " ", "\n", "a", "positive"]), max_size=8).map("".join))
 @settings(max_examples=examples(200), deadline=None)
 def test_an_answer_ends_before_the_first_mark(text: str) -> None:

@@ -58,6 +58,34 @@ def test_the_paper_protocols_differ_as_the_papers_do() -> None:
     gsm8k = vaccine.finetune.of("gsm8k")
     assert (gsm8k.settings.lora_alpha, gsm8k.settings.epochs, gsm8k.samples) == (0.5, 50, 5000)
     assert vaccine.finetune.of("alpaca_eval").samples == 700
+    assert [p.tasks["sst2"]["rule"] for p in (vaccine, booster, lisa)] == ["contains", "equals", "equals"]
+    assert [p.tasks["agnews"]["rule"] for p in (vaccine, booster, lisa)] == ["contains", "equals", "equals"]
+    assert [bool(p.tasks["gsm8k"]["suffix"]) for p in (vaccine, booster, lisa)] == [True, False, False]
+    assert {p.version for p in (vaccine, booster, lisa)} == {2}  # version 1 had other texts and rules
+
+
+@pytest.mark.parametrize("name", protocol_names())
+def test_tasks_take_their_parameters_from_the_protocol(name: str) -> None:
+    protocol = load_protocol(name)
+    for task, values in protocol.tasks.items():
+        settled = Experiment.settle(RunSpec(protocol=name, task=task))
+        assert {key: settled.task_plugin.params[key] for key in values} == values
+        assert {settled.task_plugin.origins[key] for key in values} == {f"protocol {name}"}
+        assert settled.task_name == task  # only written parameters are part of the name
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tasks.sst2.rule": "exact"}, "task 'sst2': rule=exact is not allowed; allowed: contains | equals"),
+        ({"tasks.sst2.rul": "equals"}, "Unknown parameter 'rul' of task 'sst2'. Did you mean 'rule'"),
+        ({"answer.rows_in_order": "safe"}, "answer.rows_in_order: Input should be 'unsafe' or 'all'"),
+    ],
+)
+def test_invalid_values_of_a_task_are_refused(values: dict[str, str], message: str) -> None:
+    with pytest.raises(BadInput) as refusal:
+        Experiment.settle(RunSpec(protocol="vaccine-paper", values=values))
+    assert message in str(refusal.value)
 
 
 @pytest.fixture
