@@ -33,7 +33,8 @@ class DialogSum(Task):
 def rouge_l(answer: str, reference: str) -> float:
     """Compute the F1 of the longest common subsequence of words, from 0 to 1.
 
-    Words are letters and digits in lower case, without stemming.
+    Words are runs of a to z and 0 to 9 in lower case, without stemming, as in the package rouge_score: other letters,
+    such as é, separate words.
     """
     answer_words, reference_words = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, reference))
     lengths = [0] * (len(reference_words) + 1)  # of the common subsequence with each prefix of the reference
