@@ -16,7 +16,7 @@ from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.sources import fingerprint
-from harmbench_vaccine.evaluation.measure import _item_scores, answer_rows
+from harmbench_vaccine.evaluation.measure import _counts, _item_scores, answer_rows
 from harmbench_vaccine.evaluation.statistics import score_interval, wilson
 from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.experiment.artifacts import Measurements, TrainedModel
@@ -465,6 +465,7 @@ def test_item_scores_are_the_grades_of_the_judge(
 
     model = TrainedModel("base", ModelSpec("base"), {})
     graded = Measurements(model, model, {"after/task": artifact}, {}, artifact, {"after": artifact})
+    assert _counts(experiment, graded).unparsed_grades == {"after": scores.count(None)}
     for rule in ("strict", "flexible"):
         assert _item_scores(experiment, answer_rows(graded), "after", rule) == [s for s in scores if s is not None]
     assert _item_scores(experiment, answer_rows(replace(graded, grades={})), "after", "strict") == [0.0, 1.0]
