@@ -456,17 +456,19 @@ def test_defenses_attacks_and_tasks_are_not_grouped() -> None:
 
 
 FLOAT16 = "the authors load the base model in float16 (ours is in bfloat16)"
+CONTROL_TOKENS = "the judge reads a control token in an answer, such as </s>, with a space inside it (paper: as it is)"
 
 
 def test_run_of_the_papers_setup_has_no_deviations() -> None:
     """Only differences from the authors' code that no option removes are listed."""
-    assert only(result(attack={"ratio": {"p": 0.05}}, task="agnews")).deviations == (FLOAT16,)
-    assert only(result()).deviations == (FLOAT16,)
+    assert only(result(attack={"ratio": {"p": 0.05}}, task="agnews")).deviations == (FLOAT16, CONTROL_TOKENS)
+    assert only(result()).deviations == (FLOAT16, CONTROL_TOKENS)
     lisa = result("lisa", {"lisa": {"k1": 100, "k2": 900, "rho": 1.0}}, protocol="lisa-paper", n=(1000, 872))
-    assert only(lisa).deviations == (FLOAT16,)
+    assert only(lisa).deviations == (FLOAT16, CONTROL_TOKENS)
     booster = result("booster", {"booster": {"lam": 5.0, "alpha": 0.1}}, protocol="booster-paper", n=(1000, 872))
     assert only(booster).deviations == (
         "the authors' loops skip a row: 4999 alignment rows instead of 5000, and one harmful row less",
+        CONTROL_TOKENS,
     )
 
 
@@ -485,6 +487,7 @@ def test_command_lists_what_remains() -> None:
         ROWS_DRAWN: ([], []),
         "seed: 0 (paper: 43)": ([], []),
         "the authors' loops skip a row: 4999 alignment rows instead of 5000, and one harmful row less": ([], []),
+        CONTROL_TOKENS: ([], []),
         "the authors' RepNoise is a re-implementation; ours is the algorithm of the RepNoise paper": ([], ["repnoise"]),
         "the paper's FA is a win rate by a different judge": (["alpaca_eval"], []),
     }
@@ -493,7 +496,12 @@ def test_command_lists_what_remains() -> None:
 
 def test_command_lists_the_deviations_of_selected_figures() -> None:
     done = hbv("published", "--deviations", "--paper", "Vaccine", "--task", "GSM8K", "--defense", "SFT", "--json")
-    assert [entry["deviation"] for entry in json.loads(done.out)] == [ROWS_DRAWN, "seed: 0 (paper: 43)", FLOAT16]
+    assert [entry["deviation"] for entry in json.loads(done.out)] == [
+        ROWS_DRAWN,
+        "seed: 0 (paper: 43)",
+        FLOAT16,
+        CONTROL_TOKENS,
+    ]
     table = hbv("published", "--deviations", "--paper", "Vaccine", "--task", "GSM8K", "--defense", "SFT").out
     assert "vaccine-paper all" in " ".join(table.split())
     for options, message in (
@@ -594,7 +602,7 @@ def test_results_of_an_earlier_version_are_ranked_separately(name: str, tmp_path
 def test_deviations(changes: dict[str, Any], expected: list[str]) -> None:
     comparison = only(result(**changes))
     assert comparison.scores
-    assert [line for line in comparison.deviations if line != FLOAT16] == expected
+    assert [line for line in comparison.deviations if line not in (FLOAT16, CONTROL_TOKENS)] == expected
     assert comparison.to_json()["deviations"] == list(comparison.deviations)
     assert FLOAT16 in comparison.deviations
 
@@ -604,6 +612,7 @@ def test_deviations_of_several_seeds() -> None:
         "harmful prompts: 499, 500 (paper: 500)",
         "seed: 0, 1 (paper: 43)",
         FLOAT16,
+        CONTROL_TOKENS,
     )
 
 
@@ -614,6 +623,7 @@ def test_alpaca_eval_items_are_compared_with_the_papers_number() -> None:
     assert comparison.deviations == (
         "test items: 105 (paper: 200)",
         FLOAT16,
+        CONTROL_TOKENS,
         "the paper's FA is judged by ChatGPT, in one order of the two answers",
     )
 
@@ -645,8 +655,8 @@ def test_terminal_table() -> None:
         assert line in lines, line
     joined = " ".join(lines)
     assert (
-        f"Deviations from the paper: {FLOAT16}; kl: the authors' KL normalizes over positions, ours over the "
-        "vocabulary." in joined
+        f"Deviations from the paper: {FLOAT16}; {CONTROL_TOKENS}; kl: the authors' KL normalizes over positions, "
+        "ours over the vocabulary." in joined
     )
     reason = "the paper does not report this defense with these parameters"
     assert f"No published figure for vaccine=3 under ratio=0.1: {reason}." in joined
@@ -670,7 +680,7 @@ def test_varied_settings_are_columns_and_shared_ones_are_in_the_title() -> None:
     ]
     assert sheet.title.endswith(f": {LLAMA}")
     assert [note for note in sheet.notes if note.startswith("Deviations")] == [
-        f"Deviations from the paper: seed: 1 (paper: 43); {FLOAT16}; "
+        f"Deviations from the paper: seed: 1 (paper: 43); {FLOAT16}; {CONTROL_TOKENS}; "
         "vaccine: tasks.agnews.rule: equals (paper: contains)."
     ]
 
@@ -813,7 +823,7 @@ def test_leaderboard_columns(mixed: Path, tmp_path: Path) -> None:
         "_others_low": "48.2",
         "_others_high": "49",
     }
-    assert vaccine["published_deviations"] == f"{ROWS_DRAWN}; seed: 0, 1, 2 (paper: 43); {FLOAT16}"
+    assert vaccine["published_deviations"] == f"{ROWS_DRAWN}; seed: 0, 1, 2 (paper: 43); {FLOAT16}; {CONTROL_TOKENS}"
     assert (sft["published_harmful_score"], sft["published_finetune_accuracy_inside"]) == ("55.2", "True")
     assert float(sft["harmful_score_low"]) == pytest.approx(43.65, abs=0.01)  # one seed: the Wilson interval
     assert (ldifs["published_harmful_score"], ldifs["harmful_score_low"], ldifs["published_deviations"]) == ("", "", "")
