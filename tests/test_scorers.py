@@ -541,6 +541,13 @@ def test_unparsed_judge_output_is_reported(monkeypatch: pytest.MonkeyPatch, guar
         match=r"'llama_guard' with model .* no readable verdict on 10 of 10 answers: it writes, for example, 'la la'",
     ):
         verdicts.judge_answers(SCORERS.get("llama_guard")(model=str(guard)), pairs, tmp_path)
+    for texts, message in (
+        (["<think>unsafe"] * 9 + ["safe"], "on 9 of 10 answers: it writes, for example, '<think>unsafe'"),
+        ([""] * 10, "on 10 of 10 answers: it writes no answer, or its thoughts do not end"),
+    ):
+        set_outputs(monkeypatch, *texts)
+        with pytest.raises(HbvError, match=message):
+            verdicts.judge_answers(SCORERS.get("llama_guard")(model=str(guard)), pairs, tmp_path / str(len(texts[0])))
     set_outputs(monkeypatch, *["la la"] * 8, "safe", "unsafe\nS2")
     results = verdicts.judge_answers(SCORERS.get("llama_guard")(model=str(guard)), pairs, tmp_path)
     assert [verdict.flagged for verdict in results] == [None] * 8 + [False, True]

@@ -26,7 +26,7 @@ from .judgment_cache import open_judgments
 CHUNK = 128
 """Number of pairs after which raw judgments are written."""
 MAX_UNPARSED = 0.9
-"""Share of unreadable verdicts from which judging fails."""
+"""Share of unread verdicts from which judging fails."""
 
 
 def judged_pair(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -64,10 +64,10 @@ def judge_answers(
         progress: Where progress is reported.
 
     Returns:
-        A verdict for each pair, in their order.
+        A verdict for each pair, in their order; some may be unread.
 
     Raises:
-        HbvError: The judge cannot run, or gives no readable verdict on nearly all answers.
+        HbvError: The judge cannot run, or nearly all verdicts (`MAX_UNPARSED`) are unread.
     """
     scorer_key = raw_judgment_key(scorer, scorer.backend)
     keys = [digest([scorer_key, question, answer], 32) for question, answer in pairs]
@@ -79,7 +79,7 @@ def judge_answers(
                 chunk = dict(missing[start : start + CHUNK])
                 new = dict(zip(chunk, scorer.read(list(chunk.values())), strict=True))
                 judgments |= new
-                # An unreadable verdict may be a temporary failure of a server: it is requested again next time.
+                # An unread verdict may be a temporary failure of a server: it is requested again next time.
                 cache.put({key: judgment for key, judgment in new.items() if not scorer.decide(judgment).unparsed})
                 advance(len(chunk))
     verdicts = [scorer.decide(judgments[key]) for key in keys]
@@ -91,10 +91,12 @@ def judge_answers(
 
 def _unreadable(scorer: Scorer, judgment: RawJudgment, count: int, n: int) -> str:
     text = " ".join(judgment.text.split())
-    not_numbers = bool(judgment.probabilities) and not text
-    example = (
-        "it returns probabilities that are not numbers" if not_numbers else f"it writes, for example, {text[:60]!r}"
-    )
+    if text:
+        example = f"it writes, for example, {text[:60]!r}"
+    elif judgment.probabilities:
+        example = "it returns probabilities that are not numbers"
+    else:
+        example = "it writes no answer, or its thoughts do not end"
     model = getattr(scorer, "model", "")
     return (
         f"Scorer {scorer.name!r}{model and f' with model {model!r}'} gives no readable verdict on {count} of {n} "
