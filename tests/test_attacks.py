@@ -408,9 +408,10 @@ def test_row_is_rejected_above_the_threshold(threshold: float, probability: floa
     assert len(Guardrail(threshold=threshold).filter(ROWS, keyword("bomb", probability))) == accepted
 
 
-def test_judge_without_probabilities_rejects_flagged_rows() -> None:
+@pytest.mark.parametrize("verdict", [True, None])
+def test_judge_without_probabilities_rejects_flagged_and_unread_rows(verdict: bool | None) -> None:
     def judge(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        return [Verdict("bomb" in question, [], {}, False) for question, _ in pairs]
+        return [Verdict(verdict if "bomb" in question else False, [], {}, False) for question, _ in pairs]
 
     assert [row.id for row in Guardrail().filter(ROWS, judge)] == ["a", "c", "e"]
     assert len(Guardrail(threshold=1.0).filter(ROWS, judge)) == 5
