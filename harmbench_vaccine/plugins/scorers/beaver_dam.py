@@ -4,7 +4,8 @@ A sequence classifier with one logit for each of 14 harm categories. The categor
 never a softmax over them. The classifier reads the first 256 tokens of the question and the answer; the end token is
 one of them. The license of its weights allows non-commercial use only. Any classifier with the same head can replace
 it, as the testbed's does. The library that it was published with encodes with Llama's slow tokenizer; transformers 5
-has one tokenizer for both.
+has one tokenizer for both. That library gives it control tokens in an answer, such as `</s>`, as they are; here they
+have a space inside, as for every judge. It judges an empty answer, here as there.
 """
 
 from __future__ import annotations
