@@ -727,7 +727,7 @@ def test_interrupted_run_resumes_with_the_same_result(
     args = ("run", "--json", "--protocol", protocol, "--defense", spy, "--attack", "ratio=0.1", "--save-every", "0.1")
     home, written = tmp_path / "interrupted", spied("interrupted.txt")
     running = start_hbv(*args, home=home)
-    wait_for(lambda: list(home.glob("store/.work/align-*/checkpoint-*/complete")), running)
+    wait_for(lambda: list(home.glob("store/.work/align-*/checkpoint-*/whole")), running)
     running.send_signal(sent_signal)
     done = finish(running)
     assert done.out == ""
@@ -774,7 +774,7 @@ def test_full_disk_while_training(limit: int, world: Path, tmp_path: Path) -> No
     assert not list(home.glob("runs/*"))
     assert not (home / "results.csv").exists()
     assert all(
-        (path / "complete").exists() for path in home.glob("store/.work/*/checkpoint-*")
+        (path / "whole").exists() for path in home.glob("store/.work/*/checkpoint-*")
     )  # no incomplete checkpoint
     repeated = hbv(*args, home=home)
     assert repeated.code == 0, repeated.err

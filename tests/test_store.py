@@ -18,7 +18,7 @@ import pytest
 
 from harmbench_vaccine.core import store as store_module
 from harmbench_vaccine.core.errors import HbvError
-from harmbench_vaccine.core.jsonl import write_atomically
+from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.store import META, Artifact, Store
 
 INPUTS = {"a": 1, "b": [2.5, "x"]}

@@ -1,10 +1,9 @@
-"""Read and write JSON and JSON Lines files, and write files atomically."""
+"""Read and write JSON and JSON Lines files."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,3 @@ def finite(value: Any) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file in which NaN and infinity are null."""
     path.write_text(json.dumps(finite(value), indent=1, allow_nan=False), encoding="utf-8")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file completely or not at all: write a temporary file, flush it to the disk, then rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -1,13 +1,13 @@
 """Content-addressed artifacts: the key of an artifact is the hash of everything that it depends on.
 
-An artifact is written to a temporary folder and renamed when it is complete, so that a crash leaves either no artifact
-or a complete one. A file lock, which the kernel releases when a process dies, keeps two processes from creating the
-same artifact; checkpoints of unfinished work are stored in a separate folder and survive both.
+An artifact is written to a temporary folder, flushed to the disk and renamed when it is complete, so that a crash or a
+power cut leaves either no artifact or a complete one. Its description has the hash of every file: a damaged artifact is
+noticed and created again. A file lock, which the kernel releases when a process dies, keeps two processes from creating
+the same artifact; checkpoints of unfinished work are stored in a separate folder and survive both.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -19,13 +19,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from . import distributed
+from .disk_errors import readable_disk_errors
+from .durable import flush, read_sealed, seal
 from .errors import HbvError
-from .hashing import digest, sha256
-from .jsonl import write_atomically
+from .hashing import digest
 from .progress import SILENT, Progress
 
 META = "artifact.json"
+"""The description of an artifact, inside its folder."""
+ASIDE, WORK, LOCKS = ".aside", ".work", ".locks"
+"""Folders of unfinished artifacts, of their checkpoints, and of the locks of both."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Store:
     def __init__(self, root: Path, progress: Progress = SILENT) -> None:
         self.root = root
         self.progress = progress
+        self._is_tidy = False
 
     def path_of(self, stage: str, inputs: Mapping[str, Any]) -> Path:
         """Return the folder of the artifact that depends on `inputs`, whether or not it exists."""
@@ -72,7 +79,7 @@ class Store:
             all_ranks: Whether all ranks call `create`, or only rank 0.
 
         Raises:
-            HbvError: The disk is full.
+            HbvError: The disk is full, or a file of the store cannot be read or written.
         """
         key = _key(stage, inputs)
         final = self.root / stage / key
@@ -86,11 +93,11 @@ class Store:
                 distributed.broadcast(True)
                 return artifact
             distributed.broadcast(False)
-            folder, checkpoints = self.root / ".aside" / f"{stage}-{key}", self.root / ".work" / f"{stage}-{key}"
+            folder, checkpoints = self.root / ASIDE / f"{stage}-{key}", self.root / WORK / f"{stage}-{key}"
             shutil.rmtree(folder, ignore_errors=True)
             start = time.monotonic()
             try:
-                with readable_disk_errors(f"the {stage} stage"):
+                with readable_disk_errors(f"the {stage} stage", self.root):
                     folder.mkdir(parents=True)
                     checkpoints.mkdir(parents=True, exist_ok=True)
                     with nullcontext() if all_ranks else distributed.single_process():
@@ -102,12 +109,12 @@ class Store:
                         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
                         "seconds": round(seconds, 3),
                         "inputs": inputs,
-                        "files": _file_hashes(folder),
                     }
-                    write_atomically(folder / META, json.dumps(description, indent=1, ensure_ascii=False))
+                    seal(folder, META, description)
                     final.parent.mkdir(parents=True, exist_ok=True)
                     shutil.rmtree(final, ignore_errors=True)  # exists only if it failed the check
                     os.rename(folder, final)
+                    flush(final.parent)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
@@ -126,10 +133,10 @@ class Store:
         name = f"{artifact.stage}-{artifact.key}"
         if not distributed.receive():
             if create:
-                scratch = self.root / ".aside" / f"{name}-rank{distributed.rank()}"
+                scratch = self.root / ASIDE / f"{name}-rank{distributed.rank()}"
                 try:
                     scratch.mkdir(parents=True, exist_ok=True)
-                    create(scratch, self.root / ".work" / name)
+                    create(scratch, self.root / WORK / name)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
             distributed.barrier()
@@ -141,26 +148,37 @@ class Store:
         return published
 
     def _finished(self, stage: str, key: str, path: Path) -> Artifact | None:
+        """Return the artifact if it exists and all of its files are as they were stored."""
         try:
-            description = json.loads((path / META).read_text(encoding="utf-8"))
-            intact, seconds = _file_hashes(path) == description["files"], float(description["seconds"])
+            with readable_disk_errors(f"the {stage} stage", self.root):
+                description = read_sealed(path, META)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
-            intact = False
-        if not intact:
+        if description is None or _key(stage, description["inputs"]) != key:
             self.progress.note(f"{stage} {key}: the artifact is damaged and is created again")
             return None
-        return Artifact(stage, key, path, seconds, cached=True)
+        return Artifact(stage, key, path, float(description["seconds"]), cached=True)
+
+    def _remove_abandoned(self) -> None:
+        """Remove what killed processes left: unfinished artifacts, and checkpoints of finished ones.
+
+        The lock of a living process is taken, on whatever host it runs, so its folders stay.
+        """
+        for folder in [*(self.root / ASIDE).glob("*"), *(self.root / WORK).glob("*")]:
+            stage, _, key = folder.name.partition("-rank")[0].rpartition("-")
+            is_needed = folder.parent.name == WORK and not (self.root / stage / key / META).exists()
+            if stage and not is_needed:
+                with suppress(Timeout, OSError), self._lock(stage, key).acquire(timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def _locked(self, stage: str, key: str) -> Iterator[None]:
-        from filelock import FileLock, Timeout
-
-        folder = self.root / ".locks"
-        with readable_disk_errors("the store"):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / f"{stage}-{key}")
+        with readable_disk_errors("the store", self.root):
+            (self.root / LOCKS).mkdir(parents=True, exist_ok=True)
+            if not self._is_tidy:
+                self._is_tidy = True
+                self._remove_abandoned()
+            lock = self._lock(stage, key)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
@@ -171,55 +189,9 @@ class Store:
         finally:
             lock.release()
 
+    def _lock(self, stage: str, key: str) -> FileLock:
+        return FileLock(self.root / LOCKS / f"{stage}-{key}", mode=0o666)  # less the umask: users share a store
+
 
 def _key(stage: str, inputs: Mapping[str, Any]) -> str:
     return digest({"stage": stage, "inputs": inputs})
-
-
-def _file_hashes(folder: Path) -> dict[str, str]:
-    """Return file -> SHA-256 for every file of an artifact except its own description."""
-    return {
-        path.relative_to(folder).as_posix(): sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != META
-    }
-
-
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file grew over the size limit",
-}
-
-
-@contextmanager
-def readable_disk_errors(content: str) -> Iterator[None]:
-    """Translate a full-disk error of any library into a one-line error.
-
-    Args:
-        content: Description of the files that the block writes, for the error message.
-    """
-    try:
-        yield
-    except Exception as error:
-        code = _disk_error(error)
-        if code is None:
-            raise
-        raise HbvError(
-            f"While writing {content}, {_FULL[code]}. Finished stages are kept, and no partial file remains. "
-            "Free space or raise the limit, then repeat the command."
-        ) from error
-
-
-def _disk_error(error: BaseException | None) -> int | None:
-    """Return the code of a full-disk error, also if safetensors or torch wraps it with its number or only a phrase."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return error.errno
-        for code in _FULL:
-            if f"os error {code}" in str(error).lower():
-                return code
-        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
-            return errno.ENOSPC
-        error = error.__cause__ or error.__context__
-    return None

@@ -12,11 +12,12 @@ from typing import Any
 from filelock import FileLock
 from pydantic import ValidationError
 
+from harmbench_vaccine.core.disk_errors import readable_disk_errors
+from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.hashing import canonical_json, digest
-from harmbench_vaccine.core.jsonl import read_lines, write_atomically
+from harmbench_vaccine.core.jsonl import read_lines
 from harmbench_vaccine.core.paths import home
-from harmbench_vaccine.core.store import readable_disk_errors
 
 from .agreement import SCORER_FACTS, AnswerRow, judge_scores, pairwise_agreement
 from .result import JudgeScore, Result
@@ -46,7 +47,7 @@ def save_run(result: Result, answers: list[dict[str, Any]], folder: Path, table:
         The folder of the run.
     """
     run = folder / result.run
-    with readable_disk_errors(f"the result of {result.run}"):
+    with readable_disk_errors(f"the result of {result.run}", run):
         run.mkdir(parents=True, exist_ok=True)
         with run_lock(run):
             write_run(run, *_with_earlier_judges(run, result, answers))
@@ -153,7 +154,7 @@ def run_lock(run: Path) -> FileLock:
     """Return the lock that keeps two processes from changing the folder of a run at the same time."""
     folder = home() / "store" / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f"run-{digest(str(run.resolve()))}")
+    return FileLock(folder / f"run-{digest(str(run.resolve()))}", mode=0o666)
 
 
 def _with_earlier_judges(
@@ -224,7 +225,7 @@ def _append(path: Path, result: Result) -> None:
     """Write a result's row into the CSV, replacing an earlier row of the same run."""
     row = {key: _csv_text(value) for key, value in csv_row(result).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with FileLock(path.with_name(f".{path.name}.lock"), mode=0o666):
         rows = [earlier for earlier in read_csv(path) if earlier["run"] != row["run"]]
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

@@ -7,9 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.store import readable_disk_errors
 from harmbench_vaccine.data.sources import TESTBED, check_testbed_part
 from harmbench_vaccine.experiment.experiment import scorer_defaults
 from harmbench_vaccine.experiment.protocol import load_protocol
@@ -63,7 +63,7 @@ def rescore(
             if name == result.scorer:
                 continue  # the headline stays
             verdicts = {identity: {name: verdict} for identity, verdict in _verdicts(judge, answers, store, progress)}
-            with readable_disk_errors(f"the result of {result.run}"), run_lock(run):
+            with readable_disk_errors(f"the result of {result.run}", run), run_lock(run):
                 result, answers = add_judges(*load_run(run), verdicts, {name: scorer_facts(judge)})
                 write_run(run, result, answers)
     finally:

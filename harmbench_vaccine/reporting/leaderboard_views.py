@@ -12,9 +12,9 @@ import pandas as pd
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from harmbench_vaccine.core.jsonl import write_atomically
+from harmbench_vaccine.core.disk_errors import readable_disk_errors
+from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.paths import ensure_writable
-from harmbench_vaccine.core.store import readable_disk_errors
 
 from .leaderboard import COLUMNS, MEANS, Ranking
 from .published import comparison
@@ -95,7 +95,7 @@ def write_rankings(rankings: Sequence[Ranking], folder: Path) -> None:
     """
     ensure_writable(folder, "The output folder")
     table = rankings_frame(rankings).to_csv(index=False, lineterminator="\n", float_format="%.6g")
-    with readable_disk_errors("the leaderboard"):
+    with readable_disk_errors("the leaderboard", folder):
         write_atomically(folder / "leaderboard.csv", table)
         write_atomically(folder / "leaderboard.md", rankings_markdown(rankings))
 

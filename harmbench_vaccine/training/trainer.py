@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,12 +26,11 @@ from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.data.collate import Encoded, collate
 
 from .adapters import Adapter
+from .checkpoints import finish_checkpoint, newest_checkpoint, remove_incomplete
 from .hooks import PlainFinetuning, StepHooks
 from .stage import TrainingStage, local_batch_rows
 
 _TRAINABLE, _STATE = "trainable.safetensors", "defense.safetensors"
-_COMPLETE = "complete"
-"""Marker file of a checkpoint that was written completely."""
 
 
 def train(
@@ -48,7 +45,7 @@ def train(
     title: str = "",
     progress: Progress = SILENT,
 ) -> list[dict[str, float]]:
-    """Run one training stage to its end, from the last complete checkpoint in `checkpoints` if any.
+    """Run one training stage to its end, from the newest whole checkpoint in `checkpoints` if any.
 
     An interrupted stage that runs again ends, on a CPU, bit-equal to an uninterrupted one.
 
@@ -76,7 +73,7 @@ def train(
     save_steps = max(1, math.ceil(stage.steps * save_share))
     if not batches:
         return []
-    checkpoint = distributed.from_rank0(lambda: _last_complete(checkpoints))
+    checkpoint = distributed.from_rank0(lambda: newest_checkpoint(checkpoints, progress))
     if checkpoint is None:
         with stage.isolated("before"):
             hooks.before(stage)
@@ -87,7 +84,7 @@ def train(
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             if distributed.rank() == 0:
-                _remove_incomplete(checkpoints)
+                remove_incomplete(checkpoints)
     distributed.check_equal(stage.trainable, f"the trained parameters of the {stage.name} stage")
     return [
         {key: entry[key] for key in ("step", "loss", "grad_norm", "learning_rate")}
@@ -291,11 +288,7 @@ class _Clock(TrainerCallback):
         distributed.barrier()
         if distributed.rank():
             return
-        new = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (new / _COMPLETE).touch()
-        for old in Path(args.output_dir).glob("checkpoint-*"):
-            if old != new:
-                shutil.rmtree(old)
+        finish_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def _rank_folder(checkpoint: str) -> str:
@@ -305,21 +298,6 @@ def _rank_folder(checkpoint: str) -> str:
     folder = Path(checkpoint) / f"rank{distributed.rank()}"
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
-
-
-def _last_complete(checkpoints: Path) -> str | None:
-    """Remove incomplete checkpoints and return the newest complete one."""
-    _remove_incomplete(checkpoints)
-    complete = [path.parent for path in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
-    newest = max(complete, key=lambda path: int(re.sub(r"\D", "", path.name)), default=None)
-    return str(newest) if newest else None
-
-
-def _remove_incomplete(checkpoints: Path) -> None:
-    """Remove checkpoints that a killed process or a full disk left incomplete."""
-    for path in checkpoints.glob("checkpoint-*"):
-        if not (path / _COMPLETE).exists():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
