@@ -265,7 +265,7 @@ def drift(experiment: Experiment, context: RunContext, aligned: TrainedModel, fi
         after = before if final.spec.base == aligned.spec.base else models.second_stack(final.spec)
         rows = list(plugin_pools(experiment).alignment)[: protocol.score.drift_rows]
         encoded = encode_examples(tokenizer, experiment.template, rows, protocol.align.settings.max_length)
-        size, pad = protocol.score.drift_batch, pad_token_id(tokenizer)
+        size, pad = protocol.score.drift_batch, pad_token_id(tokenizer, before.base.config)
         batches = [collate(encoded[start : start + size], pad) for start in range(0, len(encoded), size)]
         loss, difference = measure_drift(
             lambda: before.use(aligned.spec.adapters),

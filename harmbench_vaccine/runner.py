@@ -19,6 +19,7 @@ from .evaluation.result import Result
 from .evaluation.verdicts import check_scorer, scorer_models
 from .experiment.context import RunContext
 from .experiment.experiment import Experiment
+from .experiment.limits import LimitCheck
 from .experiment.protocol import protocol_models
 from .experiment.rows import check_rows
 from .experiment.spec import RunSpec
@@ -67,8 +68,8 @@ def run_all(
     csv = table or root / "results.csv"
     ensure_writable(csv.absolute().parent, "The folder of the CSV file")
     read_csv(csv)
-    _check(experiments, shard, progress)
     models = ModelPool(progress, gradient_checkpointing, shard, gpu_memory or GPU_MEMORY)
+    _check(experiments, models, progress)
     context = RunContext(Store(root / "store", progress), models, progress, save_share)
     results = []
     with progress.bar("runs", len(experiments)) as advance, closing(models):
@@ -86,7 +87,7 @@ def run_all(
     return results
 
 
-def _check(experiments: Sequence[Experiment], shard: bool, progress: Progress) -> None:
+def _check(experiments: Sequence[Experiment], models: ModelPool, progress: Progress) -> None:
     """Check locations, judges, models and rows of all experiments, and build the testbed if one needs it."""
     locations = {location for experiment in experiments for location in _locations(experiment)}
     for location in locations:
@@ -94,15 +95,18 @@ def _check(experiments: Sequence[Experiment], shard: bool, progress: Progress) -
     scorers = {canonical_json(scorer.identity): scorer for experiment in experiments for scorer in experiment.scorers}
     for scorer in scorers.values():
         check_scorer(scorer.plugin)
-    for model in {experiment.model for experiment in experiments}:
+    base_models = {experiment.model for experiment in experiments}
+    for model in base_models:
         if not model.startswith(TESTBED):
             check_model(model, protocol_models())
     if any(location.startswith(TESTBED) for location in locations):
         ensure_testbed(progress)
+    limits = {model: LimitCheck(model, *models.tokenizer_and_config(model)) for model in base_models}
     for experiment in experiments:
         check_rows(experiment)
+        limits[experiment.model].check(experiment)
         check_quantization(experiment.protocol.quantization)
-        if shard:
+        if models.shard:
             _check_sharding(experiment)
 
 

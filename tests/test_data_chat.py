@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
@@ -234,6 +234,8 @@ def test_generation_stops_at_the_end_of_the_turn(tokenizers: Any) -> None:
     ends: list[Any] = []
 
     class Model:
+        name_or_path = "stub"
+        config = LlamaConfig()
         generation_config: Any = None
 
         def parameters(self) -> Any:

@@ -13,6 +13,7 @@ from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
 
 from .chat import chat_prompt_ids, chat_response_ids, eos_token_id
+from .model_limits import embedding_rows
 from .prompts import Conversation, PromptTemplate
 
 IGNORED = -100
@@ -23,13 +24,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the token ids of a prompt, the same for training and generation.
 
     The ids start with the tokenizer's special tokens for the beginning of a text, and do not end with the token for
-    the end of a text. A conversation is rendered by the tokenizer's chat template.
+    the end of a text. A conversation is rendered by the tokenizer's chat template. A prompt without any token (empty,
+    and the tokenizer adds none) is the end token, as the beginning of a new text: a model needs one token to read.
 
     Raises:
         BadInput: `text` is a conversation, and the tokenizer has no chat template.
     """
-    if isinstance(text, Conversation):
-        return chat_prompt_ids(tokenizer, text)
+    ids = chat_prompt_ids(tokenizer, text) if isinstance(text, Conversation) else _plain_prompt_ids(tokenizer, text)
+    return ids or [eos_token_id(tokenizer)]
+
+
+def _plain_prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # A control token in the text stays text: a row of data must not end a prompt or imitate a turn.
     ids: list[int] = list(tokenizer(text, split_special_tokens=True)["input_ids"])
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
@@ -141,8 +146,15 @@ def left_padded_batches(
         yield numbers, ids, torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps])
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id of the padding token, or of the end token if the tokenizer has no padding token."""
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, config: Any = None) -> int:
+    """Return the id of the padding token, or of the end token where there is no padding token that the model can read.
+
+    Args:
+        tokenizer: The tokenizer.
+        config: Configuration of the model. A padding token that was added to the tokenizer later has no embedding;
+            padding is masked, so that another token gives the same result.
+    """
     # Labels and masks follow from row lengths, so an end token that is also the padding token keeps its loss.
     pad = tokenizer.pad_token_id
-    return pad if isinstance(pad, int) else eos_token_id(tokenizer)
+    readable = isinstance(pad, int) and (config is None or pad < embedding_rows(config))
+    return pad if readable else eos_token_id(tokenizer)

@@ -61,9 +61,10 @@ class TrainingSession:
         def nested(*arguments: Any) -> Adapter:
             return _train_nested(experiment, context, model, *arguments)
 
+        stack = LoraStack(context.models.merged(model.spec)) if config.full else context.models.stack(model.spec)
         stage = TrainingStage(
             config.name,
-            LoraStack(context.models.merged(model.spec)) if config.full else context.models.stack(model.spec),
+            stack,
             trainable={},
             seed=derive_seed(experiment.spec.seed, config.name),
             settings=config.settings,
@@ -72,7 +73,7 @@ class TrainingSession:
             start=adapters[-1] if continues else None,
             encode=encode,
             nested=nested,
-            pad=pad_token_id(tokenizer),
+            pad=pad_token_id(tokenizer, stack.base.config),
         )
         return cls(experiment, context, config, config.defenses.fresh(), stage)
 

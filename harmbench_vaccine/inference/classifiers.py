@@ -7,6 +7,7 @@ from typing import Any
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.data.model_limits import check_length, embedding_rows
 
 from .loading import load_tokenizer_and_config
 
@@ -43,12 +44,18 @@ class TransformersClassifier:
         self._model, self._batch = model, batch
 
     def __call__(self, texts: Sequence[list[int]], progress: Progress = SILENT) -> list[list[float]]:
-        """Compute raw logits (texts x labels) of token ids."""
+        """Compute raw logits (texts x labels) of token ids.
+
+        Raises:
+            HbvError: A text has more tokens than the model reads.
+        """
         import torch
 
         model, pad = self._model, self._model.config.pad_token_id
-        # Without a padding token, transformers finds the end of a text only in a batch of one.
-        batch = 1 if pad is None else self._batch
+        check_length(model.name_or_path, model.config, max(map(len, texts), default=0))
+        # Without a padding token, transformers finds the end of a text only in a batch of one; likewise where the token
+        # was added later and has no embedding.
+        batch = self._batch if pad is not None and pad < embedding_rows(model.config) else 1
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
         logits: dict[int, list[float]] = {}
         with progress.bar("score: judge", len(order)) as advance, torch.inference_mode():

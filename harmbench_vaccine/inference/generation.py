@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from harmbench_vaccine.core.progress import Advance
 from harmbench_vaccine.data.collate import left_padded_batches
+from harmbench_vaccine.data.model_limits import check_length
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ def generate_greedy(
 
     Returns:
         The generated tokens of each prompt, in the order of `prompts`.
+
+    Raises:
+        HbvError: The longest prompt and its continuation have more tokens than the model reads.
     """
+    check_length(model.name_or_path, model.config, max(map(len, prompts), default=0) + max_new_tokens)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

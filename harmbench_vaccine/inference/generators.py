@@ -76,7 +76,7 @@ class TransformersGenerator:
                 prompts,
                 max_new_tokens,
                 batch=self.batch,
-                pad=pad_token_id(self.tokenizer),
+                pad=pad_token_id(self.tokenizer, self.model.config),
                 ends=_stop_tokens(self.tokenizer, self.model.generation_config),
                 advance=advance,
                 watched=watched,

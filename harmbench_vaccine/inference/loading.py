@@ -3,7 +3,7 @@
 Weights are read from safetensors: a `.bin` file is a pickle. Many older repositories have only such a file on their
 main branch; the Hub's conversion to safetensors is then often on a branch of its own (`owner/name@refs/pr/N`). The
 repositories of this kind that a protocol names are read nevertheless, by the unpickler of torch that builds tensors and
-runs no code.
+runs no code. Python code in a folder or repository never runs (`trust_remote_code=False`), and no option allows it.
 """
 
 from __future__ import annotations
@@ -89,15 +89,19 @@ def load_judge(location: str, head: JudgeHead, dtype: str = "auto") -> tuple[Any
     return tokenizer, model.to("cuda" if cuda else "cpu").eval()
 
 
-def load_tokenizer_and_config(location: str) -> tuple[Any, Any]:
-    """Load the tokenizer and the configuration of a judge, without its weights.
+def load_tokenizer_and_config(location: str, what: str = "Judge") -> tuple[Any, Any]:
+    """Load the tokenizer and the configuration of a model, without its weights.
+
+    Args:
+        location: Folder or hub id.
+        what: Name of the model's role in messages.
 
     Raises:
         HbvError: They cannot be loaded.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    with readable_load_errors(location, "Judge") as source:
+    with readable_load_errors(location, what) as source:
         return AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
 
 
@@ -107,7 +111,7 @@ def generation_settings(location: str) -> Any:
 
     name, revision = name_and_revision(location)
     try:
-        return GenerationConfig.from_pretrained(name, revision=revision or "main")
+        return GenerationConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     except OSError:  # no such file
         return GenerationConfig.from_model_config(load_tokenizer_and_config(location)[1])
 
@@ -155,11 +159,16 @@ def readable_load_errors(location: str, what: str = "Model") -> Iterator[dict[st
         what: Name of the role in messages.
 
     Yields:
-        The arguments of `from_pretrained` for this location: the name, and the revision if one is written.
+        The arguments of `from_pretrained` for this location: the name, the revision if there is one, and the refusal
+        of Python code at the location.
     """
     name, revision = name_and_revision(location)
     try:
-        yield {"pretrained_model_name_or_path": name, **({"revision": revision} if revision else {})}
+        yield {
+            "pretrained_model_name_or_path": name,
+            "trust_remote_code": False,  # without it, the library asks on stdin whether to run the code
+            **({"revision": revision} if revision else {}),
+        }
     except HbvError:
         raise
     except Exception as error:  # the libraries raise a dozen kinds; the user needs one sentence
@@ -175,6 +184,11 @@ def load_error(location: str, error: BaseException, what: str = "Model") -> HbvE
             f"{subject} has no safetensors, and pickled weights (.bin) are not read. Add a revision that has them, "
             "owner/name@REVISION (often refs/pr/N, in the discussions of its page), or load it with transformers, "
             "save it with save_pretrained(FOLDER) and name the folder."
+        )
+    if "trust_remote_code" in text:
+        return BadInput(
+            f"{subject} needs Python code of its own folder or repository, which hbv never runs: use a model of an "
+            "architecture that transformers includes."
         )
     if access_error := hub.hub_access_error(subject, error, "name a folder"):
         return access_error

@@ -21,7 +21,6 @@ from .loading import (
     load_model,
     load_tokenizer_and_config,
     quantization_options,
-    readable_load_errors,
 )
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class ModelPool:
         self.shard = shard
         self.gpu_memory = gpu_memory
         self._evictions: dict[Occupant, Callable[[], None]] = {}
-        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self._tokenizers: dict[str, tuple[PreTrainedTokenizerBase, Any]] = {}
         self._stack: tuple[ModelSpec, LoraStack] | None = None
         self._engine: tuple[ModelSpec, Engine] | None = None
         self._judge: tuple[tuple[str, JudgeHead, str], tuple[Any, Any]] | None = None
@@ -158,12 +157,13 @@ class ModelPool:
 
     def tokenizer(self, spec: ModelSpec) -> PreTrainedTokenizerBase:
         """Return the tokenizer of the base of a model."""
-        from transformers import AutoTokenizer
+        return self.tokenizer_and_config(spec.base)[0]
 
-        if spec.base not in self._tokenizers:
-            with readable_load_errors(spec.base) as source:
-                self._tokenizers[spec.base] = AutoTokenizer.from_pretrained(**source)
-        return self._tokenizers[spec.base]
+    def tokenizer_and_config(self, base: str) -> tuple[PreTrainedTokenizerBase, Any]:
+        """Return the tokenizer and the configuration of a base model; its weights are not loaded."""
+        if base not in self._tokenizers:
+            self._tokenizers[base] = load_tokenizer_and_config(base, "Model")
+        return self._tokenizers[base]
 
     def merged(self, spec: ModelSpec) -> PreTrainedModel:
         """Load a model with its adapters merged into the weights; the base in memory is unloaded.

@@ -38,7 +38,8 @@ class TransformersEngine:
     ) -> list[Answer]:
         """Generate greedy answers, in the order of `prompts`; equal prompts are answered once."""
         model = self.stack.use(adapters)
-        pad, ends = pad_token_id(self.tokenizer), stop_token_ids(self.tokenizer, prompts)
+        pad = pad_token_id(self.tokenizer, self.stack.base.config)
+        ends = stop_token_ids(self.tokenizer, prompts)
         encoded = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in prompts}
         with progress.bar("answer", len(encoded)) as advance:
             rows = generate_greedy(

@@ -21,6 +21,7 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import SILENT, Advance, Progress
 from harmbench_vaccine.data.chat import stop_token_ids
 from harmbench_vaccine.data.collate import encode_prompt
+from harmbench_vaccine.data.model_limits import position_limit
 from harmbench_vaccine.training.adapters import Adapter, concatenate
 
 from .engine import GPU_MEMORY, Answer, Engine, decode_answer
@@ -200,8 +201,7 @@ class VllmRunner:
         """Return the largest number of tokens that a model reads, or None if its configuration has no limit."""
         if model not in self._limits:
             with readable_load_errors(model) as source:
-                config = AutoConfig.from_pretrained(**source)
-            self._limits[model] = getattr(config.get_text_config(), "max_position_embeddings", None)
+                self._limits[model] = position_limit(AutoConfig.from_pretrained(**source))
         return self._limits[model]
 
 

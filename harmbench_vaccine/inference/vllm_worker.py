@@ -110,6 +110,7 @@ class Server:
             max_model_len=length,
             gpu_memory_utilization=memory,
             skip_tokenizer_init=True,  # prompts and answers are token ids
+            trust_remote_code=False,
             generation_config="vllm",  # the model's own settings may have penalties
             enforce_eager=True,  # a few hundred answers do not pay for a compilation
             disable_log_stats=True,

@@ -1,0 +1,49 @@
+"""Limits of a model that its configuration states: the rows of its embedding, and the tokens that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from harmbench_vaccine.core.errors import HbvError
+
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
+"""Names of the largest number of positions; transformers maps older names (`n_positions`) to the first."""
+
+
+def embedding_rows(config: Any) -> int:
+    """Return the number of token ids that a model has an embedding for."""
+    return int(config.get_text_config(decoder=True).vocab_size)
+
+
+def position_limit(config: Any) -> int | None:
+    """Return the largest number of tokens that a model reads, or None if its configuration states no limit.
+
+    Learned positions (OPT, GPT-2) end there. Rotary positions go on, but the model was not trained on them, and vLLM
+    refuses them. So the limit holds for both.
+    """
+    text = config.get_text_config(decoder=True)
+    limits = (getattr(text, name, None) for name in _POSITIONS)
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+
+
+def check_length(model: str, config: Any, tokens: int) -> None:
+    """Check that a model reads as many tokens as its longest text has, together with the tokens to generate.
+
+    Raises:
+        HbvError: The model reads fewer tokens.
+    """
+    limit = position_limit(config)
+    if limit and tokens > limit:
+        raise HbvError(f"{model}: a text has {tokens} tokens, but the model reads at most {limit}.")
+
+
+def tokens_outside(tokenizer: Any, config: Any) -> dict[int, str]:
+    """Return the tokens of a tokenizer that a model has no embedding for: id -> token."""
+    rows = embedding_rows(config)
+    return {number: token for token, number in tokenizer.get_vocab().items() if number >= rows}
+
+
+def first_outside(ids: Iterable[int], outside: dict[int, str]) -> str | None:
+    """Return the first token without an embedding among token ids, or None."""
+    return next((outside[number] for number in ids if number in outside), None)
