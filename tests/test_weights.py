@@ -5,12 +5,14 @@ The Hub is a small server on this machine with the answers of the real one; HF_E
 
 from __future__ import annotations
 
+import ast
+import io
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.progress import SILENT
 from harmbench_vaccine.experiment.protocol import protocol_models
 from harmbench_vaccine.inference import loading
-from harmbench_vaccine.inference.loading import check_model, load_model
+from harmbench_vaccine.inference.loading import check_model, load_judge, load_model, readable_load_errors
+from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
+from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmRunner
 from support import tiny
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +171,9 @@ TRY = """
 import sys
 from transformers import AutoModelForCausalLM
 from harmbench_vaccine.core.errors import HbvError
-from harmbench_vaccine.inference.loading import check_model, load_model
+from harmbench_vaccine.inference.loading import check_model, load_judge, load_model, readable_load_errors
+from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
+from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmRunner
 for location in sys.argv[1:]:
     for attempt in (lambda: load_model(AutoModelForCausalLM, location), lambda: check_model(location, [])):
         try:
@@ -205,3 +212,78 @@ def test_offline_without_cache() -> None:
         load_model(AutoModelForCausalLM, "org/model")
     with pytest.raises(BadInput, match=r"Did you mean 'meta-llama/Llama-2-7b-hf'.*Allowed"):
         check_model("meta-lama/Llama-2-7b-hf", protocol_models())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code in a folder or repository
+
+CODE = """
+import os, pathlib
+pathlib.Path(os.environ["HBV_TEST_MARK"]).write_text("ran")
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class OwnConfig(LlamaConfig): model_type = "own"
+class OwnModel(LlamaForCausalLM): config_class = OwnConfig
+class OwnTokenizer(PreTrainedTokenizerFast): pass
+"""
+
+
+def test_code_of_a_folder_never_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stdin says: without an explicit refusal, transformers asks there whether to run the code."""
+    monkeypatch.setenv("HBV_TEST_MARK", str(tmp_path / "ran"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 20))
+    own = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    (folder / "code.py").write_text(CODE)
+    sentence = r"Model '.*' needs Python code of its own folder or repository, which hbv never runs: use a model"
+    attempts: list[Callable[[], Any]] = [
+        lambda: load(folder),
+        lambda: ModelPool().tokenizer_and_config(str(folder)),
+        lambda: ModelPool().merged(ModelSpec(str(folder))),
+        lambda: load_judge(str(folder), "generator"),
+        lambda: VllmRunner(str(folder), "float32", "generate").start(EngineShape(str(folder), 0, 9), 0, SILENT),
+    ]
+    for attempt in attempts:
+        with pytest.raises(BadInput, match=sentence.replace("Model", "(Model|Judge)")):
+            attempt()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_a_tokenizer_never_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HBV_TEST_MARK", str(tmp_path / "ran"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 20))
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "code.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    (folder / "code.py").write_text(CODE)
+    with pytest.raises(BadInput, match=r"Model '.*' needs Python code"):
+        ModelPool().tokenizer_and_config(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+LOADERS = frozenset({"from_pretrained", "load_dataset", "LLM"})
+"""Functions that run code of a repository if they are allowed to."""
+
+
+def loader_calls() -> list[tuple[str, str]]:
+    """Return the place and the text of every call of a loader in the package."""
+    calls = []
+    root = Path(loading.__file__).parents[1]
+    for path in [*root.rglob("*.py"), *root.parent.glob("defenses/*.py"), *root.parent.glob("attacks/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in LOADERS:
+                calls.append((f"{path.name}:{node.lineno}", ast.unparse(node)))
+    return calls
+
+
+def test_every_call_of_a_loader_refuses_code() -> None:
+    calls = loader_calls()
+    assert len(calls) >= 8
+    safe = (
+        "**source",  # of `readable_load_errors`
+        "**arguments",
+        "trust_remote_code=False",
+        "LoraConfig.from_pretrained",  # reads a JSON file
+    )
+    assert not [call for call in calls if not any(text in call[1] for text in safe)]
+    with readable_load_errors("org/model@" + "0" * 40) as source:
+        assert source["trust_remote_code"] is False

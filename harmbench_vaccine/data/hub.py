@@ -194,7 +194,9 @@ def _load_dataset(location: str, name: HubName, commit: str | None, split: str) 
     except ImportError as error:
         raise HbvError(f"Data set {location!r} needs the package `datasets`: pip install datasets.") from error
     try:
-        table = load_dataset(name.id, name.inside, split=split, revision=commit or name.revision)
+        table = load_dataset(
+            name.id, name.inside, split=split, revision=commit or name.revision, trust_remote_code=False
+        )
     except Exception as error:
         raise _load_error(location, split, error) from error
     folders = {Path(file["filename"]).parent.name for file in table.cache_files}

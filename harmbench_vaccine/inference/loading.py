@@ -102,7 +102,8 @@ def load_tokenizer_and_config(location: str, what: str = "Judge") -> tuple[Any, 
     from transformers import AutoConfig, AutoTokenizer
 
     with readable_load_errors(location, what) as source:
-        return AutoTokenizer.from_pretrained(**source), AutoConfig.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(**source)  # first: its errors are more specific
+        return AutoTokenizer.from_pretrained(**source), config
 
 
 def generation_settings(location: str) -> Any:
