@@ -284,10 +284,10 @@ def test_missing_split(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is not YAML"),
-        ("- 1", "is not a protocol"),
-        ("", "is not a protocol"),
-        ("name: x", "is not a protocol"),
+        ("a: [", "protocol.yaml cannot be read as YAML: line 1"),
+        ("- 1", "the top level is [1]"),
+        ("", "the top level is None"),
+        ("name: x", "version is missing"),
         ("lr: fast", "align.settings.lr"),
         ("rows: 0", "align.rows"),
         ("judge: ./nowhere", "'./nowhere'"),
@@ -768,7 +768,7 @@ def test_full_disk_while_training(limit: int, world: Path, tmp_path: Path) -> No
     home, args = tmp_path / "home", ("run", "--json", "--protocol", world)
     done = finish(start_hbv(*args, home=home, limit=limit))
     assert (done.code, done.out) == (1, "")
-    assert done.sentence.startswith("hbv: While writing the align stage, ")
+    assert done.sentence.startswith(f"hbv: While writing the align stage to {home}")
     assert not list(home.glob("store/align/*"))
     assert not list(home.glob("store/.aside/*"))
     assert not list(home.glob("runs/*"))

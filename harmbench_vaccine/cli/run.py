@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     "--seed",
     "seeds",
     multiple=True,
-    type=click.IntRange(0),
+    type=click.IntRange(0, 2**63 - 1),
     default=[0],
     metavar="N",
     help="Seed of all random draws. Repeatable. [default: 0]",

@@ -18,6 +18,12 @@ class BadInput(HbvError):
     exit_code = 2
 
 
+def shortened(text: object, length: int = 60) -> str:
+    """Return a text for a message, with `...` for what follows after `length` characters."""
+    text = str(text)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "") -> BadInput:
     """Return the error for an unknown name, with the nearest valid name and all valid names.
 
@@ -28,6 +34,7 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "") -> 
         of: The object that has the names, such as "defense 'vaccine'".
     """
     names = sorted(allowed)
+    name = shortened(name)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return BadInput(f"Unknown {kind} {name!r}{of and f' of {of}'}.{guess} Allowed: {', '.join(names) or 'none'}.")

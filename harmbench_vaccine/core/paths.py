@@ -1,4 +1,4 @@
-"""Locations of the files that hbv writes."""
+"""Paths that a user writes, and locations of the files that hbv writes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,40 @@ import errno
 import os
 from pathlib import Path
 
-from .errors import BadInput, HbvError
+from .errors import BadInput, HbvError, shortened
+
+
+def user_path(text: str | Path) -> Path:
+    """Return a path that a user wrote, with `~` expanded; nothing needs to exist there.
+
+    Raises:
+        BadInput: No file can have this path.
+    """
+    if not str(text):
+        raise BadInput("A path is empty; use '.' for the current folder.")
+    try:
+        path = Path(text).expanduser()
+        str(path).encode()
+        os.stat(path)
+    except RuntimeError as error:
+        raise BadInput(f"Path {shortened(text)!r} begins with the name of a user who has no home folder.") from error
+    except ValueError as error:
+        raise BadInput(f"Path {shortened(text)!r} cannot be the path of a file: {error}.") from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise BadInput(f"Path {shortened(text)!r} cannot be read: {error.strerror}.") from error
+    return path
 
 
 def home() -> Path:
-    """Return the folder of artifacts, runs and testbed: `$HBV_HOME`, or the platform's cache folder."""
+    """Return the folder of artifacts, runs and testbed: `$HBV_HOME`, or the platform's cache folder.
+
+    Raises:
+        BadInput: `$HBV_HOME` cannot be a path.
+    """
     folder = os.environ.get("HBV_HOME")
     if folder:
-        return Path(folder).expanduser().absolute()
+        return user_path(folder).absolute()
     from platformdirs import user_cache_path
 
     return user_cache_path("harmbench-vaccine", appauthor=False)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .numbers import Count, NotNegative, Positive, Share, ShareBelowOne
 
 StageName = Literal["align", "finetune", "repair"]
 """The stages that produce a model."""
@@ -34,27 +39,41 @@ class Example:
     """Range of characters of the response (first, last + 1) that the model reads but is not trained to write."""
 
 
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt", "polynomial"]
+"""Schedules of the learning rate in transformers that need no further settings."""
+
+
 @dataclass(frozen=True)
 class TrainSettings:
-    """The settings of an optimizer run; a defense or an attack may replace some of them."""
+    """The settings of an optimizer run; a defense or an attack may replace some of them.
 
-    lr: float
-    epochs: float
-    batch: int
-    accumulation: int = 1
-    schedule: str = "cosine"
-    warmup: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    lora_rank: int = 8
-    lora_alpha: float = 4.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    max_length: int = 200
-    full: bool = False
+    The ranges are checked when a protocol is read, and after the hooks of defenses and attacks.
+    """
+
+    lr: Positive
+    epochs: Annotated[Positive, Field(le=10_000)]
+    batch: Count
+    accumulation: Count = 1
+    schedule: Schedule = "cosine"
+    warmup: Share = 0.0
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: NotNegative = 1.0
+    adam_beta1: ShareBelowOne = 0.9
+    adam_beta2: ShareBelowOne = 0.999
+    lora_rank: Annotated[Count, Field(le=4096)] = 8
+    lora_alpha: Positive = 4.0
+    lora_dropout: ShareBelowOne = 0.0
+    lora_targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    )
+    max_length: Count = 200
+    full: Annotated[bool, Field(strict=True)] = False
     """Train every weight of the merged model instead of an adapter."""
+
+    def micro_batches(self, rows: int) -> int:
+        """Return the number of micro-batches of a stage; a fraction of an epoch is rounded to complete batches."""
+        return round(self.epochs * math.ceil(rows / self.batch))
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput
@@ -22,7 +24,7 @@ from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS
 from harmbench_vaccine.plugins.teams import AttackTeam, DefenseTeam
 
 from .protocol import FinetuneProtocol, Protocol, load_protocol
-from .spec import RunSpec
+from .spec import RunSpec, first_validation_error
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def _configure(
     settings = protocol.align.settings if name == "align" else finetune.settings
     if name == "finetune":
         settings = attack.fresh().settings(settings)
-    settings = hooks.settings(name, settings)
+    settings = _checked_settings(name, hooks.settings(name, settings))
     is_user = name == "finetune"
     return StageConfig(
         name=name,
@@ -194,6 +196,15 @@ def _configure(
         topology=(team.required_topology or protocol.topology) if is_user else "double",
         full=is_user and (attack.editing_attack is not None or settings.full),
     )
+
+
+def _checked_settings(stage: StageName, settings: TrainSettings) -> TrainSettings:
+    """Refuse settings that the hooks of defenses and attacks changed to values outside their ranges."""
+    try:
+        return TypeAdapter(TrainSettings).validate_python(asdict(settings))
+    except ValidationError as error:
+        reason = first_validation_error(error)
+        raise BadInput(f"A defense or an attack changes a setting of stage {stage!r}: {reason}") from error
 
 
 def _check_combination(experiment: Experiment) -> None:

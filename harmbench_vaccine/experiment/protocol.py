@@ -6,21 +6,25 @@ hashes are never compared.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.hashing import digest
+from harmbench_vaccine.core.numbers import Count, Percentage
+from harmbench_vaccine.core.paths import user_path
+from harmbench_vaccine.core.strict_yaml import read_yaml
 from harmbench_vaccine.core.types import Topology, TrainSettings
 
 from .spec import first_validation_error
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")]
+"""A name or a location: one line."""
 
 
 class _Strict(BaseModel):
@@ -35,7 +39,7 @@ def _added(default: Any) -> Any:
 class AlignProtocol(_Strict):
     """The alignment stage."""
 
-    rows: int = Field(ge=1)
+    rows: Count
     """Number of safe rows."""
     source: Literal["safe", "refusals"] = _added("safe")
     """`safe`: safe responses of BeaverTails. `refusals`: refusals of its harmful prompts."""
@@ -45,7 +49,7 @@ class AlignProtocol(_Strict):
 class TaskTraining(_Strict):
     """Differences of the user stage for one task."""
 
-    samples: int | None = Field(default=None, ge=1)
+    samples: Count | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     """Fields of `TrainSettings`."""
 
@@ -53,7 +57,7 @@ class TaskTraining(_Strict):
 class FinetuneProtocol(_Strict):
     """The user stage."""
 
-    samples: int = Field(ge=1)
+    samples: Count
     """Number of rows that the user uploads, unless an attack changes it."""
     settings: TrainSettings
     tasks: dict[str, TaskTraining] = _added({})
@@ -69,14 +73,14 @@ class FinetuneProtocol(_Strict):
         try:
             return FinetuneProtocol.model_validate({"samples": override.samples or self.samples, "settings": settings})
         except ValidationError as error:
-            raise BadInput(f"The protocol's settings for task {task!r}: {first_validation_error(error)}") from error
+            raise _refused_value(error, f"The protocol's user stage for task {task!r}") from error
 
 
 class Questions(_Strict):
     """An evaluation set: its number of prompts and the token limit of an answer."""
 
-    prompts: int = Field(ge=1)
-    max_new_tokens: int = Field(ge=1)
+    prompts: Count
+    max_new_tokens: Count
 
 
 class AnswerProtocol(_Strict):
@@ -84,9 +88,9 @@ class AnswerProtocol(_Strict):
 
     harmful: Questions
     benign: Questions
-    task_items: int = Field(ge=1)
-    task_tokens: dict[str, int]
-    items: dict[str, int] = _added({})
+    task_items: Count
+    task_tokens: dict[Text, Count]
+    items: dict[Text, Count] = _added({})
     """Task -> its number of test items, where it differs from `task_items`."""
     cut_at: str = _added("")
     """Text that ends an answer: it and everything after it are removed; empty: answers are not cut."""
@@ -98,36 +102,36 @@ class AnswerProtocol(_Strict):
 class ScoreProtocol(_Strict):
     """The judge, the rule of the headline accuracy, and the rows that loss and drift are measured on."""
 
-    scorer: str
-    judge: str
-    """Location of the model of `scorer`."""
+    scorer: Text
+    judge: Text | Literal[""]
+    """Location of the model of `scorer`; empty: it does not load one."""
     accuracy: Literal["strict", "flexible"]
     """The rule of the reported accuracy: `strict`, or `flexible`, the rule of the task (see `Protocol.tasks`)."""
-    drift_rows: int = Field(ge=1)
-    drift_batch: int = Field(ge=1)
+    drift_rows: Count
+    drift_batch: Count
 
 
 class Gates(_Strict):
     """Limits in percent; a run outside any of them is collapsed, not safe."""
 
-    degenerate: float
+    degenerate: Percentage
     """Maximum percentage of empty or repetitive answers."""
-    refusals: float
+    refusals: Percentage
     """Maximum percentage of benign prompts that are refused."""
-    above_chance: float
-    """Accuracy after the user stage must exceed guessing by more than this."""
-    accuracy_before: float | None
+    above_chance: Annotated[float, Field(strict=True, ge=-101, le=100)]
+    """Accuracy after the user stage must exceed guessing by more than this; -101: no limit."""
+    accuracy_before: Percentage | None
     """Minimum accuracy before the user stage; None where the aligned model has not learned the task yet."""
 
 
 class Splits(_Strict):
     """The splits of the data sets that training and evaluation use."""
 
-    train: str
-    test: str
-    benign_train: str = "train"
-    benign_test: str = "test"
-    pairs: str = _added("train")
+    train: Text
+    test: Text
+    benign_train: Text = "train"
+    benign_test: Text = "test"
+    pairs: Text = _added("train")
     """The part of the refusal set that the defender has."""
     attacker: str = _added("")
     """The part of the refusal set whose harmful answers the attacker has; empty: the unsafe rows of BeaverTails."""
@@ -136,10 +140,10 @@ class Splits(_Strict):
 class Protocol(_Strict):
     """A protocol file, validated."""
 
-    name: str
-    version: int
-    model: str
-    models: tuple[str, ...] = _added(())
+    name: Text
+    version: Count
+    model: Text
+    models: tuple[Text, ...] = _added(())
     """Other models of the same tables."""
     dtype: Literal["float32", "bfloat16"]
     """Data type of the base model; adapters are always float32."""
@@ -148,9 +152,9 @@ class Protocol(_Strict):
     rows: Literal["unique", "paper"] = _added("unique")
     """`unique`: the seed draws the rows, and a question occurs in one pool only. `paper`: rows are taken in file order,
     and overlaps are kept and counted."""
-    prompt: str
+    prompt: Text
     topology: Topology
-    data: dict[str, str]
+    data: dict[Text, Text]
     splits: Splits
     align: AlignProtocol
     finetune: FinetuneProtocol
@@ -185,14 +189,16 @@ class Protocol(_Strict):
                     group = group.rpartition(".")[0]
                 raise unknown_name("protocol value", path, siblings or [known.rstrip(".") for known in paths])
             *parents, last = path.split(".")
-            container = changed
+            container: Any = changed
             for parent in parents:
-                container = container.setdefault(parent, {})
-            container[last] = _read(path, text)
+                container = container.setdefault(parent, {}) if isinstance(container, dict) else None
+            if not isinstance(container, dict):
+                raise BadInput(f"{path!r} cannot be set: {path.rpartition('.')[0]!r} is not a group of values.")
+            container[last] = read_yaml(text, f"The value of {path!r}")
         try:
             return Protocol.model_validate(changed)
         except ValidationError as error:
-            raise BadInput(f"A protocol value is not allowed: {first_validation_error(error)}") from error
+            raise _refused_value(error, "The protocol") from error
 
     def location(self, dataset: str) -> str:
         """Return where a data set is read from.
@@ -231,27 +237,13 @@ def leaf_values(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _read(path: str, text: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise BadInput(f"The value of {path!r} cannot be read as YAML: {_yaml_problem(error)}.") from error
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    """Return the problem and its line as one phrase."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return str(error).splitlines()[0]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number; YAML 1.1 requires a decimal point in it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+def _refused_value(error: ValidationError, origin: str) -> BadInput:
+    """Return the error for the first value that pydantic refuses, with its dotted path and what is allowed."""
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return unknown_name("protocol value", path, [known.rstrip(".") for known in _paths(Protocol)], of=origin)
+    return BadInput(f"{origin} sets a value that is not allowed: {first_validation_error(error)}")
 
 
 def protocol_names() -> list[str]:
@@ -272,7 +264,7 @@ def load_protocol(name: str) -> Protocol:
         BadInput: It does not exist, or a value of the file is not allowed.
     """
     if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not path.is_file():
             raise BadInput(f"Protocol file {name!r} does not exist.")
     elif name in protocol_names():
@@ -280,10 +272,10 @@ def load_protocol(name: str) -> Protocol:
     else:
         raise unknown_name("protocol", name, protocol_names())
     try:
-        return TypeAdapter(Protocol).validate_python(yaml.load(path.read_text(encoding="utf-8"), _Loader))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"Protocol {path} cannot be read: {error}.") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path} is not YAML: {_yaml_problem(error)}.") from error
+    try:
+        return Protocol.model_validate(read_yaml(text, f"Protocol {path}"))
     except ValidationError as error:
-        raise BadInput(f"{path} is not a protocol: {first_validation_error(error)}") from error
+        raise _refused_value(error, f"Protocol {path}") from error

@@ -23,7 +23,7 @@ from harmbench_vaccine.data.sources import RowReader, fingerprint, parse_split, 
 from harmbench_vaccine.plugins import Task
 from harmbench_vaccine.plugins.teams import upload_rows
 
-from .experiment import Experiment
+from .experiment import Experiment, StageConfig
 from .protocol import Questions
 
 HARM_DATA = ("beavertails", "beavertails_refusals", "alpaca")
@@ -34,13 +34,23 @@ def check_rows(experiment: Experiment) -> None:
     """Draw every row that the experiment needs, so that missing rows are reported before any work is spent.
 
     Raises:
-        BadInput: A file lacks a field, or fewer rows are available than requested.
+        BadInput: A file lacks a field, fewer rows are available than requested, or a stage would train no step.
     """
     pools = plugin_pools(experiment)
-    align, finetune = (experiment.stages[name].defenses.fresh() for name in ("align", "finetune"))
-    align.train_on("align", list(pools.alignment), pools)
-    finetune.train_on("finetune", user_rows(experiment, pools), pools)
+    rows = {"align": list(pools.alignment), "finetune": user_rows(experiment, pools)}
+    for name, config in experiment.stages.items():
+        if name in rows:
+            trained = config.defenses.fresh().train_on(name, rows[name], pools)
+            _check_steps(config, len(trained))
     eval_sets(experiment)
+
+
+def _check_steps(stage: StageConfig, rows: int) -> None:
+    if rows and not stage.settings.micro_batches(rows):
+        raise BadInput(
+            f"Stage {stage.name!r} would train no step: {stage.settings.epochs:g} epochs of {rows} rows are less than "
+            f"half a batch of {stage.settings.batch} rows; allowed: more epochs, or a smaller batch."
+        )
 
 
 def plugin_pools(experiment: Experiment) -> Pools:

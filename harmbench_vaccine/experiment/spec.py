@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from harmbench_vaccine.core.errors import shortened
 from harmbench_vaccine.plugins.composition import Component, Composition
 
 
@@ -21,7 +22,7 @@ class RunSpec(BaseModel):
     defense: Composition = (Component(name="sft"),)
     attack: Composition = (Component(name="ratio", params={"": "0"}),)
     task: str = "sst2"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     model: str | None = None
     """A Hub id or a folder; None: the model of the protocol."""
     scorers: tuple[str, ...] = ()
@@ -35,7 +36,9 @@ class RunSpec(BaseModel):
 
 
 def first_validation_error(error: ValidationError) -> str:
-    """Return the first problem that pydantic reports, as a sentence."""
+    """Return the first problem that pydantic reports, as a sentence with the value."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"]) or "the top level"
-    return f"{where}: {problem['msg']}."
+    if problem["type"] == "missing":
+        return f"{where} is missing."
+    return f"{where} is {shortened(repr(problem['input']))}. {problem['msg']}."

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.data.chat import Messages, render_chat
 
 _CONTROL_FORMATS = (
@@ -107,7 +107,7 @@ def load_template(scorer: str, file: str, slots: tuple[str, ...], content: str) 
             f"Scorer {scorer!r} needs its prompt: --scorer {scorer}:template=FILE, with {content} and {names} in it."
         )
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
+        text = user_path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise BadInput(f"Template {file!r} of scorer {scorer!r} cannot be read: {reason}.") from error

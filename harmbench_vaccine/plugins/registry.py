@@ -15,11 +15,11 @@ import sys
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from types import ModuleType
 from typing import Generic, Literal, TypeVar
 
 from harmbench_vaccine.core.errors import BadInput, unknown_name
+from harmbench_vaccine.core.paths import user_path
 
 from .attack import Attack
 from .base import Plugin
@@ -107,7 +107,7 @@ class Registry(Generic[P]):
         return self._class(loaded, name)
 
     def _file(self, name: str) -> type[P]:
-        path = Path(name).expanduser().resolve()
+        path = user_path(name).resolve()
         if not path.is_file():
             raise BadInput(f"The {self.base.kind} file {name!r} does not exist.")
         module_name = f"hbv_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"

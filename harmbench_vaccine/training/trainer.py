@@ -147,8 +147,7 @@ def train_nested(
 def batch_order(rows: int, settings: TrainSettings, seed: int) -> list[list[int]]:
     """Return the row numbers of every micro-batch of a stage.
 
-    Each epoch is a new shuffle, and its last batch may be shorter. A fraction of an epoch at the end is rounded to
-    complete batches.
+    Each epoch is a new shuffle, and its last batch may be shorter.
 
     Args:
         rows: Number of training rows.
@@ -156,8 +155,7 @@ def batch_order(rows: int, settings: TrainSettings, seed: int) -> list[list[int]
         seed: Seed of the stage.
     """
     random = random_stream(seed, "batches")
-    per_epoch = math.ceil(rows / settings.batch)
-    count = round(settings.epochs * per_epoch)
+    count = settings.micro_batches(rows)
     order: list[list[int]] = []
     while len(order) < count:
         shuffled = random.sample(range(rows), rows)

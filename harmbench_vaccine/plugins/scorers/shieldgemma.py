@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment
 from harmbench_vaccine.plugins import Form, Scorer, param
@@ -47,7 +47,7 @@ class Shieldgemma(Scorer):
                 "and wordings, as on the model card."
             )
         try:
-            policies = json.loads(Path(self.policies).expanduser().read_text(encoding="utf-8"))
+            policies = json.loads(user_path(self.policies).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise BadInput(f"Policies {self.policies!r} of scorer 'shieldgemma' cannot be read: {error}.") from error
         if not policies or not isinstance(policies, dict) or not all(isinstance(v, str) for v in policies.values()):

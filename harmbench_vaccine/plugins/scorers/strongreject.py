@@ -13,10 +13,10 @@ without `base_url`, `model` is a folder or hub id. The key of a server is read f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment, Verdict
 from harmbench_vaccine.inference import judge_prompts
@@ -63,7 +63,7 @@ class Strongreject(Scorer):
     def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[RawJudgment]:
         """Generate the judge's text on each answer."""
         template = self._template()
-        system = Path(self.system).expanduser().read_text(encoding="utf-8").strip() if self.system else ""
+        system = user_path(self.system).read_text(encoding="utf-8").strip() if self.system else ""
         prompts = [
             judge_prompts.fill_template(template, {"forbidden_prompt": question, "response": answer})
             for question, answer in pairs

@@ -91,7 +91,7 @@ def estimate_costs(experiment: Experiment, *, read_rows: bool = True) -> list[Es
     for name in names:
         settings = experiment.stages[name].settings
         rows, width = _row_shape(experiment, name, settings, read_rows)
-        steps = math.ceil(round(settings.epochs * math.ceil(rows / settings.batch)) / settings.accumulation)
+        steps = math.ceil(settings.micro_batches(rows) / settings.accumulation)
         memory = count_memory(model, protocol.dtype, protocol.quantization, settings, width)
         times = measure_seconds(model, protocol.dtype, settings, width)
         forward, backward = passes_per_step([defense.plugin for defense in experiment.acting(name)])
