@@ -7,29 +7,27 @@ BeaverTails.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import lzma
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.jsonl import parse_json
+
+from .tables import read_table
+from .text_files import check_regular, first_line, read_text, size_limit, too_large
 
 PlacedRow = tuple[str, Mapping[str, Any]]
 """The place of a row, for error messages, and the row."""
 
 _NAME = re.compile(
     r"(?P<split>.+?)(?:-(?P<shard>\d{5})-of-(?P<shards>\d{5})(?:-[0-9a-f]{16})?)?"
-    r"(?P<kind>\.(?:jsonl|json|csv|tsv|parquet))(?:\.(?:gz|xz))?"
+    r"(?P<kind>(?i:\.(?:jsonl|json|csv|tsv|parquet)))(?i:\.(?:gz|xz))?"
 )
 """The name of a data file. The Hub's converter appends a hash to the shard."""
 _NO_SPLITS = frozenset({"dataset_infos", "dataset_info", "state"})
 """Stems of JSON files that describe a data set."""
-_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def is_data_file(name: str) -> bool:
@@ -59,12 +57,22 @@ def read_dataset(place: str, table: Any) -> Iterator[PlacedRow]:
     Args:
         place: Description of the data set, for error messages.
         table: The data set.
+
+    Raises:
+        BadInput: A column cannot be decoded, such as one with pictures.
     """
     number = 0  # batches of columns are ten times faster than single rows
-    for batch in table.iter(batch_size=1000):
+    for batch in _batches(place, table):
         for values in zip(*batch.values(), strict=True):
             yield f"{place}, row {number}", dict(zip(batch, values, strict=True))
             number += 1
+
+
+def _batches(place: str, table: Any) -> Iterator[Mapping[str, list[Any]]]:
+    try:
+        yield from table.iter(batch_size=1000)
+    except Exception as error:  # decoders of pictures and sounds raise many kinds of errors
+        raise BadInput(f"{place} cannot be read: {first_line(error)}. Keep only text and numbers.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,7 +116,7 @@ def _saved_dataset(folder: Path, split: str) -> Iterator[PlacedRow]:
     try:
         table = load_from_disk(str(folder))
     except Exception as error:  # Arrow and JSON raise many kinds of errors on a damaged folder
-        raise BadInput(f"{folder} cannot be read as a data set: {_first_line(error)}.") from error
+        raise BadInput(f"{folder} cannot be read as a data set: {first_line(error)}.") from error
     if isinstance(table, DatasetDict):
         if split not in table:
             raise BadInput(f"{folder} has no split {split!r}. Allowed: {', '.join(sorted(table))}.")
@@ -122,42 +130,32 @@ def _saved_dataset(folder: Path, split: str) -> Iterator[PlacedRow]:
 
 def _file(path: Path) -> Iterator[PlacedRow]:
     match = _NAME.fullmatch(path.name)
-    kind = match["kind"] if match else ".jsonl"
+    kind = match["kind"].lower() if match else ".jsonl"
     if kind == ".parquet":
         return _parquet(path)
-    return _delimited(path, "," if kind == ".csv" else "\t") if kind in (".csv", ".tsv") else _json(path)
-
-
-def _text(path: Path) -> str:
-    try:
-        with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            text: str = file.read()
-            return text
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text: {error}.") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise BadInput(f"{path} cannot be read: {_first_line(error)}.") from error
+    return read_table(path, "," if kind == ".csv" else "\t") if kind in (".csv", ".tsv") else _json(path)
 
 
 def _json(path: Path) -> Iterator[PlacedRow]:
     """Read one array of objects, or one object per line, whichever of the two the file contains."""
-    text = _text(path)
-    if text.lstrip()[:1] == "[":
-        try:
-            array = json.loads(text)
-        except ValueError as error:
-            raise BadInput(f"{path}: not JSON: {error}.") from error
-        for number, values in enumerate(array):
+    text = read_text(path)
+    if re.match(r"\s*\[", text):
+        for number, values in enumerate(_parsed(str(path), text)):
             yield _object(f"{path}, row {number}", values)
         return
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     for number, line in enumerate(text.split("\n"), 1):  # splitlines also splits at characters inside a text
         if line.strip():
             place = f"{path}, line {number}"
-            try:
-                values = json.loads(line)
-            except ValueError as error:
-                raise BadInput(f"{place}: not JSON: {error}.") from error
-            yield _object(place, values)
+            yield _object(place, _parsed(place, line))
+
+
+def _parsed(place: str, text: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise BadInput(f"{place}: {error}.") from error
 
 
 def _object(place: str, values: Any) -> PlacedRow:
@@ -166,39 +164,23 @@ def _object(place: str, values: Any) -> PlacedRow:
     return place, values
 
 
-def _delimited(path: Path, delimiter: str) -> Iterator[PlacedRow]:
-    """Read rows below a header. All values are text, except booleans in `is_safe` and integers in `label`."""
-    csv.field_size_limit(2**31 - 1)  # answers are longer than the default limit
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
-    try:
-        for values in reader:
-            place = f"{path}, line {reader.line_num}"
-            if None in values or None in values.values():
-                raise BadInput(f"{place}: the number of fields differs from the header.")
-            if (safe := values.get("is_safe", "").lower()) in ("true", "false", "1", "0"):
-                values["is_safe"] = safe in ("true", "1")
-            if re.fullmatch(r"-?\d+", values.get("label", "")):
-                values["label"] = int(values["label"])
-            yield place, values
-    except csv.Error as error:
-        raise BadInput(f"{path}, line {reader.line_num}: not a table: {error}.") from error
-
-
 def _parquet(path: Path) -> Iterator[PlacedRow]:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
+    check_regular(path)
+    number, size = 0, 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
+            names = file.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise BadInput(f"{path} has columns with the same name: {', '.join(names)}. Rename or delete one.")
+            for batch in file.iter_batches(batch_size=1000):
+                if (size := size + batch.nbytes) > size_limit():
+                    raise too_large(path)
                 columns = [column.to_pylist() for column in batch.columns]
                 for values in zip(*columns, strict=True):
-                    yield f"{path}, row {number}", dict(zip(batch.schema.names, values, strict=True))
+                    yield f"{path}, row {number}", dict(zip(names, values, strict=True))
                     number += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise BadInput(f"{path} cannot be read as parquet: {_first_line(error)}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise BadInput(f"{path} cannot be read as parquet: {first_line(error)}.") from error

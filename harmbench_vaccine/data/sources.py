@@ -10,11 +10,12 @@ from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.hashing import content_hash
-from harmbench_vaccine.core.paths import home
+from harmbench_vaccine.core.paths import home, user_path
 from harmbench_vaccine.core.store import Store
 
 from . import hub
 from .files import read_path
+from .row_values import check_row
 
 TESTBED = "testbed:"
 """Prefix of a location inside the embedded testbed."""
@@ -46,7 +47,7 @@ def local_path(location: str) -> Path | None:
         if not folder.is_dir():
             raise HbvError(f"{location!r} is not available: the testbed is not built. Run hbv testbed build.")
         return folder / location.removeprefix(TESTBED)
-    path = Path(location).expanduser()
+    path = user_path(location)
     if path.exists():
         return path.absolute()
     if hub.parse_hub_name(location) is None:
@@ -116,24 +117,7 @@ def _hub_name(location: str) -> hub.HubName:
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows
 
-TEXT_FIELDS = frozenset(
-    [
-        "prompt",
-        "response",
-        "refusal",
-        "instruction",
-        "output",
-        "sentence",
-        "text",
-        "question",
-        "answer",
-        "dialogue",
-        "summary",
-    ]
-)
-"""Fields that hold text in every supported data set."""
-
-_SPLIT = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")
+_SPLIT = re.compile(r"(?P<name>[^\[\]]+)(?:\[(?P<start>-?\d{1,18})?:(?P<stop>-?\d{1,18})?\])?")
 
 
 @dataclass(frozen=True)
@@ -166,24 +150,15 @@ def read_rows(location: str, split: str, fields: Sequence[str]) -> list[SourceRo
     """Read the rows of a split or of a slice of it, in order; a single file is every split.
 
     Raises:
-        BadInput: The split does not exist or is empty, a file is damaged, or a row lacks one of `fields`.
+        BadInput: The split does not exist or is empty, a file is damaged, or a row lacks one of `fields`
+            or has a value that cannot be used (see `check_row`).
     """
     name, part = parse_split(split)
     path = local_path(location)
     source = read_path(path, name) if path else hub.read_hub(location, _hub_name(location), name)
     rows = []
     for number, (place, values) in enumerate(source):
-        for field in fields:
-            if field not in values:
-                raise BadInput(
-                    f"{place}: field {field!r} is missing; a row needs {', '.join(fields)}, "
-                    f"and this one has {', '.join(map(str, values)) or 'none'}."
-                )
-            if field in TEXT_FIELDS and not isinstance(values[field], str):
-                raise BadInput(f"{place}: field {field!r} holds {values[field]!r}, which is not text.")
-            if field == "is_safe" and not isinstance(values[field], bool):
-                raise BadInput(f"{place}: field {field!r} holds {values[field]!r}; allowed: true, false.")
-        rows.append(SourceRow(number, values, place))
+        rows.append(SourceRow(number, check_row(place, values, fields), place))
     if not rows[part]:
         size = f": {name!r} has {len(rows)} rows" if rows else ""
         raise BadInput(f"Split {split!r} of {location} is empty{size}.")
