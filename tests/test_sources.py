@@ -466,7 +466,7 @@ def test_data_set_is_loaded_by_name_configuration_split_and_commit(
     monkeypatch.setattr(datasets, "load_dataset", load)
     add_to_cache(cache, "openai/gsm8k", "README.json", [])
     rows = read_rows("openai/gsm8k:main", "train[-3:]", ("question", "answer"))
-    assert requests == [(("openai/gsm8k", "main"), {"split": "train", "revision": COMMIT})]
+    assert requests == [(("openai/gsm8k", "main"), {"split": "train", "revision": COMMIT, "trust_remote_code": False})]
     assert [(row.number, row.values["question"]) for row in rows] == [(2497, "q2497"), (2498, "q2498"), (2499, "q2499")]
 
 
