@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
@@ -18,6 +20,7 @@ from harmbench_vaccine.data.chat import stop_token_ids
 from harmbench_vaccine.data.collate import IGNORED, collate, encode_example, encode_prompt, pad_token_id
 from harmbench_vaccine.data.prompts import ChatTemplate, Conversation, PromptTemplate, prompt_template
 from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.judge_prompts import judge_prompt_ids
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.runner import run_all
@@ -343,3 +346,33 @@ def test_complete_run_with_the_chat_template(tmp_path: Path) -> None:
     assert result.data["own"].rows == {"train": 60}
     answers = [json.loads(line) for line in (folder / result.run / "answers.jsonl").read_text().splitlines()]
     assert all([message["role"] for message in json.loads(row["prompt"])] == ["system", "user"] for row in answers)
+
+
+DATED = (
+    "{{ bos_token }}Today is {{ strftime_now('%d %b %Y') }}.\n{% for message in messages %}"
+    "{{ message['role'] + ': ' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+class _AnotherDay(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:
+        return datetime(2031, 12, 24)
+
+
+def test_template_that_writes_todays_date_gets_a_fixed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = tiny.tokenizer([*TEXTS, "Today is 26 Jul 2024."])
+    words.chat_template = DATED
+    message = question("What is a lamp?")
+
+    def everything() -> list[list[int]]:
+        row = encode_example(words, CHAT, Example("1", "What is a lamp?", "It is a light."), 99)
+        assert row is not None
+        return [encode_prompt(words, message), row.ids, judge_prompt_ids(words, message.messages)]
+
+    before = everything()
+    assert all("Today is 26 Jul 2024." in words.decode(ids) for ids in before)
+    monkeypatch.setattr(chat_template_utils, "datetime", _AnotherDay)
+    assert "24 Dec 2031" in words.apply_chat_template(message.messages, tokenize=False)  # without the fixed date
+    assert everything() == before

@@ -228,12 +228,12 @@ class OwnTokenizer(PreTrainedTokenizerFast): pass
 
 
 def test_code_of_a_folder_never_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever stdin says: without an explicit refusal, transformers asks there whether to run the code."""
+    """Without an explicit refusal, transformers asks on stdin whether to run the code."""
     monkeypatch.setenv("HBV_TEST_MARK", str(tmp_path / "ran"))
     monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 20))
-    own = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}
+    code = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": own}))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}))
     (folder / "code.py").write_text(CODE)
     sentence = r"Model '.*' needs Python code of its own folder or repository, which hbv never runs: use a model"
     attempts: list[Callable[[], Any]] = [
@@ -252,8 +252,8 @@ def test_code_of_a_folder_never_runs(folder: Path, tmp_path: Path, monkeypatch: 
 def test_code_of_a_tokenizer_never_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HBV_TEST_MARK", str(tmp_path / "ran"))
     monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 20))
-    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "code.OwnTokenizer"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    code = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "code.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(code))
     (folder / "code.py").write_text(CODE)
     with pytest.raises(BadInput, match=r"Model '.*' needs Python code"):
         ModelPool().tokenizer_and_config(str(folder))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,10 @@ Messages = Sequence[dict[str, str]]
 
 _PLACEHOLDER = "\ue000{}\ue001"
 """Replaces a message while a template is examined; private-use characters occur in no template."""
+
+TODAY = datetime(2024, 7, 26)
+"""The date of every conversation, for a template that writes today's date (Llama 3.2): results must not depend on the
+day of a run. It is the date that the templates of Llama 3.1 and 3.2 write where they get none."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,7 +105,7 @@ def render_chat(
     parts: bool = False,
     **options: Any,
 ) -> str:
-    """Render a conversation by the tokenizer's chat template.
+    """Render a conversation by the tokenizer's chat template, on the fixed date `TODAY`.
 
     Args:
         tokenizer: Tokenizer with a chat template.
@@ -116,7 +121,8 @@ def render_chat(
         {**message, "content": [{"type": "text", "text": message["content"]}] if parts else message["content"]}
         for message in messages
     ]
-    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opened, **options)
+    fixed: dict[str, Any] = {"strftime_now": TODAY.strftime, **options}
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opened, **fixed)
     assert isinstance(text, str)
     return text
 
