@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.paths import home
 
@@ -62,39 +63,64 @@ def parse_hub_name(location: str) -> HubName | None:
 
 def resolve_commit(kind: Kind, name: HubName) -> str | None:
     """Return the commit of a name on this machine; None if neither the cache nor the Hub gives one."""
+    commit = _known_commit(kind, name) or _current_commit(kind, name.id, name.revision)
+    if commit and commit != name.revision:
+        _store_commit(kind, name, commit)
+    return commit
+
+
+def _known_commit(kind: Kind, name: HubName) -> str | None:
+    """Return the commit that a name requests, that was stored at its first use, or of the copy in the Hub's cache."""
     if name.revision and _COMMIT.fullmatch(name.revision):
         return name.revision
-    key = f"{kind} {name.id}@{name.revision or 'main'}"
-    if known := _stored_commits().get(key):
-        return known
-    commit = _cached_commit(kind, name) or _current_commit(kind, name.id, name.revision)
-    if commit:
-        _store_commit(key, commit)
-    return commit
+    return _stored_commits().get(_key(kind, name)) or _cached_commit(kind, name)
+
+
+def _key(kind: Kind, name: HubName) -> str:
+    """Return the key of a name in the file of commits."""
+    return f"{kind} {name.id}@{name.revision or 'main'}"
 
 
 def _cached_commit(kind: Kind, name: HubName) -> str | None:
     """Return the commit of the copy in the Hub's cache."""
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.id.replace('/', '--')}"
     with suppress(OSError):
-        text = (folder / "refs" / (name.revision or "main")).read_text(encoding="utf-8").strip()
+        text = (_cache_folder(kind, name) / "refs" / (name.revision or "main")).read_text(encoding="utf-8").strip()
         return text if _COMMIT.fullmatch(text) else None
     return None
 
 
-def is_cached(kind: Kind, name: HubName) -> bool:
-    """Return True if a model's weights, a file or a data set can be read without a network."""
+def cached_commits(kind: Kind, name: HubName) -> dict[str, list[str]]:
+    """Return the commits that the caches of the libraries contain: commit -> its branches and tags, if known."""
+    folder = _cache_folder(kind, name)
+    folders = list(folder.glob("snapshots/*"))
+    if kind == "dataset":  # owner___name/CONFIGURATION/VERSION/COMMIT
+        folders += (_datasets_cache() / name.id.replace("/", "___")).glob("*/*/*")
+    commits = sorted({path.name for path in folders if _COMMIT.fullmatch(path.name) and path.is_dir()})
+    refs = [(path, path.relative_to(folder / "refs").as_posix()) for path in sorted((folder / "refs").rglob("*"))]
+    targets = {ref: path.read_text(encoding="utf-8", errors="replace").strip() for path, ref in refs if path.is_file()}
+    return {commit: [ref for ref, target in targets.items() if target == commit] for commit in commits}
+
+
+def _cache_folder(kind: Kind, name: HubName) -> Path:
     from huggingface_hub import constants
 
-    snapshots = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.id.replace('/', '--')}" / "snapshots"
+    return Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.id.replace('/', '--')}"
+
+
+def _datasets_cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+
+
+def is_cached(kind: Kind, name: HubName) -> bool:
+    """Return True if a model's weights, a file or a data set can be read without a network."""
+    snapshots = _cache_folder(kind, name) / "snapshots"
     if kind == "model":
         return any(snapshots.glob("*/*.safetensors")) or any(snapshots.glob("*/*.bin"))
     if name.is_file:
         return any(snapshots.glob(f"*/{name.inside}"))
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
-    return any((cache / name.id.replace("/", "___")).rglob("*.arrow"))
+    return any((_datasets_cache() / name.id.replace("/", "___")).rglob("*.arrow"))
 
 
 def download_size(kind: Kind, name: HubName) -> int:
@@ -140,23 +166,23 @@ def _commits_file() -> Path:
 
 
 def _stored_commits() -> dict[str, str]:
-    with suppress(OSError, ValueError):
-        commits: dict[str, str] = json.loads(_commits_file().read_text(encoding="utf-8"))
-        return commits
+    with suppress(OSError, ValueError, RecursionError):
+        commits = json.loads(_commits_file().read_text(encoding="utf-8"))
+        if isinstance(commits, dict):
+            return {key: str(commit) for key, commit in commits.items() if _COMMIT.fullmatch(str(commit))}
     return {}
 
 
-def _store_commit(key: str, commit: str) -> None:
+def _store_commit(kind: Kind, name: HubName, commit: str) -> None:
     from filelock import FileLock
 
-    file = _commits_file()
+    file, key = _commits_file(), _key(kind, name)
+    if _stored_commits().get(key) == commit:
+        return
     with suppress(OSError):  # `ensure_writable` reports a read-only home
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_name(".revisions.lock")):
-            temporary = file.with_suffix(".new")
-            commits = {**_stored_commits(), key: commit}
-            temporary.write_text(json.dumps(commits, indent=1, sort_keys=True), encoding="utf-8")
-            temporary.replace(file)
+            write_atomically(file, json.dumps({**_stored_commits(), key: commit}, indent=1, sort_keys=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +233,7 @@ def _load_dataset(location: str, name: HubName, commit: str | None, split: str) 
             "connect to the Hub once, or append @ and the cached commit to the name."
         )
     if not commit and len(cached) == 1:
-        _store_commit(f"dataset {name.id}@{name.revision or 'main'}", cached.pop())
+        _store_commit("dataset", name, cached.pop())
     return table
 
 
@@ -228,14 +254,17 @@ def _load_error(location: str, split: str, error: Exception) -> HbvError:
     if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
         return BadInput(f"{what}: the data set on the Hub has no such file. See its page for the file names.")
     other_error = HbvError(f"{what}, split {split!r}, cannot be read: {text}")
-    return hub_access_error(what, error, "use a file or folder with --data NAME=PATH") or other_error
+    otherwise = "use a file or folder with --data NAME=PATH"
+    return hub_access_error(what, "dataset", location, error, otherwise) or other_error
 
 
-def hub_access_error(what: str, error: BaseException, otherwise: str) -> HbvError | None:
+def hub_access_error(what: str, kind: Kind, location: str, error: BaseException, otherwise: str) -> HbvError | None:
     """Translate a Hub exception (gated, missing, offline) into a one-line error.
 
     Args:
         what: Description of the data set or model, at the beginning of the message.
+        kind: The kind of the repository.
+        location: Its name, as the user wrote it.
         error: The exception.
         otherwise: What the user can do without the Hub.
 
@@ -252,11 +281,25 @@ def hub_access_error(what: str, error: BaseException, otherwise: str) -> HbvErro
     if kinds & (_UNREACHABLE | {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}):
         return HbvError(
             f"{what} is not on this machine, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
-            f"download it first, or {otherwise}."
+            f"{_other_commits(kind, location)}download it first, or {otherwise}."
         )
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"}:
         return BadInput(f"{what} does not exist on the Hub, or it is private: check the name, or set HF_TOKEN.")
     return None
+
+
+def _other_commits(kind: Kind, location: str) -> str:
+    """Return the beginning of a sentence that lists other commits of a location in the cache; empty without any."""
+    name = parse_hub_name(location)
+    if name is None:
+        return ""
+    requested = _known_commit(kind, name)
+    names = [
+        f"{location.partition('@')[0]}@{commit}" + (f" ({', '.join(refs)})" if refs else "")
+        for commit, refs in cached_commits(kind, name).items()
+        if commit != requested
+    ]
+    return f"name a commit that is cached, {' or '.join(names)}, " if names else ""
 
 
 def error_class_names(error: BaseException | None) -> set[str]:

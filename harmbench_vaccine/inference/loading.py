@@ -191,7 +191,7 @@ def load_error(location: str, error: BaseException, what: str = "Model") -> HbvE
             f"{subject} needs Python code of its own folder or repository, which hbv never runs: use a model of an "
             "architecture that transformers includes."
         )
-    if access_error := hub.hub_access_error(subject, error, "name a folder"):
+    if access_error := hub.hub_access_error(subject, "model", location, error, "name a folder"):
         return access_error
     if "SafetensorError" in hub.error_class_names(error):
         return HbvError(f"{subject} has broken weights ({text}); download or copy them again.")
