@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import stat
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from .errors import BadInput
 from .paths import home
 
 CACHED_ABOVE = 1 << 20
@@ -33,14 +35,23 @@ def content_hash(path: Path) -> str:
 
     Returns:
         16 hexadecimal digits.
+
+    Raises:
+        BadInput: The path is neither a file nor a folder, or it cannot be read.
     """
     combined = hashlib.sha256()
-    if path.is_file():
-        combined.update(f"{path.suffix}\0{file_hash(path)}".encode())
-    else:
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                combined.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\0".encode())
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            combined.update(f"{path.suffix}\0{file_hash(path)}".encode())
+        elif stat.S_ISDIR(mode):
+            for file in sorted(path.rglob("*")):
+                if file.is_file():
+                    combined.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\0".encode())
+        else:  # to read from a pipe or a device may never end
+            raise BadInput(f"{path} is neither a regular file nor a folder.")
+    except OSError as error:
+        raise BadInput(f"{error.filename or path} cannot be read: {error.strerror}.") from error
     return combined.hexdigest()[:16]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,10 +49,13 @@ def local_path(location: str) -> Path | None:
             raise HbvError(f"{location!r} is not available: the testbed is not built. Run hbv testbed build.")
         return folder / location.removeprefix(TESTBED)
     path = user_path(location)
-    if path.exists():
+    if os.path.lexists(path):  # a link that leads nowhere is not a name on the Hub
         return path.absolute()
     if hub.parse_hub_name(location) is None:
-        raise BadInput(f"{location!r} does not exist; allowed: a file, a folder, or a data set or model of the Hub.")
+        raise BadInput(
+            f"{location!r} does not exist, or its folder may not be read; allowed: a file, a folder, or a data set or "
+            "model of the Hub."
+        )
     return None
 
 
