@@ -5,16 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.vaccine import Vaccine
-from harmbench_vaccine.training.adapters import STANDARD_TARGETS, Adapter, LoraStack, concatenate
+from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
+from harmbench_vaccine.training.adapters import STANDARD_TARGETS, Adapter, LoraStack, concatenate, merge_adapter
 from harmbench_vaccine.training.trainer import train
 from support import tiny
 from support.compare import close
@@ -319,6 +329,139 @@ def test_base_remains_after_the_only_adapter_is_dropped() -> None:
     tiny.stir(stack.train([], tiny.settings(), seed=0))
     stack.drop_trained()
     assert torch.equal(logits(stack.use([])), plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers that are not nn.Linear, and shared weights
+
+
+def gpt2() -> PreTrainedModel:
+    """Return a small GPT-2, whose matrices are Conv1D: their weights are (inputs x outputs)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=tiny.VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=64)
+        return GPT2LMHeadModel(config).eval()
+
+
+def stirred(stack: LoraStack, *targets: str) -> Adapter:
+    """Return a new adapter of the stack with random factors."""
+    tiny.stir(stack.train([], tiny.settings(lora_targets=targets), seed=0), size=0.3)
+    return stack.trained()
+
+
+@pytest.mark.parametrize("targets", [("c_attn",), ("c_attn", "c_proj", "c_fc"), ("c_attn", "lm_head")])
+def test_adapter_of_gpt2_equals_that_of_peft(targets: tuple[str, ...], tmp_path: Path) -> None:
+    stack = LoraStack(gpt2())
+    lora = stirred(stack, *targets)
+    expected = logits(stack.model.eval())
+    assert not close(expected, logits(gpt2()), 1e-2)
+    path = save(lora, tmp_path / "adapter")
+    stack.drop_trained()
+    assert close(logits(stack.use([path])), expected)
+    loaded = PeftModel.from_pretrained(gpt2(), str(path)).eval()
+    assert close(logits(loaded), expected)
+    model = gpt2()
+    merge_adapter(model, lora)
+    assert close(logits(model), expected)
+    if "lm_head" not in targets:  # peft changes the embeddings too
+        by_peft = loaded.merge_and_unload()
+        for name, weight in model.state_dict().items():
+            assert close(weight, by_peft.state_dict()[name])
+
+
+def test_adapters_of_gpt2_stack(tmp_path: Path) -> None:
+    first = save(stirred(LoraStack(gpt2()), "c_attn", "c_fc"), tmp_path / "first")
+    second = save(stirred(LoraStack(gpt2()), "c_proj", "c_fc").scaled(0.5), tmp_path / "second")
+    both = logits(LoraStack(gpt2()).use([first, second]))
+    model = gpt2()
+    for path in (first, second):
+        merge_adapter(model, Adapter.load(path))
+    assert close(logits(model), both)
+    merge_adapter(joined := gpt2(), concatenate([Adapter.load(first), Adapter.load(second)]))
+    assert close(logits(joined), both)
+
+
+def test_gpt2_trains(tmp_path: Path) -> None:
+    stack = LoraStack(gpt2())
+    session = tiny.stage(stack.base, trained_with=tiny.settings(lora_targets=("c_attn", "c_proj")))[0]
+    assert {name.split(".")[-4] for name in session.trainable} == {"c_attn", "c_proj"}
+    loss = session.model(**tiny.batch()).loss
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in session.trainable.values())
+
+
+@pytest.mark.parametrize(
+    ("config", "targets", "message"),
+    [
+        (GPT2Config(n_embd=64, n_layer=1, n_head=2), STANDARD_TARGETS, r"Unknown LoRA target .*Allowed: c_attn, c_fc"),
+        (GPT2Config(n_embd=64, n_layer=1, n_head=2), ("wte",), r"'wte' of GPT2LMHeadModel is of type Embedding"),
+        (
+            GPTNeoXConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64),
+            ("q_proj",),
+            r"Unknown LoRA target 'q_proj' of GPTNeoXForCausalLM.*query_key_value",
+        ),
+    ],
+)
+def test_other_names_are_refused_by_those_of_the_model(config: Any, targets: tuple[str, ...], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        LoraStack(AutoModelForCausalLM.from_config(config)).train([], tiny.settings(lora_targets=targets), seed=0)
+
+
+def test_fused_projections_are_adapted() -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    base = AutoModelForCausalLM.from_config(Phi3Config(**sizes, vocab_size=tiny.VOCABULARY, pad_token_id=0)).eval()
+    stack = LoraStack(copy.deepcopy(base))
+    lora = stirred(stack, "qkv_proj", "gate_up_proj")
+    merge_adapter(base, lora)
+    assert close(logits(base), logits(stack.model.eval()))
+
+
+@pytest.mark.parametrize(
+    ("dense", "targets", "message"),
+    [
+        (
+            [],
+            ("down_proj",),
+            r"'down_proj' of Qwen3MoeForCausalLM is of type Parameter of 3 dimensions.*Allowed: k_proj",
+        ),
+        ([0], ("down_proj",), r"has experts, whose weights \(down_proj\) LoRA does not adapt"),  # one layer has an MLP
+        ([0], STANDARD_TARGETS, r"has experts, whose weights \(down_proj, gate_up_proj\) LoRA does not adapt"),
+        ([], STANDARD_TARGETS, ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern")
+def test_weights_of_experts_are_refused_by_name(dense: list[int], targets: tuple[str, ...], message: str) -> None:
+    sizes = {**tiny.LLAMA, "num_experts": 4, "moe_intermediate_size": 32, "mlp_only_layers": dense}
+    stack = LoraStack(AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes)))
+    if message:
+        with pytest.raises(BadInput, match=message):
+            stack.train([], tiny.settings(lora_targets=targets), seed=0)
+    else:  # the attention has four of the seven names
+        names = {name.split(".")[-4] for name in stack.train([], tiny.settings(lora_targets=targets), seed=0)}
+        assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3"])
+def test_merged_head_of_tied_weights_equals_the_adapter(architecture: str, tmp_path: Path) -> None:
+    base = tiny.model(architecture, tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    lora = stirred(LoraStack(copy.deepcopy(base)), "lm_head", "q_proj")
+    path = save(lora, tmp_path / "adapter")
+    expected = logits(LoraStack(copy.deepcopy(base)).use([path]))
+    model = ModelPool().merged(ModelSpec(str(tmp_path / "base"), adapters=(path,)))
+    assert torch.equal(model.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path / "merged")
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not stored.config.tie_word_embeddings
+    for network in (model, stored):
+        assert close(logits(network.eval()), expected)
+
+
+def test_tied_weights_stay_tied_under_other_adapters(tmp_path: Path) -> None:
+    model = tiny.model(tie_word_embeddings=True)
+    merge_adapter(model, adapter(model))
+    assert model.config.tie_word_embeddings
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_missing_targets_are_refused() -> None:

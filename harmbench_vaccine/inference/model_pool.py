@@ -171,9 +171,7 @@ class ModelPool:
         Raises:
             HbvError: The base is quantized or sharded.
         """
-        import torch
-
-        from harmbench_vaccine.training.adapters import Adapter
+        from harmbench_vaccine.training.adapters import Adapter, merge_adapter
 
         self.acquire("training", self._unload_stack)
         self._unload_stack()
@@ -183,12 +181,8 @@ class ModelPool:
                 "are not in memory."
             )
         model = self._load_base(spec)
-        with torch.no_grad():
-            for path in spec.adapters:
-                adapter = Adapter.load(path)
-                for module in adapter.factors:
-                    weight: Any = model.get_submodule(module).weight
-                    weight.copy_(weight.float() + adapter.delta(module).to(weight.device))
+        for path in spec.adapters:
+            merge_adapter(model, Adapter.load(path))
         return model
 
     def engine(self, spec: ModelSpec, backend: Backend = "transformers") -> Engine:

@@ -7,18 +7,20 @@ a merged copy of the base model, and an inference engine serves all experiments 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.types import TrainSettings
@@ -170,22 +172,17 @@ class LoraStack:
         rank, alpha, targets = settings.lora_rank, settings.lora_alpha, list(settings.lora_targets)
         if start:  # keep its shape: another scale would change the model
             rank, alpha, targets = start.rank, start.scale * start.rank, sorted(start.factors)
-        linear = {name.rpartition(".")[2] for name, module in self.base.named_modules() if _linear(module)}
-        missing = sorted({target.rpartition(".")[2] for target in targets} - linear)
-        available = [target for target in targets if target not in missing]
-        if unknown := [name for name in missing if name not in STANDARD_TARGETS or not available]:
-            raise unknown_name("LoRA target", unknown[0], linear, of=type(self.base).__name__)
-        if missing:
+        available = available_targets(self.base, targets)
+        if missing := sorted(set(targets) - set(available)):
             self._note(
                 f"{type(self.base).__name__} has no {', '.join(missing)}: "
                 f"LoRA adapts only {', '.join(sorted(available))}."
             )
-            targets = available
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # peft accepts a float
             lora_dropout=settings.lora_dropout,
-            target_modules=targets,
+            target_modules=available,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng():
@@ -204,7 +201,7 @@ class LoraStack:
     def trained(self) -> Adapter:
         """Return a copy of the adapter that is being trained, as plain tensors on the CPU."""
         assert isinstance(self.model, PeftModel)
-        tensors = get_peft_model_state_dict(self.model, adapter_name=self.TRAINED)
+        tensors = get_peft_model_state_dict(self.model, adapter_name=self.TRAINED, save_embedding_layers=False)
         config = self.model.peft_config[self.TRAINED]
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for name, a in tensors.items():
@@ -271,13 +268,22 @@ class LoraStack:
         return [self._names[path] for path in paths]
 
     def _add(self, name: str, config: LoraConfig) -> None:
-        try:
-            if isinstance(self.model, PeftModel):
-                self.model.add_adapter(name, config)
-            else:
-                self.model = get_peft_model(self.base, config, adapter_name=name)
-        except ValueError as error:
-            raise BadInput(f"LoRA cannot adapt {type(self.base).__name__}: {error}") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft corrects it for every module
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merge_adapter` unties them
+            try:
+                if isinstance(self.model, PeftModel):
+                    self.model.add_adapter(name, config)
+                else:
+                    self.model = get_peft_model(self.base, config, adapter_name=name)
+            except ValueError as error:
+                raise BadInput(f"LoRA cannot adapt {type(self.base).__name__}: {error}") from error
+        # peft takes the names of older models for the tensors of experts.
+        if experts := sorted(getattr(config, "target_parameters", None) or ()):
+            raise BadInput(
+                f"{type(self.base).__name__} has experts, whose weights ({', '.join(experts)}) LoRA does not adapt: "
+                "set lora_targets to other layers, such as [q_proj, k_proj, v_proj, o_proj]."
+            )
 
     def _delete(self, name: str) -> None:
         assert isinstance(self.model, PeftModel)
@@ -314,5 +320,55 @@ class LoraStack:
         self.model.requires_grad_(False)
 
 
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or hasattr(module, "base_layer")  # peft's wrapper of an adapted layer
+def available_targets(base: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the targets that a model has, without standard targets that it lacks.
+
+    Raises:
+        BadInput: The model has no matrix with the name of a target, or none of the requested standard targets.
+    """
+    matrices = {name.rpartition(".")[2] for name, module in base.named_modules() if _is_matrix(module)}
+    available = [target for target in targets if target.rpartition(".")[2] in matrices]
+    for target in targets:
+        name = target.rpartition(".")[2]
+        if name in matrices or (name in STANDARD_TARGETS and available):
+            continue
+        for path, part in (*base.named_modules(), *base.named_parameters()):
+            if path.rpartition(".")[2] == name:
+                shape = f" of {part.dim()} dimensions" if isinstance(part, nn.Parameter) else ""
+                raise BadInput(
+                    f"LoRA target {name!r} of {type(base).__name__} is of type {type(part).__name__}{shape}; LoRA "
+                    f"adapts only linear layers. Allowed: {', '.join(sorted(matrices))}."
+                )
+        raise unknown_name("LoRA target", name, matrices, of=type(base).__name__)
+    return available
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    # Conv1D of GPT-2 is a linear layer with a transposed weight; peft keeps an adapted layer as `base_layer`.
+    return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "base_layer")
+
+
+def untie_head(model: PreTrainedModel) -> None:
+    """Give the LM head weights of its own, equal to those that it shares with the embeddings; otherwise do nothing."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        for config in {id(part): part for part in (model.config, model.config.get_text_config(decoder=True))}.values():
+            config.tie_word_embeddings = False
+
+
+def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Add an adapter to the weights of a model, in place.
+
+    An adapter of an LM head that shares its weights with the embeddings changes the head alone, so the head is untied.
+    """
+    head = model.get_output_embeddings()
+    if any(model.get_submodule(name) is head for name in adapter.factors):
+        untie_head(model)
+    with torch.no_grad():
+        for name in adapter.factors:
+            module = model.get_submodule(name)
+            weight, delta = cast("Tensor", module.weight), adapter.delta(name)
+            if isinstance(module, Conv1D):
+                delta = delta.T  # its weight is (inputs x outputs)
+            weight.copy_(weight.float() + delta.to(weight.device))
