@@ -9,19 +9,19 @@ from pathlib import Path
 from .core import distributed
 from .core.errors import BadInput
 from .core.hashing import canonical_json
-from .core.paths import ensure_writable, home
+from .core.paths import check_writable, ensure_writable, home
 from .core.progress import SILENT, Progress
 from .core.store import Store
-from .data.sources import TESTBED, check_testbed_part
+from .data.sources import TESTBED, check_testbed_part, is_available
 from .evaluation.measure import answer_rows, measure_result
 from .evaluation.records import read_csv, save_run
 from .evaluation.result import Result
-from .evaluation.verdicts import check_scorer, scorer_models
+from .evaluation.verdicts import scorer_models
 from .experiment.context import RunContext
 from .experiment.experiment import Experiment
 from .experiment.limits import LimitCheck
 from .experiment.protocol import protocol_models
-from .experiment.rows import check_rows
+from .experiment.rows import check_rows, data_locations
 from .experiment.spec import RunSpec
 from .inference.engine import GPU_MEMORY
 from .inference.loading import check_model, check_quantization
@@ -63,13 +63,12 @@ def run_all(
         HbvError: A failure while running.
     """
     experiments = [Experiment.settle(spec) for spec in specs]
-    root = ensure_writable(home(), "The cache folder")
-    runs = ensure_writable(out or root / "runs", "The output folder")
-    csv = table or root / "results.csv"
-    ensure_writable(csv.absolute().parent, "The folder of the CSV file")
-    read_csv(csv)
+    root, runs, csv = _check_outputs(out, table, ensure_writable)
     models = ModelPool(progress, gradient_checkpointing, shard, gpu_memory or GPU_MEMORY)
-    _check(experiments, models, progress)
+    _check_locations(experiments, shard)
+    if any(location.startswith(TESTBED) for experiment in experiments for location in _locations(experiment)):
+        ensure_testbed(progress)
+    _check_rows(experiments, models)
     context = RunContext(Store(root / "store", progress), models, progress, save_share)
     results = []
     with progress.bar("runs", len(experiments)) as advance, closing(models):
@@ -87,27 +86,63 @@ def run_all(
     return results
 
 
-def _check(experiments: Sequence[Experiment], models: ModelPool, progress: Progress) -> None:
-    """Check locations, judges, models and rows of all experiments, and build the testbed if one needs it."""
-    locations = {location for experiment in experiments for location in _locations(experiment)}
-    for location in locations:
-        check_testbed_part(location)
+def check_all(
+    specs: Sequence[RunSpec], *, out: Path | None = None, table: Path | None = None, shard: bool = False
+) -> list[Experiment]:
+    """Settle every spec and refuse what `run_all` refuses, without creating or downloading anything.
+
+    Models and rows that are not on this machine are not checked. Arguments and errors are those of `run_all`.
+    """
+    experiments = [Experiment.settle(spec) for spec in specs]
+    _check_outputs(out, table, check_writable)
+    _check_locations(experiments, shard, is_available)
+    available = [
+        experiment
+        for experiment in experiments
+        if all(map(is_available, [experiment.model, *data_locations(experiment).values()]))
+    ]
+    _check_rows(available, ModelPool())
+    return experiments
+
+
+def _check_outputs(out: Path | None, table: Path | None, check: Callable[[Path, str], Path]) -> tuple[Path, Path, Path]:
+    """Check that results can be written; return the cache folder, the folder of the run folders, and the CSV."""
+    root = check(home(), "The cache folder")
+    runs = check(out or root / "runs", "The output folder")
+    csv = table or root / "results.csv"
+    check(csv.absolute().parent, "The folder of the CSV file")
+    read_csv(csv)
+    return root, runs, csv
+
+
+def _check_locations(
+    experiments: Sequence[Experiment], shard: bool, is_readable: Callable[[str], bool] = lambda location: True
+) -> None:
+    """Check locations, judges and models of all experiments; models that are not readable are not opened."""
+    for experiment in experiments:
+        for location in _locations(experiment):
+            check_testbed_part(location)
+        check_quantization(experiment.protocol.quantization)
+        if shard:
+            _check_sharding(experiment)
     scorers = {canonical_json(scorer.identity): scorer for experiment in experiments for scorer in experiment.scorers}
     for scorer in scorers.values():
-        check_scorer(scorer.plugin)
-    base_models = {experiment.model for experiment in experiments}
-    for model in base_models:
-        if not model.startswith(TESTBED):
+        scorer.plugin.check()
+    judges = {model for scorer in scorers.values() for model in scorer_models(scorer.plugin)}
+    for model in sorted(judges | {experiment.model for experiment in experiments}):
+        if is_readable(model) and not model.startswith(TESTBED):
             check_model(model, protocol_models())
-    if any(location.startswith(TESTBED) for location in locations):
-        ensure_testbed(progress)
-    limits = {model: LimitCheck(model, *models.tokenizer_and_config(model)) for model in base_models}
+
+
+def _check_rows(experiments: Sequence[Experiment], models: ModelPool) -> None:
+    """Draw the rows of all experiments, and compare them with the limits of the models."""
+    limits: dict[str, LimitCheck] = {}
     for experiment in experiments:
         check_rows(experiment)
-        limits[experiment.model].check(experiment)
-        check_quantization(experiment.protocol.quantization)
-        if models.shard:
-            _check_sharding(experiment)
+        model = experiment.model
+        if model not in limits:
+            limits[model] = LimitCheck(model, *models.tokenizer_and_config(model))
+        limits[model].check(experiment)
 
 
 def _locations(experiment: Experiment) -> list[str]:

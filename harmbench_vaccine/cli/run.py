@@ -13,7 +13,7 @@ from .console import parse_assignments, print_json, print_view, terminal_progres
 
 if TYPE_CHECKING:
     from harmbench_vaccine.evaluation.result import Result
-    from harmbench_vaccine.experiment.spec import RunSpec
+    from harmbench_vaccine.experiment.experiment import Experiment
 
 
 @click.command()
@@ -169,7 +169,9 @@ def run(
         for task, seed, attack, defense in product(tasks, seeds, attacks, defenses)
     ]
     if dry_run:
-        _print_dry_run(specs, as_json)
+        from harmbench_vaccine.runner import check_all
+
+        _print_dry_run(check_all(specs, out=out, table=table, shard=shard), as_json)
         return
     from harmbench_vaccine.runner import run_all
 
@@ -192,13 +194,12 @@ def run(
         print_view(results_table(results, published))
 
 
-def _print_dry_run(specs: Sequence[RunSpec], as_json: bool) -> None:
+def _print_dry_run(experiments: Sequence[Experiment], as_json: bool) -> None:
     from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.core.store import Store
-    from harmbench_vaccine.experiment.experiment import Experiment
     from harmbench_vaccine.reporting.dry_run.view import dry_run_json, dry_run_view
 
-    plan = dry_run_json([Experiment.settle(spec) for spec in specs], Store(home() / "store"))
+    plan = dry_run_json(experiments, Store(home() / "store"))
     if as_json:
         print_json(plan)
     else:

@@ -67,7 +67,30 @@ def ensure_writable(folder: Path, what: str) -> Path:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise HbvError(f"{what} {folder} cannot be written to: the disk is full. Free some space.") from error
-        raise BadInput(
-            f"{what} {folder} cannot be written to ({error.strerror or error}): choose a folder that is writable."
-        ) from error
+        raise _not_writable(folder, what, error.strerror or str(error)) from error
     return folder
+
+
+def check_writable(folder: Path, what: str) -> Path:
+    """Check that `ensure_writable` can succeed, without creating anything.
+
+    Args:
+        folder: The folder.
+        what: Description of the folder for the error message, such as "The cache folder".
+
+    Returns:
+        The same folder.
+
+    Raises:
+        BadInput: The folder cannot be created or is not writable.
+    """
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise _not_writable(folder, what, os.strerror(errno.ENOTDIR))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _not_writable(folder, what, os.strerror(errno.EACCES))
+    return folder
+
+
+def _not_writable(folder: Path, what: str, reason: str) -> BadInput:
+    return BadInput(f"{what} {folder} cannot be written to ({reason}): choose a folder that is writable.")

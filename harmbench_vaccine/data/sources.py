@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.hashing import content_hash
@@ -57,6 +57,19 @@ def local_path(location: str) -> Path | None:
             "model of the Hub."
         )
     return None
+
+
+def is_available(location: str) -> bool:
+    """Return whether a location can be read without a network, and without building the testbed.
+
+    Raises:
+        BadInput: It is neither a path, a part of the testbed nor a name of the Hub.
+    """
+    if location.startswith(TESTBED):
+        return testbed_folder().is_dir()
+    if local_path(location) is not None:
+        return True
+    return any(hub.is_cached(kind, _hub_name(location)) for kind in get_args(hub.Kind))
 
 
 def check_testbed_part(location: str) -> None:

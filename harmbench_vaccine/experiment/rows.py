@@ -165,8 +165,14 @@ def data_provenance(experiment: Experiment) -> dict[str, dict[str, Any]]:
     """Describe each data set: its location, its revision or content hash, and the rows read from each split."""
     pools, task = _row_pools(experiment).rows_read, _read_task(experiment).rows_read
     rows_read = {location: pools.get(location, {}) | task.get(location, {}) for location in (*pools, *task)}
-    locations = {name: experiment.location(name) for name in (*HARM_DATA, *experiment.task.datasets)}
-    return {name: provenance(location, rows_read.get(location, {})) for name, location in locations.items()}
+    return {
+        name: provenance(location, rows_read.get(location, {})) for name, location in data_locations(experiment).items()
+    }
+
+
+def data_locations(experiment: Experiment) -> dict[str, str]:
+    """Return the data sets that the experiment reads: name -> location."""
+    return {name: experiment.location(name) for name in (*HARM_DATA, *experiment.task.datasets)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

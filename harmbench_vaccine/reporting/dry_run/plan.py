@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from harmbench_vaccine import pipeline
-from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.data import hub
 from harmbench_vaccine.data.sources import TESTBED, TESTBED_VERSION, local_path
 from harmbench_vaccine.evaluation.verdicts import scorer_models
 from harmbench_vaccine.experiment.context import RunContext
 from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.experiment.rows import HARM_DATA
+from harmbench_vaccine.experiment.rows import data_locations
 from harmbench_vaccine.inference.model_pool import ModelPool
 
 
@@ -75,7 +75,7 @@ def plan_runs(experiments: Sequence[Experiment], root: Path) -> Plan:
     for experiment in experiments:
         locations["model"].add(experiment.model)
         locations["judge"] |= {model for scorer in experiment.scorers for model in scorer_models(scorer.plugin)}
-        locations["data"] |= {experiment.location(name) for name in (*HARM_DATA, *experiment.task.datasets)}
+        locations["data"] |= set(data_locations(experiment).values())
     is_built = DryRunStore(root).get_or_create("testbed", {"version": TESTBED_VERSION}, lambda *_: None).cached
     sources = [describe_source(what, name, is_built) for what, names in locations.items() for name in sorted(names)]
     if missing := [source.location for source in sources if not source.available and source.what != "judge"]:
@@ -93,7 +93,11 @@ def plan_runs(experiments: Sequence[Experiment], root: Path) -> Plan:
 
 
 def describe_source(what: str, location: str, testbed_is_built: bool) -> Source:
-    """Return whether a location is on this machine, and otherwise its size on the Hub."""
+    """Return whether a location is on this machine, and otherwise its size on the Hub.
+
+    Raises:
+        BadInput: The Hub has no such model or data set.
+    """
     if location.startswith(TESTBED):
         detail = "" if testbed_is_built else "the first run builds it, in one to two minutes"
         return Source(what, location, testbed_is_built, detail)
@@ -107,4 +111,8 @@ def describe_source(what: str, location: str, testbed_is_built: bool) -> Source:
     try:
         return Source(what, location, False, f"{hub.download_size(kind, name) / 2**30:.1f} GiB")
     except HbvError as error:
+        label = "Data set" if what == "data" else "Model"
+        refusal = error.__cause__ and hub.hub_access_error(f"{label} {location!r}", error.__cause__, "name a folder")
+        if isinstance(refusal, BadInput):
+            raise refusal from error
         return Source(what, location, False, f"size unknown: {error}")

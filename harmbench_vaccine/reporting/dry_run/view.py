@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.keys import run_id
@@ -43,6 +43,8 @@ def _experiment_json(experiment: Experiment, plan: Plan, index: int) -> dict[str
         costs = estimate_costs(experiment, read_rows=bool(plan.stages))
         estimates, no_estimate = [vars(estimate) for estimate in costs], ""
     except HbvError as error:
+        if plan.stages and isinstance(error, BadInput):  # everything is on this machine: the run is refused too
+            raise
         estimates, no_estimate = [], str(error)
     plugins = {
         resolved.plugin.name: {key: [value, resolved.origins[key]] for key, value in resolved.params.items()}
