@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ _OTHER = {
     errno.EISDIR: "a folder is in the place of a file",
     errno.EEXIST: "a file is in the place of a folder",
     errno.ENOTEMPTY: "another folder is in its place",
+    errno.ELOOP: "its symbolic links form a loop",
     errno.EIO: "the disk reports an error",
     errno.ESTALE: "the network file system lost it",
 }
@@ -36,21 +38,25 @@ def readable_disk_errors(content: str, folder: Path) -> Iterator[None]:
     """Translate the disk errors of any library into a one-line error that names the path.
 
     Args:
-        content: Description of the files that the block writes, for the error message.
+        content: Description of the files that the block reads or writes, for the error message.
         folder: The folder of these files, for errors that do not name a path.
+
+    Raises:
+        HbvError: The disk is full, or a file cannot be read or written.
     """
     try:
         yield
     except Exception as error:
+        path = _path_of(error, folder)
         if code := _full_disk_error(error):
             raise HbvError(
-                f"While writing {content} to {_path_of(error, folder)}, {_FULL[code]}. Finished stages are kept, and "
-                "no partial file remains. Free space or raise the limit, then repeat the command."
+                f"While writing {content} to {path}, {_FULL[code]}. Finished stages are kept, and no partial file "
+                "remains. Free space or raise the limit, then repeat the command."
             ) from error
-        if isinstance(error, OSError) and error.errno in _OTHER and error.filename:
+        if code := _other_error(error):
             raise HbvError(
-                f"While writing {content}: {_OTHER[error.errno]}: {_path_of(error, folder)}. Finished stages are kept. "
-                "Correct this path or choose another folder (HBV_HOME), then repeat the command."
+                f"Cannot read or write {content}: {_OTHER[code]}: {path}. Finished stages are kept. Correct this path "
+                "or choose another folder (HBV_HOME), then repeat the command."
             ) from error
         raise
 
@@ -77,15 +83,33 @@ def ensure_space(folder: Path, size: int, content: str) -> None:
 def _full_disk_error(error: BaseException | None) -> int | None:
     """Return the code of a full-disk error, also if a library wraps it with its number or only a phrase."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return error.errno
-        for code in _FULL:
-            if f"os error {code}" in str(error).lower():
-                return code
+        if (code := _error_number(error)) in _FULL:
+            return code
         if any(phrase in str(error) for phrase in _FULL_PHRASES):
             return errno.ENOSPC
         error = error.__cause__ or error.__context__
     return None
+
+
+def _other_error(error: BaseException | None) -> int | None:
+    """Return the code of another disk error that names its file or comes from a library in Rust.
+
+    Errors that were handled before, `__context__`, do not count.
+    """
+    while error is not None:
+        names_file = not isinstance(error, OSError) or error.filename
+        if (code := _error_number(error)) in _OTHER and names_file:
+            return code
+        error = error.__cause__
+    return None
+
+
+def _error_number(error: BaseException) -> int | None:
+    """Return the number of an operating system's error, which libraries in Rust write into their text."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    match = re.search(r"os error (\d+)", str(error), re.IGNORECASE)
+    return int(match[1]) if match else None
 
 
 def _path_of(error: BaseException | None, folder: Path) -> str:

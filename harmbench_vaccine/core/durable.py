@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
-import re
-import socket
+import secrets
 import stat
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .hashing import digest, sha256
-
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)")
+from .locks import file_mode
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -24,17 +24,17 @@ def write_atomically(path: Path, text: str) -> None:
     A symbolic link is followed, an existing file keeps its mode, and the temporary files of killed processes are
     removed.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     _remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{_host()}.{os.getpid()}")
+    temporary, file = _open_temporary(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with file:  # closing it releases the lock, so it is renamed before
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        with suppress(FileNotFoundError, PermissionError):
-            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-        os.replace(temporary, path)
+            with suppress(FileNotFoundError, PermissionError):
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            os.replace(temporary, path)
         flush(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -51,13 +51,13 @@ def seal(folder: Path, manifest: str, values: Mapping[str, object]) -> None:
         manifest: The name of the manifest, a JSON file.
         values: Further values of the manifest, as plain JSON.
     """
-    mode = 0o666 & ~_umask()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
+    mode = file_mode()
+    for parent, files in _walk(folder):
+        for path in files:
             with suppress(PermissionError):  # of a file system without modes
                 path.chmod(mode)
-        flush(path)
-    flush(folder)
+            flush(path)
+        flush(parent)
     description = {**values, "files": _file_hashes(folder, manifest)}
     text = json.dumps({**description, "checksum": digest(description)}, indent=1, ensure_ascii=False)
     write_atomically(folder / manifest, text)
@@ -68,7 +68,7 @@ def read_sealed(folder: Path, manifest: str) -> dict[str, Any] | None:
 
     Raises:
         FileNotFoundError: The folder has no manifest.
-        OSError: The folder cannot be read.
+        OSError: The folder or one of its files cannot be read, so that nothing is known about it.
     """
     try:
         description = json.loads((folder / manifest).read_text(encoding="utf-8"))
@@ -77,15 +77,6 @@ def read_sealed(folder: Path, manifest: str) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return description if intact else None
-
-
-def _file_hashes(folder: Path, manifest: str) -> dict[str, str]:
-    """Return file -> SHA-256 for every file below a folder except its manifest."""
-    return {
-        path.relative_to(folder).as_posix(): sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / manifest
-    }
 
 
 def flush(path: Path) -> None:
@@ -100,30 +91,48 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _file_hashes(folder: Path, manifest: str) -> dict[str, str]:
+    """Return file -> SHA-256 for every file below a folder except its manifest."""
+    paths = sorted(path for _, files in _walk(folder) for path in files if path != folder / manifest)
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in paths}
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield every folder below a folder, the deepest first, with its files.
+
+    Raises:
+        OSError: A folder cannot be read; `Path.rglob` would take it for empty.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, topdown=False, onerror=fail):
+        yield Path(parent), [path for name in names if (path := Path(parent, name)).is_file()]
+
+
+def _open_temporary(path: Path) -> tuple[Path, TextIO]:
+    """Open a new file next to `path`, locked as long as it is open."""
+    while True:
+        temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(4)}.tmp")
+        file = temporary.open("x", encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return temporary, file
+        file.close()  # another process took it for abandoned before it was locked
+
+
 def _remove_abandoned(path: Path) -> None:
-    """Remove the temporary files of `path` whose process on this host has ended."""
-    for sibling in path.parent.glob(".*"):
-        match = _TEMPORARY.fullmatch(sibling.name)
-        if match and match["name"] == path.name and match["host"] == _host() and not _runs(int(match["pid"])):
-            sibling.unlink(missing_ok=True)
+    """Remove the temporary files of `path` whose process, on any host, has ended: no process locks them."""
+    for temporary in path.parent.glob(f"{_prefix(path)}*.tmp"):
+        with suppress(OSError), temporary.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink()
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
-
-
-def _host() -> str:
-    return socket.gethostname().replace(".", "-") or "host"
-
-
-def _umask() -> int:
-    """Return the umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def _prefix(path: Path) -> str:
+    """Return the beginning of the names of a file's temporary files, which are short for a name of any length."""
+    return f".{zlib.crc32(os.fsencode(path.name)):08x}."

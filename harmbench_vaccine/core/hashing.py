@@ -63,7 +63,9 @@ def file_hash(path: Path) -> str:
     key = (str(path.absolute()), status.st_size, status.st_mtime_ns)
     with suppress(OSError, sqlite3.Error):  # a cache that cannot be used costs time only
         home().mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(home() / "hashes.sqlite", timeout=10)) as cache, cache:
+        file = home() / "hashes.sqlite"
+        file.touch()  # SQLite creates files as 644, whatever the umask allows
+        with closing(sqlite3.connect(file, timeout=10)) as cache, cache:
             cache.execute(
                 "CREATE TABLE IF NOT EXISTS hashes"
                 " (path TEXT PRIMARY KEY, size INTEGER, mtime INTEGER, hash TEXT) WITHOUT ROWID"

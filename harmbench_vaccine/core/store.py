@@ -19,13 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from . import distributed
 from .disk_errors import readable_disk_errors
 from .durable import flush, read_sealed, seal
 from .errors import HbvError
 from .hashing import digest
+from .locks import shared_lock
 from .progress import SILENT, Progress
 
 META = "artifact.json"
@@ -85,6 +86,7 @@ class Store:
         final = self.root / stage / key
         if distributed.rank():
             return self._get_on_other_rank(Artifact(stage, key, final, 0.0, cached=True), create if all_ranks else None)
+        self._remove_abandoned()
         if artifact := self._finished(stage, key, final):
             distributed.broadcast(True)
             return artifact
@@ -148,49 +150,61 @@ class Store:
         return published
 
     def _finished(self, stage: str, key: str, path: Path) -> Artifact | None:
-        """Return the artifact if it exists and all of its files are as they were stored."""
-        try:
-            with readable_disk_errors(f"the {stage} stage", self.root):
+        """Return the artifact if it exists and all of its files are as they were stored.
+
+        Raises:
+            HbvError: The artifact cannot be read, for example one of another user.
+        """
+        with readable_disk_errors(f"the {stage} stage", self.root):
+            try:
                 description = read_sealed(path, META)
-        except FileNotFoundError:
-            return None
+            except FileNotFoundError:
+                if not path.exists():
+                    return None
+                description = None
         if description is None or _key(stage, description["inputs"]) != key:
             self.progress.note(f"{stage} {key}: the artifact is damaged and is created again")
             return None
         return Artifact(stage, key, path, float(description["seconds"]), cached=True)
 
     def _remove_abandoned(self) -> None:
-        """Remove what killed processes left: unfinished artifacts, and checkpoints of finished ones.
+        """Remove, once, what killed processes left: unfinished artifacts, and checkpoints of finished ones.
 
         The lock of a living process is taken, on whatever host it runs, so its folders stay.
         """
+        if self._is_tidy:
+            return
+        self._is_tidy = True
         for folder in [*(self.root / ASIDE).glob("*"), *(self.root / WORK).glob("*")]:
             stage, _, key = folder.name.partition("-rank")[0].rpartition("-")
             is_needed = folder.parent.name == WORK and not (self.root / stage / key / META).exists()
             if stage and not is_needed:
-                with suppress(Timeout, OSError), self._lock(stage, key).acquire(timeout=0):
+                with suppress(Timeout, HbvError), self._locked(stage, key, wait=False):
                     shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def _locked(self, stage: str, key: str) -> Iterator[None]:
+    def _locked(self, stage: str, key: str, *, wait: bool = True) -> Iterator[None]:
+        """Lock an artifact in the block.
+
+        Raises:
+            Timeout: `wait` is false, and another process has the lock.
+        """
         with readable_disk_errors("the store", self.root):
             (self.root / LOCKS).mkdir(parents=True, exist_ok=True)
-            if not self._is_tidy:
-                self._is_tidy = True
-                self._remove_abandoned()
-            lock = self._lock(stage, key)
+            lock = shared_lock(self.root / LOCKS / f"{stage}-{key}")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
+                if not wait:
+                    raise
                 self.progress.note(f"{stage}: another process is creating it; waiting")
                 lock.acquire()
         try:
             yield
         finally:
+            if (self.root / stage / key / META).exists():  # whoever waits for this file finds the artifact finished
+                Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
-
-    def _lock(self, stage: str, key: str) -> FileLock:
-        return FileLock(self.root / LOCKS / f"{stage}-{key}", mode=0o666)  # less the umask: users share a store
 
 
 def _key(stage: str, inputs: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.locks import shared_lock
 from harmbench_vaccine.core.paths import home
 
 from .files import PlacedRow, is_data_file, read_dataset, read_path
@@ -174,14 +175,12 @@ def _stored_commits() -> dict[str, str]:
 
 
 def _store_commit(kind: Kind, name: HubName, commit: str) -> None:
-    from filelock import FileLock
-
     file, key = _commits_file(), _key(kind, name)
     if _stored_commits().get(key) == commit:
         return
     with suppress(OSError):  # `ensure_writable` reports a read-only home
         file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(file.with_name(".revisions.lock")):
+        with shared_lock(file.with_name(".revisions.lock")):
             write_atomically(file, json.dumps({**_stored_commits(), key: commit}, indent=1, sort_keys=True))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.hashing import canonical_json, digest
 from harmbench_vaccine.core.jsonl import read_lines
+from harmbench_vaccine.core.locks import shared_lock
 from harmbench_vaccine.core.paths import home
 
 from .agreement import SCORER_FACTS, AnswerRow, judge_scores, pairwise_agreement
@@ -85,7 +87,7 @@ def find_run(run: str, folder: Path) -> Path:
     Raises:
         BadInput: No run or several runs match.
     """
-    if (Path(run) / RESULT).is_file():
+    if os.path.isfile(Path(run) / RESULT):  # a name may be too long for a path
         return Path(run)
     runs = {path.parent.name: path.parent for path in folder.glob(f"*/{RESULT}")}
     if run in runs:
@@ -154,7 +156,7 @@ def run_lock(run: Path) -> FileLock:
     """Return the lock that keeps two processes from changing the folder of a run at the same time."""
     folder = home() / "store" / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f"run-{digest(str(run.resolve()))}", mode=0o666)
+    return shared_lock(folder / f"run-{digest(str(run.resolve()))}")
 
 
 def _with_earlier_judges(
@@ -225,7 +227,7 @@ def _append(path: Path, result: Result) -> None:
     """Write a result's row into the CSV, replacing an earlier row of the same run."""
     row = {key: _csv_text(value) for key, value in csv_row(result).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock"), mode=0o666):
+    with shared_lock(path.with_name(f".{path.name}.lock")):
         rows = [earlier for earlier in read_csv(path) if earlier["run"] != row["run"]]
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
