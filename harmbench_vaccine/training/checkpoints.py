@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+from torch import Tensor
+
 from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.disk_errors import ensure_space
 from harmbench_vaccine.core.durable import read_sealed, seal
 from harmbench_vaccine.core.progress import SILENT, Progress
 
 MANIFEST = "whole"
 """The file that marks a whole checkpoint: the hash of every other file, and the number of ranks."""
 _NAME = re.compile(r"checkpoint-(\d+)")
+_COPIES = 3
+"""Tensors of a checkpoint for every trainable parameter: its value and the two moments of AdamW."""
 
 
 def finish_checkpoint(folder: Path) -> None:
-    """Mark a checkpoint as whole, and remove the older ones beside it."""
+    """Mark a checkpoint as whole, and remove the older ones of the stage."""
     seal(folder, MANIFEST, {"ranks": distributed.world_size()})
-    for other in folder.parent.glob("checkpoint-*"):
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
+    for path in _checkpoints(folder.parent).values():
+        if path != folder:
+            _remove(path)
 
 
 def newest_checkpoint(folder: Path, progress: Progress = SILENT) -> str | None:
@@ -28,24 +34,66 @@ def newest_checkpoint(folder: Path, progress: Progress = SILENT) -> str | None:
 
     A checkpoint whose files are not as they were written is named in a note: training from it would end with other
     weights, or never start. So is one of another number of ranks, which lacks random states.
+
+    Raises:
+        OSError: A checkpoint cannot be read.
     """
-    remove_incomplete(folder)
     newest = None
-    paths = {int(match[1]): path for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))}
-    for step in sorted(paths, reverse=True):
+    for step, path in sorted(_checkpoints(folder).items(), reverse=True):
         if newest is None:
-            manifest = read_sealed(paths[step], MANIFEST)
-            if manifest is not None and manifest["ranks"] == distributed.world_size():
-                newest = str(paths[step])
+            problem = _problem(path)
+            if not problem:
+                newest = str(path)
                 continue
-            reason = "is damaged" if manifest is None else f"is of {manifest['ranks']} ranks"
-            progress.note(f"{paths[step].parent.name}: checkpoint {step} {reason}; training starts without it")
-        shutil.rmtree(paths[step], ignore_errors=True)
+            progress.note(f"{folder.name}: checkpoint {step} is {problem}; training starts without it")
+        _remove(path)
     return newest
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Remove checkpoints that a killed process or a full disk left incomplete."""
-    for path in folder.glob("checkpoint-*"):
+    """Remove checkpoints that an interruption or a full disk left incomplete."""
+    for path in _checkpoints(folder).values():
         if not (path / MANIFEST).exists():
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def check_space(folder: Path, parameters: Iterable[Tensor], saves: int, title: str) -> None:
+    """Check that the checkpoints of a stage fit on the disk: the newest two, while one replaces the other.
+
+    Args:
+        folder: The folder of the checkpoints, which is created; those that it has already count as free space.
+        parameters: The trainable parameters.
+        saves: The number of checkpoints that the stage writes.
+        title: The stage, for the error message.
+
+    Raises:
+        HbvError: They do not fit.
+    """
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    ensure_space(folder, size * _COPIES * min(saves, 2) - stored, f"the {title} stage")
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Return step -> checkpoint."""
+    return {int(match[1]): path for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))}
+
+
+def _problem(path: Path) -> str:
+    """Return why training cannot start from a checkpoint, or an empty text."""
+    try:
+        manifest = read_sealed(path, MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        return "incomplete"
+    if manifest is None:
+        return "damaged"
+    ranks = manifest["ranks"]
+    return "" if ranks == distributed.world_size() else f"of {ranks} ranks"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.data.collate import Encoded, collate
 
 from .adapters import Adapter
-from .checkpoints import finish_checkpoint, newest_checkpoint, remove_incomplete
+from .checkpoints import check_space, finish_checkpoint, newest_checkpoint, remove_incomplete
 from .hooks import PlainFinetuning, StepHooks
 from .stage import TrainingStage, local_batch_rows
 
@@ -65,7 +65,7 @@ def train(
         `learning_rate`.
 
     Raises:
-        HbvError: The ranks end with different parameters.
+        HbvError: The checkpoints do not fit on the disk, or the ranks end with different parameters.
     """
     stage.settings, stage.rows, stage.pad = settings, rows, pad
     batches = batch_order(len(rows), settings, stage.seed)
@@ -74,6 +74,8 @@ def train(
     if not batches:
         return []
     checkpoint = distributed.from_rank0(lambda: newest_checkpoint(checkpoints, progress))
+    if distributed.rank() == 0:
+        check_space(checkpoints, stage.trainable.values(), (stage.steps - 1) // save_steps, stage.name)
     if checkpoint is None:
         with stage.isolated("before"):
             hooks.before(stage)
