@@ -8,7 +8,6 @@ adapter merged in. Where vLLM refuses the model, transformers answers. Both case
 from __future__ import annotations
 
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.locks import temporary_folder
 from harmbench_vaccine.core.progress import SILENT, Advance, Progress
 from harmbench_vaccine.data.chat import stop_token_ids
 from harmbench_vaccine.data.collate import encode_prompt
@@ -82,7 +82,7 @@ class VllmRunner:
         """
         self.name, self._dtype, self._runner = name, dtype, runner
         self._acquire, self._gpu_memory = acquire, gpu_memory
-        self.folder = Path(tempfile.mkdtemp(prefix="hbv-vllm-"))
+        self.folder, self._lock = temporary_folder("hbv-vllm-")
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._process: VllmProcess | None = None
         self._shape = EngineShape()
