@@ -52,7 +52,7 @@ def test_killed_runs_end_like_an_uninterrupted_one(tmp_path: Path) -> None:
     while kills < KILLS:
         code, _ = _run(command, home, draw.uniform(0, seconds / 3))
         kills += code == -signal.SIGKILL
-        if code == 0:  # several kills are behind it: compare, and begin again
+        if code == 0:  # the command ended after several kills: compare, and begin again
             assert _differences(_contents(home), uninterrupted) == []
             shutil.rmtree(home)
     assert _run(command, home)[0] == 0
