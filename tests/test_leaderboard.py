@@ -443,3 +443,12 @@ def test_committed_table_is_complete_and_matches_the_markdown() -> None:
     assert rankings_markdown(rank_results([folder / "testbed.csv"])) == (folder / "testbed.md").read_text(
         encoding="utf-8"
     )
+
+
+@pytest.mark.parametrize("baseline", ["foo", "", "vacine", "x" * 300])
+def test_baseline_that_no_run_has_is_refused(baseline: str, tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "one.csv", *SFT, *VACCINE)
+    done = hbv("leaderboard", table, "--baseline", baseline)
+    assert (done.code, done.out) == (2, "")
+    assert "Unknown baseline" in done.sentence
+    assert "Allowed: sft, vaccine" in done.sentence

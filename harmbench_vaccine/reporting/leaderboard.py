@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.evaluation import records
 from harmbench_vaccine.evaluation.statistics import mean_interval
 from harmbench_vaccine.plugins.composition import parse_plugins
@@ -61,6 +61,7 @@ COLUMNS = {
 }
 """The columns of `leaderboard.csv`: one row per setting (`SETTING`) and defense; scores are 0 to 100."""
 
+DEFAULT_BASELINE = "sft"
 SCORES = ("harmful_score", "finetune_accuracy")
 MEANS = ("harmful_score_before", "alignment_loss", "embedding_drift", "embedding_drift_per_token", "neither")
 """Columns that are averaged over seeds."""
@@ -108,21 +109,21 @@ class Ranking:
         return notes
 
 
-def rank_results(tables: Sequence[Path], baseline: str = "sft", published: bool = False) -> list[Ranking]:
+def rank_results(tables: Sequence[Path], baseline: str = DEFAULT_BASELINE, published: bool = False) -> list[Ranking]:
     """Rank the defenses of result CSVs.
 
     If a run is repeated with different code or data, its last row counts, with a warning.
 
     Args:
         tables: CSVs of results.
-        baseline: Defense to compute differences against.
+        baseline: Defense to compute differences against; results without the default baseline get a note.
         published: Compare every row with published figures.
 
     Returns:
         One ranking per setting, sorted by protocol, model, task and attack.
 
     Raises:
-        BadInput: A file is missing or is not a CSV of results, or none has results.
+        BadInput: A file is missing or is not a CSV of results, none has results, or no run has the baseline.
     """
     filled = [runs for runs in map(_read_runs, tables) if len(runs)]
     if not filled:
@@ -131,6 +132,9 @@ def rank_results(tables: Sequence[Path], baseline: str = "sft", published: bool 
     for kind in ("attack", "defense"):
         runs[f"{kind}_written"] = runs[kind]
         runs[kind] = _distinct_names(runs, kind)
+    names = {*runs["defense"], *runs["defense_written"]}
+    if baseline not in {DEFAULT_BASELINE, *names}:
+        raise unknown_name("baseline", baseline, names, of="these results")
     runs = _last_runs(runs)
     rankings = []
     for key, group in runs.groupby(list(SETTING), sort=False):
