@@ -247,7 +247,7 @@ def test_info_of_an_unknown_name_is_refused(
 
 def test_info_with_an_invalid_protocol_is_refused(tmp_path: Path) -> None:
     world = (ROOT / "harmbench_vaccine/experiment/protocols/testbed.yaml").read_text()
-    (tmp_path / "odd.yaml").write_text(f"{world}\ndefenses: {{vaccine: {{rho: -1}}}}\n")
+    (tmp_path / "odd.yaml").write_text(world.replace("\ndefenses:\n", "\ndefenses:\n  vaccine: {rho: -1}\n"))
     done = hbv("info", "vaccine", "--protocol", tmp_path / "odd.yaml")
     assert (done.code, done.out) == (2, "")
     assert "rho=-1" in done.sentence

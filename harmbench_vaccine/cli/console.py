@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from harmbench_vaccine.core import distributed
-from harmbench_vaccine.core.errors import BadInput, unknown_name
+from harmbench_vaccine.core.errors import BadInput, shortened, unknown_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 WIDTH_OF_A_FILE = 170
 """Width of tables where the output is not a terminal."""
+LONGEST_WORD, LONGEST_MESSAGE = 300, 5000
+"""Letters of an error message, and of a word in it, such as a path."""
 
 
 class SuggestingGroup(click.Group):
@@ -90,7 +92,11 @@ def print_warning(text: str) -> None:
 
 
 def exit_with_error(message: str, code: int) -> NoReturn:
-    """Print one line on stderr and exit; of several ranks only the first that fails prints."""
+    """Print one line on stderr and exit; of several ranks only the first that fails prints.
+
+    Long words, such as a value that the user wrote, are shortened.
+    """
     if distributed.is_first_failure():
-        click.echo(f"hbv: {message}", err=True)
+        words = [shortened(word, LONGEST_WORD) for word in message.split()]
+        click.echo(f"hbv: {shortened(' '.join(words), LONGEST_MESSAGE)}", err=True)
     sys.exit(code)

@@ -10,7 +10,7 @@ import click
 
 from harmbench_vaccine import __version__
 from harmbench_vaccine.core import distributed
-from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.errors import BadInput, HbvError
 
 from .console import SuggestingGroup, exit_with_error, print_warning
 from .plugins import check, info, list_, new
@@ -53,6 +53,7 @@ def main() -> None:
         os.environ.setdefault(name, value)
     warnings.showwarning = lambda message, *rest, **named: print_warning(str(message))
     try:
+        _check_surroundings()
         distributed.initialize()
         code = commands.main(standalone_mode=False)
         distributed.shutdown()
@@ -62,7 +63,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        exit_with_error(" ".join(error.format_message().split()), 2)
+        exit_with_error(error.format_message(), 2)
     except (KeyboardInterrupt, click.Abort):
         exit_with_error(
             "interrupted. Finished stages are stored; repeat the command to resume from the last checkpoint.", 130
@@ -70,6 +71,24 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("HBV_DEBUG"):
             raise
-        message = " ".join(str(error).split())
-        exit_with_error(f"unexpected {type(error).__name__}: {message} (HBV_DEBUG=1 shows the traceback)", 1)
+        if isinstance(error, OSError) and error.filename and error.strerror:  # a disk, a permission, a path
+            exit_with_error(f"{error.filename}: {error.strerror}. Correct this path, then repeat the command.", 1)
+        exit_with_error(f"unexpected {type(error).__name__}: {error} (HBV_DEBUG=1 shows the traceback)", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_surroundings() -> None:
+    """Check what every command needs: arguments that are text, and a working directory.
+
+    Raises:
+        BadInput: An argument is not text, or the working directory was deleted.
+    """
+    for argument in sys.argv[1:]:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(f"Argument {argument!r} is not UTF-8 text.") from error
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise BadInput(f"The working directory is gone ({error.strerror}): change to another folder.") from error

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from harmbench_vaccine.core.paths import home, user_path
+
 from .console import print_json, print_view, terminal_progress
 
 
@@ -39,7 +41,6 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: 
     Example: hbv show vaccine-e9 --only flagged
     """
     from harmbench_vaccine.core.errors import unknown_name
-    from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.evaluation.records import by_question, find_run, load_run
     from harmbench_vaccine.reporting.tables import answers_view
 
@@ -81,7 +82,6 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
     \b
     Example: hbv score vaccine-e9 --scorer llama_guard --scorer beaver_dam=0.4
     """
-    from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.evaluation.records import find_run
     from harmbench_vaccine.evaluation.rescoring import rescore
     from harmbench_vaccine.reporting.tables import scores_view
@@ -97,10 +97,10 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
 
 
 @click.command()
-@click.argument("tables", nargs=-1, type=click.Path(path_type=Path), metavar="[CSV]...")
+@click.argument("tables", nargs=-1, type=user_path, metavar="[CSV]...")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=user_path,
     default=None,
     metavar="DIR",
     help="Write leaderboard.csv and leaderboard.md into this folder. [default: write nothing]",
@@ -122,7 +122,6 @@ def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, publi
     Example: hbv leaderboard --out tables
     """
     from harmbench_vaccine.core.jsonl import finite
-    from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.reporting.leaderboard import rank_results
     from harmbench_vaccine.reporting.leaderboard_views import ranking_rows, rankings_view, write_rankings
 

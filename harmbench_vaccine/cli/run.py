@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from harmbench_vaccine.core.paths import user_path
+
 from .console import parse_assignments, print_json, print_view, terminal_progress
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=user_path,
     default=None,
     metavar="DIR",
     help="Folder for run folders. [default: $HBV_HOME/runs]",
@@ -96,7 +98,7 @@ if TYPE_CHECKING:
 @click.option(
     "--csv",
     "table",
-    type=click.Path(path_type=Path),
+    type=user_path,
     default=None,
     metavar="PATH",
     help="CSV that the results are added to. [default: $HBV_HOME/results.csv]",

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args, get
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from harmbench_vaccine.core.errors import BadInput, too_few_rows, unknown_name
+from harmbench_vaccine.core.errors import BadInput, shortened, too_few_rows, unknown_name
 from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.seeds import random_stream
 from harmbench_vaccine.inference.model_pool import ModelPool
@@ -209,9 +209,12 @@ def resolve_params(
     try:
         plugin = cls(**values)
     except ValidationError as error:
-        key = str(error.errors()[0]["loc"][0])
+        problem = error.errors()[0]
+        if not problem["loc"]:  # a validator of the class compares several parameters
+            raise BadInput(f"{cls.kind} {cls.name!r}: {problem['msg'].removeprefix('Value error, ')}.") from error
+        key = str(problem["loc"][0])
         raise BadInput(
-            f"{cls.kind} {cls.name!r}: {key}={values.get(key)} is not allowed; allowed: {cls.range_of(key)}."
+            f"{cls.kind} {cls.name!r}: {key}={shortened(values.get(key))} is not allowed; allowed: {cls.range_of(key)}."
         ) from error
 
     def origin(key: str) -> str:

@@ -13,6 +13,8 @@ import inspect
 import pkgutil
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
@@ -28,6 +30,9 @@ from .scorer import Scorer
 from .task import Task
 
 P = TypeVar("P", bound=Plugin)
+
+MAX_FILE_SIZE = 10 * 2**20
+"""Largest size of a plug-in file, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -100,26 +105,24 @@ class Registry(Generic[P]):
         if name not in entries:
             raise unknown_name(self.base.kind, name, entries)
         entry = entries[name].entry
-        try:
+        with _readable_import_errors(f"{self.base.kind} {name!r}"):
             loaded = importlib.import_module(entry) if isinstance(entry, str) else entry.load()
-        except Exception as error:
-            raise BadInput(f"{self.base.kind} {name!r} cannot be imported: {type(error).__name__}: {error}") from error
         return self._class(loaded, name)
 
     def _file(self, name: str) -> type[P]:
         path = user_path(name).resolve()
         if not path.is_file():
             raise BadInput(f"The {self.base.kind} file {name!r} does not exist.")
+        if path.stat().st_size > MAX_FILE_SIZE:
+            raise BadInput(f"{name!r} is larger than {MAX_FILE_SIZE // 2**20} MiB, so it is not a plug-in file.")
         module_name = f"hbv_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None:
             raise BadInput(f"{name!r} is not a Python file.")
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
-        try:
+        with _readable_import_errors(repr(name)):
             spec.loader.exec_module(module)
-        except Exception as error:
-            raise BadInput(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
         return self._class(module, _canonical(path.stem))
 
     def _class(self, loaded: ModuleType | type, name: str) -> type[P]:
@@ -142,6 +145,15 @@ class Registry(Generic[P]):
             plugin = type(plugin.__name__, (plugin,), {"__module__": plugin.__module__, "__doc__": plugin.__doc__})
         plugin.name = name
         return plugin
+
+
+@contextmanager
+def _readable_import_errors(what: str) -> Iterator[None]:
+    """Translate any error of a plug-in's code, `sys.exit` included, into one sentence."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        raise BadInput(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def is_plugin_path(name: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 
 from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.paths import user_path
 
 from . import registry
 
@@ -43,7 +44,7 @@ def write_scaffold(kind: str, name: str, folder: str) -> str:
         raise BadInput(
             f"{name!r} would give the class the name {title!r}, which the file imports; choose another name."
         )
-    path = os.path.join(folder, f"{name}.py")
+    path = os.path.join(user_path(folder), f"{name}.py")
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(Template(template).substitute(title=title))

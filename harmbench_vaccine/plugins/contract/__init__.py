@@ -7,6 +7,7 @@ downloads nothing. Equality to the bit holds on a CPU. The tests cannot check th
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +74,7 @@ def find_plugins(text: str) -> list[Resolved]:
     Raises:
         BadInput: No plug-in has this name, it cannot be imported, it is of another kind, or a parameter is not valid.
     """
-    components = (Component(name=text),) if Path(text).is_file() and is_plugin_path(text) else parse_plugins(text)
+    components = (Component(name=text),) if is_plugin_path(text) and os.path.isfile(text) else parse_plugins(text)
     if len(components) > 1:
         raise BadInput(f"{text!r} names {len(components)} plug-ins, but hbv check takes one at a time.")
     name = components[0].name
