@@ -18,6 +18,7 @@ from harmbench_vaccine.inference.chat_api import ChatJudge
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.runner import run_all
 from support.homes import contents, differences
+from support.runs import Notes
 from support.world import make_world
 
 KINDS = {"align", "finetune", "repair", "nested", "answer", "score", "grade", "drift"}
@@ -35,19 +36,6 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
     "flipped": flip,
     "removed": Path.unlink,
 }
-
-
-class Notes:
-    """A progress display that records its notes."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def bar(self, title: str, total: int) -> Any:
-        return mock.MagicMock()
-
-    def note(self, text: str) -> None:
-        self.texts.append(text)
 
 
 def answer_of_judge(self: ChatJudge, prompts: Sequence[str], *rest: Any, **options: Any) -> list[str]:

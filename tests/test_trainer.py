@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -15,6 +17,8 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
+from harmbench_vaccine.core.durable import seal
+from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.data.collate import collate
 from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
 from harmbench_vaccine.defenses.sft import SFT
@@ -24,9 +28,11 @@ from harmbench_vaccine.plugins import Defense, TrainSettings
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.runner import run_all
+from harmbench_vaccine.training.checkpoints import newest_checkpoint
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
 from support import tiny
+from support.runs import Notes
 from support.trainer import Stop, assert_same, interrupting
 from support.world import make_world
 
@@ -412,6 +418,95 @@ def raising(recorder: Recorder) -> Defense:
             raise KeyError
 
     return Raising()
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Path:
+    """The folder of a stage that was interrupted after checkpoint 8 of 15 steps."""
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path / "cut", interrupting(Counting(), "before_step", 10), CHECKPOINTED)
+    return tmp_path / "cut"
+
+
+CHECKPOINTED = tiny.settings(lora_dropout=0.1, epochs=3)
+CHECKPOINT_FILES = {
+    *("trainable.safetensors", "defense.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"),
+    *("trainer_state.json", "whole"),
+}
+
+
+def test_every_damage_of_a_checkpoint_is_noticed(interrupted: Path) -> None:
+    checkpoint = interrupted / "checkpoint-8"
+    intact = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    assert intact.keys() == CHECKPOINT_FILES
+    for name, content in intact.items():
+        half = len(content) // 2
+        flipped = content[:half] + bytes([content[half] ^ 0x08]) + content[half + 1 :]
+        for damaged in (content[:half], b"", flipped, content + b"\n", None):
+            notes = Notes()
+            if damaged is None:
+                (checkpoint / name).unlink()
+            else:
+                (checkpoint / name).write_bytes(damaged)
+            harmless = name == "whole" and damaged == content + b"\n"
+            assert (newest_checkpoint(interrupted, notes) is None) != harmless, (name, damaged)
+            assert len(notes.texts) == (0 if harmless else 1)
+            assert all("cut: checkpoint 8 is " in text for text in notes.texts)
+            assert checkpoint.exists() == harmless
+            checkpoint.mkdir(exist_ok=True)
+            for other, content_of_other in intact.items():
+                (checkpoint / other).write_bytes(content_of_other)
+    assert newest_checkpoint(interrupted) == str(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["trainable.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_stage_with_a_damaged_checkpoint_ends_bit_equal(name: str, interrupted: Path, tmp_path: Path) -> None:
+    content = bytearray((interrupted / "checkpoint-8" / name).read_bytes())
+    content[-100] ^= 0x08
+    (interrupted / "checkpoint-8" / name).write_bytes(content)
+    complete = run_stage(tmp_path / "complete", Counting(), CHECKPOINTED)
+    assert_same(run_stage(interrupted, Counting(), CHECKPOINTED, salt=3), complete)
+
+
+def test_older_whole_checkpoint_replaces_a_damaged_one(interrupted: Path, tmp_path: Path) -> None:
+    """A process was killed after it had completed a checkpoint and before it removed the older one."""
+    shutil.copytree(interrupted / "checkpoint-8", tmp_path / "checkpoint-8")
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(interrupted, interrupting(Counting(), "before_step", 4), CHECKPOINTED)
+    shutil.copytree(tmp_path / "checkpoint-8", interrupted / "checkpoint-8")
+    assert checkpoints(interrupted) == ["checkpoint-10", "checkpoint-8"]
+    (interrupted / "checkpoint-10" / "optimizer.pt").write_bytes(b"")
+    notes = Notes()
+    assert newest_checkpoint(interrupted, notes) == str(interrupted / "checkpoint-8")
+    assert notes.texts == ["cut: checkpoint 10 is damaged; training starts without it"]
+    assert checkpoints(interrupted) == ["checkpoint-8"]
+
+
+def test_checkpoint_of_another_number_of_ranks_is_not_used(interrupted: Path) -> None:
+    notes = Notes()
+    (interrupted / "checkpoint-8" / "whole").unlink()
+    seal(interrupted / "checkpoint-8", "whole", {"ranks": 2})
+    assert newest_checkpoint(interrupted, notes) is None
+    assert notes.texts == ["cut: checkpoint 8 is of 2 ranks; training starts without it"]
+
+
+def test_file_in_the_place_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
+    settings = tiny.settings(epochs=1)
+    (tmp_path / "checkpoint-2").write_text("foreign")
+    run_stage(tmp_path, SFT(), settings, save_share=0.4)
+    assert checkpoints(tmp_path) == ["checkpoint-4"]
+
+
+def test_space_for_checkpoints_is_checked_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, _ = tiny.stage()
+    trainable = sum(4 * value.numel() for value in stage.trainable.values())
+    free = 6 * trainable  # two checkpoints of weights and two moments each
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    run_stage(tmp_path / "enough", SFT(), tiny.settings(epochs=1))
+    recorder, free = Recorder(), free - 1
+    with pytest.raises(HbvError, match="The disk is full: the align stage needs about"):
+        run_stage(tmp_path / "full", recorder, tiny.settings(epochs=1))
+    assert recorder._calls == []
 
 
 def test_zero_epochs_change_nothing(tmp_path: Path) -> None:
