@@ -17,8 +17,8 @@ import filelock
 import pytest
 
 from harmbench_vaccine.core import store as store_module
-from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.durable import write_atomically
+from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.store import META, Artifact, Store
 
 INPUTS = {"a": 1, "b": [2.5, "x"]}
@@ -207,6 +207,51 @@ def test_killed_process_leaves_no_artifact_and_no_lock(store: Store) -> None:
     assert not artifact.cached
     assert listings == [[[], ["step-1"]]]
     assert sorted(path.name for path in artifact.path.iterdir()) == [META, "x"]
+
+
+@pytest.mark.timeout(60)
+def test_what_killed_processes_left_is_removed_by_any_next_process(store: Store) -> None:
+    """The next process has everything stored, so it creates nothing."""
+    stored = store.get_or_create("align", INPUTS, writer())
+    for folder in (".aside/align-killed", ".aside/align-killed-rank1", f".work/align-{stored.key}", ".work/align-late"):
+        (store.root / folder / "inner").mkdir(parents=True)
+    living = python(
+        """
+        def make(folder, checkpoints):
+            print("making", flush=True)
+            time.sleep(600)
+        Store(Path(sys.argv[1])).get_or_create("align", {"a": 2}, make)
+        """,
+        store.root,
+    )
+    assert living.stdout is not None
+    assert living.stdout.readline() == "making\n"
+    key = store.path_of("align", {"a": 2}).name
+    try:
+        assert Store(store.root).get_or_create("align", INPUTS, writer()).cached
+        assert [path.name for path in unfinished(store)] == [f"align-{key}"]
+        left = {path.name for path in (store.root / ".work").iterdir()}
+        assert left == {f"align-{key}", "align-late"}  # checkpoints of unfinished stages are kept
+    finally:
+        living.kill()
+        living.communicate()
+
+
+def test_finished_artifacts_leave_no_lock_files(store: Store) -> None:
+    for number in range(3):
+        store.get_or_create("align", {"number": number}, writer())
+    assert list((store.root / ".locks").iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["store", "store/align", "store/.aside", "store/.work", "store/.locks", "KEY"])
+def test_file_in_the_place_of_a_folder(place: str, store: Store) -> None:
+    path = store.path_of("align", INPUTS) if place == "KEY" else store.root.parent / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("foreign")
+    with pytest.raises(HbvError, match="a file is in the place of a folder") as failure:
+        store.get_or_create("align", INPUTS, writer())
+    assert str(path) in one_sentence(failure.value)
+    assert path.read_text() == "foreign"
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "extra", "meta cut", "meta gone", "meta empty", "meta other"])
