@@ -19,7 +19,6 @@ from .evaluation.result import Result
 from .evaluation.verdicts import scorer_models
 from .experiment.context import RunContext
 from .experiment.experiment import Experiment
-from .experiment.limits import LimitCheck
 from .experiment.protocol import protocol_models
 from .experiment.rows import check_rows, data_locations
 from .experiment.spec import RunSpec
@@ -136,6 +135,8 @@ def _check_locations(
 
 def _check_rows(experiments: Sequence[Experiment], models: ModelPool) -> None:
     """Draw the rows of all experiments, and compare them with the limits of the models."""
+    from .experiment.limits import LimitCheck  # imports torch
+
     limits: dict[str, LimitCheck] = {}
     for experiment in experiments:
         check_rows(experiment)

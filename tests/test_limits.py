@@ -224,3 +224,13 @@ def test_run_with_an_empty_prompt_and_a_late_padding_token(world: Path, tmp_path
     [result] = run_all([spec])
     answers = [json.loads(line) for line in (own_home / "runs" / result.run / "answers.jsonl").open()]
     assert [row["instruction"] for row in answers if row["set"] == "task"] == ["", ""]  # before and after
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA targets
+
+
+@pytest.mark.parametrize("section", ["align", "finetune"])
+def test_unknown_lora_target_is_refused(section: str, world: Path, parts: tuple[Any, Any]) -> None:
+    with pytest.raises(BadInput, match=r"Unknown LoRA target 'c_attn' of LlamaForCausalLM.*Allowed: down_proj"):
+        check(world, parts, values={f"{section}.settings.lora_targets": "[q_proj,c_attn]"})

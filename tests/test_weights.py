@@ -117,6 +117,40 @@ def test_broken_configuration_is_reported(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(value: float, folder: Path) -> None:
+    stored = load_file(folder / "model.safetensors")
+    stored["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(HbvError, match=r"broken weights: model.layers.1.mlp.up_proj.weight has a value"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "other"}, r"has the model_type 'other', which transformers [\d.]+ lacks"),
+        ({"model_type": "t5"}, r"is a model of another kind \(T5Config\)"),
+        ({"pad_token_id": 9999}, r"cannot be loaded"),
+        ({"num_attention_heads": 3}, r"cannot be loaded: .*not a multiple of the number of attention heads"),
+    ],
+)
+def test_configuration_that_fits_no_model_is_reported(changes: dict[str, Any], message: str, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(HbvError, match=rf"^Model '.*' {message}"):
+        load(folder)
+
+
+def test_missing_part_of_the_weights_is_reported(tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path, max_shard_size="50KB")
+    parts = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(parts) > 1
+    parts[1].unlink()
+    with pytest.raises(HbvError, match=rf"^Model '.*' cannot be loaded: .*{parts[1].name}"):
+        load(tmp_path)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The Hub
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.data.chat import stop_token_ids
 from harmbench_vaccine.data.collate import encode_example, encode_prompt
 from harmbench_vaccine.data.model_limits import embedding_rows, first_outside, position_limit, tokens_outside
 from harmbench_vaccine.data.prompts import EvalSet
+from harmbench_vaccine.inference.loading import readable_load_errors
+from harmbench_vaccine.training.adapters import available_targets
 
 from .experiment import Experiment
 from .rows import eval_sets, plugin_pools, user_rows
@@ -23,21 +30,25 @@ class LimitCheck:
     """The limits of one base model, and the prompts that were encoded to check them: experiments share most prompts."""
 
     def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._config = model, tokenizer, config
         self._positions = position_limit(config)
         self._rows = embedding_rows(config)
         self._outside = tokens_outside(tokenizer, config)
         self._encoded: dict[str, list[int]] = {}
 
     def check(self, experiment: Experiment) -> None:
-        """Check every prompt with its answer, and every training row.
+        """Check every prompt with its answer, every training row, and the targets of LoRA.
 
         A prompt and the longest answer that the protocol allows must fit into the positions of the model, and so must
         `max_length` tokens of a training row. The model needs an embedding for every token.
 
         Raises:
-            BadInput: The model cannot read a row, or the tokenizer has no token that ends an answer.
+            BadInput: The model cannot read a row, it has no layer with the name of a target, or the tokenizer has no
+                token that ends an answer.
         """
+        for stage in experiment.stages.values():
+            if not stage.settings.full:
+                available_targets(self._empty_model, stage.settings.lora_targets)
         sets = eval_sets(experiment)
         self._check_stop_tokens(sets)
         if self._positions:
@@ -46,6 +57,12 @@ class LimitCheck:
                 self._check_answer_length(eval_set, self._positions)
         if self._outside:
             self._check_embeddings(experiment, sets)
+
+    @cached_property
+    def _empty_model(self) -> nn.Module:
+        """The layers of the model without weights."""
+        with readable_load_errors(self._model), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self._config, trust_remote_code=False)
 
     def _check_stop_tokens(self, sets: list[EvalSet]) -> None:
         for eval_set in sets:

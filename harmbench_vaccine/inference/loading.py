@@ -12,6 +12,7 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, Literal
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
@@ -61,7 +62,17 @@ def load_model(kind: Any, location: str, what: str = "Model", **options: Any) ->
             f"{what} {location!r} lacks weights of a {type(model).__name__}: {missing[0]}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}."
         )
+    for name, weight in model.named_parameters():
+        if not _is_finite(weight):
+            raise HbvError(f"{what} {location!r} has broken weights: {name} has a value that is not a finite number.")
     return model
+
+
+def _is_finite(weight: Any) -> bool:
+    """Return False for a weight with NaN or an infinite value; quantized weights (a byte or less) are not examined."""
+    if not weight.numel() or not weight.is_floating_point() or weight.dtype.itemsize == 1:
+        return True
+    return all(bound.isfinite() for bound in weight.aminmax())  # needs no memory, unlike `isfinite` of all values
 
 
 def load_judge(location: str, head: JudgeHead, dtype: str = "auto") -> tuple[Any, Any]:
@@ -191,6 +202,12 @@ def load_error(location: str, error: BaseException, what: str = "Model") -> HbvE
             f"{subject} needs Python code of its own folder or repository, which hbv never runs: use a model of an "
             "architecture that transformers includes."
         )
+    if "model type" in text and "does not recognize this architecture" in text:
+        kind = text.partition("model type `")[2].partition("`")[0]
+        return BadInput(f"{subject} has the model_type {kind!r}, which transformers {version('transformers')} lacks.")
+    if text.startswith("Unrecognized configuration class"):
+        kind = text.partition("'>")[0].rpartition(".")[2]
+        return BadInput(f"{subject} is a model of another kind ({kind}); this role needs another architecture.")
     if access_error := hub.hub_access_error(subject, "model", location, error, "name a folder"):
         return access_error
     if "SafetensorError" in hub.error_class_names(error):

@@ -350,11 +350,12 @@ def _is_matrix(module: nn.Module) -> bool:
 
 def untie_head(model: PreTrainedModel) -> None:
     """Give the LM head weights of its own, equal to those that it shares with the embeddings; otherwise do nothing."""
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-        for config in {id(part): part for part in (model.config, model.config.get_text_config(decoder=True))}.values():
-            config.tie_word_embeddings = False
+    head: Any = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings()
+    if head is not None and head.weight is embeddings.weight:
+        head.weight = nn.Parameter(embeddings.weight.detach().clone(), requires_grad=embeddings.weight.requires_grad)
+        text_config: Any = model.config.get_text_config(decoder=True)
+        model.config.tie_word_embeddings = text_config.tie_word_embeddings = False
 
 
 def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
