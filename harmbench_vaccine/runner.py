@@ -107,6 +107,7 @@ def check_all(
 def _check_outputs(out: Path | None, table: Path | None, check: Callable[[Path, str], Path]) -> tuple[Path, Path, Path]:
     """Check that results can be written; return the cache folder, the folder of the run folders, and the CSV."""
     root = check(home(), "The cache folder")
+    check(root / "store", "The store")
     runs = check(out or root / "runs", "The output folder")
     csv = table or root / "results.csv"
     check(csv.absolute().parent, "The folder of the CSV file")

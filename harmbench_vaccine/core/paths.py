@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 from .errors import BadInput, HbvError, shortened
@@ -57,13 +58,11 @@ def ensure_writable(folder: Path, what: str) -> Path:
 
     Raises:
         BadInput: The folder cannot be created or is not writable.
-        HbvError: The disk is full.
+        HbvError: The disk is full, or the folder is one that hbv names itself, below its home.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # it has no name, so a killed process leaves nothing
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise HbvError(f"{what} {folder} cannot be written to: the disk is full. Free some space.") from error
@@ -83,6 +82,7 @@ def check_writable(folder: Path, what: str) -> Path:
 
     Raises:
         BadInput: The folder cannot be created or is not writable.
+        HbvError: The folder is one that hbv names itself, below its home.
     """
     nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
@@ -92,5 +92,6 @@ def check_writable(folder: Path, what: str) -> Path:
     return folder
 
 
-def _not_writable(folder: Path, what: str, reason: str) -> BadInput:
-    return BadInput(f"{what} {folder} cannot be written to ({reason}): choose a folder that is writable.")
+def _not_writable(folder: Path, what: str, reason: str) -> HbvError:
+    kind = HbvError if home() in folder.parents else BadInput
+    return kind(f"{what} {folder} cannot be written to ({reason}): choose a folder that is writable.")
