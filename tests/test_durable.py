@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import pytest
@@ -267,7 +268,16 @@ def test_handled_errors_do_not_count(tmp_path: Path) -> None:
 def test_space_is_checked(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     ensure_space(tmp_path, free // 2, "the align stage")
-    with pytest.raises(HbvError, match=f"The disk is full: the align stage needs about .* MB, but {tmp_path} has"):
+    with pytest.raises(
+        HbvError, match=f"The disk is full: the align stage needs about .* GB, but {tmp_path} has .* left"
+    ):
+        ensure_space(tmp_path, 2 * free, "the align stage")
+
+
+@pytest.mark.parametrize(("free", "text"), [(400, "0.4 kB"), (25_000_000, "25.0 MB"), (7_500_000_000, "7.5 GB")])
+def test_space_is_readable(free: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(HbvError, match=f"has {text} left"):
         ensure_space(tmp_path, 2 * free, "the align stage")
 
 

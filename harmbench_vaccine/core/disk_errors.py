@@ -75,9 +75,17 @@ def ensure_space(folder: Path, size: int, content: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise HbvError(
-            f"The disk is full: {content} needs about {size / 1e6:.1f} MB, but {folder} has {free / 1e6:.1f} MB left. "
+            f"The disk is full: {content} needs about {_readable(size)}, but {folder} has {_readable(free)} left. "
             "Free space or choose another folder (HBV_HOME), then repeat the command."
         )
+
+
+def _readable(size: int) -> str:
+    """Return a number of bytes in kB, MB or GB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.1f} kB"
 
 
 def _full_disk_error(error: BaseException | None) -> int | None:
