@@ -424,20 +424,28 @@ def test_fused_projections_are_adapted() -> None:
             ("down_proj",),
             r"'down_proj' of Qwen3MoeForCausalLM is of type Parameter of 3 dimensions.*Allowed: k_proj",
         ),
-        ([0], ("down_proj",), r"has experts, whose weights \(down_proj\) LoRA does not adapt"),  # one layer has an MLP
-        ([0], STANDARD_TARGETS, r"has experts, whose weights \(down_proj, gate_up_proj\) LoRA does not adapt"),
+        (
+            [0],
+            ("down_proj",),
+            r"cannot adapt Qwen3Moe.*: its experts' weights \(down_proj\) are",
+        ),  # one layer has an MLP
+        ([0], STANDARD_TARGETS, r"its experts' weights \(down_proj, gate_up_proj\) are"),
         ([], STANDARD_TARGETS, ""),
     ],
 )
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern")
-def test_weights_of_experts_are_refused_by_name(dense: list[int], targets: tuple[str, ...], message: str) -> None:
+def test_weights_of_experts_are_refused_by_name(
+    dense: list[int], targets: tuple[str, ...], message: str, dropout: float
+) -> None:
     sizes = {**tiny.LLAMA, "num_experts": 4, "moe_intermediate_size": 32, "mlp_only_layers": dense}
     stack = LoraStack(AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes)))
+    settings = tiny.settings(lora_targets=targets, lora_dropout=dropout)
     if message:
         with pytest.raises(BadInput, match=message):
-            stack.train([], tiny.settings(lora_targets=targets), seed=0)
+            stack.train([], settings, seed=0)
     else:  # the attention has four of the seven names
-        names = {name.split(".")[-4] for name in stack.train([], tiny.settings(lora_targets=targets), seed=0)}
+        names = {name.split(".")[-4] for name in stack.train([], settings, seed=0)}
         assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoConfig, AutoTokenizer, GPT2Config, LlamaConfig, MptConfig, OPTConfig
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, LlamaConfig, MptConfig, OPTConfig, Qwen3MoeConfig
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.types import Example
@@ -30,6 +30,7 @@ from harmbench_vaccine.training.adapters import LoraStack
 from support import tiny
 
 PLAIN = prompt_template("none")
+SECTIONS = ("align", "finetune")
 
 
 @pytest.fixture
@@ -73,13 +74,11 @@ def test_learned_positions_end_at_the_limit() -> None:
         model(input_ids=torch.full((1, limit + 1), 5))
 
 
-@pytest.mark.parametrize(("stage", "section"), [("align", "align"), ("finetune", "finetune")])
-def test_training_rows_longer_than_the_positions_are_refused(
-    stage: str, section: str, world: Path, parts: tuple[Any, Any]
-) -> None:
+@pytest.mark.parametrize("section", SECTIONS)
+def test_training_rows_longer_than_the_positions_are_refused(section: str, world: Path, parts: tuple[Any, Any]) -> None:
     parts[1].max_position_embeddings = 95
-    fits = {f"{name}.settings.max_length": "95" for name in ("align", "finetune") if name != section}
-    message = rf"Stage '{stage}' .* up to 96 tokens, .* reads at most 95: --set {section}.settings.max_length=95"
+    fits = {f"{name}.settings.max_length": "95" for name in SECTIONS if name != section}
+    message = rf"Stage '{section}' .* up to 96 tokens, .* reads at most 95: --set {section}.settings.max_length=95"
     with pytest.raises(BadInput, match=message):
         check(world, parts, values=fits)
     check(world, parts, values={**fits, f"{section}.settings.max_length": "95"})
@@ -87,7 +86,7 @@ def test_training_rows_longer_than_the_positions_are_refused(
 
 def test_prompt_without_room_for_its_answer_is_refused(world: Path, parts: tuple[Any, Any]) -> None:
     tokenizer, config = parts
-    values = {f"{name}.settings.max_length": "8" for name in ("align", "finetune")}
+    values = {f"{name}.settings.max_length": "8" for name in SECTIONS}
     experiment = Experiment.settle(RunSpec(protocol=str(world), values=values))
     needed = max(
         len(encode_prompt(tokenizer, eval_set.template.render(example))) + eval_set.max_new_tokens
@@ -230,7 +229,21 @@ def test_run_with_an_empty_prompt_and_a_late_padding_token(world: Path, tmp_path
 # LoRA targets
 
 
-@pytest.mark.parametrize("section", ["align", "finetune"])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_unknown_lora_target_is_refused(section: str, world: Path, parts: tuple[Any, Any]) -> None:
     with pytest.raises(BadInput, match=r"Unknown LoRA target 'c_attn' of LlamaForCausalLM.*Allowed: down_proj"):
         check(world, parts, values={f"{section}.settings.lora_targets": "[q_proj,c_attn]"})
+
+
+def test_weights_of_experts_are_refused_before_training(world: Path, parts: tuple[Any, Any]) -> None:
+    """The first layer has an MLP, whose layers LoRA adapts, so that only some layers of these names are experts."""
+    experts = Qwen3MoeConfig(
+        **{**tiny.LLAMA, "vocab_size": parts[1].vocab_size, "max_position_embeddings": 4096},
+        num_experts=4,
+        moe_intermediate_size=32,
+        mlp_only_layers=[0],
+    )
+    check(world, (parts[0], experts), values={f"{name}.settings.lora_targets": "[q_proj]" for name in SECTIONS})
+    values = {"align.settings.lora_targets": "[q_proj]", "finetune.settings.lora_targets": "[down_proj]"}
+    with pytest.raises(BadInput, match=r"LoRA cannot adapt Qwen3MoeForCausalLM: its experts' weights \(down_proj\)"):
+        check(world, (parts[0], experts), values=values)

@@ -8,16 +8,16 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.data.chat import stop_token_ids
 from harmbench_vaccine.data.collate import encode_example, encode_prompt
 from harmbench_vaccine.data.model_limits import embedding_rows, first_outside, position_limit, tokens_outside
 from harmbench_vaccine.data.prompts import EvalSet
 from harmbench_vaccine.inference.loading import readable_load_errors
-from harmbench_vaccine.training.adapters import available_targets
+from harmbench_vaccine.training.adapters import LoraStack
 
 from .experiment import Experiment
 from .rows import eval_sets, plugin_pools, user_rows
@@ -35,6 +35,7 @@ class LimitCheck:
         self._rows = embedding_rows(config)
         self._outside = tokens_outside(tokenizer, config)
         self._encoded: dict[str, list[int]] = {}
+        self._accepted_targets: set[tuple[str, ...]] = set()
 
     def check(self, experiment: Experiment) -> None:
         """Check every prompt with its answer, every training row, and the targets of LoRA.
@@ -43,12 +44,12 @@ class LimitCheck:
         `max_length` tokens of a training row. The model needs an embedding for every token.
 
         Raises:
-            BadInput: The model cannot read a row, it has no layer with the name of a target, or the tokenizer has no
-                token that ends an answer.
+            BadInput: The model cannot read a row, LoRA cannot adapt a target, or the tokenizer has no token that ends
+                an answer.
         """
         for stage in experiment.stages.values():
             if not stage.settings.full:
-                available_targets(self._empty_model, stage.settings.lora_targets)
+                self._check_targets(stage.settings)
         sets = eval_sets(experiment)
         self._check_stop_tokens(sets)
         if self._positions:
@@ -58,11 +59,18 @@ class LimitCheck:
         if self._outside:
             self._check_embeddings(experiment, sets)
 
+    def _check_targets(self, settings: TrainSettings) -> None:
+        """Adapt the layers of the model without any weights."""
+        if settings.lora_targets in self._accepted_targets:
+            return
+        with torch.device("meta"):
+            self._empty_stack.train([], settings, seed=0)
+        self._accepted_targets.add(settings.lora_targets)
+
     @cached_property
-    def _empty_model(self) -> nn.Module:
-        """The layers of the model without weights."""
+    def _empty_stack(self) -> LoraStack:
         with readable_load_errors(self._model), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self._config, trust_remote_code=False)
+            return LoraStack(AutoModelForCausalLM.from_config(self._config, trust_remote_code=False))
 
     def _check_stop_tokens(self, sets: list[EvalSet]) -> None:
         for eval_set in sets:

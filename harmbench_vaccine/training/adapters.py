@@ -268,6 +268,7 @@ class LoraStack:
         return [self._names[path] for path in paths]
 
     def _add(self, name: str, config: LoraConfig) -> None:
+        problem = ""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft corrects it for every module
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merge_adapter` unties them
@@ -277,13 +278,15 @@ class LoraStack:
                 else:
                     self.model = get_peft_model(self.base, config, adapter_name=name)
             except ValueError as error:
-                raise BadInput(f"LoRA cannot adapt {type(self.base).__name__}: {error}") from error
+                problem = str(error)
         # peft takes the names of older models for the tensors of experts.
         if experts := sorted(getattr(config, "target_parameters", None) or ()):
-            raise BadInput(
-                f"{type(self.base).__name__} has experts, whose weights ({', '.join(experts)}) LoRA does not adapt: "
-                "set lora_targets to other layers, such as [q_proj, k_proj, v_proj, o_proj]."
+            problem = (
+                f"its experts' weights ({', '.join(experts)}) are not linear layers. Set lora_targets to other layers, "
+                "such as [q_proj, k_proj, v_proj, o_proj]."
             )
+        if problem:
+            raise BadInput(f"LoRA cannot adapt {type(self.base).__name__}: {problem}")
 
     def _delete(self, name: str) -> None:
         assert isinstance(self.model, PeftModel)
