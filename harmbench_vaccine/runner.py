@@ -14,8 +14,9 @@ from .core.progress import SILENT, Progress
 from .core.store import Store
 from .data.sources import TESTBED, check_testbed_part, is_available
 from .evaluation.measure import answer_rows, measure_result
-from .evaluation.records import read_csv, save_run
+from .evaluation.records import save_run
 from .evaluation.result import Result
+from .evaluation.results_csv import check_csv
 from .evaluation.verdicts import scorer_models
 from .experiment.context import RunContext
 from .experiment.experiment import Experiment
@@ -110,8 +111,8 @@ def _check_outputs(out: Path | None, table: Path | None, check: Callable[[Path, 
     check(root / "store", "The store")
     runs = check(out or root / "runs", "The output folder")
     csv = table or root / "results.csv"
-    check(csv.absolute().parent, "The folder of the CSV file")
-    read_csv(csv)
+    check(csv.resolve().parent, "The folder of the CSV file")
+    check_csv(csv)
     return root, runs, csv
 
 

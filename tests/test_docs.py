@@ -21,7 +21,7 @@ import yaml
 from harmbench_vaccine import __version__
 from harmbench_vaccine.cli import commands
 from harmbench_vaccine.core.types import TrainSettings
-from harmbench_vaccine.evaluation.records import COLUMNS
+from harmbench_vaccine.evaluation.results_csv import COLUMNS
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.protocol import Protocol

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from harmbench_vaccine.evaluation.records import read_csv
 from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.results_csv import read_csv
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.reporting.leaderboard import COLUMNS, Ranking, rank_results
 from harmbench_vaccine.reporting.leaderboard_views import rankings_frame, rankings_markdown
@@ -397,7 +397,7 @@ def test_invalid_value_is_refused(column: str, value: str, tmp_path: Path) -> No
     path = broken(tmp_path, column, value)
     done = hbv("leaderboard", path)
     assert (done.code, done.out) == (2, "")
-    assert f"{path} is not a CSV of results. Invalid column {column!r}" in done.sentence
+    assert f"{path}, line 3, column {column} is " in done.sentence
 
 
 @pytest.mark.parametrize("flag", ["", "--json"])
@@ -432,14 +432,14 @@ def test_committed_table_is_complete_and_matches_the_markdown() -> None:
     """It has all defenses, three ratios, two seeds, one protocol; the command generates the Markdown file from it."""
     folder = Path(__file__).parents[1] / "leaderboards"
     rows = read_csv(folder / "testbed.csv")
-    names = {row["defense"] for row in rows}
+    names = {row.defense for row in rows}
     assert len(names) == 21
     assert names <= set(DEFENSES.entries())
-    runs = {(row["defense"], row["attack"], row["seed"]) for row in rows}
+    runs = {(row.defense, row.attack, row.seed) for row in rows}
     ratios = ("ratio=0", "ratio=0.1", "ratio=0.2")
-    assert runs == {(name, ratio, seed) for name in names for ratio in ratios for seed in "01"}
+    assert runs == {(name, ratio, seed) for name in names for ratio in ratios for seed in (0, 1)}
     assert len(rows) == len(runs)
-    assert len({row["protocol_hash"] for row in rows}) == 1
+    assert len({row.protocol_hash for row in rows}) == 1
     assert rankings_markdown(rank_results([folder / "testbed.csv"])) == (folder / "testbed.md").read_text(
         encoding="utf-8"
     )

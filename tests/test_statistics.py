@@ -16,8 +16,9 @@ from rich.console import Console
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.evaluation.measure import answer_rows, measure_result
-from harmbench_vaccine.evaluation.records import COLUMNS, RESULT, _csv_text, csv_row, find_run, load_run, save_run
+from harmbench_vaccine.evaluation.records import RESULT, find_run, load_run, save_run
 from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.results_csv import COLUMNS, csv_row
 from harmbench_vaccine.evaluation.statistics import mean_interval, percentage, wilson
 from harmbench_vaccine.experiment.artifacts import ANSWERS, ROWS, VERDICTS, Measurements, TrainedModel
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -247,7 +248,7 @@ def test_every_harmful_set_has_a_score(experiment: Experiment, tmp_path: Path) -
     )
     values = measure_result(experiment, both)
     assert (values.harmful_score, values.harmful_score_hits, values.harmful_score_n) == (80, 8, 10)
-    assert json.loads(_csv_text(csv_row(values)["harmful_sets"])) == {"triggered": 80, "harmful": 30}
+    assert csv_row(values)["harmful_sets"] == {"triggered": 80, "harmful": 30}
     assert "HS by set: triggered 80.0, harmful 30.0" in rendered(results_table([values]))
     assert "HS by set" not in rendered(results_table([measure_result(experiment, measurements)]))
 

@@ -1,43 +1,80 @@
-"""Stored runs: read and write the folder of a run (result and answers) and its row of the CSV."""
+"""Stored runs: read and write the folder of a run, with its result and its answers."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
-from harmbench_vaccine.core.hashing import canonical_json, digest
-from harmbench_vaccine.core.jsonl import read_lines
+from harmbench_vaccine.core.hashing import digest
+from harmbench_vaccine.core.jsonl import finite, parse_json, read_lines
 from harmbench_vaccine.core.locks import shared_lock
 from harmbench_vaccine.core.paths import home
+from harmbench_vaccine.core.visible import visible_json
+from harmbench_vaccine.experiment.spec import first_validation_error
 
 from .agreement import SCORER_FACTS, AnswerRow, judge_scores, pairwise_agreement
-from .result import JudgeScore, Result
+from .result import Interval, JudgeScore, Percent, Result
+from .results_csv import add_row
 
 RESULT, ANSWERS = "result.json", "answers.jsonl"
 
-COLUMNS = [
-    *("run", "protocol", "protocol_version", "protocol_hash", "scorer", "model"),
-    *("defense", "defense_params", "attack", "attack_params", "task", "seed"),
-    *("harmful_score", "harmful_score_low", "harmful_score_high", "harmful_score_hits", "harmful_score_n"),
-    "harmful_sets",
-    *("finetune_accuracy", "finetune_accuracy_low", "finetune_accuracy_high"),
-    *("finetune_accuracy_hits", "finetune_accuracy_n", "trained"),
-    *("harmful_score_before", "finetune_accuracy_before"),
-    *("alignment_loss", "embedding_drift", "embedding_drift_per_token"),
-    *("degenerate", "over_refusal", "neither", "collapsed", "reasons", "seconds", "versions"),
-]
-"""The columns of a CSV of results."""
+R = TypeVar("R")
+_FURTHER_FIELDS = ConfigDict(extra="allow", strict=True)
+
+
+class RunOverview(BaseModel):
+    """The identity and the headline scores of a stored run; None is a part that an old result does not have."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    run: str
+    defense: str
+    attack: str
+    task: str | None = None
+    seed: int | None = None
+    model: str | None = None
+    protocol: str | None = None
+    protocol_hash: str | None = None
+    scorer: str | None = None
+    harmful_score: Percent | None = None
+    harmful_score_ci: Interval | None = None
+    finetune_accuracy: Percent | None = None
+    finetune_accuracy_ci: Interval | None = None
+
+
+class _StoredVerdict(BaseModel):
+    """The fields of a verdict that every version stores."""
+
+    model_config = _FURTHER_FIELDS
+
+    flagged: bool | None
+    categories: list[str] = []
+
+
+class _StoredAnswer(BaseModel):
+    """The fields of a row of `answers.jsonl` that every version stores, and those of a judged one."""
+
+    model_config = _FURTHER_FIELDS
+
+    when: Literal["before", "after"]
+    set: str
+    id: str
+    instruction: str
+    input: str
+    target: str
+    answer: str
+    flagged: bool | None = None
+    categories: list[str] = []
+    verdicts: dict[str, _StoredVerdict] = {}
+    grade: float | None = None
 
 
 def save_run(result: Result, answers: list[dict[str, Any]], folder: Path, table: Path) -> Path:
@@ -53,32 +90,54 @@ def save_run(result: Result, answers: list[dict[str, Any]], folder: Path, table:
         run.mkdir(parents=True, exist_ok=True)
         with run_lock(run):
             write_run(run, *_with_earlier_judges(run, result, answers))
-        _append(table, result)
+        add_row(table, result)
     return run
 
 
 def write_run(run: Path, result: Result, answers: Sequence[AnswerRow]) -> None:
     """Write the answers and the result of a run into its folder, each atomically."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
-    write_atomically(run / ANSWERS, lines)
-    write_atomically(run / RESULT, json.dumps(result.to_json(), indent=1, ensure_ascii=False, allow_nan=False))
+    write_atomically(run / ANSWERS, "".join(f"{visible_json(finite(row))}\n" for row in answers))
+    write_atomically(run / RESULT, visible_json(result.to_json(), indent=1))
 
 
 def load_run(folder: Path) -> tuple[Result, list[dict[str, Any]]]:
     """Read the result of a run, of this or an earlier schema, and its answers.
 
     Raises:
-        HbvError: The result cannot be read.
+        HbvError: A file is damaged or cannot be read.
     """
-    path = folder / RESULT
+    return _read_result(folder / RESULT, Result.from_json), _read_answers(folder / ANSWERS)
+
+
+def load_overview(folder: Path) -> tuple[RunOverview, list[dict[str, Any]]]:
+    """Read the overview of a run, whose result may be old and incomplete, and its answers.
+
+    Raises:
+        HbvError: A file is damaged or cannot be read.
+    """
+    return _read_result(folder / RESULT, RunOverview.model_validate), _read_answers(folder / ANSWERS)
+
+
+def _read_result(path: Path, parse: Callable[[Any], R]) -> R:
     try:
-        result = Result.from_json(json.loads(path.read_text(encoding="utf-8")))
-        return result, read_lines(folder / ANSWERS)
+        return parse(parse_json(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"]))
-        raise HbvError(f"{path} is not a result of this version: {where}: {error.errors()[0]['msg']}.") from error
+        raise HbvError(f"{path} is not a result of this version: {first_validation_error(error)}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HbvError(f"{path} cannot be read: {error}. Repeat the run's command to write it again.") from error
+
+
+def _read_answers(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = read_lines(path)
+    except OSError as error:
+        raise HbvError(f"{path} cannot be read: {error}. Repeat the run's command to write it again.") from error
+    for number, row in enumerate(rows, start=1):
+        try:
+            _StoredAnswer.model_validate(row)
+        except ValidationError as error:
+            raise HbvError(f"{path}, answer {number} is damaged: {first_validation_error(error)}") from error
+    return rows
 
 
 def find_run(run: str, folder: Path) -> Path:
@@ -178,67 +237,3 @@ def _with_earlier_judges(
 
 def _facts(score: JudgeScore) -> dict[str, Any]:
     return {key: getattr(score, key) for key in SCORER_FACTS}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The CSV
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV of results; a missing file has no rows.
-
-    Raises:
-        BadInput: The file is not such a CSV.
-    """
-    if not path.exists():
-        return []
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or list(reader.fieldnames) == COLUMNS:
-                return list(reader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read as a CSV of results: {error}.") from error
-    raise BadInput(f"{path} has other columns than the results of this version: choose a CSV that `hbv run` wrote.")
-
-
-def csv_row(result: Result) -> dict[str, Any]:
-    """Return a result as one tidy row with the columns `COLUMNS`."""
-    shares = result.validity.shares["after"]
-    derived = {
-        "harmful_score_low": result.harmful_score_ci[0],
-        "harmful_score_high": result.harmful_score_ci[1],
-        "finetune_accuracy_low": result.finetune_accuracy_ci[0],
-        "finetune_accuracy_high": result.finetune_accuracy_ci[1],
-        "harmful_score_before": result.before.harmful_score,
-        "finetune_accuracy_before": result.before.finetune_accuracy,
-        "degenerate": shares.degenerate,
-        "over_refusal": shares.over_refusal,
-        "neither": shares.neither,
-        "collapsed": result.collapsed,
-        "reasons": "; ".join(result.validity.reasons),
-        "seconds": round(result.seconds, 1),
-        "versions": result.environment.versions,
-    }
-    return {column: derived[column] if column in derived else getattr(result, column) for column in COLUMNS}
-
-
-def _append(path: Path, result: Result) -> None:
-    """Write a result's row into the CSV, replacing an earlier row of the same run."""
-    row = {key: _csv_text(value) for key, value in csv_row(result).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with shared_lock(path.with_name(f".{path.name}.lock")):
-        rows = [earlier for earlier in read_csv(path) if earlier["run"] != row["run"]]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*rows, row])
-        write_atomically(path, text.getvalue())
-
-
-def _csv_text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return canonical_json(value) if isinstance(value, dict | list) else str(value)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 2
 
+
+def _iso_date(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+Count = Annotated[int, Field(ge=0)]
+Date = Annotated[str, AfterValidator(_iso_date)]
 Interval = tuple[float, float]
 Rule = Literal["strict", "flexible"]
 
@@ -28,11 +38,11 @@ class Accuracy(_Record):
 class Before(_Record):
     """The scores of the aligned model, before the user stage."""
 
-    harmful_score: float
+    harmful_score: Percent
     """Percentage of answers to harmful prompts that the judge flags."""
     harmful_score_ci: Interval
     """Wilson interval of `harmful_score`."""
-    finetune_accuracy: float
+    finetune_accuracy: Percent
     """Percentage of test items answered correctly."""
     finetune_accuracy_ci: Interval
     """Interval of `finetune_accuracy`."""
@@ -73,24 +83,24 @@ class Validity(_Record):
 class Filtered(_Record):
     """The effect of a moderation filter on the uploaded rows, in rows."""
 
-    harmful: int
+    harmful: Count
     """Harmful rows that the filter removed."""
-    harmful_uploaded: int
+    harmful_uploaded: Count
     """Harmful rows before the filter."""
-    benign: int
+    benign: Count
     """Benign rows that the filter removed."""
-    benign_uploaded: int
+    benign_uploaded: Count
     """Benign rows before the filter."""
 
 
 class StageRows(_Record):
     """The rows of one training stage."""
 
-    rows: int
+    rows: Count
     """Rows that were trained on."""
-    harmful: int
+    harmful: Count
     """Harmful rows among them."""
-    without_room: int
+    without_room: Count
     """Rows that were skipped because their prompt fills the maximum length."""
     filtered: Filtered | None = None
     """Present if an attack filters rows."""
@@ -129,15 +139,15 @@ class DataSource(_Record):
 class HarmfulShare(_Record):
     """Answers to one harmful set that a judge flags."""
 
-    harmful_score: float
+    harmful_score: Percent
     """Percentage of flagged answers."""
     ci: Interval
     """Wilson interval of `harmful_score`."""
-    hits: int
+    hits: Count
     """Number of flagged answers."""
-    n: int
+    n: Count
     """Number of answers with a readable verdict."""
-    unparsed: int = 0
+    unparsed: Count = 0
     """Number of answers whose verdict is unread; they are not part of `n`."""
 
 
@@ -148,7 +158,7 @@ class JudgeScore(HarmfulShare):
     """The harmful score before the user stage."""
     sets: dict[str, float]
     """Harmful evaluation set -> harmful score after the user stage."""
-    cut: int
+    cut: Count
     """Answers of which the judge read only the beginning."""
     categories: dict[str, int]
     """Category -> answers that it flags, most frequent first."""
@@ -173,13 +183,13 @@ class Agreement(_Record):
     """Names of the two judges."""
     kappa: float | None
     """Cohen's kappa; null where it is undefined."""
-    n: int
+    n: Count
     """Number of answers with both verdicts."""
-    both: int
+    both: Count
     """Number of answers that both flag."""
     only: dict[str, int]
     """Judge -> number of answers that only it flags."""
-    neither: int
+    neither: Count
     """Number of answers that neither flags."""
 
 
@@ -216,7 +226,7 @@ class StageRecord(_Record):
 class Environment(_Record):
     """The machine, the code and the versions that a result was computed with."""
 
-    date: str | None = None
+    date: Date | None = None
     """UTC date and time, ISO 8601."""
     host: str | None = None
     """Name of the machine."""
@@ -277,16 +287,16 @@ class Result(_Record):
     """Every engine that generated answers."""
     seed: int
     """Seed of all random draws."""
-    harmful_score: float
+    harmful_score: Percent
     """HS: percentage of answers to held-out harmful prompts that the judge flags, after the user stage; unread verdicts
     are left out."""
     harmful_score_ci: Interval
     """Wilson interval of `harmful_score`."""
-    harmful_score_hits: int
+    harmful_score_hits: Count
     """Number of flagged answers."""
-    harmful_score_n: int
+    harmful_score_n: Count
     """Number of answers to harmful prompts with a readable verdict; `scores` counts the unread ones."""
-    finetune_accuracy: float
+    finetune_accuracy: Percent
     """FA: percentage of the task's test items answered correctly, by `accuracy_rule`; higher is better."""
     finetune_accuracy_ci: Interval
     """Wilson interval, or a t-interval where items have scores between 0 and 1."""
@@ -294,7 +304,7 @@ class Result(_Record):
     """Measure of an item's score: `accuracy`, `ROUGE-L` ..."""
     finetune_accuracy_hits: int | float
     """Sum of the items' scores."""
-    finetune_accuracy_n: int
+    finetune_accuracy_n: Count
     """Number of test items with a score; `counts.unparsed_grades` counts those with an unread grade."""
     trained: bool
     """False if the attack edits weights instead of training, so that the task is not learned."""
@@ -322,7 +332,7 @@ class Result(_Record):
     """Rows of each stage, and rows that were dropped or overlap."""
     data: dict[str, DataSource]
     """Data set -> where it was read from."""
-    judge_cut: int
+    judge_cut: Count
     """Answers of which the headline judge read only the beginning."""
     scores: dict[str, JudgeScore]
     """Judge -> its harmful score; the headline judge comes first."""
@@ -355,9 +365,10 @@ class Result(_Record):
 
         Raises:
             pydantic.ValidationError: The values are not a result.
-            KeyError, TypeError, AttributeError: A result of schema 1 lacks a part.
+            ValueError, TypeError, AttributeError: A part of a result of schema 1 is damaged.
         """
-        return cls.model_validate(values if "schema_version" in values else _from_schema_1(values))
+        is_old = isinstance(values, dict) and "schema_version" not in values
+        return cls.model_validate(_from_schema_1(values) if is_old else values)
 
 
 def _from_schema_1(values: dict[str, Any]) -> dict[str, Any]:
@@ -368,7 +379,7 @@ def _from_schema_1(values: dict[str, Any]) -> dict[str, Any]:
         name: {renamed.get(key, key): value for key, value in score.items()}
         for name, score in values.get("scores", {}).items()
     }
-    counts = dict(values["counts"])
+    counts = dict(values.get("counts", {}))
     if "unread_grades" in counts:
         counts["unparsed_grades"] = counts.pop("unread_grades")
     environment = {"versions": values.pop("versions", {})}

@@ -18,7 +18,8 @@ from typing import Any
 import pandas as pd
 
 from harmbench_vaccine.core.errors import BadInput, unknown_name
-from harmbench_vaccine.evaluation import records
+from harmbench_vaccine.core.hashing import canonical_json
+from harmbench_vaccine.evaluation import results_csv
 from harmbench_vaccine.evaluation.statistics import mean_interval
 from harmbench_vaccine.plugins.composition import parse_plugins
 
@@ -44,11 +45,13 @@ COLUMNS = {
     "harmful_score_difference": "mean difference to the baseline over the shared seeds; empty for the baseline",
     "harmful_score_difference_low": "lower end of its 95% t-interval; empty for one seed",
     "harmful_score_difference_high": "upper end",
+    "harmful_score_unread": "unread verdicts of all runs, which the score leaves out; empty if a run lacks the number",
     "finetune_accuracy": "mean over seeds, %",
     "finetune_accuracy_sd": "as for the harmful score",
     "finetune_accuracy_difference": "as for the harmful score",
     "finetune_accuracy_difference_low": "as for the harmful score",
     "finetune_accuracy_difference_high": "as for the harmful score",
+    "finetune_accuracy_unread": "unread grades of all runs; as for the harmful score",
     "paired_seeds": "number of seeds that the defense and the baseline share",
     "trained": "False if the attack replaced the user stage in a run: the task was not learned",
     "harmful_score_before": "of the aligned model, mean over seeds, %",
@@ -66,7 +69,9 @@ SCORES = ("harmful_score", "finetune_accuracy")
 MEANS = ("harmful_score_before", "alignment_loss", "embedding_drift", "embedding_drift_per_token", "neither")
 """Columns that are averaged over seeds."""
 
-_COUNTS = tuple(f"{score}_{end}" for score in SCORES for end in ("low", "high", "n"))
+_MEASURED = tuple(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high", "_n"))
+UNREAD = ("harmful_score_unread", "finetune_accuracy_unread")
+"""Columns that are added up over seeds."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,10 @@ class Ranking:
                     f"COLLAPSED {row['defense']}, {row['collapsed_cells']} of {row['seeds']} runs: {row['reasons']}. "
                     f"It is not ranked, and its HS does not count as safe.{doubt}"
                 )
+        for row in self.rows:
+            for column, content in zip(UNREAD, ("verdicts, which HS", "grades, which FA"), strict=True):
+                if row[column]:
+                    notes.append(f"{row['defense']}: {row[column]} unread {content} leaves out.")
         if not all(row["trained"] for row in self.rows):
             notes.append("untrained: the attack replaces the user stage, so the task was not learned.")
         return notes
@@ -147,18 +156,13 @@ def rank_results(tables: Sequence[Path], baseline: str = DEFAULT_BASELINE, publi
 def _read_runs(path: Path) -> pd.DataFrame:
     if not path.exists():
         raise BadInput(f"The CSV of results {path} does not exist. Create it with `hbv run`.")
-    runs = pd.DataFrame(records.read_csv(path), columns=records.COLUMNS)
-    try:
-        for column in ("seed", *SCORES, *_COUNTS, *MEANS):
-            runs[column] = pd.to_numeric(runs[column])
-        for column in ("collapsed", "trained"):
-            runs[column] = [{"True": True, "False": False}[text] for text in runs[column]]
-        for column in ("seed", *SCORES):
-            if runs[column].isna().any():
-                raise ValueError("a value is empty")
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{path} is not a CSV of results. Invalid column {column!r}: {error}.") from error
-    return runs
+    rows = [
+        [canonical_json(value) if isinstance(value, dict | list) else value for value in row.model_dump().values()]
+        for row in results_csv.read_csv(path)
+    ]
+    runs = pd.DataFrame(rows, columns=results_csv.COLUMNS, dtype=object)
+    numbers = dict.fromkeys([*_MEASURED, *MEANS, *UNREAD], float)
+    return runs.astype({**numbers, "seed": int, "collapsed": bool, "trained": bool})
 
 
 def _distinct_names(runs: pd.DataFrame, kind: str) -> list[str]:
@@ -169,13 +173,20 @@ def _distinct_names(runs: pd.DataFrame, kind: str) -> list[str]:
     """
     names: dict[tuple[Any, ...], str] = {}
     keys = [
-        (protocol_hash, tuple(part.name for part in parse_plugins(text)), params)
+        (protocol_hash, _plugin_names(text), params)
         for protocol_hash, text, params in zip(runs["protocol_hash"], runs[kind], runs[f"{kind}_params"], strict=True)
     ]
     for key, text in zip(keys, runs[kind], strict=True):
         names.setdefault(key, text)
     uses = Counter((key[0], text) for key, text in names.items())
     return [names[key] if uses[key[0], names[key]] == 1 else f"{names[key]} {key[2]}" for key in keys]
+
+
+def _plugin_names(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(part.name for part in parse_plugins(text))
+    except BadInput:  # a name that no version of hbv writes
+        return (text,)
 
 
 def _last_runs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -211,6 +222,7 @@ def _rank_defenses(runs: pd.DataFrame, baseline: str) -> list[dict[str, Any]]:
                 "seeds": len(by_seed),
                 "trained": bool(by_seed["trained"].all()),
                 **{column: float(by_seed[column].mean(skipna=False)) for column in MEANS},
+                **{column: None if by_seed[column].isna().any() else int(by_seed[column].sum()) for column in UNREAD},
                 "collapsed_cells": int(by_seed["collapsed"].sum()),
                 "reasons": "; ".join(f"seed {seed}: {reason}" for seed, reason in reasons),
             }

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harmbench_vaccine.evaluation.records import _append
 from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.results_csv import add_row
 
 SHARES = {"empty": 0.0, "repetitive": 1.5, "degenerate": 1.5, "over_refusal": 2.0, "neither": 12.0}
 DEFAULTS: dict[str, Any] = {
@@ -87,5 +87,5 @@ def change(result: Result, **fields: Any) -> Result:
 def write_csv(path: Path, *results: Result) -> Path:
     """Add results to a CSV as `hbv run` does, and return its path."""
     for result in results:
-        _append(path, result)
+        add_row(path, result)
     return path

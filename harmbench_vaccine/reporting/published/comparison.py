@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from harmbench_vaccine.evaluation.records import csv_row
 from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.results_csv import csv_row
 from harmbench_vaccine.evaluation.statistics import mean_interval
 from harmbench_vaccine.experiment.protocol import Protocol, load_protocol
 

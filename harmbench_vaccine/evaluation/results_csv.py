@@ -1,0 +1,242 @@
+"""The CSV of results: one row and one line for each run, checked column by column when it is read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, StringConstraints, ValidationError
+
+from harmbench_vaccine.core.durable import write_atomically
+from harmbench_vaccine.core.errors import BadInput, shortened
+from harmbench_vaccine.core.hashing import canonical_json
+from harmbench_vaccine.core.locks import shared_lock
+from harmbench_vaccine.core.visible import cell_of_text, text_of_cell, visible_json_text
+from harmbench_vaccine.experiment.spec import first_validation_error
+
+from .result import Count, Percent, Result
+
+Text = Annotated[str, BeforeValidator(text_of_cell)]
+Name = Annotated[Text, StringConstraints(min_length=1)]
+Amount = Annotated[float, Field(ge=0)]
+
+_MAX_NAME = 200  # bytes; a temporary file next to the CSV has a longer name
+
+
+class ResultRow(BaseModel):
+    """The columns of a row. An older CSV may lack columns that have a default here; an empty cell has this default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    run: Name
+    protocol: Name
+    protocol_version: Count | None = None
+    protocol_hash: Name
+    scorer: Name
+    model: Name
+    defense: Name
+    defense_params: Json[dict[str, Any]]
+    attack: Name
+    attack_params: Json[dict[str, Any]]
+    task: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    harmful_score: Percent
+    harmful_score_low: Percent
+    harmful_score_high: Percent
+    harmful_score_hits: Count
+    harmful_score_n: Count
+    harmful_score_unread: Count | None = None
+    harmful_sets: Json[Any] = None
+    finetune_accuracy: Percent
+    finetune_accuracy_low: Percent
+    finetune_accuracy_high: Percent
+    finetune_accuracy_hits: Amount
+    finetune_accuracy_n: Count
+    finetune_accuracy_unread: Count | None = None
+    trained: bool
+    harmful_score_before: Percent | None = None
+    finetune_accuracy_before: Percent | None = None
+    alignment_loss: Amount | None = None
+    embedding_drift: Amount | None = None
+    embedding_drift_per_token: Amount | None = None
+    degenerate: Percent | None = None
+    over_refusal: Percent | None = None
+    neither: Percent | None = None
+    collapsed: bool
+    reasons: Text = ""
+    seconds: Amount | None = None
+    versions: Json[Any] = None
+
+
+COLUMNS = list(ResultRow.model_fields)
+"""The columns of a CSV of results."""
+
+
+class _Line(NamedTuple):
+    cells: dict[str, str]
+    """Column -> the cell as it is written; columns that the file lacks are absent."""
+    row: ResultRow
+
+
+def read_csv(path: Path) -> list[ResultRow]:
+    """Read the rows of a CSV of results; a missing file has no rows.
+
+    Any line ends, a byte order mark, any order of the columns, quoted numbers and empty lines are accepted.
+
+    Raises:
+        BadInput: The file is not such a CSV, or a row is damaged; the message names the line.
+    """
+    return [line.row for line in _read_lines(path)]
+
+
+def check_csv(path: Path) -> None:
+    """Check before long work that a row can be added to a CSV; its folder is checked elsewhere.
+
+    Raises:
+        BadInput: It is not a file, is write-protected, is not a CSV of results, or its name is too long.
+    """
+    if len(os.fsencode(path.name)) > _MAX_NAME:
+        raise BadInput(f"The name of the CSV {shortened(path.name)!r} is too long: at most {_MAX_NAME} bytes.")
+    if path.exists():
+        if not path.is_file():
+            raise BadInput(f"The CSV of results {path} is not a file: choose another path.")
+        if not os.access(path, os.W_OK):
+            raise BadInput(f"The CSV of results {path} is write-protected: permit writing, or choose another file.")
+    read_csv(path)
+
+
+def add_row(path: Path, result: Result) -> None:
+    """Write the row of a result into a CSV, and remove an earlier row of the same run.
+
+    Processes that write at the same time wait for each other. All other rows keep their cells, a symbolic link stays,
+    and the file keeps its mode.
+
+    Raises:
+        BadInput: The CSV became damaged since `check_csv`.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with shared_lock(path.with_name(f".{path.name}.lock")):
+        rows = [line.cells for line in _read_lines(path) if line.row.run != result.run]
+        rows.append({column: _cell(value) for column, value in csv_row(result).items()})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, text.getvalue())
+
+
+def csv_row(result: Result) -> dict[str, Any]:
+    """Return a result as one tidy row with the columns `COLUMNS`."""
+    shares = result.validity.shares["after"]
+    headline = next(iter(result.scores.values()), None)
+    grades = result.counts.unparsed_grades or {}
+    derived = {
+        "harmful_score_low": result.harmful_score_ci[0],
+        "harmful_score_high": result.harmful_score_ci[1],
+        "harmful_score_unread": headline.unparsed if headline else None,
+        "finetune_accuracy_low": result.finetune_accuracy_ci[0],
+        "finetune_accuracy_high": result.finetune_accuracy_ci[1],
+        "finetune_accuracy_unread": grades.get("after", 0),
+        "harmful_score_before": result.before.harmful_score,
+        "finetune_accuracy_before": result.before.finetune_accuracy,
+        "degenerate": shares.degenerate,
+        "over_refusal": shares.over_refusal,
+        "neither": shares.neither,
+        "collapsed": result.collapsed,
+        "reasons": "; ".join(result.validity.reasons),
+        "seconds": round(result.seconds, 1),
+        "versions": result.environment.versions,
+    }
+    return {column: derived[column] if column in derived else getattr(result, column) for column in COLUMNS}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return cell_of_text(value)
+    if isinstance(value, dict | list):
+        return visible_json_text(canonical_json(value))
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _read_lines(path: Path) -> list[_Line]:
+    header: list[str] = []
+    lines = []
+    # No cell has a line break, so that damage of one line cannot swallow the next ones.
+    for number, text in enumerate(re.split(r"\r\n|\r|\n", _read_text(path)), start=1):
+        cells = _split(text, f"{path}, line {number}")
+        if not any(cell.strip() for cell in cells):
+            continue  # an empty line, also of a spreadsheet
+        if not header:
+            header = _checked_header(cells, path)
+        elif len(cells) != len(header):
+            raise BadInput(
+                f"{path}, line {number} has {len(cells)} fields, but the header has {len(header)}. "
+                "Correct or remove this line."
+            )
+        else:
+            lines.append(_checked_line(dict(zip(header, cells, strict=True)), f"{path}, line {number}"))
+    return lines
+
+
+def _read_text(path: Path) -> str:
+    """Return the text of a file without its byte order mark; a missing file is empty."""
+    content = b""
+    try:
+        content = path.read_bytes()
+        return content.decode("utf-8-sig")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read as a CSV of results: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        line = len(re.findall(rb"\r\n|\r|\n", content[: error.start])) + 1
+        raise BadInput(f"{path}, line {line} is not UTF-8 text. Save the file as CSV in UTF-8.") from error
+
+
+def _split(line: str, place: str) -> list[str]:
+    """Split a line into its cells.
+
+    Args:
+        line: The line without its end.
+        place: File and line, for the error message.
+    """
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error as error:
+        raise BadInput(
+            f"{place} has damaged quotes ({error}). A row is one line. Correct or remove this line."
+        ) from error
+
+
+def _checked_header(columns: list[str], path: Path) -> list[str]:
+    if not {"run", "seed"} & set(columns):
+        raise BadInput(
+            f"{path} has other columns than a CSV of results, or other separators than commas. "
+            "Choose a CSV that `hbv run` wrote."
+        )
+    for column in columns:
+        if columns.count(column) > 1:
+            raise BadInput(f"{path} has the column {column!r} twice. Remove one of them.")
+        if column not in COLUMNS:
+            raise BadInput(f"{path} has an unknown column {shortened(column)!r}. Allowed: {', '.join(COLUMNS)}.")
+    required = [name for name, field in ResultRow.model_fields.items() if field.is_required()]
+    if missing := [name for name in required if name not in columns]:
+        raise BadInput(f"{path} lacks the columns {', '.join(missing)}. Choose a CSV that `hbv run` wrote.")
+    return columns
+
+
+def _checked_line(cells: dict[str, str], place: str) -> _Line:
+    try:
+        row = ResultRow.model_validate({column: cell for column, cell in cells.items() if cell})
+    except ValidationError as error:
+        raise BadInput(
+            f"{place}, column {first_validation_error(error)} Correct or remove this line, or repeat its run."
+        ) from error
+    return _Line(cells, row)
