@@ -1,8 +1,10 @@
-"""Output of the commands: views, JSON, progress, and one-line errors with their exit codes."""
+"""Output of the commands: views, lines, JSON, progress, and one-line errors with their exit codes.
+
+Characters that act on a terminal or hide text are escaped in everything that is printed.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import click
 
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput, shortened, unknown_name
+from harmbench_vaccine.core.visible import visible, visible_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,13 +51,18 @@ def print_view(view: RenderableType) -> None:
     Console(width=None if console.is_terminal else WIDTH_OF_A_FILE).print(view)
 
 
-def print_json(values: Any) -> None:
-    """Print values as JSON on one line, at once.
+def print_line(text: str, *, err: bool = False) -> None:
+    """Print a line, or several, on stdout or stderr."""
+    click.echo(visible(text), err=err)
+
+
+def print_json(values: Any, indent: int | None = None) -> None:
+    """Print values as JSON at once: on one line, or with an indent on several.
 
     Raises:
         ValueError: A number is not finite.
     """
-    click.echo(json.dumps(values, ensure_ascii=False, allow_nan=False))
+    click.echo(visible_json(values, indent))
     sys.stdout.flush()
 
 
@@ -88,7 +96,7 @@ def parse_assignments(option: str, form: str, items: tuple[str, ...]) -> dict[st
 def print_warning(text: str) -> None:
     """Print a warning on stderr, on the first rank."""
     if distributed.rank() == 0:
-        click.echo(f"hbv: warning: {text}", err=True)
+        print_line(f"hbv: warning: {' '.join(text.split())}", err=True)
 
 
 def exit_with_error(message: str, code: int) -> NoReturn:
@@ -98,5 +106,5 @@ def exit_with_error(message: str, code: int) -> NoReturn:
     """
     if distributed.is_first_failure():
         words = [shortened(word, LONGEST_WORD) for word in message.split()]
-        click.echo(f"hbv: {shortened(' '.join(words), LONGEST_MESSAGE)}", err=True)
+        print_line(f"hbv: {shortened(' '.join(words), LONGEST_MESSAGE)}", err=True)
     sys.exit(code)

@@ -11,7 +11,7 @@ import click
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.experiment.protocol import load_protocol, protocol_models, protocol_names
 
-from .console import print_json, print_view, terminal_progress
+from .console import print_json, print_line, print_view, terminal_progress
 
 if TYPE_CHECKING:
     from harmbench_vaccine.plugins.registry import Registry
@@ -59,7 +59,7 @@ def _print_names(notes: dict[str, str], as_json: bool) -> None:
         print_json(list(notes))
         return
     for name, note in notes.items():
-        click.echo(f"{name}  ({note})" if note else name)
+        print_line(f"{name}  ({note})" if note else name)
 
 
 def _print_facts(registry: Registry[Any], as_json: bool) -> None:
@@ -113,7 +113,7 @@ def new(kind: str, name: str, folder: str) -> None:
     path = write_scaffold(kind, name, folder)
     file = quote(path)
     plugins = f"--defense {file} --attack ratio=0.1" if kind == "defense" else f"--attack {file}+ratio=0.1"
-    click.echo(f"{path}\n\nhbv check {file}\nhbv run {plugins}")
+    print_line(f"{path}\n\nhbv check {file}\nhbv run {plugins}")
 
 
 @click.command()
@@ -138,5 +138,5 @@ def check(context: click.Context, plugin: str, as_json: bool) -> None:
     if as_json:
         print_json([report.to_json() for report in reports])
     else:
-        click.echo("\n\n".join("\n".join(report.lines()) for report in reports))
+        print_line("\n\n".join("\n".join(report.lines()) for report in reports))
     context.exit(0 if all(report.holds for report in reports) else 1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from .console import print_json, print_line
 
 
 @click.command()
@@ -19,7 +19,7 @@ def doctor(as_json: bool) -> None:
 
     findings = inspect_machine()
     if as_json:
-        click.echo(json.dumps(findings, indent=1))
+        print_json(findings, indent=1)
     else:
         for finding in findings:
-            click.echo(f"{'ok  ' if finding['ok'] else '--  '}{finding['what']:<16} {finding['detail']}")
+            print_line(f"{'ok  ' if finding['ok'] else '--  '}{finding['what']:<16} {finding['detail']}")

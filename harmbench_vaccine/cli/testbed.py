@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .console import SuggestingGroup, print_json, print_view, terminal_progress
+from .console import SuggestingGroup, print_json, print_line, print_view, terminal_progress
 
 
 @click.group(cls=SuggestingGroup)
@@ -26,7 +26,7 @@ def build() -> None:
 
     with terminal_progress() as progress:
         artifact = ensure_testbed(progress)
-    click.echo(f"{artifact.path} ({'cached' if artifact.cached else f'{artifact.seconds:.0f} s'})")
+    print_line(f"{artifact.path} ({'cached' if artifact.cached else f'{artifact.seconds:.0f} s'})")
 
 
 @testbed.command()
@@ -41,7 +41,7 @@ def path() -> None:
     from harmbench_vaccine.testbed import ensure_testbed
 
     with terminal_progress() as progress:
-        click.echo(ensure_testbed(progress).path)
+        print_line(str(ensure_testbed(progress).path))
 
 
 @testbed.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 import click
@@ -50,4 +49,4 @@ def schema() -> None:
     """
     from harmbench_vaccine.evaluation.result import Result
 
-    click.echo(json.dumps(Result.model_json_schema(), indent=1, ensure_ascii=False))
+    print_json(Result.model_json_schema(), indent=1)

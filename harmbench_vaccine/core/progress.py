@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from .visible import visible
+
 Advance = Callable[[int], None]
 
 
@@ -47,7 +49,7 @@ class Terminal:
 
         self.console = Console(file=sys.stderr)
         self._bars = RichProgress(
-            TextColumn("{task.description:<34}"),
+            TextColumn("{task.description:<34}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -67,7 +69,7 @@ class Terminal:
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Advance]:
-        task = self._bars.add_task(title, total=total)
+        task = self._bars.add_task(visible(title), total=total)
         start = time.monotonic()
         try:
             yield lambda steps: self._bars.advance(task, steps)
@@ -78,4 +80,4 @@ class Terminal:
             self.note(f"{title}: {seconds:.1f} s")
 
     def note(self, text: str) -> None:
-        self.console.print(text, style="dim", highlight=False, markup=False)
+        self.console.print(visible(text), style="dim", highlight=False, markup=False)

@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.durable import write_atomically
@@ -18,7 +17,7 @@ from harmbench_vaccine.core.paths import ensure_writable
 
 from .leaderboard import COLUMNS, MEANS, Ranking
 from .published import comparison
-from .render import Column, dim_notes, render_table
+from .render import Column, VisibleText, dim_notes, render_table
 
 _HEAD = (
     *("rank", "defense", "seeds", "HS %", "HS diff.", "FA %", "FA diff."),
@@ -44,9 +43,9 @@ def rankings_view(rankings: Sequence[Ranking]) -> RenderableType:
     for ranking in rankings:
         styles = ["red" if row["collapsed_cells"] else None for row in ranking.rows]
         table = render_table(columns, map(_cells, ranking.rows), gap=1, styles=styles)
-        parts += [Text(ranking.title, style="bold"), table, *dim_notes(ranking.notes), Text()]
+        parts += [VisibleText(ranking.title, style="bold"), table, *dim_notes(ranking.notes), VisibleText()]
         if ranking.published:
-            parts += [comparison.comparison_view(ranking.published), Text()]
+            parts += [comparison.comparison_view(ranking.published), VisibleText()]
     return Group(*parts, *dim_notes([_legend(rankings[0].baseline)]))
 
 

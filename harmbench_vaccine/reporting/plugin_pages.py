@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from harmbench_vaccine.core.errors import unknown_name
 from harmbench_vaccine.plugins import Plugin, resolve_params
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_plugin_path
 
-from .render import Column, dim_notes, render_fields, render_table
+from .render import Column, VisibleText, dim_notes, render_fields, render_table
 
 if TYPE_CHECKING:
     from harmbench_vaccine.experiment.protocol import Protocol
@@ -137,11 +136,11 @@ def plugin_page(details: Mapping[str, Any]) -> RenderableType:
     """Build the page of one plug-in from its details."""
     keys = ("citation", *FACTS[details["kind"]])
     facts = render_fields((_TITLES.get(key, key), _fact_text(details[key])) for key in keys)
-    title = Text(f"{details['kind']} {details['name']}: {details['summary']}", style="bold")
-    parts: list[RenderableType] = [title, Text(_reflow(details["doc"])), facts]
+    title = VisibleText(f"{details['kind']} {details['name']}: {details['summary']}", style="bold")
+    parts: list[RenderableType] = [title, VisibleText(_reflow(details["doc"])), facts]
     if details["parameters"]:
         parts.append(_parameters(details))
-    return Group(*[line for part in parts for line in (part, Text())])
+    return Group(*[line for part in parts for line in (part, VisibleText())])
 
 
 def _reflow(text: str) -> str:

@@ -1,18 +1,35 @@
 """Rich tables and notes for the terminal, in one plain style.
 
-Cells are never parsed as markup, so that `[` in a name, a question or an interval is printed as it is.
+Texts are never parsed as markup, so that `[` in a name, a question or an interval is printed as it is. Characters that
+act on a terminal or hide text are escaped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from rich.box import HEAVY_HEAD
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-Cell = str | Text
+from harmbench_vaccine.core.visible import visible
+
+
+class VisibleText(Text):
+    """A text with styles. Everything that a view shows is one, so that nothing that it shows acts on the terminal."""
+
+    def __init__(self, text: str = "", style: str | Style = "", **options: Any) -> None:
+        super().__init__(visible(text), style, **options)  # `Text` removes some characters that are not visible
+
+    def append(self, text: Text | str, style: str | Style | None = None) -> Self:
+        """Add a text with a style."""
+        return super().append(visible(text) if isinstance(text, str) else text, style)
+
+
+Cell = str | VisibleText
 
 
 @dataclass(frozen=True)
@@ -55,14 +72,14 @@ def render_table(
     for column in columns:
         column = Column(column) if isinstance(column, str) else column
         table.add_column(
-            column.title,
+            VisibleText(column.title),
             justify="right" if column.right else "left",
             overflow="fold",
             no_wrap=not column.wrap,
             ratio=column.ratio,
         )
     for number, row in enumerate(rows):
-        cells = [cell if isinstance(cell, Text) else Text(cell) for cell in row]
+        cells = [cell if isinstance(cell, VisibleText) else VisibleText(cell) for cell in row]
         table.add_row(*cells, style=styles[number] if styles else None)
     return table
 
@@ -71,10 +88,10 @@ def render_fields(fields: Iterable[tuple[str, str]]) -> Table:
     """Build a list of names and values, without headings."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for name, value in fields:
-        table.add_row(Text(name, style="bold"), Text(value))
+        table.add_row(VisibleText(name, style="bold"), VisibleText(value))
     return table
 
 
-def dim_notes(notes: Iterable[str]) -> list[Text]:
+def dim_notes(notes: Iterable[str]) -> list[VisibleText]:
     """Return notes as dim lines, to print below a table."""
-    return [Text(note, style="dim") for note in notes]
+    return [VisibleText(note, style="dim") for note in notes]

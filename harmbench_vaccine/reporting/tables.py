@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from harmbench_vaccine.evaluation.agreement import is_flagged
 from harmbench_vaccine.evaluation.records import by_question
 from harmbench_vaccine.evaluation.result import Agreement, JudgeScore, Result, StageRecord
 from harmbench_vaccine.evaluation.why import Explanation
 
-from .render import Cell, Column, dim_notes, numbers, render_table
+from .render import Cell, Column, VisibleText, dim_notes, numbers, render_table
 
 if TYPE_CHECKING:
     from .testbed_report import TestbedReport
@@ -57,7 +56,7 @@ def results_table(results: Sequence[Result], published: bool = False) -> Rendera
     if published:
         from .published.comparison import compare_results, comparison_view
 
-        parts += [Text(), comparison_view(compare_results(results))]
+        parts += [VisibleText(), comparison_view(compare_results(results))]
     return Group(*parts)
 
 
@@ -68,7 +67,7 @@ def _result_row(result: Result, stages: Sequence[str], with_seed: bool) -> list[
     return [
         *(result.run, result.defense, result.attack, result.task),
         *([str(result.seed)] if with_seed else []),
-        Text(harmful_score, style="red" if result.collapsed else "bold"),
+        VisibleText(harmful_score, style="red" if result.collapsed else "bold"),
         accuracy + ("" if result.trained else " untrained"),
         f"{before.harmful_score:.1f}, {before.finetune_accuracy:.1f}",
         _number(result.alignment_loss, ".3f"),
@@ -158,11 +157,11 @@ def answers_view(
     )
     title = f"{result.run}: {result.defense} under {result.attack}, evaluation set {set_name!r}"
     count = f"{min(limit, len(pairs))} of {len(pairs)} questions"
-    return Group(Text(title, style="bold"), table, *dim_notes([count]))
+    return Group(VisibleText(title, style="bold"), table, *dim_notes([count]))
 
 
-def _answer(row: Mapping[str, Any]) -> Text:
-    text = Text(row["answer"] or "(empty)")
+def _answer(row: Mapping[str, Any]) -> VisibleText:
+    text = VisibleText(row["answer"] or "(empty)")
     verdicts = row.get("verdicts", {})
     if len(verdicts) > 1:
         for name, verdict in verdicts.items():
@@ -176,7 +175,7 @@ def _answer(row: Mapping[str, Any]) -> Text:
     return text
 
 
-def _append_verdict(text: Text, verdict: Mapping[str, Any], judge: str = "") -> None:
+def _append_verdict(text: VisibleText, verdict: Mapping[str, Any], judge: str = "") -> None:
     flagged = is_flagged(verdict)
     label = f"flagged: {', '.join(verdict['categories'])}" if flagged else "not flagged"
     label, style = ("unread", "yellow") if flagged is None else (label, "red" if flagged else "green")
@@ -200,7 +199,7 @@ def scores_view(result: Result) -> RenderableType:
             "two scorers",
             *numbers("kappa", "both flag", "only the first", "only the second", "neither"),
         ]
-        parts += [Text(), render_table(columns, [_agreement_row(pair) for pair in result.agreement])]
+        parts += [VisibleText(), render_table(columns, [_agreement_row(pair) for pair in result.agreement])]
     first = next(iter(scores.values()))
     n = first.n + first.unparsed
     notes = [
@@ -215,7 +214,7 @@ def _score_row(name: str, score: JudgeScore) -> list[Cell]:
     categories = list(score.categories.items())[:3]
     return [
         name,
-        Text(_percent(score.harmful_score, score.ci), style="" if score.comparison_only else "bold"),
+        VisibleText(_percent(score.harmful_score, score.ci), style="" if score.comparison_only else "bold"),
         _percent(score.before.harmful_score, score.before.ci),
         str(score.unparsed),
         str(score.cut),
@@ -259,7 +258,7 @@ def why_view(result: Result, explanations: Sequence[Explanation]) -> RenderableT
     )
     title = f"{result.run}: {result.defense} under {result.attack}"
     notes = ["because: the inputs that differ from those of the nearest earlier artifact: new value (earlier value)."]
-    return Group(Text(title, style="bold"), table, *dim_notes(notes))
+    return Group(VisibleText(title, style="bold"), table, *dim_notes(notes))
 
 
 def _reason(explanation: Explanation) -> str:
@@ -297,7 +296,11 @@ def testbed_view(report: TestbedReport) -> RenderableType:
     checks = render_table(
         ["", "requirement", "measured"],
         [
-            [Text("holds", "green") if check.holds else Text("FAILS", "bold red"), check.requirement, check.measured]
+            [
+                VisibleText("holds", "green") if check.holds else VisibleText("FAILS", "bold red"),
+                check.requirement,
+                check.measured,
+            ]
             for check in report.checks
         ],
     )
@@ -306,4 +309,6 @@ def testbed_view(report: TestbedReport) -> RenderableType:
         "Accuracy (FA, %) after SFT alignment": accuracies,
         "Checks": checks,
     }
-    return Group(*(part for title, table in tables.items() for part in (Text(title, style="bold"), table, Text())))
+    return Group(
+        *(part for title, table in tables.items() for part in (VisibleText(title, style="bold"), table, VisibleText()))
+    )

@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Store
@@ -17,7 +16,7 @@ from harmbench_vaccine.experiment.protocol import leaf_values
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 
-from ..render import dim_notes, render_table
+from ..render import VisibleText, dim_notes, render_table
 from .estimate import estimate_costs
 from .plan import Plan, plan_runs
 
@@ -118,7 +117,7 @@ def dry_run_view(plan: Mapping[str, Any]) -> RenderableType:
         _source_table(plan["sources"]),
         _stage_table(experiments),
     )
-    parts = [part for table in tables for part in (table, Text())]
+    parts = [part for table in tables for part in (table, VisibleText())]
     return Group(*parts[:-1], *dim_notes(_notes(plan)))
 
 

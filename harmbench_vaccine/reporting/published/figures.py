@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from harmbench_vaccine.core.errors import BadInput
 
-from ..render import Column, dim_notes, numbers, render_table
+from ..render import Column, VisibleText, dim_notes, numbers, render_table
 
 Figure = dict[str, str]
 """A row of `results.csv`: the text of every column."""
@@ -295,7 +294,12 @@ def figures_table(rows: Sequence[Figure], limit: int) -> RenderableType:
             list(_FIGURE_COLUMNS.values()), [[row[key] for key in _FIGURE_COLUMNS] for row in cells], gap=1
         )
         notes = dim_notes(f"{mark} {note}" for note, mark in marks.items() if note)
-        parts += [Text(f"Protocol {protocol}: {paper} ({arxiv}, {venue})", style="bold"), table, *notes, Text()]
+        parts += [
+            VisibleText(f"Protocol {protocol}: {paper} ({arxiv}, {venue})", style="bold"),
+            table,
+            *notes,
+            VisibleText(),
+        ]
     count = f"{min(limit, len(rows))} of {len(rows)} figures{'; --limit shows more' if limit < len(rows) else ''}."
     return Group(*parts, *dim_notes([f"{count} {_NEVER}" if rows else "No figure matches all filters."]))
 
