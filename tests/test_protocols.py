@@ -79,7 +79,7 @@ def test_tasks_take_their_parameters_from_the_protocol(name: str) -> None:
     [
         ({"tasks.sst2.rule": "exact"}, "task 'sst2': rule=exact is not allowed; allowed: contains | equals"),
         ({"tasks.sst2.rul": "equals"}, "Unknown parameter 'rul' of task 'sst2'. Did you mean 'rule'"),
-        ({"answer.rows_in_order": "safe"}, "answer.rows_in_order: Input should be 'unsafe' or 'all'"),
+        ({"answer.rows_in_order": "safe"}, "answer.rows_in_order is 'safe'. Input should be 'unsafe' or 'all'"),
     ],
 )
 def test_invalid_values_of_a_task_are_refused(values: dict[str, str], message: str) -> None:
@@ -107,8 +107,8 @@ def test_settings_of_a_task_replace_those_of_the_user_stage(world: Path) -> None
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
-        ({"sst2": {"settings": {"lrr": 1}}}, "settings for task 'sst2': settings.lrr"),
-        ({"sst2": {"samples": 0}}, "finetune.tasks.sst2.samples: Input should be greater than or equal to 1"),
+        ({"sst2": {"settings": {"lrr": 1}}}, "Unknown value 'finetune.tasks.sst2.settings.lrr' of the protocol"),
+        ({"sst2": {"samples": 0}}, "finetune.tasks.sst2.samples is 0. Input should be greater than or equal to 1"),
     ],
 )
 def test_invalid_task_settings_are_refused(world: Path, tasks: dict[str, Any], message: str) -> None:
@@ -148,8 +148,8 @@ def test_a_replaced_value_is_read_as_yaml() -> None:
             "1",
             "Unknown protocol value 'align.settings.lrr'. Did you mean 'align.settings.lr'",
         ),
-        ("align.settings.lr", "fast", "align.settings.lr: Input should be a valid number"),
-        ("rows", "all", "rows: Input should be 'unique' or 'paper'"),
+        ("align.settings.lr", "fast", "align.settings.lr is 'fast'. Input should be a valid number"),
+        ("rows", "all", "rows is 'all'. Input should be 'unique' or 'paper'"),
         ("align.settings.lora_targets", "[q_proj", "cannot be read"),
         ("name", "mine", "Unknown protocol value 'name'"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -19,12 +20,24 @@ from harmbench_vaccine.data.files import is_data_file
 from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
 from harmbench_vaccine.inference.engine import Backend, choose_backend
 from harmbench_vaccine.plugins import Attack, Defense, Resolved, Scorer, Task
+from harmbench_vaccine.plugins.base import resolve_params
 from harmbench_vaccine.plugins.composition import Component, canonical_name, parse_plugins, resolve_plugins
-from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, is_plugin_path
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_plugin_path
 from harmbench_vaccine.plugins.teams import AttackTeam, DefenseTeam
 
 from .protocol import FinetuneProtocol, Protocol, load_protocol
 from .spec import RunSpec, first_validation_error
+
+_NAMED_VALUES: dict[str, Registry[Any]] = {
+    "defenses": DEFENSES,
+    "attacks": ATTACKS,
+    "scorers": SCORERS,
+    "tasks": TASKS,
+    "finetune.tasks": TASKS,
+    "answer.task_tokens": TASKS,
+    "answer.items": TASKS,
+}
+"""Values of a protocol that are named by plug-ins: dotted path -> the registry of the names."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +87,8 @@ class Experiment:
         Raises:
             BadInput: An unknown name, a value out of range, or plug-ins that cannot act together.
         """
-        protocol = load_protocol(spec.protocol).replaced(spec.values)
+        written = load_protocol(spec.protocol)
+        protocol = written.replaced(spec.values)
         for name in spec.data:
             protocol.location(name)
         protocol = protocol.model_copy(update={"data": {**protocol.data, **spec.data}})
@@ -116,6 +130,7 @@ class Experiment:
             answer_template=answer_template,
         )
         _check_combination(experiment)
+        _check_changed_names(written, experiment)
         return experiment
 
     @property
@@ -196,6 +211,23 @@ def _configure(
         topology=(team.required_topology or protocol.topology) if is_user else "double",
         full=is_user and (attack.editing_attack is not None or settings.full),
     )
+
+
+def _check_changed_names(written: Protocol, experiment: Experiment) -> None:
+    """Check values that the user replaced for plug-ins that this run does not use: they would have no effect.
+
+    Raises:
+        BadInput: No plug-in has the name, or a parameter is not allowed.
+    """
+    used = {resolved.plugin.name for resolved in (*experiment.defenses, *experiment.attacks, *experiment.scorers)}
+    used.add(experiment.task.name)
+    for path, registry in _NAMED_VALUES.items():
+        before, after = (attrgetter(path)(protocol) for protocol in (written, experiment.protocol))
+        for name in after:
+            if name not in used and after[name] != before.get(name):
+                cls = registry.get(name)
+                if path == f"{cls.kind}s":
+                    resolve_params(cls, {}, after[name])
 
 
 def _checked_settings(stage: StageName, settings: TrainSettings) -> TrainSettings:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.hashing import digest
@@ -20,6 +20,7 @@ from harmbench_vaccine.core.numbers import Count, Percentage
 from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.core.strict_yaml import read_yaml
 from harmbench_vaccine.core.types import Topology, TrainSettings
+from harmbench_vaccine.data.text_files import read_text
 
 from .spec import first_validation_error
 
@@ -54,6 +55,10 @@ class TaskTraining(_Strict):
     """Fields of `TrainSettings`."""
 
 
+class _TaskSettings(_Strict):
+    settings: TrainSettings
+
+
 class FinetuneProtocol(_Strict):
     """The user stage."""
 
@@ -62,6 +67,12 @@ class FinetuneProtocol(_Strict):
     settings: TrainSettings
     tasks: dict[str, TaskTraining] = _added({})
 
+    @model_validator(mode="after")
+    def _check_tasks(self) -> Self:
+        for task in self.tasks:
+            self.of(task)
+        return self
+
     def of(self, task: str) -> FinetuneProtocol:
         """Return the user stage of one task.
 
@@ -69,11 +80,11 @@ class FinetuneProtocol(_Strict):
             BadInput: The file overrides a setting that does not exist, or with a value that is not allowed.
         """
         override = self.tasks.get(task, TaskTraining())
-        settings = {**asdict(self.settings), **override.settings}
         try:
-            return FinetuneProtocol.model_validate({"samples": override.samples or self.samples, "settings": settings})
+            merged = _TaskSettings.model_validate({"settings": {**asdict(self.settings), **override.settings}})
         except ValidationError as error:
-            raise _refused_value(error, f"The protocol's user stage for task {task!r}") from error
+            raise _refused_value(error, "the protocol", _TaskSettings, f"finetune.tasks.{task}.") from error
+        return FinetuneProtocol(samples=override.samples or self.samples, settings=merged.settings)
 
 
 class Questions(_Strict):
@@ -198,7 +209,7 @@ class Protocol(_Strict):
         try:
             return Protocol.model_validate(changed)
         except ValidationError as error:
-            raise _refused_value(error, "The protocol") from error
+            raise _refused_value(error, "the protocol") from error
 
     def location(self, dataset: str) -> str:
         """Return where a data set is read from.
@@ -237,13 +248,22 @@ def leaf_values(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _refused_value(error: ValidationError, origin: str) -> BadInput:
-    """Return the error for the first value that pydantic refuses, with its dotted path and what is allowed."""
+def _refused_value(
+    error: ValidationError, origin: str, kind: type[BaseModel] | None = None, group: str = ""
+) -> BadInput:
+    """Return the error for the first value that pydantic refuses, with its dotted path and what is allowed.
+
+    Args:
+        error: The error of pydantic.
+        origin: The protocol or its file.
+        kind: The class that was validated; None: `Protocol`.
+        group: The dotted path of this class in a protocol, with a dot at its end.
+    """
     problem = error.errors()[0]
-    path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return unknown_name("protocol value", path, [known.rstrip(".") for known in _paths(Protocol)], of=origin)
-    return BadInput(f"{origin} sets a value that is not allowed: {first_validation_error(error)}")
+        path = group + ".".join(str(part) for part in problem["loc"])
+        return unknown_name("value", path, [known.rstrip(".") for known in _paths(kind or Protocol, group)], of=origin)
+    return BadInput(f"A value of {origin} is not allowed: {group}{first_validation_error(error)}")
 
 
 def protocol_names() -> list[str]:
@@ -265,17 +285,13 @@ def load_protocol(name: str) -> Protocol:
     """
     if name.endswith((".yaml", ".yml")):
         path = user_path(name)
-        if not path.is_file():
+        if not path.exists():
             raise BadInput(f"Protocol file {name!r} does not exist.")
     elif name in protocol_names():
         path = Path(__file__).parent / "protocols" / f"{name}.yaml"
     else:
         raise unknown_name("protocol", name, protocol_names())
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"Protocol {path} cannot be read: {error}.") from error
-    try:
-        return Protocol.model_validate(read_yaml(text, f"Protocol {path}"))
+        return Protocol.model_validate(read_yaml(read_text(path), f"Protocol {path}"))
     except ValidationError as error:
-        raise _refused_value(error, f"Protocol {path}") from error
+        raise _refused_value(error, f"protocol {path}") from error

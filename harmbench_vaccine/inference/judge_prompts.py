@@ -15,6 +15,7 @@ from typing import Any
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.data.chat import Messages, render_chat
+from harmbench_vaccine.data.text_files import read_text
 
 _CONTROL_FORMATS = (
     r"<[|｜][^<>|｜\s]{1,40}[|｜]>|</?s>|\[/?INST\]|<</?SYS>>|</?think>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
@@ -106,11 +107,7 @@ def load_template(scorer: str, file: str, slots: tuple[str, ...], content: str) 
         raise BadInput(
             f"Scorer {scorer!r} needs its prompt: --scorer {scorer}:template=FILE, with {content} and {names} in it."
         )
-    try:
-        text = user_path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise BadInput(f"Template {file!r} of scorer {scorer!r} cannot be read: {reason}.") from error
+    text = read_text(user_path(file))
     if missing := [slot for slot in slots if f"{{{slot}}}" not in text]:
         raise BadInput(f"Template {file!r} of scorer {scorer!r} has no {{{missing[0]}}}; it needs {names}.")
     return text

@@ -17,6 +17,7 @@ from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment
+from harmbench_vaccine.data.text_files import read_text
 from harmbench_vaccine.plugins import Form, Scorer, param
 
 
@@ -47,9 +48,9 @@ class Shieldgemma(Scorer):
                 "and wordings, as on the model card."
             )
         try:
-            policies = json.loads(user_path(self.policies).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BadInput(f"Policies {self.policies!r} of scorer 'shieldgemma' cannot be read: {error}.") from error
+            policies = json.loads(read_text(user_path(self.policies)))
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"Policies {self.policies!r} of scorer 'shieldgemma' are not JSON: {error}.") from error
         if not policies or not isinstance(policies, dict) or not all(isinstance(v, str) for v in policies.values()):
             raise BadInput(f"Policies {self.policies!r} are not a JSON object of names and wordings.")
         return policies

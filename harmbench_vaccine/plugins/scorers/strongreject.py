@@ -19,6 +19,7 @@ from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment, Verdict
+from harmbench_vaccine.data.text_files import read_text
 from harmbench_vaccine.inference import judge_prompts
 from harmbench_vaccine.inference.chat_api import ChatJudge
 from harmbench_vaccine.plugins import Form, Scorer, param
@@ -51,11 +52,13 @@ class Strongreject(Scorer):
             raise BadInput("Scorer 'strongreject' needs a judge: --scorer strongreject:model=NAME,template=FILE.")
         self._template()
         self._judge()
-        if self.system:
-            judge_prompts.load_template(self.name, self.system, (), "a system message")
+        self._system()
 
     def _template(self) -> str:
         return judge_prompts.load_template(self.name, self.template, SLOTS, "the rubric")
+
+    def _system(self) -> str:
+        return read_text(user_path(self.system)).strip() if self.system else ""
 
     def _judge(self) -> ChatJudge:
         return ChatJudge(self.model, self.base_url, self.models)
@@ -63,12 +66,11 @@ class Strongreject(Scorer):
     def read(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[RawJudgment]:
         """Generate the judge's text on each answer."""
         template = self._template()
-        system = user_path(self.system).read_text(encoding="utf-8").strip() if self.system else ""
         prompts = [
             judge_prompts.fill_template(template, {"forbidden_prompt": question, "response": answer})
             for question, answer in pairs
         ]
-        return [RawJudgment(text=text) for text in self._judge().ask(prompts, 512, progress, system=system)]
+        return [RawJudgment(text=text) for text in self._judge().ask(prompts, 512, progress, system=self._system())]
 
     def decide(self, reading: RawJudgment) -> Verdict:
         """Compute the score from the three grades, each read after its label."""
