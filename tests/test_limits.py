@@ -84,23 +84,41 @@ def test_training_rows_longer_than_the_positions_are_refused(section: str, world
     check(world, parts, values={**fits, f"{section}.settings.max_length": "95"})
 
 
-def test_prompt_without_room_for_its_answer_is_refused(world: Path, parts: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize(
+    ("longest", "setting"),
+    [
+        ("harmful", "answer.harmful.max_new_tokens"),
+        ("benign", "answer.benign.max_new_tokens"),
+        ("task", "answer.task_tokens.sst2"),
+    ],
+)
+def test_prompt_without_room_for_its_answer_is_refused(
+    longest: str, setting: str, world: Path, parts: tuple[Any, Any]
+) -> None:
     tokenizer, config = parts
     values = {f"{name}.settings.max_length": "8" for name in SECTIONS}
+    values |= {"answer.harmful.max_new_tokens": "1", "answer.benign.max_new_tokens": "1"}
+    values |= {"answer.task_tokens.sst2": "1", setting: "300"}
     experiment = Experiment.settle(RunSpec(protocol=str(world), values=values))
-    needed = max(
-        len(encode_prompt(tokenizer, eval_set.template.render(example))) + eval_set.max_new_tokens
-        for eval_set in eval_sets(experiment)
-        for example in eval_set.examples
-    )
+    [eval_set] = [eval_set for eval_set in eval_sets(experiment) if eval_set.name == longest]
+    prompts = [encode_prompt(tokenizer, eval_set.template.render(example)) for example in eval_set.examples]
+    needed = max(map(len, prompts)) + 300
     config.max_position_embeddings = needed
     check(world, parts, values=values)
     config.max_position_embeddings = needed - 1
     message = (
-        rf"Prompt '.*' of set '\w+' has \d+ tokens and its answer up to \d+, .* reads at most {needed - 1}: shorten"
+        rf"Prompt '.*' of set '{longest}' has {needed - 300} tokens and its answer up to 300, but model '.*' reads at "
+        rf"most {needed - 1}: --set {setting}=299, or choose a model"
     )
     with pytest.raises(BadInput, match=message):
         check(world, parts, values=values)
+    check(world, parts, values={**values, setting: "299"})
+
+
+def test_prompt_longer_than_the_positions_is_refused(world: Path, parts: tuple[Any, Any]) -> None:
+    parts[1].max_position_embeddings = 8
+    with pytest.raises(BadInput, match="reads at most 8: shorten the prompt, or choose a model that reads more"):
+        check(world, parts, values={f"{name}.settings.max_length": "8" for name in SECTIONS})
 
 
 def test_texts_of_a_judge_longer_than_its_positions_are_reported() -> None:
@@ -233,6 +251,20 @@ def test_run_with_an_empty_prompt_and_a_late_padding_token(world: Path, tmp_path
 def test_unknown_lora_target_is_refused(section: str, world: Path, parts: tuple[Any, Any]) -> None:
     with pytest.raises(BadInput, match=r"Unknown LoRA target 'c_attn' of LlamaForCausalLM.*Allowed: down_proj"):
         check(world, parts, values={f"{section}.settings.lora_targets": "[q_proj,c_attn]"})
+
+
+@pytest.mark.parametrize(
+    ("values", "attack"),
+    [
+        ({"topology": "single"}, "ratio"),  # the alignment adapter is trained further
+        ({}, "refusal_ablation"),  # the weights are edited
+    ],
+)
+def test_targets_of_no_new_adapter_are_not_checked(
+    values: dict[str, str], attack: str, world: Path, parts: tuple[Any, Any]
+) -> None:
+    unknown = {**values, "finetune.settings.lora_targets": "[c_attn]"}
+    check(world, parts, values=unknown, attack=parse_plugins(attack))
 
 
 def test_weights_of_experts_are_refused_before_training(world: Path, parts: tuple[Any, Any]) -> None:

@@ -19,11 +19,19 @@ from harmbench_vaccine.data.prompts import EvalSet
 from harmbench_vaccine.inference.loading import readable_load_errors
 from harmbench_vaccine.training.adapters import LoraStack
 
-from .experiment import Experiment
+from .experiment import Experiment, StageConfig
 from .rows import eval_sets, plugin_pools, user_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def stages_with_new_adapter(experiment: Experiment) -> list[StageConfig]:
+    """Return the stages that add an adapter to the base model."""
+    align, finetune = experiment.stages["align"], experiment.stages["finetune"]
+    aligns = align.defenses.runs
+    adds = not finetune.full and not (aligns and finetune.topology == "single")
+    return [stage for stage, included in ((align, aligns), (finetune, adds)) if included]
 
 
 class LimitCheck:
@@ -47,15 +55,14 @@ class LimitCheck:
             BadInput: The model cannot read a row, LoRA cannot adapt a target, or the tokenizer has no token that ends
                 an answer.
         """
-        for stage in experiment.stages.values():
-            if not stage.settings.full:
-                self._check_targets(stage.settings)
+        for stage in stages_with_new_adapter(experiment):
+            self._check_targets(stage.settings)
         sets = eval_sets(experiment)
         self._check_stop_tokens(sets)
         if self._positions:
             self._check_max_length(experiment, self._positions)
             for eval_set in sets:
-                self._check_answer_length(eval_set, self._positions)
+                self._check_answer_length(experiment, eval_set, self._positions)
         if self._outside:
             self._check_embeddings(experiment, sets)
 
@@ -81,21 +88,26 @@ class LimitCheck:
     def _check_max_length(self, experiment: Experiment, positions: int) -> None:
         for name, stage in experiment.stages.items():
             length = stage.settings.max_length
-            if length > positions:
+            trained = stage.defenses.runs or name != "align"
+            if trained and length > positions:
                 section = "align" if name == "align" else "finetune"
                 raise BadInput(
                     f"Stage {name!r} trains on rows of up to {length} tokens, but model {self._model!r} reads at most "
                     f"{positions}: --set {section}.settings.max_length={positions}, or choose a model that reads more."
                 )
 
-    def _check_answer_length(self, eval_set: EvalSet, positions: int) -> None:
+    def _check_answer_length(self, experiment: Experiment, eval_set: EvalSet, positions: int) -> None:
         lengths = {place: len(ids) for place, ids in self._prompts(eval_set)}
         longest = max(lengths, key=lengths.__getitem__, default="")
         if lengths and lengths[longest] + eval_set.max_new_tokens > positions:
+            other = {"task": f"task_tokens.{experiment.task.name}", "benign": "benign.max_new_tokens"}
+            setting = other.get(eval_set.name, "harmful.max_new_tokens")
+            room = positions - lengths[longest]
             raise BadInput(
                 f"{longest} has {lengths[longest]} tokens and its answer up to {eval_set.max_new_tokens}, but model "
-                f"{self._model!r} reads at most {positions}: shorten the prompt, allow fewer new tokens "
-                "(--set answer...), or choose a model that reads more."
+                f"{self._model!r} reads at most {positions}: "
+                f"{f'--set answer.{setting}={room}' if room > 0 else 'shorten the prompt'}, or choose a model that "
+                "reads more."
             )
 
     def _check_embeddings(self, experiment: Experiment, sets: list[EvalSet]) -> None:
