@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, StringConstraints, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.errors import BadInput, shortened
 from harmbench_vaccine.core.hashing import canonical_json
+from harmbench_vaccine.core.jsonl import parse_json
 from harmbench_vaccine.core.locks import shared_lock
 from harmbench_vaccine.core.visible import cell_of_text, text_of_cell, visible_json_text
 from harmbench_vaccine.experiment.spec import first_validation_error
@@ -22,6 +23,8 @@ from .result import Count, Percent, Result
 
 Text = Annotated[str, BeforeValidator(text_of_cell)]
 Name = Annotated[Text, StringConstraints(min_length=1)]
+Json = Annotated[Any, BeforeValidator(parse_json)]
+Params = Annotated[dict[str, Any], BeforeValidator(parse_json)]
 Amount = Annotated[float, Field(ge=0)]
 
 _MAX_NAME = 200  # bytes; a temporary file next to the CSV has a longer name
@@ -39,9 +42,9 @@ class ResultRow(BaseModel):
     scorer: Name
     model: Name
     defense: Name
-    defense_params: Json[dict[str, Any]]
+    defense_params: Params
     attack: Name
-    attack_params: Json[dict[str, Any]]
+    attack_params: Params
     task: Name
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     harmful_score: Percent
@@ -50,7 +53,7 @@ class ResultRow(BaseModel):
     harmful_score_hits: Count
     harmful_score_n: Count
     harmful_score_unread: Count | None = None
-    harmful_sets: Json[Any] = None
+    harmful_sets: Json = None
     finetune_accuracy: Percent
     finetune_accuracy_low: Percent
     finetune_accuracy_high: Percent
@@ -69,7 +72,7 @@ class ResultRow(BaseModel):
     collapsed: bool
     reasons: Text = ""
     seconds: Amount | None = None
-    versions: Json[Any] = None
+    versions: Json = None
 
 
 COLUMNS = list(ResultRow.model_fields)
