@@ -12,14 +12,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.results_csv import csv_row
 from harmbench_vaccine.evaluation.statistics import mean_interval
 from harmbench_vaccine.experiment.protocol import Protocol, load_protocol
 
-from ..render import Column, dim_notes, render_table
+from ..render import Column, VisibleText, dim_notes, render_table
 from .deviations import list_deviations
 from .matching import FigureQuery, MatchedFigure, load_names, matching_figures
 
@@ -326,4 +325,6 @@ def comparison_view(comparisons: Sequence[PublishedComparison]) -> RenderableTyp
     if not sheet.rows:
         return Group(*dim_notes(sheet.notes))
     columns = [Column(title, right=title in ("seeds", "diff.")) for title in sheet.head]
-    return Group(Text(sheet.title, style="bold"), render_table(columns, sheet.rows, gap=1), *dim_notes(sheet.notes))
+    return Group(
+        VisibleText(sheet.title, style="bold"), render_table(columns, sheet.rows, gap=1), *dim_notes(sheet.notes)
+    )
