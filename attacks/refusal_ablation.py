@@ -27,10 +27,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.data.collate import IGNORED, Encoded
 from harmbench_vaccine.plugins import Attack, Example, Pools, param
+from harmbench_vaccine.training.adapters import untie_head
 from harmbench_vaccine.training.stage import TrainingStage
 from harmbench_vaccine.training.taps import Taps, decoder_layers
 
@@ -103,7 +105,7 @@ class RefusalAblation(Attack):
         if not remainder <= TOLERANCE:
             raise BadInput(
                 f"'refusal_ablation' is not exact for {type(model).__name__}: {100 * remainder:.0f}% of a hidden state "
-                "is still along the direction, because of a norm between a block and the residual stream."
+                "is still along the direction. A norm, or a layer that is not linear, is before the residual stream."
             )
 
     def _states(self, model: nn.Module, rows: Sequence[list[int]]) -> Tensor:
@@ -154,7 +156,7 @@ def refusal_score(logits: Tensor, openers: Tensor) -> float:
     return float((log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-9))).mean())
 
 
-def residual_writers(model: nn.Module) -> tuple[list[nn.Embedding], list[nn.Linear]]:
+def residual_writers(model: nn.Module) -> tuple[list[nn.Embedding], list[nn.Linear | Conv1D]]:
     """Return the modules that write to the residual stream.
 
     Returns:
@@ -164,26 +166,29 @@ def residual_writers(model: nn.Module) -> tuple[list[nn.Embedding], list[nn.Line
     in_layers = {id(module) for module in layers.modules()}
     embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m) not in in_layers]
     width = embeddings[0].embedding_dim
-    linears = []
+    linears: list[nn.Linear | Conv1D] = []
     for layer in layers:
         for child in layer.children():
-            outputs = [m for m in child.modules() if isinstance(m, nn.Linear) and m.out_features == width]
-            linears += outputs[-1:]
+            modules = [m for m in child.modules() if isinstance(m, (nn.Linear, Conv1D))]
+            linears += [m for m in modules if _weight_by_input(m).shape[1] == width][-1:]
     return embeddings, linears
+
+
+def _weight_by_input(linear: nn.Linear | Conv1D) -> Tensor:
+    """Return a view of the weight (inputs x outputs)."""
+    return linear.weight if isinstance(linear, Conv1D) else linear.weight.T
 
 
 @torch.no_grad()
 def orthogonalize(model: Any, direction: Tensor) -> None:
     """Remove a direction of length 1 from every module that writes to the residual stream, in place."""
-    head = model.get_output_embeddings()
-    if head.weight is model.get_input_embeddings().weight:
-        head.weight = nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False
+    untie_head(model)
     embeddings, linears = residual_writers(model)
     for embedding in embeddings:
         embedding.weight.copy_(_without(embedding.weight.float(), direction))
     for linear in linears:
-        linear.weight.copy_(_without(linear.weight.float().T, direction).T)
+        weight = _weight_by_input(linear)
+        weight.copy_(_without(weight.float(), direction))
         if linear.bias is not None:
             linear.bias.copy_(_without(linear.bias.float(), direction))
 

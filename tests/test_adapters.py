@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
     Phi3Config,
     PreTrainedModel,
@@ -335,14 +334,6 @@ def test_base_remains_after_the_only_adapter_is_dropped() -> None:
 # Layers that are not nn.Linear, and shared weights
 
 
-def gpt2() -> PreTrainedModel:
-    """Return a small GPT-2, whose matrices are Conv1D: their weights are (inputs x outputs)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = GPT2Config(vocab_size=tiny.VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=64)
-        return GPT2LMHeadModel(config).eval()
-
-
 def stirred(stack: LoraStack, *targets: str) -> Adapter:
     """Return a new adapter of the stack with random factors."""
     tiny.stir(stack.train([], tiny.settings(lora_targets=targets), seed=0), size=0.3)
@@ -351,16 +342,16 @@ def stirred(stack: LoraStack, *targets: str) -> Adapter:
 
 @pytest.mark.parametrize("targets", [("c_attn",), ("c_attn", "c_proj", "c_fc"), ("c_attn", "lm_head")])
 def test_adapter_of_gpt2_equals_that_of_peft(targets: tuple[str, ...], tmp_path: Path) -> None:
-    stack = LoraStack(gpt2())
+    stack = LoraStack(tiny.model("gpt2"))
     lora = stirred(stack, *targets)
     expected = logits(stack.model.eval())
-    assert not close(expected, logits(gpt2()), 1e-2)
+    assert not close(expected, logits(tiny.model("gpt2")), 1e-2)
     path = save(lora, tmp_path / "adapter")
     stack.drop_trained()
     assert close(logits(stack.use([path])), expected)
-    loaded = PeftModel.from_pretrained(gpt2(), str(path)).eval()
+    loaded = PeftModel.from_pretrained(tiny.model("gpt2"), str(path)).eval()
     assert close(logits(loaded), expected)
-    model = gpt2()
+    model = tiny.model("gpt2")
     merge_adapter(model, lora)
     assert close(logits(model), expected)
     if "lm_head" not in targets:  # peft changes the embeddings too
@@ -370,19 +361,19 @@ def test_adapter_of_gpt2_equals_that_of_peft(targets: tuple[str, ...], tmp_path:
 
 
 def test_adapters_of_gpt2_stack(tmp_path: Path) -> None:
-    first = save(stirred(LoraStack(gpt2()), "c_attn", "c_fc"), tmp_path / "first")
-    second = save(stirred(LoraStack(gpt2()), "c_proj", "c_fc").scaled(0.5), tmp_path / "second")
-    both = logits(LoraStack(gpt2()).use([first, second]))
-    model = gpt2()
+    first = save(stirred(LoraStack(tiny.model("gpt2")), "c_attn", "c_fc"), tmp_path / "first")
+    second = save(stirred(LoraStack(tiny.model("gpt2")), "c_proj", "c_fc").scaled(0.5), tmp_path / "second")
+    both = logits(LoraStack(tiny.model("gpt2")).use([first, second]))
+    model = tiny.model("gpt2")
     for path in (first, second):
         merge_adapter(model, Adapter.load(path))
     assert close(logits(model), both)
-    merge_adapter(joined := gpt2(), concatenate([Adapter.load(first), Adapter.load(second)]))
+    merge_adapter(joined := tiny.model("gpt2"), concatenate([Adapter.load(first), Adapter.load(second)]))
     assert close(logits(joined), both)
 
 
 def test_gpt2_trains(tmp_path: Path) -> None:
-    stack = LoraStack(gpt2())
+    stack = LoraStack(tiny.model("gpt2"))
     session = tiny.stage(stack.base, trained_with=tiny.settings(lora_targets=("c_attn", "c_proj")))[0]
     assert {name.split(".")[-4] for name in session.trainable} == {"c_attn", "c_proj"}
     loss = session.model(**tiny.batch()).loss

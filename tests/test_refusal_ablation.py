@@ -39,9 +39,13 @@ from support.world import make_world
 logging.disable_progress_bar()
 assert ATTACKS.get("refusal_ablation") is RefusalAblation  # this sets its name, which its draws depend on
 
-EXACT = ("llama", "opt", "qwen2", "qwen3", "mistral")
-ENDS = {"opt": ("out_proj", "fc2")}  # other names of the matrices that write to the residual stream
-EMBEDDINGS = {"opt": ("embed_tokens", "embed_positions")}
+EXACT = ("llama", "opt", "qwen2", "qwen3", "mistral", "gpt2")
+ENDS = {
+    "opt": ("out_proj", "fc2"),
+    "gpt2": ("c_proj",),
+}  # other names of the matrices that write to the residual stream
+EMBEDDINGS = {"opt": ("embed_tokens", "embed_positions"), "gpt2": ("wte", "wpe")}
+BIASES = {"opt": {"out_proj.bias", "fc2.bias"}, "gpt2": {"c_proj.bias"}}
 IDS = torch.tensor([[5, 17, 44, 80, 23, 9, 61], [90, 3, 3, 71, 12, 34, 56]])
 
 
@@ -62,7 +66,7 @@ def direction(seed: int = 0) -> Tensor:
 
 def layers_of(network: nn.Module) -> list[Any]:
     """Return the decoder layers, by name."""
-    return [module for name, module in network.named_modules() if name.rpartition(".")[0].endswith(".layers")]
+    return [module for name, module in network.named_modules() if name.rpartition(".")[0].endswith((".layers", ".h"))]
 
 
 @torch.no_grad()
@@ -110,7 +114,7 @@ def edited(network: PreTrainedModel, r: Tensor, architecture: str = "llama") -> 
         if part[-2] in EMBEDDINGS.get(architecture, ("embed_tokens",)):
             value = value @ without
         elif part[-2] in ENDS.get(architecture, ("o_proj", "down_proj")):
-            value = without @ value
+            value = value @ without if architecture == "gpt2" else without @ value  # Conv1D: (inputs x outputs)
         after[name] = value
     return after
 
@@ -128,7 +132,7 @@ def test_edit_equals_the_equations(architecture: str) -> None:
             changed.add(name.split(".")[-2] + "." + name.split(".")[-1])
     embeddings, ends = EMBEDDINGS.get(architecture, ("embed_tokens",)), ENDS.get(architecture, ("o_proj", "down_proj"))
     matrices = {f"{name}.weight" for name in (*embeddings, *ends)}
-    assert changed == (matrices | {"out_proj.bias", "fc2.bias"} if architecture == "opt" else matrices)
+    assert changed == matrices | BIASES.get(architecture, set())
 
 
 @pytest.mark.parametrize("architecture", EXACT)
@@ -434,7 +438,7 @@ def with_norms(architecture: str) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if "norm" in name and name.endswith("weight"):
+            if ("norm" in name or ".ln_" in name) and name.endswith("weight"):
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     return network
 
@@ -456,8 +460,11 @@ def test_norm_before_the_blocks_is_supported(architecture: str) -> None:
     attack, stage = attacked(network)
     attack.ablate(stage)
     after = stage.stack.base
-    name = "model.decoder.layers.0.fc2" if architecture == "opt" else "model.layers.0.mlp.down_proj"
+    names = {"opt": "model.decoder.layers.0.fc2", "gpt2": "transformer.h.0.mlp.c_proj"}
+    name = names.get(architecture, "model.layers.0.mlp.down_proj")
     difference = (before.get_submodule(name).weight - after.get_submodule(name).weight).detach()
+    if architecture == "gpt2":
+        difference = difference.T
     r = torch.linalg.svd(difference)[0][:, 0]
     assert component(before, r) > 0.01
     assert component(after, r) < 1e-4

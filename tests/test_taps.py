@@ -118,7 +118,7 @@ def test_hooks_are_removed_after_an_error(architecture: str) -> None:
 def test_gradient_checkpointing_gives_the_same_gradient(architecture: str, defense: Defense) -> None:
     gradients, passes = [], []
     for checkpointing in (False, True):
-        settings = tiny.settings(lora_dropout=0.3)
+        settings = tiny.settings(lora_dropout=0.3, lora_targets=tiny.targets(architecture))
         stage, _ = tiny.stage(tiny.model(architecture), trained_with=settings, stirred=True)
         if checkpointing:
             stage.model.gradient_checkpointing_enable({"use_reentrant": False})

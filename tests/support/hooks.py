@@ -16,9 +16,8 @@ def decoder_layers(model: nn.Module) -> list[Any]:
 
 def projections(model: nn.Module) -> list[nn.Module]:
     """Return the output projection of each attention block, which is its last module."""
-    return [
-        module for name, module in model.named_modules() if name.endswith(("self_attn.o_proj", "self_attn.out_proj"))
-    ]
+    names = ("self_attn.o_proj", "self_attn.out_proj", "attn.c_proj")
+    return [module for name, module in model.named_modules() if name.endswith(names)]
 
 
 @contextmanager

@@ -39,11 +39,21 @@ SIZES: dict[str, Any] = {
 LLAMA = {**SIZES, "intermediate_size": 96, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.1}
 GEMMA = {**LLAMA, "query_pre_attn_scalar": 32, "sliding_window": 64}
 OPT = {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.1, "dropout": 0.0}
+GPT2 = {
+    **{name: value for name, value in SIZES.items() if name != "max_position_embeddings"},
+    "n_positions": 256,
+    "initializer_range": 0.1,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+"""Its matrices are Conv1D, whose weights are (inputs x outputs)."""
 
 # Architecture -> configuration class, model class, configuration.
 _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", LLAMA),
     "opt": ("OPTConfig", "OPTForCausalLM", OPT),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", LLAMA),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", LLAMA),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**LLAMA, "sliding_window": None}),
@@ -94,7 +104,7 @@ def batch(lengths: Sequence[int] = (9, 5, 7), *, seed: int = 0, width: int | Non
 
 
 def settings(**changes: Any) -> TrainSettings:
-    """Return settings for tiny models; the targets of the LoRA are modules that every architecture has."""
+    """Return settings for tiny models; by default, LoRA adapts modules that every architecture but GPT-2 has."""
     defaults = TrainSettings(
         lr=5e-3,
         epochs=2,
@@ -104,9 +114,14 @@ def settings(**changes: Any) -> TrainSettings:
         lora_rank=4,
         lora_alpha=8,
         max_length=64,
-        lora_targets=("q_proj", "k_proj", "v_proj"),
+        lora_targets=targets(),
     )
     return replace(defaults, **changes)
+
+
+def targets(architecture: str = "llama") -> tuple[str, ...]:
+    """Return the modules of the attention's inputs."""
+    return ("c_attn",) if architecture == "gpt2" else ("q_proj", "k_proj", "v_proj")
 
 
 def stage(
@@ -125,9 +140,9 @@ def stage(
     `stirred` gives the adapter random weights: a new one has B = 0, so that the gradient on A is zero.
     """
     stack = LoraStack(base if base is not None else model())
-    session = TrainingStage(
-        name, stack, {}, seed, trained_with or settings(), pools or Pools(), tuple(below), start, encode=encode
-    )
+    targets = ("c_attn",) if stack.base.config.model_type == "gpt2" else settings().lora_targets
+    trained_with = trained_with or settings(lora_targets=targets)
+    session = TrainingStage(name, stack, {}, seed, trained_with, pools or Pools(), tuple(below), start, encode=encode)
     session.trainable = stack.train(below, session.settings, seed, Adapter.load(start) if start else None)
     if stirred:
         stir(session.trainable)
