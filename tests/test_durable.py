@@ -138,7 +138,7 @@ def test_sealed_folder_is_whole(tmp_path: Path) -> None:
     assert manifest["files"]["inner/config.json"] == "9006e6a425deba9a8a1a50c0aebc3c76c5b8eaaceb5fee108f8ef0518b60ba11"
 
 
-@settings(max_examples=examples(300), deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.data())
 def test_no_damage_of_a_sealed_folder_is_unnoticed(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as name, mock.patch.object(durable.os, "fsync"):  # which takes most of the time
