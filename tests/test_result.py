@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,73 @@ def test_a_stored_run_of_schema_1_is_shown(old: dict[str, Any], own_home: Path) 
     assert (shown.code, "flagged: theft" in shown.out) == (0, True)
     why = hbv("why", old["run"])
     assert (why.code, "stored by an earlier version" in why.sentence) == (2, True)
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J \x9b31m \u202egnp.exe"
+ANSWER = {"when": "after", "set": "harmful", "id": "1", "instruction": EVIL, "input": "", "target": "", "answer": EVIL}
+
+
+def store_run(home: Path, result: Any, *answers: dict[str, Any]) -> None:
+    """Write the files of the run `sft-0`."""
+    folder = home / "runs" / "sft-0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
+    (folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def test_an_incomplete_result_is_shown_without_what_it_lacks(own_home: Path) -> None:
+    answers = [{**ANSWER, "flagged": True, "categories": [EVIL], "verdicts": {}}]
+    answers += [{**answers[0], "when": "before"}, {**ANSWER, "id": "2", "flagged": None, "when": "before"}]
+    store_run(own_home, {"run": "sft-0", "defense": "sft", "attack": "ratio=0"}, *answers)
+    done = hbv("show", "sft-0", COLUMNS="80")
+    assert (done.code, done.err) == (0, "")
+    text = " ".join(done.out.split())
+    assert "HS not recorded, FA not recorded, task not recorded, seed not recorded, model not recorded" in text
+    assert "Unread verdicts: 0 after the user stage, 1 before it." in text
+    assert "(not recorded)" in done.out  # the answer of question 2 after the user stage
+    assert not [char for char in done.out if unicodedata.category(char) in ("Cc", "Cf") and char != "\n"]
+    assert r"\x1b" in done.out
+    as_json = hbv("show", "sft-0", "--json")
+    assert as_json.results == answers
+    assert not [char for char in as_json.out if unicodedata.category(char) in ("Cc", "Cf") and char != "\n"]
+
+
+def test_the_scores_of_an_old_result_are_shown(old: dict[str, Any], own_home: Path) -> None:
+    store_run(own_home, old, {**ANSWER, "flagged": False})
+    text = " ".join(hbv("show", "sft-0").out.split())
+    assert f"HS {old['harmful_score']:.1f}, FA {old['finetune_accuracy']:.1f}, task {old['task']}, seed 0" in text
+    assert f"hash {old['protocol_hash']}." in text
+    assert "not recorded." not in text
+
+
+@pytest.mark.parametrize(
+    ("result", "answer", "message"),
+    [
+        ({"harmful_score": 150}, {}, "result.json is not a result of this version: harmful_score is 150"),
+        ({"finetune_accuracy": -1}, {}, "finetune_accuracy is -1"),
+        ({"run": None}, {}, "run is None"),
+        ({}, {"when": "later"}, "answers.jsonl, answer 1 is damaged: when is 'later'"),
+        ({}, {"answer": None}, "answer is None"),
+        ({}, {"flagged": "yes"}, "flagged is 'yes'"),
+        ({}, {"verdicts": {"judge": {}}}, "verdicts.judge.flagged is missing"),
+        ({}, {"categories": "theft"}, "categories is 'theft'"),
+    ],
+)
+def test_damaged_values_are_refused_in_one_sentence(
+    result: dict[str, Any], answer: dict[str, Any], message: str, own_home: Path
+) -> None:
+    store_run(own_home, {"run": "sft-0", "defense": "sft", "attack": "ratio=0", **result}, {**ANSWER, **answer})
+    done = hbv("show", "sft-0")
+    assert (done.code, done.out) == (1, "")
+    assert message in done.sentence
+
+
+@pytest.mark.parametrize("field", ["harmful_score", "finetune_accuracy_n", "environment"])
+def test_values_out_of_range_are_refused(field: str, stored: tuple[dict[str, Any], Path]) -> None:
+    for value in (150.5, -1, math.inf, math.nan, {"date": "yesterday"}, {"date": ""}):
+        with pytest.raises(ValidationError):
+            Result.from_json({**stored[0], field: value})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 3, "run": 1}'])

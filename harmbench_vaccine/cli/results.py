@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -41,19 +40,19 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: 
     Example: hbv show vaccine-e9 --only flagged
     """
     from harmbench_vaccine.core.errors import unknown_name
-    from harmbench_vaccine.evaluation.records import by_question, find_run, load_run
+    from harmbench_vaccine.evaluation.records import by_question, find_run, load_overview
     from harmbench_vaccine.reporting.tables import answers_view
 
-    result, answers = load_run(find_run(run, home() / "runs"))
+    overview, answers = load_overview(find_run(run, home() / "runs"))
     set_names = {row["set"] for row in answers}
     if set_name not in set_names:
         raise unknown_name("evaluation set", set_name, set_names)
     if as_json:
         for pair in by_question(answers, set_name, only)[:limit]:
             for row in pair.values():
-                click.echo(json.dumps(row, ensure_ascii=False))
+                print_json(row)
     else:
-        print_view(answers_view(result, answers, set_name, limit or 10, only))
+        print_view(answers_view(overview, answers, set_name, limit or 10, only))
 
 
 @click.command()

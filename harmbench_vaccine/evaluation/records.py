@@ -21,7 +21,7 @@ from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.experiment.spec import first_validation_error
 
 from .agreement import SCORER_FACTS, AnswerRow, judge_scores, pairwise_agreement
-from .result import Interval, JudgeScore, Percent, Result
+from .result import JudgeScore, Percent, Result
 from .results_csv import add_row
 
 RESULT, ANSWERS = "result.json", "answers.jsonl"
@@ -45,9 +45,7 @@ class RunOverview(BaseModel):
     protocol_hash: str | None = None
     scorer: str | None = None
     harmful_score: Percent | None = None
-    harmful_score_ci: Interval | None = None
     finetune_accuracy: Percent | None = None
-    finetune_accuracy_ci: Interval | None = None
 
 
 class _StoredVerdict(BaseModel):
@@ -162,7 +160,7 @@ def find_run(run: str, folder: Path) -> Path:
 def by_question(
     answers: Sequence[dict[str, Any]], eval_set: str, only: str | None = None
 ) -> list[dict[str, dict[str, Any]]]:
-    """Group the answers to one evaluation set by question: `before` and `after` -> row.
+    """Group the answers to one evaluation set by question: `before` and `after` -> row, or one of them.
 
     Args:
         answers: The answers of a run.
@@ -174,7 +172,7 @@ def by_question(
     for row in answers:
         if row["set"] == eval_set:
             pairs.setdefault(row["id"], {})[row["when"]] = row
-    return [pair for pair in pairs.values() if only in (None, names.get(pair["after"].get("flagged", "")))]
+    return [pair for pair in pairs.values() if only in (None, names.get(pair.get("after", {}).get("flagged", "")))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

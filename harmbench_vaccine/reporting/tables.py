@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
 from harmbench_vaccine.evaluation.agreement import is_flagged
-from harmbench_vaccine.evaluation.records import by_question
+from harmbench_vaccine.evaluation.records import RunOverview, by_question
 from harmbench_vaccine.evaluation.result import Agreement, JudgeScore, Result, StageRecord
 from harmbench_vaccine.evaluation.why import Explanation
 
@@ -17,6 +18,7 @@ from .render import Cell, Column, VisibleText, dim_notes, numbers, render_table
 if TYPE_CHECKING:
     from .testbed_report import TestbedReport
 
+_NOT_RECORDED = "not recorded"
 STAGE_ORDER = ("align", "finetune", "repair", "answer", "score")
 
 
@@ -134,12 +136,12 @@ def _seconds(stage: StageRecord | None) -> str:
 
 
 def answers_view(
-    result: Result, answers: Sequence[dict[str, Any]], set_name: str, limit: int, only: str | None
+    overview: RunOverview | Result, answers: Sequence[dict[str, Any]], set_name: str, limit: int, only: str | None
 ) -> RenderableType:
     """Show questions with the answers before and after the user stage, and their verdicts.
 
     Args:
-        result: Result of the run.
+        overview: Identity and scores of the run.
         answers: Stored answers of the run.
         set_name: Set of questions to show, such as "harmful".
         limit: Maximum number of questions.
@@ -149,18 +151,42 @@ def answers_view(
     table = render_table(
         [Column(title, ratio=1) for title in ("question", "before the user stage", "after it")],
         [
-            [f"{pair['after']['instruction']}\n{pair['after']['input']}".strip()]
-            + [_answer(pair[when]) for when in ("before", "after")]
+            [_question(next(iter(pair.values()))), *(_answer(pair.get(when)) for when in ("before", "after"))]
             for pair in pairs[:limit]
         ],
         lines=True,
     )
-    title = f"{result.run}: {result.defense} under {result.attack}, evaluation set {set_name!r}"
-    count = f"{min(limit, len(pairs))} of {len(pairs)} questions"
-    return Group(VisibleText(title, style="bold"), table, *dim_notes([count]))
+    title = f"{overview.run}: {overview.defense} under {overview.attack}, evaluation set {set_name!r}"
+    unread = Counter(row["when"] for row in answers if row["set"] == set_name and row.get("flagged", "") is None)
+    notes = [f"{min(limit, len(pairs))} of {len(pairs)} questions.", _overview_note(overview)]
+    if unread:
+        notes.append(f"Unread verdicts: {unread['after']} after the user stage, {unread['before']} before it.")
+    return Group(VisibleText(title, style="bold"), table, *dim_notes(notes))
 
 
-def _answer(row: Mapping[str, Any]) -> VisibleText:
+def _overview_note(overview: RunOverview | Result) -> str:
+    """Return the scores and the setting of a run; an old result may not have all of them."""
+    facts = {
+        "HS": overview.harmful_score,
+        "FA": overview.finetune_accuracy,
+        "task": overview.task,
+        "seed": overview.seed,
+        "model": overview.model,
+        "judge": overview.scorer,
+        "protocol": overview.protocol,
+        "hash": overview.protocol_hash,
+    }
+    texts = {name: f"{value:.1f}" if isinstance(value, float) else value for name, value in facts.items()}
+    return f"{', '.join(f'{name} {_NOT_RECORDED if text is None else text}' for name, text in texts.items())}."
+
+
+def _question(row: Mapping[str, Any]) -> str:
+    return f"{row['instruction']}\n{row['input']}".strip()
+
+
+def _answer(row: Mapping[str, Any] | None) -> VisibleText:
+    if row is None:
+        return VisibleText(f"({_NOT_RECORDED})", style="dim")
     text = VisibleText(row["answer"] or "(empty)")
     verdicts = row.get("verdicts", {})
     if len(verdicts) > 1:
@@ -177,7 +203,7 @@ def _answer(row: Mapping[str, Any]) -> VisibleText:
 
 def _append_verdict(text: VisibleText, verdict: Mapping[str, Any], judge: str = "") -> None:
     flagged = is_flagged(verdict)
-    label = f"flagged: {', '.join(verdict['categories'])}" if flagged else "not flagged"
+    label = f"flagged: {', '.join(verdict.get('categories', ()))}" if flagged else "not flagged"
     label, style = ("unread", "yellow") if flagged is None else (label, "red" if flagged else "green")
     text.append(f"\n{judge}{label}", style=style)
 
