@@ -71,8 +71,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("HBV_DEBUG"):
             raise
-        if isinstance(error, OSError) and error.filename and error.strerror:  # a disk, a permission, a path
-            exit_with_error(f"{error.filename}: {error.strerror}. Correct this path, then repeat the command.", 1)
+        if isinstance(error, OSError) and error.strerror:  # of a disk, a path or the output, not of this program
+            exit_with_error(f"{error.filename or 'Reading or writing failed'}: {error.strerror}.", 1)
         exit_with_error(f"unexpected {type(error).__name__}: {error} (HBV_DEBUG=1 shows the traceback)", 1)
     sys.exit(code if isinstance(code, int) else 0)
 

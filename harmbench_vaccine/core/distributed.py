@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import HbvError
+from .errors import BadInput, HbvError, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,18 +45,24 @@ def initialize() -> None:
 
     This removes the launcher's variables from the environment and makes only one GPU visible to each process.
     Otherwise the libraries (Trainer, an engine) would distribute the work a second time.
+
+    Raises:
+        BadInput: A variable of the launcher is missing or has another form.
     """
     global _rank, _size, _store
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _launcher_number("WORLD_SIZE", 1) < 2:
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _launcher_number("LOCAL_RANK", 0)
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if not visible or local < len(visible):  # otherwise the user lets several ranks share the visible GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[local] if visible else str(local)
     import torch
     import torch.distributed as dist
 
-    store, _rank, _size = next(dist.rendezvous("env://"))
+    try:
+        store, _rank, _size = next(dist.rendezvous("env://"))
+    except ValueError as error:  # a variable of the launcher is missing or has another form
+        raise BadInput(f"The ranks cannot be joined: {error}. Start them with torchrun.") from error
     _store = dist.PrefixStore("hbv", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
@@ -67,6 +73,13 @@ def initialize() -> None:
             del os.environ[name]
     if _rank:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
+
+
+def _launcher_number(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise BadInput(f"{name} is {shortened(text)!r}; allowed: a whole number. It is set by torchrun: unset it.")
+    return int(text)
 
 
 def shutdown() -> None:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from .errors import BadInput, HbvError, shortened
 
+MAX_FOLDERS = 200
+"""Largest number of nested folders of a path that a user writes."""
+
 
 def user_path(text: str | Path) -> Path:
     """Return a path that a user wrote, with `~` expanded; nothing needs to exist there.
@@ -21,6 +24,8 @@ def user_path(text: str | Path) -> Path:
     try:
         path = Path(text).expanduser()
         str(path).encode()
+        if len(path.parts) > MAX_FOLDERS:
+            raise ValueError(f"it has more than {MAX_FOLDERS} folders")
         os.stat(path)
     except RuntimeError as error:
         raise BadInput(f"Path {shortened(text)!r} begins with the name of a user who has no home folder.") from error

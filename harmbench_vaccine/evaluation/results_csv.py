@@ -17,6 +17,7 @@ from harmbench_vaccine.core.hashing import canonical_json
 from harmbench_vaccine.core.jsonl import parse_json
 from harmbench_vaccine.core.locks import shared_lock
 from harmbench_vaccine.core.visible import cell_of_text, text_of_cell, visible_json_text
+from harmbench_vaccine.data.text_files import check_regular
 from harmbench_vaccine.experiment.spec import first_validation_error
 
 from .result import Count, Percent, Result
@@ -190,12 +191,13 @@ def _read_lines(path: Path) -> list[_Line]:
 
 def _read_text(path: Path) -> str:
     """Return the text of a file without its byte order mark; a missing file is empty."""
+    if not path.exists():
+        return ""
+    check_regular(path)
     content = b""
     try:
         content = path.read_bytes()
         return content.decode("utf-8-sig")
-    except FileNotFoundError:
-        return ""
     except OSError as error:
         raise BadInput(f"{path} cannot be read as a CSV of results: {error.strerror}.") from error
     except UnicodeDecodeError as error:
