@@ -193,6 +193,29 @@ def test_too_high_rank_is_merged_and_higher_rank_restarts_the_engine(pool: Model
     assert adapted != merged
 
 
+@pytest.mark.parametrize(
+    ("architecture", "targets", "answered_by"),
+    [
+        ("gpt2", ("c_attn", "c_proj"), "vllm, merged weights"),
+        ("opt", ("q_proj", "lm_head"), "vllm, merged weights"),
+        ("llama", ("q_proj", "lm_head"), "vllm"),
+    ],
+)
+def test_adapters_of_conv1d_layers_and_of_tied_heads(
+    architecture: str, targets: tuple[str, ...], answered_by: str, pool: ModelPool, tmp_path: Path
+) -> None:
+    """Where vLLM does not take such an adapter, the merged weights equal it."""
+    model = tiny.model(architecture, tie_word_embeddings=True, **token_ids())
+    tiny.save(model, tokenizer(), tmp_path / "model")
+    stack = LoraStack(model)
+    plain = TransformersEngine(stack, tokenizer()).generate((), PROMPTS, LIMIT)
+    tiny.stir(stack.train([], tiny.settings(lora_targets=targets), seed=0), size=0.3)
+    stack.trained().save(tmp_path / "adapter")
+    spec = ModelSpec(str(tmp_path / "model"))
+    assert answer_with_both(pool, spec, tmp_path / "adapter") != plain
+    assert pool.engine(spec, "vllm").answered_by == answered_by
+
+
 def test_model_that_vllm_refuses_is_answered_by_transformers(pool: ModelPool, tmp_path: Path) -> None:
     tiny.save(tiny.model(**{**token_ids(), "head_dim": 8}), tokenizer(), tmp_path / "model")
     spec = ModelSpec(str(tmp_path / "model"))

@@ -211,6 +211,7 @@ def test_shape_serves_smaller_shapes() -> None:
         (ValueError("LoRA rank 9 is greater than max_lora_rank 8."), "adapter", "LoRA rank 9 is greater than"),
         (ValueError("Free memory on device (1/2 GiB) on startup"), "memory", "Free memory"),
         (ValueError("1 validation error for C\n  Value error, No model. Use [type=value_error]"), "model", "No model"),
+        (ValueError("GPT2LMHeadModel does not support LoRA yet."), "adapter", "GPT2LMHeadModel does not support LoRA"),
         (NotImplementedError(), "model", "NotImplementedError"),
         (KeyError("x" * 500), "model", "'xxx"),
     ],
@@ -219,6 +220,7 @@ def test_vllm_error_becomes_a_kind_and_a_short_reason(error: Exception, kind: st
     assert vllm_worker._kind(error) == kind
     text = vllm_worker._reason(error)
     assert text.startswith(reason)
+    assert not text.endswith("yet.")  # a full stop follows
     assert "\n" not in text
     assert len(text) < 210
 

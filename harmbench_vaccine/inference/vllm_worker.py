@@ -205,7 +205,7 @@ def _reason(error: Exception) -> str:
     """Return the line of an error that names the problem, short enough for a message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = next((line for line in lines if line.startswith("Value error, ")), lines[0])
-    line = line.removeprefix("Value error, ").partition(" [type=")[0].partition(". ")[0]
+    line = line.removeprefix("Value error, ").partition(" [type=")[0].partition(". ")[0].rstrip(".")
     return line if len(line) <= 200 else f"{line[:200]}..."
 
 
