@@ -58,7 +58,7 @@ def check_regular(path: Path) -> None:
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}.") from error
     if not regular:
-        raise BadInput(f"{path} is not a regular file; allowed: a file, or for data a folder of one file for each split.")
+        raise BadInput(f"{path} is not a regular file; allowed: a file, or for data a folder with a file per split.")
 
 
 def size_limit() -> int:
