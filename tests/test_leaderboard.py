@@ -409,7 +409,7 @@ def test_bad_input(flag: str, tmp_path: Path) -> None:
         (): f"The CSV of results {tmp_path / 'home' / 'results.csv'} does not exist",
         (good, tmp_path / "no.csv"): f"The CSV of results {tmp_path / 'no.csv'} does not exist",
         (good, tmp_path / "foreign.csv"): f"{tmp_path / 'foreign.csv'} has other columns",
-        (tmp_path,): f"{tmp_path} cannot be read",
+        (tmp_path,): f"{tmp_path} is not a regular file",
         (tmp_path / "empty.csv",): "No results in",
         (good, "--out", good / "x"): f"{good / 'x'} cannot be written to",
     }.items():

@@ -270,7 +270,7 @@ def test_unread_verdicts_and_grades_are_columns(tmp_path: Path) -> None:
     assert (one.harmful_score_unread, one.finetune_accuracy_unread) == (3, 2)
     assert (two.harmful_score_unread, two.finetune_accuracy_unread) == (None, 0)
     shown = " ".join(hbv("leaderboard", table).out.split())
-    assert "sft: 2 unread grades, which FA leaves out." in shown
+    assert "Unread grades of sft, which FA leaves out: 2." in shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -286,8 +286,8 @@ def test_a_run_refuses_the_csv_before_any_work(flag: list[str], world: Path, tab
     home = tmp_path / "home"
     for path, message in {
         damaged: "damaged.csv, line 3 has damaged quotes",
-        tmp_path / "folder.csv": "folder.csv is not a file",
-        tmp_path / "fifo.csv": "fifo.csv is not a file",
+        tmp_path / "folder.csv": "folder.csv is not a regular file",
+        tmp_path / "fifo.csv": "fifo.csv is not a regular file",
         tmp_path / ("x" * 220): "is too long",
         table / "results.csv": "cannot be written to",
     }.items():

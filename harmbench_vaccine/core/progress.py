@@ -80,4 +80,6 @@ class Terminal:
             self.note(f"{title}: {seconds:.1f} s")
 
     def note(self, text: str) -> None:
-        self.console.print(visible(text), style="dim", highlight=False, markup=False)
+        self.console.print(
+            visible(" ".join(text.splitlines())), style="dim", highlight=False, markup=False, emoji=False
+        )

@@ -105,12 +105,9 @@ def check_csv(path: Path) -> None:
     """
     if len(os.fsencode(path.name)) > _MAX_NAME:
         raise BadInput(f"The name of the CSV {shortened(path.name)!r} is too long: at most {_MAX_NAME} bytes.")
-    if path.exists():
-        if not path.is_file():
-            raise BadInput(f"The CSV of results {path} is not a file: choose another path.")
-        if not os.access(path, os.W_OK):
-            raise BadInput(f"The CSV of results {path} is write-protected: permit writing, or choose another file.")
     read_csv(path)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise BadInput(f"The CSV of results {path} is write-protected: permit writing, or choose another file.")
 
 
 def add_row(path: Path, result: Result) -> None:
@@ -191,7 +188,7 @@ def _read_lines(path: Path) -> list[_Line]:
 
 def _read_text(path: Path) -> str:
     """Return the text of a file without its byte order mark; a missing file is empty."""
-    if not path.exists():
+    if not os.path.exists(path):  # `Path.exists` raises where the folder is not readable
         return ""
     check_regular(path)
     content = b""

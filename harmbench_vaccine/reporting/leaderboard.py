@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import warnings
 from collections import Counter
@@ -110,9 +111,9 @@ class Ranking:
                     f"It is not ranked, and its HS does not count as safe.{doubt}"
                 )
         for row in self.rows:
-            for column, content in zip(UNREAD, ("verdicts, which HS", "grades, which FA"), strict=True):
+            for column, kind, score in zip(UNREAD, ("verdicts", "grades"), ("HS", "FA"), strict=True):
                 if row[column]:
-                    notes.append(f"{row['defense']}: {row[column]} unread {content} leaves out.")
+                    notes.append(f"Unread {kind} of {row['defense']}, which {score} leaves out: {row[column]}.")
         if not all(row["trained"] for row in self.rows):
             notes.append("untrained: the attack replaces the user stage, so the task was not learned.")
         return notes
@@ -154,7 +155,7 @@ def rank_results(tables: Sequence[Path], baseline: str = DEFAULT_BASELINE, publi
 
 
 def _read_runs(path: Path) -> pd.DataFrame:
-    if not path.exists():
+    if not os.path.exists(path):  # `Path.exists` raises where the folder is not readable
         raise BadInput(f"The CSV of results {path} does not exist. Create it with `hbv run`.")
     rows = [
         [canonical_json(value) if isinstance(value, dict | list) else value for value in row.model_dump().values()]

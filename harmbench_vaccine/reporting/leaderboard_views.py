@@ -14,8 +14,10 @@ from rich.console import Group, RenderableType
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.paths import ensure_writable
+from harmbench_vaccine.core.visible import cell_of_text, visible_json_text
 
 from .leaderboard import COLUMNS, MEANS, Ranking
+from .markdown import markdown_row, markdown_text
 from .published import comparison
 from .render import Column, VisibleText, dim_notes, render_table
 
@@ -53,11 +55,11 @@ def rankings_markdown(rankings: Sequence[Ranking]) -> str:
     """Return rankings as a Markdown page."""
     lines = ["# Leaderboard", "", _legend(rankings[0].baseline)]
     for ranking in rankings:
-        lines += ["", f"## {_plain(ranking.title)}", "", _markdown_row(_HEAD)]
-        lines += [_markdown_row(["---" if title == "defense" else "---:" for title in _HEAD])]
-        lines += [_markdown_row(_cells(row)) for row in ranking.rows]
+        lines += ["", f"## {markdown_text(ranking.title)}", "", markdown_row(_HEAD)]
+        lines += [markdown_row(["---" if title == "defense" else "---:" for title in _HEAD])]
+        lines += [markdown_row(_cells(row)) for row in ranking.rows]
         if ranking.notes:
-            lines += ["", *(f"- {_plain(note)}" for note in ranking.notes)]
+            lines += ["", *(f"- {markdown_text(note)}" for note in ranking.notes)]
         if ranking.published:
             lines += _comparison_lines(comparison.comparison_sheet(ranking.published))
     return "\n".join(lines) + "\n"
@@ -66,9 +68,9 @@ def rankings_markdown(rankings: Sequence[Ranking]) -> str:
 def _comparison_lines(sheet: comparison.ComparisonSheet) -> list[str]:
     lines = []
     if sheet.rows:
-        lines += ["", f"### {_plain(sheet.title)}", ""]
-        lines += [_markdown_row(sheet.head), _markdown_row(["---"] * len(sheet.head)), *map(_markdown_row, sheet.rows)]
-    return [*lines, "", *(f"- {_plain(note)}" for note in sheet.notes)]
+        lines += ["", f"### {markdown_text(sheet.title)}", ""]
+        lines += [markdown_row(sheet.head), markdown_row(["---"] * len(sheet.head)), *map(markdown_row, sheet.rows)]
+    return [*lines, "", *(f"- {markdown_text(note)}" for note in sheet.notes)]
 
 
 def ranking_rows(rankings: Sequence[Ranking]) -> list[dict[str, Any]]:
@@ -93,7 +95,11 @@ def write_rankings(rankings: Sequence[Ranking], folder: Path) -> None:
         BadInput: The folder is not writable.
     """
     ensure_writable(folder, "The output folder")
-    table = rankings_frame(rankings).to_csv(index=False, lineterminator="\n", float_format="%.6g")
+    frame = rankings_frame(rankings)
+    for column in frame:
+        escaped = visible_json_text if column.endswith("_params") else cell_of_text
+        frame[column] = [escaped(value) if isinstance(value, str) else value for value in frame[column]]
+    table = frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")
     with readable_disk_errors("the leaderboard", folder):
         write_atomically(folder / "leaderboard.csv", table)
         write_atomically(folder / "leaderboard.md", rankings_markdown(rankings))
@@ -129,13 +135,3 @@ def _difference(row: dict[str, Any], score: str) -> str:
 
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    escaped = [_plain(cell).replace("|", "\\|") for cell in cells]
-    return f"| {' | '.join(escaped)} |"
-
-
-def _plain(text: str) -> str:
-    """Return text as one line without Markdown meaning; `<` could open a tag."""
-    return " ".join(text.split()).replace("<", "&lt;")
