@@ -112,7 +112,9 @@ def describe_source(what: str, location: str, testbed_is_built: bool) -> Source:
         return Source(what, location, False, f"{hub.download_size(kind, name) / 2**30:.1f} GiB")
     except HbvError as error:
         label = "Data set" if what == "data" else "Model"
-        refusal = error.__cause__ and hub.hub_access_error(f"{label} {location!r}", error.__cause__, "name a folder")
+        refusal = error.__cause__ and hub.hub_access_error(
+            f"{label} {location!r}", kind, location, error.__cause__, "name a folder"
+        )
         if isinstance(refusal, BadInput):
             raise refusal from error
         return Source(what, location, False, f"size unknown: {error}")
