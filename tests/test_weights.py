@@ -20,15 +20,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import SILENT
+from harmbench_vaccine.experiment.limits import LimitCheck
 from harmbench_vaccine.experiment.protocol import protocol_models
 from harmbench_vaccine.inference import loading
 from harmbench_vaccine.inference.loading import check_model, load_judge, load_model, readable_load_errors
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmRunner
+from harmbench_vaccine.reporting.dry_run import estimate
 from support import tiny
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,6 +285,25 @@ def test_code_of_a_folder_never_runs(folder: Path, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "ran").exists()
 
 
+def test_code_of_a_known_architecture_never_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The configuration needs no code, but transformers has no decoder for it, and the folder has one."""
+    monkeypatch.setenv("HBV_TEST_MARK", str(tmp_path / "ran"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 20))
+    config = {"model_type": "t5", "auto_map": {"AutoModelForCausalLM": "code.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(CODE)
+    config = AutoConfig.from_pretrained(folder)
+    attempts: list[Callable[[], Any]] = [
+        lambda: load(folder),
+        lambda: LimitCheck(str(folder), tiny.tokenizer(["a"]), config)._empty_stack,
+        lambda: estimate._random_model(config, "float32"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(BadInput, match="needs Python code"):
+            attempt()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_code_of_a_tokenizer_never_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HBV_TEST_MARK", str(tmp_path / "ran"))
     monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 20))
@@ -294,7 +315,7 @@ def test_code_of_a_tokenizer_never_runs(folder: Path, tmp_path: Path, monkeypatc
     assert not (tmp_path / "ran").exists()
 
 
-LOADERS = frozenset({"from_pretrained", "load_dataset", "LLM"})
+LOADERS = frozenset({"from_pretrained", "from_config", "load_dataset", "LLM"})
 """Functions that run code of a repository if they are allowed to."""
 
 

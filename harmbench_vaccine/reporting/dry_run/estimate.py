@@ -332,7 +332,8 @@ def _random_model(config: Any, dtype: str) -> Any:  # a model of transformers, o
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    with readable_load_errors(config.name_or_path):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=getattr(torch, dtype))
 
 
 def _with_adapter(base: Any, settings: TrainSettings) -> LoraStack:
