@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoConfig, AutoTokenizer, GPT2Config, LlamaConfig, MptConfig, OPTConfig, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+    OPTConfig,
+    Qwen3MoeConfig,
+    RobertaConfig,
+)
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.types import Example
@@ -65,12 +75,25 @@ def test_position_limit_of_a_configuration(config: Any, limit: int | None) -> No
     assert position_limit(config) == limit
 
 
-def test_learned_positions_end_at_the_limit() -> None:
-    model = tiny.model("opt", max_position_embeddings=48)
-    limit = position_limit(model.config)
-    assert limit == 48
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (OPTConfig(max_position_embeddings=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), 48),
+        (GPT2Config(n_positions=48, n_embd=16, n_layer=1, n_head=2), 48),
+        (
+            RobertaConfig(
+                max_position_embeddings=48, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True
+            ),
+            46,
+        ),
+    ],
+)
+def test_learned_positions_end_at_the_limit(config: Any, expected: int) -> None:
+    limit = position_limit(config)
+    assert limit == expected
+    model = AutoModelForCausalLM.from_config(config).eval()
     model(input_ids=torch.full((1, limit), 5))
-    with pytest.raises(IndexError):
+    with pytest.raises((IndexError, RuntimeError)):
         model(input_ids=torch.full((1, limit + 1), 5))
 
 

@@ -10,6 +10,11 @@ from harmbench_vaccine.core.errors import HbvError
 _POSITIONS = ("max_position_embeddings", "max_seq_len")
 """Names of the largest number of positions; transformers maps older names (`n_positions`) to the first."""
 
+_COUNTED_FROM_PADDING = frozenset(
+    {"roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "mpnet"}
+)
+"""Model types whose first position is the one after the id of the padding token, so that they read fewer tokens."""
+
 
 def embedding_rows(config: Any) -> int:
     """Return the number of token ids that a model has an embedding for."""
@@ -24,7 +29,8 @@ def position_limit(config: Any) -> int | None:
     """
     text = config.get_text_config(decoder=True)
     limits = (getattr(text, name, None) for name in _POSITIONS)
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+    limit = next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+    return limit - text.pad_token_id - 1 if limit and text.model_type in _COUNTED_FROM_PADDING else limit
 
 
 def check_length(model: str, config: Any, tokens: int) -> None:
@@ -35,7 +41,10 @@ def check_length(model: str, config: Any, tokens: int) -> None:
     """
     limit = position_limit(config)
     if limit and tokens > limit:
-        raise HbvError(f"{model}: a text has {tokens} tokens, but the model reads at most {limit}.")
+        raise HbvError(
+            f"{model}: a text has {tokens} tokens, but the model reads at most {limit}. Choose a model that reads "
+            "more, or allow shorter answers."
+        )
 
 
 def tokens_outside(tokenizer: Any, config: Any) -> dict[int, str]:
