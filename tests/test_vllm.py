@@ -204,7 +204,7 @@ def test_too_high_rank_is_merged_and_higher_rank_restarts_the_engine(pool: Model
 def test_adapters_of_conv1d_layers_and_of_tied_heads(
     architecture: str, targets: tuple[str, ...], answered_by: str, pool: ModelPool, tmp_path: Path
 ) -> None:
-    """Where vLLM does not take such an adapter, the merged weights equal it."""
+    """If vLLM refuses such an adapter, the merged weights equal it."""
     model = tiny.model(architecture, tie_word_embeddings=True, **token_ids())
     tiny.save(model, tokenizer(), tmp_path / "model")
     stack = LoraStack(model)
