@@ -43,7 +43,7 @@ NAMES = TEXTS.filter(bool)
 
 
 def hidden(text: str) -> list[str]:
-    """Return the characters of an output that act or that nobody sees."""
+    """Return the characters of an output that act on a terminal or that are invisible."""
     return [char for char in text if unicodedata.category(char) in HIDDEN and char != "\n"]
 
 

@@ -26,7 +26,8 @@ class VisibleText(Text):
 
     def append(self, text: Text | str, style: str | Style | None = None) -> Self:
         """Add a text with a style."""
-        return super().append(visible(text) if isinstance(text, str) else text, style)
+        super().append(visible(text) if isinstance(text, str) else text, style)
+        return self
 
 
 Cell = str | VisibleText
