@@ -63,12 +63,13 @@ def run_all(
         HbvError: A failure while running.
     """
     experiments = [Experiment.settle(spec) for spec in specs]
-    root, runs, csv = _check_outputs(out, table, ensure_writable)
+    _check_outputs(out, table, check_writable)
     models = ModelPool(progress, gradient_checkpointing, shard, gpu_memory or GPU_MEMORY)
     _check_locations(experiments, shard)
     if any(location.startswith(TESTBED) for experiment in experiments for location in _locations(experiment)):
         ensure_testbed(progress)
     _check_rows(experiments, models)
+    root, runs, csv = _check_outputs(out, table, ensure_writable)  # last: bad input creates no folder
     context = RunContext(Store(root / "store", progress), models, progress, save_share)
     results = []
     with progress.bar("runs", len(experiments)) as advance, closing(models):

@@ -5,6 +5,7 @@ Characters that act on a terminal or hide text are escaped in everything that is
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,17 @@ class SuggestingGroup(click.Group):
         if args and self.get_command(context, args[0]) is None and not args[0].startswith("-"):
             raise unknown_name("command", args[0], self.list_commands(context))
         return super().resolve_command(context, args)
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers; click's own lets NaN pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Convert a text to a number of the range."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 def print_view(view: RenderableType) -> None:

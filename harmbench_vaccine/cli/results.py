@@ -8,7 +8,7 @@ import click
 
 from harmbench_vaccine.core.paths import home, user_path
 
-from .console import print_json, print_view, terminal_progress
+from .console import FiniteRange, print_json, print_view, terminal_progress
 
 
 @click.command()
@@ -66,7 +66,7 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: 
 )
 @click.option(
     "--threshold",
-    type=click.FloatRange(0, 1),
+    type=FiniteRange(0, 1),
     default=None,
     metavar="T",
     help="Flag answers with a higher score, instead of the scorers' thresholds.",

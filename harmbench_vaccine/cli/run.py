@@ -11,7 +11,7 @@ import click
 
 from harmbench_vaccine.core.paths import user_path
 
-from .console import parse_assignments, print_json, print_view, terminal_progress
+from .console import FiniteRange, parse_assignments, print_json, print_view, terminal_progress
 
 if TYPE_CHECKING:
     from harmbench_vaccine.evaluation.result import Result
@@ -83,7 +83,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--gpu-memory",
-    type=click.FloatRange(0.05, 1),
+    type=FiniteRange(0.05, 1),
     default=None,
     metavar="SHARE",
     help="Share of a GPU's memory for vLLM. [default: 0.85, or the free share]",
@@ -109,7 +109,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print only the results on stdout: one JSON object per run.")
 @click.option(
     "--save-every",
-    type=click.FloatRange(0.001, 1),
+    type=FiniteRange(0.001, 1),
     default=0.1,
     show_default=True,
     metavar="SHARE",

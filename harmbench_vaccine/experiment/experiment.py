@@ -122,7 +122,7 @@ class Experiment:
             attacks=attacks,
             scorers=tuple(scorers),
             task_plugin=task,
-            model=spec.model or protocol.model,
+            model=protocol.model if spec.model is None else spec.model,
             backend=choose_backend(spec.backend),
             finetune=finetune,
             attack_team=attack_team,
@@ -214,7 +214,7 @@ def _configure(
 
 
 def _check_changed_names(written: Protocol, experiment: Experiment) -> None:
-    """Check values that the user replaced for plug-ins that this run does not use: they would have no effect.
+    """Check values that the user replaced for plug-ins of any name, also where this run does not use them.
 
     Raises:
         BadInput: No plug-in has the name, or a parameter is not allowed.
@@ -224,7 +224,8 @@ def _check_changed_names(written: Protocol, experiment: Experiment) -> None:
     for path, registry in _NAMED_VALUES.items():
         before, after = (attrgetter(path)(protocol) for protocol in (written, experiment.protocol))
         for name in after:
-            if name not in used and after[name] != before.get(name):
+            is_file = name in used and name not in registry.entries()  # checked when it was constructed
+            if after[name] != before.get(name) and not is_file:
                 cls = registry.get(name)
                 if path == f"{cls.kind}s":
                     resolve_params(cls, {}, after[name])
