@@ -40,7 +40,13 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object_without_duplicates, parse_constant=lambda _: None)
+def _finite_number(text: str) -> float | None:
+    return number if math.isfinite(number := float(text)) else None  # 1e999 is infinity
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object_without_duplicates, parse_float=_finite_number, parse_constant=lambda _: None
+)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -59,7 +65,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")
             except ValueError as error:
-                raise HbvError(f"{path}, line {number}, is damaged: {error}. Write the file again.") from error
+                raise HbvError(
+                    f"{path}, line {number}, is damaged: {error}. Repeat the command that wrote it."
+                ) from error
             rows.append(row)
     return rows
 

@@ -47,7 +47,7 @@ def check_row(place: str, values: Mapping[str, Any], fields: Sequence[str]) -> M
             _check_nested(f"{place}: field {field!r}", value)
         if field in text_fields and not isinstance(value, str):
             raise BadInput(f"{place}: field {field!r} holds {_shown(value)}, which is not text.")
-    if "is_safe" in fields and not isinstance(row["is_safe"], bool):
+    if not isinstance(row.get("is_safe", True), bool):
         raise BadInput(f"{place}: field 'is_safe' holds {_shown(row['is_safe'])}; allowed: true, false.")
     if isinstance(label := row.get("label"), float) and label.is_integer():
         row["label"] = int(label)
@@ -93,4 +93,4 @@ def _shown(value: Any) -> str:
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(str(name).encode("utf-8", "backslashreplace").decode() for name in row)
+    return shortened(", ".join(row).encode("utf-8", "backslashreplace").decode(), 200)

@@ -13,6 +13,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from harmbench_vaccine.core.errors import BadInput, shortened
 
 from .text_files import read_text
 
-_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False, "": None}
 _INTEGER = re.compile(r"\s*(-?[0-9]{1,18})(?:\.0*)?\s*")
 """A label. Programs that store a column with missing values as numbers write `1.0`."""
 
 
 def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the rows below a header. All values are text, except booleans in `is_safe` and integers in `label`.
+    """Read the rows below a header.
+
+    All values are text, except booleans in `is_safe` and integers in `label`; these are None where the field is empty.
 
     Args:
         path: The file.
@@ -52,8 +55,9 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]
         values: dict[str, Any] = dict(zip(names, fields, strict=True))
         if (safe := values.get("is_safe")) is not None:
             values["is_safe"] = _BOOLEANS.get(safe.strip().lower(), safe)
-        if (label := values.get("label")) is not None and (match := _INTEGER.fullmatch(label)):
-            values["label"] = int(match[1])
+        if (label := values.get("label")) is not None:
+            match = _INTEGER.fullmatch(label)
+            values["label"] = int(match[1]) if match else label or None
         yield f"{path}, line {line}", values
 
 
@@ -61,7 +65,9 @@ class _Lines:
     """The lines of a text, one after the other, and those of the current record."""
 
     def __init__(self, text: str) -> None:
-        self.source = io.StringIO(text, newline="")  # splits at \n, \r\n and \r, as programs write them
+        first_end = re.search(r"\r\n|\r|\n", text)
+        only_returns = first_end is not None and first_end[0] == "\r"
+        self.source = io.StringIO(text, newline="" if only_returns else "\n")
         self.record: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
@@ -109,8 +115,10 @@ def _damaged(path: Path, first: int, record: list[str], delimiter: str, error: c
     while position < len(text) and (match := field.match(text, position)):
         position = match.end()
     if position == len(text):
-        return BadInput(f"{path}, line {first}: not a table: {error}.")
-    line = first + len(re.findall(r"\r\n?|\n", text[:position]))
+        problem = "a carriage return is not in quotes" if "new-line character" in str(error) else str(error)
+        return BadInput(f"{path}, line {first}: not a table: {problem}.")
+    ends = accumulate(map(len, record))
+    line = first + sum(end <= position for end in ends)
     return BadInput(
         f"{path}, line {line}: the field {shortened(text[position:], 30)!r} begins with a quote, but no quote "
         "closes it at the end of the field. Close it, and write a quote inside such a field twice."
