@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 import stat
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import BadInput
 from .paths import home
@@ -43,16 +45,32 @@ def content_hash(path: Path) -> str:
     try:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
-            combined.update(f"{path.suffix}\0{file_hash(path)}".encode())
+            combined.update(f"{path.suffix}\0{file_hash(path)}".encode("utf-8", "surrogateescape"))
         elif stat.S_ISDIR(mode):
-            for file in sorted(path.rglob("*")):
-                if file.is_file():
-                    combined.update(f"{file.relative_to(path).as_posix()}\0{file_hash(file)}\0".encode())
+            for file in sorted(_files_below(path)):
+                name = file.relative_to(path).as_posix()
+                combined.update(f"{name}\0{file_hash(file)}\0".encode("utf-8", "surrogateescape"))
         else:  # to read from a pipe or a device may never end
             raise BadInput(f"{path} is neither a regular file nor a folder.")
     except OSError as error:
         raise BadInput(f"{error.filename or path} cannot be read: {error.strerror}.") from error
     return combined.hexdigest()[:16]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Return the regular files below a folder, also those in linked folders, since those are read as well.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        target = Path(os.path.realpath(place))
+        folders[:] = [name for name in folders if not target.is_relative_to(os.path.realpath(Path(place, name)))]
+        yield from (file for name in names if (file := Path(place, name)).is_file())
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def file_hash(path: Path) -> str:
@@ -61,7 +79,7 @@ def file_hash(path: Path) -> str:
     if status.st_size < CACHED_ABOVE:
         return sha256(path)
     key = (str(path.absolute()), status.st_size, status.st_mtime_ns)
-    with suppress(OSError, sqlite3.Error):  # a cache that cannot be used costs time only
+    with suppress(OSError, UnicodeError, sqlite3.Error):  # a cache that cannot be used costs time only
         home().mkdir(parents=True, exist_ok=True)
         file = home() / "hashes.sqlite"
         file.touch()  # SQLite creates files as 644, whatever the umask allows

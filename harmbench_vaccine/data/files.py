@@ -7,6 +7,7 @@ BeaverTails.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,7 +43,8 @@ def read_path(path: Path, split: str) -> Iterator[PlacedRow]:
         BadInput: The folder has no such split, or a file does not have the format of its name.
     """
     if path.is_dir():
-        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        # `Path.is_file` would raise an error in a folder whose files may not be read
+        if any(os.path.isfile(path / name) for name in ("dataset_dict.json", "state.json")):
             yield from _saved_dataset(path, split)
             return
         for file in _files_of(path, split):
@@ -99,13 +101,23 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
     """Return the files of every split, by their names."""
     splits: dict[str, list[Path]] = {}
     places = [(folder, ""), (folder / "data", "")]
-    places += [(inner, f"{inner.name}_") for inner in sorted((folder / "round0").glob("*")) if inner.is_dir()]
+    places += [(inner, f"{inner.name}_") for inner in _entries(folder / "round0")]
     for place, prefix in places:
-        for file in place.glob("*"):
+        for file in _entries(place):
             match = _NAME.fullmatch(file.name)
-            if match and file.is_file() and match["split"] not in _NO_SPLITS:
+            if match and not os.path.isdir(file) and match["split"] not in _NO_SPLITS:
                 splits.setdefault(prefix + match["split"], []).append(file)
     return splits
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return the files and folders in a folder; none if it does not exist."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be read: {error.strerror}.") from error
 
 
 def _saved_dataset(folder: Path, split: str) -> Iterator[PlacedRow]:

@@ -89,5 +89,10 @@ def _not_text(path: Path, content: bytearray, position: int, what: str) -> BadIn
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of the message of a library's error, or its name where it has no message."""
+    """Return the first line of the message of a library's error, or its name where it has no message.
+
+    The message of an error of the system is without its number and path.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return (str(error) or type(error).__name__).splitlines()[0]
