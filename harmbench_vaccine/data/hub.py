@@ -8,6 +8,7 @@ commit: the one in the Hub's cache on this machine, or else the current one on t
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -84,7 +85,7 @@ def _key(kind: Kind, name: HubName) -> str:
 
 def _cached_commit(kind: Kind, name: HubName) -> str | None:
     """Return the commit of the copy in the Hub's cache."""
-    with suppress(OSError):
+    with suppress(OSError, UnicodeDecodeError):
         text = (_cache_folder(kind, name) / "refs" / (name.revision or "main")).read_text(encoding="utf-8").strip()
         return text if _COMMIT.fullmatch(text) else None
     return None
@@ -120,7 +121,7 @@ def is_cached(kind: Kind, name: HubName) -> bool:
     if kind == "model":
         return any(snapshots.glob("*/*.safetensors")) or any(snapshots.glob("*/*.bin"))
     if name.is_file:
-        return any(snapshots.glob(f"*/{name.inside}"))
+        return any(snapshots.glob(f"*/{glob.escape(str(name.inside))}"))
     return any((_datasets_cache() / name.id.replace("/", "___")).rglob("*.arrow"))
 
 
