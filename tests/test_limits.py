@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import (
     AutoConfig,
@@ -25,7 +28,7 @@ from transformers import (
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import collate, encode_example, encode_prompt, pad_token_id
-from harmbench_vaccine.data.model_limits import check_length, position_limit, tokens_outside
+from harmbench_vaccine.data.model_limits import check_readable, position_limit, tokens_outside
 from harmbench_vaccine.data.prompts import prompt_template
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.limits import LimitCheck
@@ -38,6 +41,7 @@ from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.runner import run_all
 from harmbench_vaccine.training.adapters import LoraStack
 from support import tiny
+from support.examples import examples
 
 PLAIN = prompt_template("none")
 SECTIONS = ("align", "finetune")
@@ -154,7 +158,20 @@ def test_texts_of_a_judge_longer_than_its_positions_are_reported() -> None:
     classifier.name_or_path = "the/judge"
     with pytest.raises(HbvError, match=message):
         TransformersClassifier(classifier, 4)([[5] * 17])
-    check_length("the/judge", model.config, 16)
+    check_readable("the/judge", model.config, [[5] * 12], 4)
+
+
+def test_texts_of_a_judge_with_a_token_without_an_embedding_are_reported() -> None:
+    model, classifier = tiny.model(), tiny.judge()
+    for judge, read in (
+        (model, lambda row: generate_greedy(model, [row], 4, batch=1, pad=0, ends=[2], advance=lambda rows: None)),
+        (classifier, lambda row: TransformersClassifier(classifier, 4)([row])),
+    ):
+        judge.name_or_path = "the/judge"
+        rows = judge.config.vocab_size
+        read([5, rows - 1])
+        with pytest.raises(HbvError, match=rf"the/judge: a text has token id {rows}, .* only of the ids below {rows}"):
+            read([5, rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,15 +242,17 @@ def test_tokenizer_without_an_end_token_is_refused(world: Path, parts: tuple[Any
 # Prompts without a token
 
 
-def opens_with_nothing(folder: Path) -> Any:
-    words = AutoTokenizer.from_pretrained(folder)
+@pytest.fixture(scope="session")
+def without_start(world: Path) -> Any:
+    """The tokenizer of the small world's model, without a token that opens a text."""
+    words = AutoTokenizer.from_pretrained(world.parent / "model")
     words.bos_token = None
     words.backend_tokenizer.post_processor = processors.ByteLevel()
     return words
 
 
-def test_empty_prompt_is_the_end_token(world: Path) -> None:
-    words = opens_with_nothing(world.parent / "model")
+def test_empty_prompt_is_the_end_token(without_start: Any) -> None:
+    words = without_start
     assert encode_prompt(words, "a") == words("a")["input_ids"]
     assert encode_prompt(words, "") == [words.eos_token_id]
     row = encode_example(words, PLAIN, Example("1", "", "lamp"), 40)
@@ -242,10 +261,27 @@ def test_empty_prompt_is_the_end_token(world: Path) -> None:
     assert row.labels == [-100, *row.ids[1:]]
 
 
-def test_run_with_an_empty_prompt_and_a_late_padding_token(world: Path, tmp_path: Path, own_home: Path) -> None:
+@settings(max_examples=examples(200), deadline=None)
+@given(text=st.text(), response=st.text(), template=st.sampled_from(["none", "alpaca", "brief"]))
+def test_training_and_generation_read_the_same_prompt(
+    text: str, response: str, template: str, without_start: Any
+) -> None:
+    example = Example("1", text, response)
+    prompt = encode_prompt(without_start, prompt_template(template).render(example))
+    assert prompt
+    row = encode_example(without_start, prompt_template(template), example, 5000)
+    assert row is not None
+    assert row.ids[: len(prompt)] == prompt
+    assert row.labels == [-100] * len(prompt) + row.ids[len(prompt) :]
+    assert row.ids[-1] == without_start.eos_token_id
+
+
+def test_run_with_an_empty_prompt_and_a_late_padding_token(
+    without_start: Any, world: Path, tmp_path: Path, own_home: Path
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(world.parent / "model", model)
-    words = opens_with_nothing(model)
+    words = copy.deepcopy(without_start)
     words.add_special_tokens({"pad_token": "[PAD]"})
     words.save_pretrained(model)
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from harmbench_vaccine.core.errors import HbvError
@@ -33,17 +33,23 @@ def position_limit(config: Any) -> int | None:
     return limit - text.pad_token_id - 1 if limit and text.model_type in _COUNTED_FROM_PADDING else limit
 
 
-def check_length(model: str, config: Any, tokens: int) -> None:
-    """Check that a model reads as many tokens as its longest text has, together with the tokens to generate.
+def check_readable(model: str, config: Any, rows: Sequence[Sequence[int]], new_tokens: int = 0) -> None:
+    """Check that a model reads the longest row with the tokens to generate, and has an embedding for every token.
 
     Raises:
-        HbvError: The model reads fewer tokens.
+        HbvError: The model cannot read a row.
     """
-    limit = position_limit(config)
+    limit, tokens = position_limit(config), max(map(len, rows), default=0) + new_tokens
     if limit and tokens > limit:
         raise HbvError(
             f"{model}: a text has {tokens} tokens, but the model reads at most {limit}. Choose a model that reads "
             "more, or allow shorter answers."
+        )
+    largest, count = max((max(row, default=0) for row in rows), default=0), embedding_rows(config)
+    if largest >= count:
+        raise HbvError(
+            f"{model}: a text has token id {largest}, but the model has embeddings only of the ids below {count}. Use "
+            "the tokenizer that the model was trained with."
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.data.model_limits import check_length, embedding_rows
+from harmbench_vaccine.data.model_limits import check_readable, embedding_rows
 
 from .loading import load_tokenizer_and_config
 
@@ -47,12 +47,12 @@ class TransformersClassifier:
         """Compute raw logits (texts x labels) of token ids.
 
         Raises:
-            HbvError: A text has more tokens than the model reads.
+            HbvError: A text has more tokens than the model reads, or a token without an embedding.
         """
         import torch
 
         model, pad = self._model, self._model.config.pad_token_id
-        check_length(model.name_or_path, model.config, max(map(len, texts), default=0))
+        check_readable(model.name_or_path, model.config, texts)
         # Without a padding token, transformers finds the end of a text only in a batch of one; likewise where the token
         # was added later and has no embedding.
         batch = self._batch if pad is not None and pad < embedding_rows(model.config) else 1

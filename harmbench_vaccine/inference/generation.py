@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from harmbench_vaccine.core.progress import Advance
 from harmbench_vaccine.data.collate import left_padded_batches
-from harmbench_vaccine.data.model_limits import check_length
+from harmbench_vaccine.data.model_limits import check_readable
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ def generate_greedy(
         The generated tokens of each prompt, in the order of `prompts`.
 
     Raises:
-        HbvError: The longest prompt and its continuation have more tokens than the model reads.
+        HbvError: The longest prompt and its continuation have more tokens than the model reads, or a token has no
+            embedding.
     """
-    check_length(model.name_or_path, model.config, max(map(len, prompts), default=0) + max_new_tokens)
+    check_readable(model.name_or_path, model.config, prompts, max_new_tokens)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

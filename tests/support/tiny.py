@@ -140,8 +140,7 @@ def stage(
     `stirred` gives the adapter random weights: a new one has B = 0, so that the gradient on A is zero.
     """
     stack = LoraStack(base if base is not None else model())
-    targets = ("c_attn",) if stack.base.config.model_type == "gpt2" else settings().lora_targets
-    trained_with = trained_with or settings(lora_targets=targets)
+    trained_with = trained_with or settings(lora_targets=targets(stack.base.config.model_type))
     session = TrainingStage(name, stack, {}, seed, trained_with, pools or Pools(), tuple(below), start, encode=encode)
     session.trainable = stack.train(below, session.settings, seed, Adapter.load(start) if start else None)
     if stirred:
