@@ -211,7 +211,9 @@ def test_a_row_replaces_the_row_of_its_run_and_keeps_the_others(table: Path) -> 
     assert [row.harmful_score for row in read_csv(table)] == [50, 12.5]
 
 
-def test_a_symbolic_link_and_the_mode_stay(table: Path, tmp_path: Path) -> None:
+def test_a_symbolic_link_the_mode_and_the_owner_stay(table: Path, tmp_path: Path) -> None:
+    owner = (1234, 1235) if os.getuid() == 0 else (os.getuid(), os.getgid())  # only root may change the owner
+    os.chown(table, *owner)
     table.chmod(0o640)
     link = tmp_path / "deep" / "link.csv"
     link.parent.mkdir()
@@ -219,7 +221,8 @@ def test_a_symbolic_link_and_the_mode_stay(table: Path, tmp_path: Path) -> None:
     check_csv(link)
     add_row(link, make_result(run="three", seed=2))
     assert link.is_symlink()
-    assert stat.S_IMODE(table.stat().st_mode) == 0o640
+    status = table.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o640, *owner)
     assert [row.run for row in read_csv(table)] == ["one", "two", "three"]
     assert [path.name for path in link.parent.iterdir()] == ["link.csv"]  # the lock is next to the file
 

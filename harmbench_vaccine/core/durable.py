@@ -21,8 +21,8 @@ from .locks import file_mode
 def write_atomically(path: Path, text: str) -> None:
     """Write a file completely or not at all: write a temporary file, flush it to the disk, then rename it.
 
-    A symbolic link is followed, an existing file keeps its mode, and the temporary files of killed processes are
-    removed.
+    A symbolic link is followed, an existing file keeps its mode and, where this user may set them, its owner and group.
+    The temporary files of killed processes are removed.
     """
     path = Path(os.path.realpath(path))
     _remove_abandoned(path)
@@ -32,13 +32,23 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            with suppress(FileNotFoundError, PermissionError):
-                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            if path.exists():
+                _copy_ownership(path, temporary)
             os.replace(temporary, path)
         flush(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _copy_ownership(source: Path, target: Path) -> None:
+    """Give a file the mode of another one, and its group and owner as far as this user may."""
+    status = source.stat()
+    for user, group in ((-1, status.st_gid), (status.st_uid, -1)):
+        with suppress(PermissionError):
+            os.chown(target, user, group)
+    with suppress(PermissionError):
+        target.chmod(stat.S_IMODE(status.st_mode))
 
 
 def seal(folder: Path, manifest: str, values: Mapping[str, object]) -> None:
