@@ -247,3 +247,58 @@ def test_edited_file_has_a_different_fingerprint(tmp_path: Path) -> None:
         path.write_text(text)
         fingerprints.append(Registry(Defense, "harmbench_vaccine.defenses").get(str(path)).fingerprint())
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Broken files
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (b"class Mine(Defense:\n", "cannot be imported: SyntaxError"),
+        (b"raise ValueError('a\\nb')\n", "cannot be imported: ValueError: a"),
+        (b"import no_such_module\n", "cannot be imported: ModuleNotFoundError"),
+        (b"import sys\nsys.exit(3)\n", "cannot be imported: SystemExit: 3"),
+        (b"raise SystemExit\n", "cannot be imported: SystemExit"),
+        (b"1 / 0\n", "cannot be imported: ZeroDivisionError"),
+        (b"def f(): f()\nf()\n", "cannot be imported: RecursionError"),
+        (b"x = 1\n", "defines 0 defense classes"),
+        (b"\x00\xff", "cannot be imported"),
+        (b"", "defines 0 defense classes"),
+        (b"(" * 5000, "cannot be imported"),
+    ],
+)
+def test_broken_file_is_bad_input(code: bytes, message: str, defenses: Registry[Defense], tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_bytes(code)
+    with pytest.raises(BadInput) as refusal:
+        defenses.get(str(file))
+    assert str(file) in str(refusal.value)
+    assert message in str(refusal.value)
+
+
+def test_huge_file_is_not_read(defenses: Registry[Defense], tmp_path: Path) -> None:
+    with (tmp_path / "mine.py").open("wb") as file:
+        file.truncate(10**12)  # without content on the disk
+    with pytest.raises(BadInput, match="larger than 10 MiB"):
+        defenses.get(str(tmp_path / "mine.py"))
+
+
+@pytest.mark.parametrize("code", ["raise ValueError", "import sys\nsys.exit(3)", "x = 1", "class Foreign:\n    pass\n"])
+def test_package_with_broken_code_is_skipped_with_a_warning(
+    code: str, defenses: Registry[Defense], install: Install
+) -> None:
+    install("foreign", {"foreign_module": code}, {"foreign": "foreign_module:Foreign"})
+    with pytest.warns(UserWarning, match="Skipped: defense 'foreign'"):
+        assert "vaccine" in defenses.loadable()
+    with pytest.raises(BadInput, match="'foreign'"):
+        defenses.get("foreign")
+
+
+def test_malformed_entry_point_is_skipped_with_a_warning(defenses: Registry[Defense], install: Install) -> None:
+    install("foreign", {}, {"foreign": "not a module!", "no-object": "sys"})
+    with pytest.warns(UserWarning, match="Skipped"):
+        classes = defenses.loadable()
+    assert "vaccine" in classes
+    assert not {"foreign", "no_object"} & set(classes)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import pytest
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.hashing import canonical_json, digest
 from harmbench_vaccine.experiment.spec import RunSpec, first_validation_error
 from harmbench_vaccine.plugins import Defense, Plugin, param
+from harmbench_vaccine.plugins.base import resolve_params
 from harmbench_vaccine.plugins.composition import Component, canonical_name, parse_plugins, resolve_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
 
@@ -353,3 +354,21 @@ def test_unknown_name_suggests_the_nearest() -> None:
 def test_registry_suggests_the_nearest_plugin(registry: Any, name: str, nearest: str) -> None:
     with pytest.raises(BadInput, match=f"Did you mean '{nearest}'"):
         registry.get(name)
+
+
+def test_validator_that_compares_parameters_is_bad_input() -> None:
+    class Pair(Defense):
+        """A defense whose parameters depend on each other."""
+
+        name: ClassVar[str] = "pair"
+        low: int = param(1, "a count", source="ours")
+        high: int = param(2, "a count", source="ours")
+
+        @model_validator(mode="after")
+        def _check(self) -> Pair:
+            if self.low > self.high:
+                raise ValueError("low is above high")
+            return self
+
+    with pytest.raises(BadInput, match=r"defense 'pair': low is above high\."):
+        resolve_params(Pair, {"low": 3})

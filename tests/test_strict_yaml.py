@@ -69,7 +69,7 @@ def test_non_finite_numbers_are_read_as_numbers() -> None:
         ("!!bool maybe", "line 1: tags (!!bool) are not allowed"),
         ("!mine 1", "line 1: tags (!mine) are not allowed"),
         ("&a [*a]", "line 1: *a is inside itself"),
-        ("*nobody", "line 1: found undefined alias 'nobody'"),
+        ("*unknown", "line 1: found undefined alias 'unknown'"),
         (BOMB, "line 5: more than 100000 values"),
         ("9" * 5000, "line 1: a number of 5000 digits is not supported"),
         ("[" * 3000, "it is nested too deeply"),

@@ -34,7 +34,7 @@ _MAX_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # the library shares it by class
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -43,16 +43,18 @@ class _Loader(yaml.SafeLoader):
         """Complete node -> the number of values in it."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event, before = self.peek_event(), self._count
+        event: Any = self.peek_event()
+        mark: Any = event.start_mark
+        before = self._count
         if tag := getattr(event, "tag", None):
             problem = f"tags ({tag.replace('tag:yaml.org,2002:', '!!')}) are not allowed"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
-        node = super().compose_node(parent, index)
+            raise yaml.composer.ComposerError(None, None, problem, mark)
+        node: Any = super().compose_node(parent, index)
         if isinstance(event, yaml.AliasEvent) and node not in self._counts:
-            raise yaml.composer.ComposerError(None, None, f"*{event.anchor} is inside itself", event.start_mark)
+            raise yaml.composer.ComposerError(None, None, f"*{event.anchor} is inside itself", mark)
         self._count += self._counts.get(node, 1)
         if self._count > _MAX_VALUES:
-            raise yaml.composer.ComposerError(None, None, f"more than {_MAX_VALUES} values", event.start_mark)
+            raise yaml.composer.ComposerError(None, None, f"more than {_MAX_VALUES} values", mark)
         self._counts[node] = self._count - before
         return node
 

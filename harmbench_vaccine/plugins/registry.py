@@ -133,8 +133,9 @@ class Registry(Generic[P]):
                 if inspect.isclass(value) and issubclass(value, self.base) and value.__module__ == loaded.__name__
             ]
             if len(classes) != 1:
+                place = getattr(loaded, "__file__", name)
                 raise BadInput(
-                    f"'{loaded.__file__}' defines {len(classes)} {self.base.kind} classes, but a file must define one."
+                    f"'{place}' defines {len(classes)} {self.base.kind} classes, but a file must define one."
                 )
             loaded = classes[0]
         if not (inspect.isclass(loaded) and issubclass(loaded, self.base)):
