@@ -37,7 +37,7 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: 
     one, or a folder.
 
     \b
-    Example: hbv show vaccine-e9 --only flagged
+    Example: hbv show vaccine-88 --only flagged
     """
     from harmbench_vaccine.core.errors import unknown_name
     from harmbench_vaccine.evaluation.records import by_question, find_run, load_overview
@@ -79,7 +79,7 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
     to the stored ones, and the headline HS does not change. Stored judgments of the same answers are reused.
 
     \b
-    Example: hbv score vaccine-e9 --scorer llama_guard --scorer beaver_dam=0.4
+    Example: hbv score vaccine-88 --scorer llama_guard --scorer beaver_dam=0.4
     """
     from harmbench_vaccine.evaluation.records import find_run
     from harmbench_vaccine.evaluation.rescoring import rescore

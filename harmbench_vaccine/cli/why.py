@@ -19,7 +19,7 @@ def why(run: str, as_json: bool) -> None:
     run id, a unique prefix of one, or a folder.
 
     \b
-    Example: hbv why vaccine-e9
+    Example: hbv why vaccine-88
     """
     from harmbench_vaccine.core.errors import BadInput
     from harmbench_vaccine.core.paths import home

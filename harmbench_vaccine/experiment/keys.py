@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from harmbench_vaccine.data.collate import Encoded
     from harmbench_vaccine.training.adapters import Adapter
 
-METHOD = 3
+METHOD = 4
 """Version of the stages; increase it if a change of their code changes their output, and every artifact is new."""
 READING = 2
 """Version of judgments; increase it if shared code changes them or their decision: stored ones are then not used."""
