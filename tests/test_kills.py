@@ -27,8 +27,9 @@ SIX_CELLS = ("--defense", "sft", "--defense", "vaccine", "--defense", "sft+antid
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_runs_end_like_an_uninterrupted_one(tmp_path: Path) -> None:
-    world = make_world(tmp_path / "world", {"align": {"rows": 24}, "finetune": {"samples": 24}})
-    command = ("run", "--protocol", str(world), *SIX_CELLS, "--save-every", "0.1")
+    few = {"prompts": 4, "max_new_tokens": 4}  # most of the time is training
+    world = make_world(tmp_path / "world", {"answer": {"harmful": few, "benign": few, "task_items": 4}})
+    command = ("run", "--protocol", str(world), *SIX_CELLS, "--save-every", "0.05")
     home, draw = tmp_path / "home", random.Random(os.environ.get("HBV_SEED", "0"))
     assert _run(("--version",), home)[0] == 0  # the first process waits for the imports
     code, seconds = _run(command, home)
@@ -36,10 +37,11 @@ def test_killed_runs_end_like_an_uninterrupted_one(tmp_path: Path) -> None:
     uninterrupted = contents(home)
     shutil.rmtree(home)
 
-    kills = 0
-    while kills < KILLS:
+    kills = resumable = 0
+    while kills < KILLS or resumable < KILLS / 4:
         code, _ = _run(command, home, draw.uniform(0, seconds / 3))
         kills += code == -signal.SIGKILL
+        resumable += any(home.glob("store/.work/*/checkpoint-*/whole"))
         if code == 0:  # the command ended after several kills: compare, and begin again
             assert differences(contents(home), uninterrupted) == []
             shutil.rmtree(home)
