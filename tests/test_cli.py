@@ -615,7 +615,7 @@ def test_csv_with_other_columns_is_refused_before_any_work(world: Path, tmp_path
 def test_defense_in_a_file(first: CommandResult, world: Path, home: Path, tmp_path: Path) -> None:
     """An edited file is a different defense: its stage is trained again."""
     path, results = tmp_path / "flat.py", []
-    for lr in (0.0, 0.0, 5e-3):
+    for lr in (1e-6, 1e-6, 5e-3):
         path.write_text(
             "from dataclasses import replace\nfrom harmbench_vaccine.plugins import Defense\n\n"
             "class Flat(Defense):\n    '''Flat.'''\n\n"

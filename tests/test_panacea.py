@@ -333,8 +333,8 @@ def test_the_stored_adapter_is_shifted(tmp_path: Path) -> None:
 
 
 def test_the_aligned_adapter_itself_is_trained_for_any_protocol(tmp_path: Path) -> None:
-    """The protocol has two adapters, and Panacea needs one; at learning rate 0 it only adds its shift."""
-    protocol = make_world(tmp_path / "world", {"topology": "double", "finetune": {"settings": {"lr": 0.0}}})
+    """The protocol has two adapters, and Panacea needs one; at a learning rate near 0 it only adds its shift."""
+    protocol = make_world(tmp_path / "world", {"topology": "double", "finetune": {"settings": {"lr": 1e-30}}})
     experiment = Experiment.settle(
         RunSpec(protocol=str(protocol), defense=parse_plugins("panacea=0.4"), attack=parse_plugins("ratio=0.1"))
     )
