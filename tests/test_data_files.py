@@ -285,9 +285,8 @@ def test_limit_must_be_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_columns_of_datasets_that_cannot_be_used(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"instruction": ["a"], "output": [None]}).save_to_disk(tmp_path / "nulls")
     assert "split train, row 0: field 'output' has no value" in read_error(tmp_path / "nulls")
-    text, picture = datasets.Value("string"), [{"bytes": b"no picture", "path": None}]
-    features = datasets.Features(instruction=text, output=text, picture=datasets.Image())
-    table = datasets.Dataset.from_dict({"instruction": ["a"], "output": ["b"], "picture": picture}, features)
+    columns = {"instruction": ["a"], "output": ["b"], "picture": [{"bytes": b"no picture", "path": None}]}
+    table = datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image())
     table.save_to_disk(tmp_path / "pictures")
     assert "cannot be read: " in read_error(tmp_path / "pictures")
 
