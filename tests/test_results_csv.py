@@ -108,7 +108,6 @@ def test_a_missing_or_empty_file_has_no_rows(tmp_path: Path) -> None:
         (lambda lines: [lines[0].replace("scorer", "note"), *lines[1:]], "has an unknown column 'note'"),
         (lambda lines: [lines[0] + ",", *(f"{line}," for line in lines[1:])], "has an unknown column ''"),
         (lambda lines: [lines[0], lines[1], "\0" * 300], "line 3 has 1 fields"),
-        (lambda lines: [lines[0], "a" * 200_000 + lines[1]], "line 2 has damaged quotes"),
     ],
 )
 def test_damage_is_refused_with_its_line(damage: Damage, message: str, table: Path) -> None:
