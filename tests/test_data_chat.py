@@ -333,7 +333,7 @@ def test_complete_run_with_the_chat_template(tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps(rows))
     spec = RunSpec(
         protocol=str(file),
-        values={"prompt": "chat", "rows": "paper"},
+        values={"prompt": "chat", "rows": "paper", "answer.task_tokens.own": "8"},
         defense=parse_plugins("ptst"),
         attack=parse_plugins("ratio=0.1"),
         task=f"{tmp_path / 'mine.json'}:rule=number",
