@@ -114,3 +114,11 @@ def test_json_is_read_as_json(value: Any) -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     with suppress(BadInput):
         read_yaml(text, "The text")
+
+
+@pytest.mark.parametrize("text", ['"', "'", '"a\n--- b"'])
+def test_open_quote_is_bad_input_and_not_a_fault_of_the_program(text: str) -> None:
+    with pytest.raises(BadInput) as refusal:
+        read_yaml(text, "The value")
+    assert str(refusal.value).startswith("The value cannot be read as YAML: line ")
+    assert "unexpected" not in str(refusal.value)

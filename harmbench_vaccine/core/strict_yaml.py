@@ -99,7 +99,8 @@ def read_yaml(text: str, origin: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise BadInput(f"{origin} cannot be read as YAML: {place}{error.problem or error.context}.") from error
+        problem = str(error.problem or error.context).replace("unexpected ", "")  # our word for a fault of the program
+        raise BadInput(f"{origin} cannot be read as YAML: {place}{problem}.") from error
     except yaml.YAMLError as error:
         raise BadInput(f"{origin} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
     except RecursionError as error:
