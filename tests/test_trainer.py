@@ -486,6 +486,7 @@ def test_checkpoint_of_another_number_of_ranks_is_not_used(interrupted: Path) ->
     notes = Notes()
     (interrupted / "checkpoint-8" / "whole").unlink()
     seal(interrupted / "checkpoint-8", "whole", {"ranks": 2})
+    assert newest_checkpoint(interrupted, notes, ranks=2) == str(interrupted / "checkpoint-8")
     assert newest_checkpoint(interrupted, notes) is None
     assert notes.texts == ["cut: checkpoint 8 is of 2 ranks; training starts without it"]
 

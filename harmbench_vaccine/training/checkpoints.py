@@ -29,11 +29,16 @@ def finish_checkpoint(folder: Path) -> None:
             _remove(path)
 
 
-def newest_checkpoint(folder: Path, progress: Progress = SILENT) -> str | None:
+def newest_checkpoint(folder: Path, progress: Progress = SILENT, ranks: int = 1) -> str | None:
     """Return the newest whole checkpoint in a folder, and remove every other one.
 
     A checkpoint whose files are not as they were written is named in a note: training from it would end with other
     weights, or never start. So is one of another number of ranks, which lacks random states.
+
+    Args:
+        folder: The folder of the checkpoints.
+        progress: Receives the notes.
+        ranks: The number of ranks that will train.
 
     Raises:
         OSError: A checkpoint cannot be read.
@@ -41,7 +46,7 @@ def newest_checkpoint(folder: Path, progress: Progress = SILENT) -> str | None:
     newest = None
     for step, path in sorted(_checkpoints(folder).items(), reverse=True):
         if newest is None:
-            problem = _problem(path)
+            problem = _problem(path, ranks)
             if not problem:
                 newest = str(path)
                 continue
@@ -80,7 +85,7 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return {int(match[1]): path for path in folder.glob("*") if (match := _NAME.fullmatch(path.name))}
 
 
-def _problem(path: Path) -> str:
+def _problem(path: Path, ranks: int) -> str:
     """Return why training cannot start from a checkpoint, or an empty text."""
     try:
         manifest = read_sealed(path, MANIFEST)
@@ -88,8 +93,8 @@ def _problem(path: Path) -> str:
         return "incomplete"
     if manifest is None:
         return "damaged"
-    ranks = manifest["ranks"]
-    return "" if ranks == distributed.world_size() else f"of {ranks} ranks"
+    stored = manifest["ranks"]
+    return "" if stored == ranks else f"of {stored} ranks"
 
 
 def _remove(path: Path) -> None:

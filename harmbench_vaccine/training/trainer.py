@@ -73,7 +73,8 @@ def train(
     save_steps = max(1, math.ceil(stage.steps * save_share))
     if not batches:
         return []
-    checkpoint = distributed.from_rank0(lambda: newest_checkpoint(checkpoints, progress))
+    ranks = distributed.world_size()  # inside `from_rank0` it is 1
+    checkpoint = distributed.from_rank0(lambda: newest_checkpoint(checkpoints, progress, ranks))
     if distributed.rank() == 0:
         check_space(checkpoints, stage.trainable.values(), (stage.steps - 1) // save_steps, stage.name)
     if checkpoint is None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.progress import Silent
 from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.plugins.registry import DEFENSES
@@ -106,6 +107,13 @@ class _Ends(Defense):
             raise Interrupted
 
 
+class _NoNotes(Silent):
+    """A receiver that fails on a note, such as the one about a checkpoint that is not used."""
+
+    def note(self, text: str) -> None:
+        raise AssertionError(text)
+
+
 def resumed(folder: Path, ends: int) -> Adapter:
     """Return the adapter of a stage with dropout, interrupted after step `ends` (0: never) and resumed from disk."""
     for at in (ends, 0) if ends else (0,):
@@ -113,7 +121,8 @@ def resumed(folder: Path, ends: int) -> Adapter:
         settings = tiny.settings(epochs=3, batch=4, lora_dropout=0.5)
         stage.trainable = stage.stack.train(stage.below, settings, 7)
         try:
-            train(stage, _Ends(at=at), tiny.rows(13), settings, folder / f"ends {ends}", pad=tiny.PAD)
+            place = folder / f"ends {ends}"
+            train(stage, _Ends(at=at), tiny.rows(13), settings, place, pad=tiny.PAD, progress=_NoNotes())
         except Interrupted:
             continue
     return stage.stack.trained()
