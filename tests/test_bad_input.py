@@ -153,7 +153,7 @@ def test_every_value_of_a_protocol_has_a_range(name: str) -> None:
         ("align.settings.lr", "1000000"),
         ("align.settings.epochs", "0.5"),
         ("align.settings.warmup", "1"),
-        ("align.settings.schedule", "polynomial"),
+        ("align.settings.schedule", "inverse_sqrt"),
         ("align.settings.lora_rank", "4096"),
         ("align.settings.adam_beta1", "0"),
         ("gates.above_chance", "-101"),

@@ -39,7 +39,7 @@ class Example:
     """Range of characters of the response (first, last + 1) that the model reads but is not trained to write."""
 
 
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt", "polynomial"]
+Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
 """Schedules of the learning rate in transformers that need no further settings."""
 
 
