@@ -51,10 +51,10 @@ class JudgmentCache:
     def put(self, judgments: Mapping[str, RawJudgment]) -> None:
         """Store judgments; a row with the same key is replaced."""
         rows = []
-        for key, judgment in judgments.items():
-            text = json.dumps(asdict(judgment), ensure_ascii=False)
-            rows.append((key, text, _checksum(key, text)))
         with self._without_errors():
+            for key, judgment in judgments.items():
+                text = json.dumps(asdict(judgment), ensure_ascii=False)
+                rows.append((key, text, _checksum(key, text)))
             if self._connection and rows:
                 with self._connection:
                     self._connection.executemany("INSERT OR REPLACE INTO judgments VALUES (?, ?, ?)", rows)

@@ -211,7 +211,8 @@ def _parse_reply(answer: bytes) -> _Reply:
         content = choice["message"].get("content") or ""
         if isinstance(content, list):  # parts, of which some may be thoughts
             content = "".join(part["text"] for part in content if part["type"] == "text")
-        return _Reply(str(content), choice.get("finish_reason") == "length")
+        text = str(content).encode(errors="replace").decode()  # half of a surrogate pair, which no file can store
+        return _Reply(text, choice.get("finish_reason") == "length")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(" ".join(answer[:80].decode(errors="replace").split()) or "an empty answer") from error
 
