@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
-from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.data.sources import TESTBED, check_testbed_part
 from harmbench_vaccine.experiment.experiment import scorer_defaults
@@ -64,7 +64,10 @@ def rescore(
                 continue  # the headline stays
             verdicts = {identity: {name: verdict} for identity, verdict in _verdicts(judge, answers, store, progress)}
             with readable_disk_errors(f"the result of {result.run}", run), run_lock(run):
-                result, answers = add_judges(*load_run(run), verdicts, {name: scorer_facts(judge)})
+                result, answers = load_run(run)
+                if any("verdicts" in row and row_identity(row) not in verdicts for row in answers):
+                    raise HbvError(f"The answers of {result.run} changed while they were judged: repeat the command.")
+                result, answers = add_judges(result, answers, verdicts, {name: scorer_facts(judge)})
                 write_run(run, result, answers)
     finally:
         models.close()
