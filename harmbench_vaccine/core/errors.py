@@ -11,6 +11,9 @@ class HbvError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # it may quote a name or a library with several lines
+
 
 class BadInput(HbvError):
     """Invalid user input, described on one line with the allowed values. Exit code 2."""

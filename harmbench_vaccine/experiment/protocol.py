@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.hashing import digest
@@ -24,7 +24,14 @@ from harmbench_vaccine.data.text_files import read_text
 
 from .spec import first_validation_error
 
-Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+def _is_one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("It should be one line without control characters")
+    return text
+
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1000), AfterValidator(_is_one_line)]
 """A name or a location: one line."""
 
 
@@ -204,7 +211,7 @@ class Protocol(_Strict):
             for parent in parents:
                 container = container.setdefault(parent, {}) if isinstance(container, dict) else None
             if not isinstance(container, dict):
-                raise BadInput(f"{path!r} cannot be set: {path.rpartition('.')[0]!r} is not a group of values.")
+                raise BadInput(f"{path!r} cannot be set: {path.rpartition('.')[0]!r} is a single value; set that one.")
             container[last] = read_yaml(text, f"The value of {path!r}")
         try:
             return Protocol.model_validate(changed)

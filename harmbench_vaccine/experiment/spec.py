@@ -41,4 +41,4 @@ def first_validation_error(error: ValidationError) -> str:
     where = ".".join(str(part) for part in problem["loc"]) or "the top level"
     if problem["type"] == "missing":
         return f"{where} is missing."
-    return f"{where} is {shortened(repr(problem['input']))}. {problem['msg']}."
+    return f"{where} is {shortened(repr(problem['input']))}. {problem['msg'].removeprefix('Value error, ')}."
