@@ -228,7 +228,7 @@ def test_other_token_without_an_embedding_is_refused(place: str, world: Path, pa
 
 def test_end_token_without_an_embedding_is_refused(world: Path, parts: tuple[Any, Any]) -> None:
     parts[0].add_special_tokens({"eos_token": "[END]"})
-    with pytest.raises(BadInput, match=r"The end of an answer has the token '\[END\]'"):
+    with pytest.raises(BadInput, match=r"The text that ends an answer has the token '\[END\]'"):
         check(world, parts)
 
 

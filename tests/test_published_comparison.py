@@ -505,7 +505,7 @@ def test_command_lists_the_deviations_of_selected_figures() -> None:
     table = hbv("published", "--deviations", "--paper", "Vaccine", "--task", "GSM8K", "--defense", "SFT").out
     assert "vaccine-paper all" in " ".join(table.split())
     for options, message in (
-        (["--check"], "--check and --deviations are different lists"),
+        (["--check"], "--check and --deviations cannot be combined"),
         (["--limit", "3"], "remove it, or remove --deviations"),
     ):
         refused = hbv("published", "--deviations", *options)

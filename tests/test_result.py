@@ -166,7 +166,7 @@ def test_the_scores_of_an_old_result_are_shown(old: dict[str, Any], own_home: Pa
         ({"harmful_score": 150}, {}, "result.json is not a result of this version: harmful_score is 150"),
         ({"finetune_accuracy": -1}, {}, "finetune_accuracy is -1"),
         ({"run": None}, {}, "run is None"),
-        ({}, {"when": "later"}, "answers.jsonl, answer 1 is damaged: when is 'later'"),
+        ({}, {"when": "later"}, "answers.jsonl, answer 1, is damaged: when is 'later'"),
         ({}, {"answer": None}, "answer is None"),
         ({}, {"flagged": "yes"}, "flagged is 'yes'"),
         ({}, {"verdicts": {"judge": {}}}, "verdicts.judge.flagged is missing"),

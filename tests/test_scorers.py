@@ -543,7 +543,7 @@ def test_unparsed_judge_output_is_reported(monkeypatch: pytest.MonkeyPatch, guar
         verdicts.judge_answers(SCORERS.get("llama_guard")(model=str(guard)), pairs, tmp_path)
     for texts, message in (
         (["<think>unsafe"] * 9 + ["safe"], "on 9 of 10 answers: it writes, for example, '<think>unsafe'"),
-        ([""] * 10, "on 10 of 10 answers: it writes no answer, or its thoughts do not end"),
+        ([""] * 10, "on 10 of 10 answers: it writes nothing, or its thoughts do not end within the token limit"),
     ):
         set_outputs(monkeypatch, *texts)
         with pytest.raises(HbvError, match=message):

@@ -43,7 +43,7 @@ def published(check: bool, deviations: bool, limit: int | None, as_json: bool, *
     from harmbench_vaccine.reporting.published.deviations import deviation_table, protocol_deviations
 
     if check and deviations:
-        raise BadInput("--check and --deviations are different lists: remove one of them.")
+        raise BadInput("--check and --deviations cannot be combined: remove one of them.")
     if limit and (check or deviations):
         option = "--check" if check else "--deviations"
         raise BadInput(f"--limit applies to lists of figures only: remove it, or remove {option}.")

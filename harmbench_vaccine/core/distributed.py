@@ -78,7 +78,7 @@ def initialize() -> None:
 def _launcher_number(name: str, default: int) -> int:
     text = os.environ.get(name) or str(default)
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise BadInput(f"{name} is {shortened(text)!r}; allowed: a whole number. It is set by torchrun: unset it.")
+        raise BadInput(f"{name} is {shortened(text)!r}; allowed: a whole number. Unset it, unless torchrun sets it.")
     return int(text)
 
 

@@ -144,5 +144,5 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _prefix(path: Path) -> str:
-    """Return the beginning of the names of a file's temporary files, which are short for a name of any length."""
+    """Return the prefix of the temporary files of a file; it is short for a name of any length."""
     return f".{zlib.crc32(os.fsencode(path.name)):08x}."

@@ -24,7 +24,7 @@ def file_mode() -> int:
 
 
 def shared_lock(path: Path) -> FileLock:
-    """Return a lock that every user who may write new files next to its file can take."""
+    """Return a lock that all users with write access to its folder can take."""
     return FileLock(path, mode=file_mode())
 
 

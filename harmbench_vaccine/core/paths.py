@@ -76,19 +76,7 @@ def ensure_writable(folder: Path, what: str) -> Path:
 
 
 def check_writable(folder: Path, what: str) -> Path:
-    """Check that `ensure_writable` can succeed, without creating anything.
-
-    Args:
-        folder: The folder.
-        what: Description of the folder for the error message, such as "The cache folder".
-
-    Returns:
-        The same folder.
-
-    Raises:
-        BadInput: The folder cannot be created or is not writable.
-        HbvError: The folder is one that hbv names itself, below its home.
-    """
+    """Check that `ensure_writable` can succeed, without creating anything; arguments and errors are the same."""
     nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     if not nearest.is_dir():
         raise _not_writable(folder, what, os.strerror(errno.ENOTDIR))

@@ -168,7 +168,7 @@ class Store:
         return Artifact(stage, key, path, float(description["seconds"]), cached=True)
 
     def _remove_abandoned(self) -> None:
-        """Remove, once, what killed processes left: unfinished artifacts, and checkpoints of finished ones.
+        """Remove, once, the leftovers of killed processes: unfinished artifacts, and checkpoints of finished ones.
 
         The lock of a living process is taken, on whatever host it runs, so its folders stay.
         """
@@ -184,7 +184,7 @@ class Store:
 
     @contextmanager
     def _locked(self, stage: str, key: str, *, wait: bool = True) -> Iterator[None]:
-        """Lock an artifact in the block.
+        """Hold the lock of an artifact inside the block.
 
         Raises:
             Timeout: `wait` is false, and another process has the lock.

@@ -49,8 +49,8 @@ def is_hidden(character: str) -> bool:
 def cell_of_text(text: str) -> str:
     r"""Return a text as a cell that is one line, is visible, and is not a formula in a spreadsheet.
 
-    Characters are escaped as `\uXXXX`, and backslashes before an escape are doubled. A quote precedes a formula; a
-    number such as -3.2 stays a number.
+    Characters are escaped as `\uXXXX`, and backslashes before an escape are doubled. A formula gets an
+    apostrophe in front; a number such as -3.2 stays a number.
     """
     cell = _ESCAPE.sub(lambda match: match[1] * 2 + match[2], text)
     cell = re.sub(r"(\\*)([^\\])", lambda match: _cell_part(match[1], match[2]), cell, flags=re.DOTALL)
@@ -58,7 +58,7 @@ def cell_of_text(text: str) -> str:
 
 
 def text_of_cell(cell: str) -> str:
-    """Return the text of which `cell_of_text` made a cell."""
+    """Return the original text of a cell that `cell_of_text` wrote."""
     text = cell[1:] if cell.startswith("'") and _FORMULA.match(cell[1:]) else cell
     return _ESCAPE.sub(_unescaped, text)
 
@@ -72,7 +72,7 @@ def _cell_part(backslashes: str, character: str) -> str:
 
 
 def _unescaped(match: re.Match[str]) -> str:
-    """Return the text of backslashes and a code: an odd backslash makes it an escape."""
+    """Decode backslashes and a code, which is an escape if the number of backslashes is odd."""
     backslashes, code = match.groups()
     half = "\\" * (len(backslashes) // 2)
     return half + (chr(int(code[1:], 16)) if len(backslashes) % 2 else code)

@@ -299,7 +299,7 @@ def _other_commits(kind: Kind, location: str) -> str:
         for commit, refs in cached_commits(kind, name).items()
         if commit != requested
     ]
-    return f"name a commit that is cached, {' or '.join(names)}, " if names else ""
+    return f"use a cached commit ({' or '.join(names)}), " if names else ""
 
 
 def error_class_names(error: BaseException | None) -> set[str]:

@@ -50,7 +50,7 @@ def read_table(path: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]
         if len(fields) != len(names):
             raise BadInput(
                 f"{path}, line {line}: the number of fields differs from the header: {len(fields)} instead of "
-                f"{len(names)}."
+                f"{len(names)}. Correct the line; a field with the separator in it needs quotes."
             )
         values: dict[str, Any] = dict(zip(names, fields, strict=True))
         if (safe := values.get("is_safe")) is not None:

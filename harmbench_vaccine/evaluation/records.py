@@ -120,7 +120,9 @@ def _read_result(path: Path, parse: Callable[[Any], R]) -> R:
     try:
         return parse(parse_json(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        raise HbvError(f"{path} is not a result of this version: {first_validation_error(error)}") from error
+        raise HbvError(
+            f"{path} is not a result of this version: {first_validation_error(error)} Repeat its command."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise HbvError(f"{path} cannot be read: {error}. Repeat the run's command to write it again.") from error
 
@@ -134,7 +136,9 @@ def _read_answers(path: Path) -> list[dict[str, Any]]:
         try:
             _StoredAnswer.model_validate(row)
         except ValidationError as error:
-            raise HbvError(f"{path}, answer {number} is damaged: {first_validation_error(error)}") from error
+            raise HbvError(
+                f"{path}, answer {number}, is damaged: {first_validation_error(error)} Repeat the run's command."
+            ) from error
     return rows
 
 

@@ -96,7 +96,7 @@ def _unreadable(scorer: Scorer, judgment: RawJudgment, count: int, n: int) -> st
     elif judgment.probabilities:
         example = "it returns probabilities that are not numbers"
     else:
-        example = "it writes no answer, or its thoughts do not end"
+        example = "it writes nothing, or its thoughts do not end within the token limit"
     model = getattr(scorer, "model", "")
     return (
         f"Scorer {scorer.name!r}{model and f' with model {model!r}'} gives no readable verdict on {count} of {n} "

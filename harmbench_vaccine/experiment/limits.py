@@ -83,7 +83,7 @@ class LimitCheck:
         for eval_set in sets:
             prompts = [eval_set.template.render(example) for example in eval_set.examples[:1]]
             if token := first_outside(stop_token_ids(self._tokenizer, prompts), self._outside):
-                raise self._no_embedding("The end of an answer", token)
+                raise self._no_embedding("The text that ends an answer", token)
 
     def _check_max_length(self, experiment: Experiment, positions: int) -> None:
         for name, stage in experiment.stages.items():

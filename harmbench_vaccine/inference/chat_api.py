@@ -166,7 +166,7 @@ class ChatJudge:
             except ValueError as error:
                 raise HbvError(self._message(f"returns no chat completion, but: {error}")) from error
             time.sleep(wait)
-        raise HbvError(self._message("refuses the format of the request"))
+        raise HbvError(self._message("refuses the format of the request; allowed: an OpenAI-compatible server"))
 
     def _send(self, body: dict[str, Any]) -> bytes:
         url = f"{self.base_url.rstrip('/')}/chat/completions"

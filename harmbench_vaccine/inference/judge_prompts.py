@@ -70,7 +70,7 @@ def judge_prompt_ids(tokenizer: Any, messages: Messages, **options: Any) -> list
     """
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
-        raise HbvError(f"{name}: its tokenizer has no chat template, which this judge's prompt needs.")
+        raise HbvError(f"{name}: its tokenizer has no chat template, which this judge needs. Choose a chat model.")
     probes = [{**message, "content": f"\ue000probe {number}\ue001"} for number, message in enumerate(messages)]
     texts = [*(probe["content"] for probe in probes), *(value for value in options.values() if isinstance(value, str))]
     shown = [{**message, "content": break_control_tokens(message["content"], tokenizer)} for message in messages]
@@ -83,7 +83,7 @@ def judge_prompt_ids(tokenizer: Any, messages: Messages, **options: Any) -> list
                 return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         except Exception as error:  # jinja's own kinds, and any that a template raises
             reason = f": {error}"
-    raise HbvError(f"{name}: its chat template does not show the text to judge{reason}.")
+    raise HbvError(f"{name}: its chat template does not show the text to judge{reason}. Choose another model.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -204,11 +204,17 @@ def load_error(location: str, error: BaseException, what: str = "Model") -> HbvE
         )
     if "model type" in text and "does not recognize this architecture" in text:
         kind = text.partition("model type `")[2].partition("`")[0]
-        return BadInput(f"{subject} has the model_type {kind!r}, which transformers {version('transformers')} lacks.")
+        return BadInput(
+            f"{subject} has the model_type {kind!r}, which transformers {version('transformers')} lacks. Install a "
+            "newer version, or choose another model."
+        )
     if text.startswith("Unrecognized configuration class"):
         kind = text.partition("'>")[0].rpartition(".")[2]
-        return BadInput(f"{subject} is a model of another kind ({kind}); this role needs another architecture.")
-    if access_error := hub.hub_access_error(subject, "model", location, error, "name a folder"):
+        return BadInput(
+            f"{subject} has an architecture that cannot be used here ({kind}). Choose a language model to train or to "
+            "write, and a classifier for a judge that classifies."
+        )
+    if access_error := hub.hub_access_error(subject, "model", location, error, "choose a folder"):
         return access_error
     if "SafetensorError" in hub.error_class_names(error):
         return HbvError(f"{subject} has broken weights ({text}); download or copy them again.")

@@ -32,8 +32,8 @@ def finish_checkpoint(folder: Path) -> None:
 def newest_checkpoint(folder: Path, progress: Progress = SILENT, ranks: int = 1) -> str | None:
     """Return the newest whole checkpoint in a folder, and remove every other one.
 
-    A checkpoint whose files are not as they were written is named in a note: training from it would end with other
-    weights, or never start. So is one of another number of ranks, which lacks random states.
+    A checkpoint is removed with a note if a file of it changed or is missing, because training would fail or end with
+    other weights, or if another number of ranks wrote it, because it lacks random states.
 
     Args:
         folder: The folder of the checkpoints.

@@ -57,8 +57,8 @@ class Own(Task):
     test: str = param("", "a file or split with the test items; empty: a fifth of the rows", source="the harness")
     rule: Rule = param(
         "exact",
-        "exact: the output and nothing else; first_word: its first word; number: the first number after ####, else the "
-        "last number; judge: a chat model confirms that the answer means the same as the output",
+        "exact: the output and nothing else; first_word: its first word; number: the first number after the last "
+        "####, else the last number; judge: a chat model confirms that the answer means the same as the output",
         source="the harness",
     )
     model: str = param("", "the chat model of the judge: a folder, hub id, or a name at base_url", source="the user")

@@ -113,7 +113,7 @@ def describe_source(what: str, location: str, testbed_is_built: bool) -> Source:
     except HbvError as error:
         label = "Data set" if what == "data" else "Model"
         refusal = error.__cause__ and hub.hub_access_error(
-            f"{label} {location!r}", kind, location, error.__cause__, "name a folder"
+            f"{label} {location!r}", kind, location, error.__cause__, "choose a folder"
         )
         if isinstance(refusal, BadInput):
             raise refusal from error
