@@ -1,6 +1,5 @@
 """Plot the harmful score against the harmful ratio from a CSV of results: the picture of the README.
 
-    pip install -e '.[docs]'
     python leaderboards/plot_testbed.py                       # leaderboards/testbed.csv -> docs/images/testbed.svg
     python leaderboards/plot_testbed.py --out testbed.png
 
