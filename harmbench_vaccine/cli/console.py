@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -44,6 +44,30 @@ class SuggestingGroup(click.Group):
         return super().resolve_command(context, args)
 
 
+class GroupedCommand(click.Command):
+    """A command whose help shows the options under headings.
+
+    Args:
+        option_groups: Heading -> names of the parameters under it. Options without a group follow under "Other".
+    """
+
+    def __init__(self, *args: Any, option_groups: Mapping[str, Sequence[str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.option_groups = option_groups
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section for each group."""
+        records = {
+            str(param.name): record
+            for param in self.get_params(ctx)
+            if (record := param.get_help_record(ctx)) is not None
+        }
+        groups = [(title, [records.pop(name) for name in names]) for title, names in self.option_groups.items()]
+        for title, group in [*groups, ("Other", list(records.values()))]:
+            with formatter.section(title):
+                formatter.write_dl(group)
+
+
 class FiniteRange(click.FloatRange):
     """A range of numbers; click's own lets NaN pass."""
 
@@ -53,6 +77,16 @@ class FiniteRange(click.FloatRange):
         if math.isnan(number):
             self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
         return number
+
+
+class SeedRange(click.IntRange):
+    """The numbers that are seeds."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2**63 - 1)
+
+    def _describe_range(self) -> str:
+        return "0<=x<2**63"  # click prints 19 digits
 
 
 def print_view(view: RenderableType) -> None:

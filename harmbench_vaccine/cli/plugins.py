@@ -11,6 +11,7 @@ import click
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.experiment.protocol import load_protocol, protocol_models, protocol_names
 
+from .completion import plugin_names, protocol_name
 from .console import print_json, print_line, print_view, terminal_progress
 
 if TYPE_CHECKING:
@@ -73,8 +74,14 @@ def _print_facts(registry: Registry[Any], as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name")
-@click.option("--protocol", default=None, metavar="NAME", help="Show the values of this protocol next to the defaults.")
+@click.argument("name", shell_complete=plugin_names("defenses", "attacks", "tasks", "scorers"))
+@click.option(
+    "--protocol",
+    default=None,
+    shell_complete=protocol_name,
+    metavar="NAME",
+    help="Show the values of this protocol next to the defaults.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object for each kind that has the name.")
 def info(name: str, protocol: str | None, as_json: bool) -> None:
     """Describe a plug-in and its parameters.
@@ -117,7 +124,7 @@ def new(kind: str, name: str, folder: str) -> None:
 
 
 @click.command()
-@click.argument("plugin", metavar="FILE|NAME")
+@click.argument("plugin", metavar="FILE|NAME", shell_complete=plugin_names("defenses", "attacks"))
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object for each kind that has the name.")
 @click.pass_context
 def check(context: click.Context, plugin: str, as_json: bool) -> None:

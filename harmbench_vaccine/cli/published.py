@@ -37,7 +37,7 @@ def published(check: bool, deviations: bool, limit: int | None, as_json: bool, *
     --deviations lists the differences that remain between a paper and a run of its protocol without further options.
 
     \b
-    Example: hbv published --paper Vaccine --defense SFT --defense Vaccine --metric HS
+    Example: hbv published --paper Vaccine --defense SFT --metric HS
     """
     from harmbench_vaccine.reporting.published import figures
     from harmbench_vaccine.reporting.published.deviations import deviation_table, protocol_deviations

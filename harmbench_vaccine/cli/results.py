@@ -8,11 +8,12 @@ import click
 
 from harmbench_vaccine.core.paths import home, user_path
 
+from .completion import plugin_names, stored_run
 from .console import FiniteRange, print_json, print_view, terminal_progress
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=stored_run)
 @click.option(
     "--set",
     "set_name",
@@ -56,10 +57,11 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: 
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=stored_run)
 @click.option(
     "--scorer",
     "scorers",
+    shell_complete=plugin_names("scorers"),
     multiple=True,
     metavar="SPEC",
     help="llama_guard, beaver_dam=0.4, harmbench:template=FILE. Repeatable. [default: the scorer of the run]",

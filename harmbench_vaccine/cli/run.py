@@ -11,17 +11,35 @@ import click
 
 from harmbench_vaccine.core.paths import user_path
 
-from .console import FiniteRange, parse_assignments, print_json, print_view, terminal_progress
+from .completion import plugin_names, protocol_name
+from .console import (
+    FiniteRange,
+    GroupedCommand,
+    SeedRange,
+    parse_assignments,
+    print_json,
+    print_view,
+    terminal_progress,
+)
 
 if TYPE_CHECKING:
     from harmbench_vaccine.evaluation.result import Result
     from harmbench_vaccine.experiment.experiment import Experiment
 
+_OPTION_GROUPS = {
+    "What to run": ("defenses", "attacks", "tasks", "seeds", "dry_run"),
+    "Protocol": ("protocol", "model", "data", "values"),
+    "Judge": ("scorers",),
+    "Hardware": ("backend", "gpu_memory", "gradient_checkpointing", "shard", "save_every"),
+    "Output": ("out", "table", "published", "as_json"),
+}
 
-@click.command()
+
+@click.command(cls=GroupedCommand, option_groups=_OPTION_GROUPS)
 @click.option(
     "--defense",
     "defenses",
+    shell_complete=plugin_names("defenses"),
     multiple=True,
     default=["sft"],
     metavar="SPEC",
@@ -30,6 +48,7 @@ if TYPE_CHECKING:
 @click.option(
     "--attack",
     "attacks",
+    shell_complete=plugin_names("attacks"),
     multiple=True,
     default=["ratio=0"],
     metavar="SPEC",
@@ -38,6 +57,7 @@ if TYPE_CHECKING:
 @click.option(
     "--task",
     "tasks",
+    shell_complete=plugin_names("tasks"),
     multiple=True,
     default=["sst2"],
     metavar="NAME",
@@ -47,13 +67,14 @@ if TYPE_CHECKING:
     "--seed",
     "seeds",
     multiple=True,
-    type=click.IntRange(0, 2**63 - 1),
+    type=SeedRange(),
     default=[0],
     metavar="N",
     help="Seed of all random draws. Repeatable. [default: 0]",
 )
 @click.option(
     "--protocol",
+    shell_complete=protocol_name,
     default="testbed",
     show_default=True,
     metavar="NAME",
@@ -64,6 +85,7 @@ if TYPE_CHECKING:
 @click.option(
     "--scorer",
     "scorers",
+    shell_complete=plugin_names("scorers"),
     multiple=True,
     metavar="SPEC",
     help="Override the protocol's judge. Repeatable: the first gives the HS, the others are reported in addition.",
@@ -143,13 +165,12 @@ def run(
 ) -> None:
     """Run defenses against attacks and print their scores.
 
-    Every combination of defense, attack, task and seed is one run and one row of the table.
+    Every combination of defense, attack, task and seed is one run and one row of the table. Runs share their stages,
+    and a stored stage is reused. To resume after an interruption, repeat the same command.
 
     \b
-    Example: hbv run --defense sft --defense vaccine:rho=5 --attack ratio=0 --attack ratio=0.1 --seed 0 --seed 1
-
-    Runs share their stages, and a stored stage is reused. To resume after an interruption, repeat the same command.
-
+    Example: hbv run --defense sft --defense vaccine:rho=5 --attack ratio=0.1
+    Two seeds: hbv run --defense vaccine --attack ratio=0.1 --seed 0 --seed 1
     Several GPUs: torchrun --nproc-per-node N -m harmbench_vaccine run ...
     """
     from harmbench_vaccine.experiment.spec import RunSpec

@@ -6,11 +6,12 @@ from dataclasses import asdict
 
 import click
 
+from .completion import stored_run
 from .console import print_json, print_view
 
 
 @click.command()
-@click.argument("run")
+@click.argument("run", shell_complete=stored_run)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object per artifact.")
 def why(run: str, as_json: bool) -> None:
     """Explain which stages of a run were reused, and why the others were created.

@@ -1,0 +1,102 @@
+"""The help of every command: groups of options, lines of 80 columns, shell completion."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner
+
+from harmbench_vaccine.cli import commands
+from harmbench_vaccine.cli.console import GroupedCommand
+
+
+def every_command(group: click.Group = commands, *parents: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        yield (*parents, name), command
+        if isinstance(command, click.Group):
+            yield from every_command(command, *parents, name)
+
+
+COMMANDS = dict(every_command())
+
+
+def help_text(name: tuple[str, ...]) -> str:
+    result = CliRunner().invoke(commands, [*name, "--help"], env={"COLUMNS": "80"}, terminal_width=80)
+    assert result.exit_code == 0
+    return result.output
+
+
+@pytest.mark.parametrize("name", COMMANDS, ids=" ".join)
+def test_help_fits_80_columns(name: tuple[str, ...]) -> None:
+    assert not [line for line in help_text(name).splitlines() if len(line) > 80]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if not isinstance(COMMANDS[name], click.Group)], ids=" ".join
+)
+def test_help_has_an_example(name: tuple[str, ...]) -> None:
+    assert f"hbv {' '.join(name)}" in help_text(name).partition("Example: ")[2]
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS.values() if isinstance(command, GroupedCommand)], ids=lambda c: c.name
+)
+def test_every_option_is_in_one_group(command: GroupedCommand) -> None:
+    grouped = [name for names in command.option_groups.values() for name in names]
+    options = [param.name for param in command.params if isinstance(param, click.Option)]
+    assert sorted(grouped) == sorted(options)
+
+
+def test_groups_are_headings_in_their_order() -> None:
+    text = help_text(("run",))
+    headings = [f"\n{title}:\n" for title in ("What to run", "Protocol", "Judge", "Hardware", "Output", "Other")]
+    positions = [text.index(heading) for heading in headings]
+    assert positions == sorted(positions)
+    assert text.index("--scorer SPEC") in range(positions[2], positions[3])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell: str, own_home: Path) -> None:
+    """The command that the documentation names prints a script, and the script's own request lists names."""
+
+    def complete(instruction: str, *words: str) -> str:
+        word = words[-1] if shell == "fish" else str(len(words))
+        variables = {
+            "_HBV_COMPLETE": f"{shell}_{instruction}",
+            "COMP_WORDS": " ".join(["hbv", *words]),
+            "COMP_CWORD": word,
+        }
+        code = "import sys; sys.argv[0] = 'hbv'; from harmbench_vaccine.cli import main; main()"
+        environment = {**os.environ, **variables}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+
+    assert "_HBV_COMPLETE" in complete("source", "")
+    assert "published" in complete("complete", "pub")
+    assert "vaccine" in complete("complete", "run", "--defense", "vac")
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["run", "--defense", "vac"], ["vaccine"]),
+        (["run", "--attack", "ra"], ["ratio"]),
+        (["run", "--task", "sst"], ["sst2"]),
+        (["run", "--scorer", "llama"], ["llama_guard"]),
+        (["run", "--protocol", "boo"], ["booster-paper"]),
+        (["info", "sst"], ["sst2"]),
+        (["show", "vac"], ["vaccine-0123"]),
+        (["score", "sft"], []),
+    ],
+)
+def test_names_are_completed(words: list[str], names: list[str], own_home: Path) -> None:
+    (own_home / "runs" / "vaccine-0123").mkdir(parents=True)
+    (own_home / "runs" / "vaccine-0123" / "result.json").write_text("{}", encoding="utf-8")
+    completions = ShellComplete(commands, {}, "hbv", "_HBV_COMPLETE").get_completions(words[:-1], words[-1])
+    assert [item.value for item in completions] == names
