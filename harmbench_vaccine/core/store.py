@@ -28,6 +28,7 @@ from .errors import HbvError
 from .hashing import digest
 from .locks import shared_lock
 from .progress import SILENT, Progress
+from .store_use import ArtifactUse
 
 META = "artifact.json"
 """The description of an artifact, inside its folder."""
@@ -59,6 +60,8 @@ class Store:
         self.root = root
         self.progress = progress
         self._is_tidy = False
+        self.use = ArtifactUse(root)
+        """Marks of the artifacts that this object returned, until it is deleted."""
 
     def path_of(self, stage: str, inputs: Mapping[str, Any]) -> Path:
         """Return the folder of the artifact that depends on `inputs`, whether or not it exists."""
@@ -86,11 +89,12 @@ class Store:
         final = self.root / stage / key
         if distributed.rank():
             return self._get_on_other_rank(Artifact(stage, key, final, 0.0, cached=True), create if all_ranks else None)
+        self.use.mark(f"{stage}/{key}")
         self._remove_abandoned()
         if artifact := self._finished(stage, key, final):
             distributed.broadcast(True)
             return artifact
-        with self._locked(stage, key):
+        with self.locked(stage, key):
             if artifact := self._finished(stage, key, final):  # another process created it while this one waited
                 distributed.broadcast(True)
                 return artifact
@@ -157,12 +161,10 @@ class Store:
         """
         with readable_disk_errors(f"the {stage} stage", self.root):
             try:
-                description = read_sealed(path, META)
+                description = intact_description(stage, path)
             except FileNotFoundError:
-                if not path.exists():
-                    return None
-                description = None
-        if description is None or _key(stage, description["inputs"]) != key:
+                return None
+        if description is None:
             self.progress.note(f"{stage} {key}: the artifact is damaged and is created again")
             return None
         return Artifact(stage, key, path, float(description["seconds"]), cached=True)
@@ -176,14 +178,14 @@ class Store:
             return
         self._is_tidy = True
         for folder in [*(self.root / ASIDE).glob("*"), *(self.root / WORK).glob("*")]:
-            stage, _, key = folder.name.partition("-rank")[0].rpartition("-")
+            stage, key = stage_and_key(folder)
             is_needed = folder.parent.name == WORK and not (self.root / stage / key / META).exists()
             if stage and not is_needed:
-                with suppress(Timeout, HbvError), self._locked(stage, key, wait=False):
+                with suppress(Timeout, HbvError), self.locked(stage, key, wait=False):
                     shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
-    def _locked(self, stage: str, key: str, *, wait: bool = True) -> Iterator[None]:
+    def locked(self, stage: str, key: str, *, wait: bool = True) -> Iterator[None]:
         """Hold the lock of an artifact inside the block.
 
         Raises:
@@ -209,3 +211,26 @@ class Store:
 
 def _key(stage: str, inputs: Mapping[str, Any]) -> str:
     return digest({"stage": stage, "inputs": inputs})
+
+
+def stage_and_key(unfinished: Path) -> tuple[str, str]:
+    """Return the stage and the key in the name of a folder of unfinished work; the stage is empty for other folders."""
+    stage, _, key = unfinished.name.partition("-rank")[0].rpartition("-")
+    return stage, key
+
+
+def intact_description(stage: str, path: Path) -> dict[str, Any] | None:
+    """Return the description of an artifact, or None if it is damaged.
+
+    Raises:
+        FileNotFoundError: There is no such artifact.
+        OSError: A file cannot be read.
+    """
+    try:
+        description = read_sealed(path, META)
+    except FileNotFoundError:
+        if not path.exists():
+            raise
+        return None
+    is_intact = description is not None and _key(stage, description["inputs"]) == path.name
+    return description if is_intact else None

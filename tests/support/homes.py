@@ -26,7 +26,7 @@ def contents(home: Path) -> dict[str, Any]:
 
 
 def _is_lock(path: Path) -> bool:
-    return path.parent.name == ".locks" or path.suffix == ".lock"
+    return path.parent.name in (".locks", ".use") or path.suffix == ".lock"
 
 
 def _content(path: Path) -> Any:
