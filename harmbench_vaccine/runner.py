@@ -28,6 +28,7 @@ from .inference.loading import check_model, check_quantization
 from .inference.model_pool import ModelPool
 from .pipeline import answer_all, judge_all, run, train_models
 from .testbed import ensure_testbed
+from .training.trackers import Tracker, check_trackers
 
 
 def run_all(
@@ -39,6 +40,7 @@ def run_all(
     gradient_checkpointing: bool = False,
     shard: bool = False,
     gpu_memory: float | None = None,
+    report_to: Sequence[Tracker] = (),
     progress: Progress = SILENT,
     on_result: Callable[[Result], None] | None = None,
 ) -> list[Result]:
@@ -55,6 +57,7 @@ def run_all(
         gradient_checkpointing: Compute activations again in the backward pass.
         shard: Spread the base model over the ranks.
         gpu_memory: Share of a GPU's memory for a vLLM engine.
+        report_to: Trackers that receive the steps of the training stages.
         progress: Where progress is reported.
         on_result: Called with every result.
 
@@ -64,13 +67,14 @@ def run_all(
     """
     experiments = [Experiment.settle(spec) for spec in specs]
     _check_outputs(out, table, check_writable)
+    check_trackers(report_to)
     models = ModelPool(progress, gradient_checkpointing, shard, gpu_memory or GPU_MEMORY)
     _check_locations(experiments, shard)
     if any(location.startswith(TESTBED) for experiment in experiments for location in _locations(experiment)):
         ensure_testbed(progress)
     _check_rows(experiments, models)
     root, runs, csv = _check_outputs(out, table, ensure_writable)  # last: bad input creates no folder
-    context = RunContext(Store(root / "store", progress), models, progress, save_share)
+    context = RunContext(Store(root / "store", progress), models, progress, save_share, tuple(report_to))
     results = []
     with progress.bar("runs", len(experiments)) as advance, closing(models):
         if models.one_at_a_time() and len(experiments) > 1:
@@ -88,7 +92,12 @@ def run_all(
 
 
 def check_all(
-    specs: Sequence[RunSpec], *, out: Path | None = None, table: Path | None = None, shard: bool = False
+    specs: Sequence[RunSpec],
+    *,
+    out: Path | None = None,
+    table: Path | None = None,
+    shard: bool = False,
+    report_to: Sequence[Tracker] = (),
 ) -> list[Experiment]:
     """Settle every spec and refuse what `run_all` refuses, without creating or downloading anything.
 
@@ -96,6 +105,7 @@ def check_all(
     """
     experiments = [Experiment.settle(spec) for spec in specs]
     _check_outputs(out, table, check_writable)
+    check_trackers(report_to)
     _check_locations(experiments, shard, is_available)
     available = [
         experiment

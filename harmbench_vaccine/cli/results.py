@@ -9,7 +9,7 @@ import click
 from harmbench_vaccine.core.paths import home, user_path
 
 from .completion import plugin_names, stored_run
-from .console import FiniteRange, print_json, print_view, terminal_progress
+from .console import FiniteRange, print_json, print_line, print_view, terminal_progress
 
 
 @click.command()
@@ -30,8 +30,15 @@ from .console import FiniteRange, print_json, print_view, terminal_progress
 @click.option(
     "--limit", type=click.IntRange(1), default=None, help="Number of questions. [default: 10; with --json all]"
 )
+@click.option(
+    "--curves",
+    type=user_path,
+    default=None,
+    metavar="FILE",
+    help="Plot loss, gradient norm and learning rate of the training stages: .svg, .png or .pdf.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON lines.")
-def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: bool) -> None:
+def show(run: str, set_name: str, only: str | None, limit: int | None, curves: Path | None, as_json: bool) -> None:
     """Show questions, answers and verdicts of a run.
 
     The aligned model answers before the user stage, the final model after it. RUN is a run id, a unique prefix of
@@ -39,12 +46,17 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: 
 
     \b
     Example: hbv show vaccine-88 --only flagged
+    Curves: hbv show vaccine-88 --curves curves.svg
     """
     from harmbench_vaccine.core.errors import unknown_name
     from harmbench_vaccine.evaluation.records import by_question, find_run, load_overview
     from harmbench_vaccine.reporting.tables import answers_view
 
-    overview, answers = load_overview(find_run(run, home() / "runs"))
+    folder = find_run(run, home() / "runs")
+    if curves:
+        _plot_curves(folder, curves)
+        return
+    overview, answers = load_overview(folder)
     set_names = {row["set"] for row in answers}
     if set_name not in set_names:
         raise unknown_name("evaluation set", set_name, set_names)
@@ -54,6 +66,21 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, as_json: 
                 print_json(row)
     else:
         print_view(answers_view(overview, answers, set_name, limit or 10, only))
+
+
+def _plot_curves(run: Path, path: Path) -> None:
+    from harmbench_vaccine.core.errors import BadInput
+    from harmbench_vaccine.evaluation.records import load_run
+    from harmbench_vaccine.evaluation.training_log import training_log
+    from harmbench_vaccine.reporting.curves import check_plot_path, plot_curves
+
+    check_plot_path(path)
+    result, _ = load_run(run)
+    log = training_log(result)
+    if log.empty:
+        raise BadInput(f"Run {result.run} has no training stage, so it has no curves.")
+    plot_curves(log, f"{result.run}: {result.defense} under {result.attack}", path)
+    print_line(str(path))
 
 
 @click.command()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from harmbench_vaccine.core.paths import user_path
+from harmbench_vaccine.training.trackers import TRACKERS, Tracker
 
 from .completion import plugin_names, protocol_name
 from .console import (
@@ -31,7 +32,7 @@ _OPTION_GROUPS = {
     "Protocol": ("protocol", "model", "data", "values"),
     "Judge": ("scorers",),
     "Hardware": ("backend", "gpu_memory", "gradient_checkpointing", "shard", "save_every"),
-    "Output": ("out", "table", "published", "as_json"),
+    "Output": ("out", "table", "published", "as_json", "report_to"),
 }
 
 
@@ -130,6 +131,12 @@ _OPTION_GROUPS = {
 )
 @click.option("--json", "as_json", is_flag=True, help="Print only the results on stdout: one JSON object per run.")
 @click.option(
+    "--report-to",
+    type=click.Choice(TRACKERS),
+    multiple=True,
+    help="Report the steps of training stages to this tracker. Repeatable.",
+)
+@click.option(
     "--save-every",
     type=FiniteRange(0.001, 1),
     default=0.1,
@@ -158,6 +165,7 @@ def run(
     table: Path | None,
     published: bool,
     as_json: bool,
+    report_to: tuple[Tracker, ...],
     save_every: float,
     gradient_checkpointing: bool,
     shard: bool,
@@ -194,7 +202,7 @@ def run(
     if dry_run:
         from harmbench_vaccine.runner import check_all
 
-        _print_dry_run(check_all(specs, out=out, table=table, shard=shard), as_json)
+        _print_dry_run(check_all(specs, out=out, table=table, shard=shard, report_to=report_to), as_json)
         return
     from harmbench_vaccine.runner import run_all
 
@@ -208,6 +216,7 @@ def run(
             gradient_checkpointing=gradient_checkpointing,
             shard=shard,
             gpu_memory=gpu_memory,
+            report_to=report_to,
             progress=progress,
             on_result=print_result if as_json else None,
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.inference.model_pool import ModelPool
+from harmbench_vaccine.training.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,5 @@ class RunContext:
     progress: Progress = SILENT
     save_share: float = 0.1
     """Share of the steps of a training stage between two checkpoints."""
+    trackers: tuple[Tracker, ...] = ()
+    """Where the steps of the training stages are reported."""

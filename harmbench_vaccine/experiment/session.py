@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ from .keys import nested_key
 from .rows import plugin_pools
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
     from harmbench_vaccine.data.collate import Encoded
     from harmbench_vaccine.training.adapters import Adapter
     from harmbench_vaccine.training.stage import TrainingStage
@@ -97,6 +99,7 @@ class TrainingSession:
         stage, stack, settings = self.stage, self.stage.stack, self.config.settings
         examples = self.defenses.train_on(stage.name, rows, stage.pools)
         encoded = stage.encode(examples)
+        title = f"{stage.name} {self.experiment.defense}, seed {self.experiment.spec.seed}"
         with ExitStack() as cleanup:
             cleanup.callback(stack.drop_trained)
             peak = cleanup.enter_context(peak_memory())
@@ -114,7 +117,10 @@ class TrainingSession:
                 pad=stage.pad,
                 save_share=self.context.save_share,
                 progress=self.context.progress,
-                title=f"{stage.name} {self.experiment.defense}, seed {self.experiment.spec.seed}",
+                title=title,
+                callbacks=cleanup.enter_context(
+                    _tracked(self.experiment, self.context, stage.name, title, settings, checkpoints)
+                ),
             )
             if settings.full:
                 dtype = getattr(torch, self.experiment.protocol.dtype)
@@ -172,22 +178,46 @@ def _train_nested(
         settings = replace(settings, epochs=steps * settings.accumulation / math.ceil(len(rows) / settings.batch))
 
     def create(folder: Path, checkpoints: Path) -> None:
-        adapter, log = train_nested(
-            outer,
-            purpose,
-            rows,
-            settings,
-            start,
-            checkpoints,
-            save_share=context.save_share,
-            progress=context.progress,
-            title=f"{outer.name}: {purpose}",
-        )
+        title = f"{outer.name}: {purpose}"
+        with _tracked(experiment, context, outer.name, title, settings, checkpoints) as callbacks:
+            adapter, log = train_nested(
+                outer,
+                purpose,
+                rows,
+                settings,
+                start,
+                checkpoints,
+                save_share=context.save_share,
+                progress=context.progress,
+                title=title,
+                callbacks=callbacks,
+            )
         adapter.save(folder / ADAPTER)
         write_json(folder / LOG, log)
 
     inputs = nested_key(model, purpose, start, rows, settings, outer.seed)
     return Adapter.load(context.store.get_or_create("nested", inputs, create, all_ranks=True).path / ADAPTER)
+
+
+def _tracked(
+    experiment: Experiment, context: RunContext, stage: str, title: str, settings: TrainSettings, checkpoints: Path
+) -> AbstractContextManager[list[TrainerCallback]]:
+    """Open a training stage in the trackers of the command; the block receives their callbacks."""
+    from harmbench_vaccine.training.trackers import TrackedStage, open_trackers
+
+    config = {
+        "stage": stage,
+        "defense": experiment.defense,
+        "attack": experiment.attack,
+        "task": experiment.task.name,
+        "seed": experiment.spec.seed,
+        "model": experiment.model,
+        "protocol": experiment.protocol.name,
+        "protocol_hash": experiment.protocol.hash,
+        **asdict(settings),
+    }
+    folder = context.store.root.parent / "trackers"
+    return open_trackers(context.trackers, TrackedStage(title, checkpoints.name, config, folder), context.progress)
 
 
 def _write_rows(

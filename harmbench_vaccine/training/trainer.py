@@ -44,6 +44,7 @@ def train(
     save_share: float = 0.1,
     title: str = "",
     progress: Progress = SILENT,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, float]]:
     """Run one training stage to its end, from the newest whole checkpoint in `checkpoints` if any.
 
@@ -59,6 +60,7 @@ def train(
         save_share: Share of the optimizer steps between two checkpoints.
         title: Title of the progress bar; the stage's name if empty.
         progress: Receives the progress bar.
+        callbacks: Callbacks of trackers, which receive every entry of the log.
 
     Returns:
         The log. Each optimizer step has `step`, `loss` (mean over micro-batches), `grad_norm` (before clipping) and
@@ -82,7 +84,8 @@ def train(
             hooks.before(stage)
     with progress.bar(title or stage.name, stage.steps) as advance, _quiet_libraries():
         trainer = _StageTrainer(stage, hooks, rows, batches, settings, checkpoints, save_steps, pad)
-        trainer.add_callback(_Clock(stage, hooks, advance))
+        for callback in (_Clock(stage, hooks, advance), *callbacks):
+            trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -107,6 +110,7 @@ def train_nested(
     save_share: float = 0.1,
     title: str = "",
     progress: Progress = SILENT,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Adapter, list[dict[str, float]]]:
     """Run plain fine-tuning inside a stage, then restore the adapter of that stage.
 
@@ -120,6 +124,7 @@ def train_nested(
         save_share: As in `train`.
         title: As in `train`.
         progress: As in `train`.
+        callbacks: As in `train`.
 
     Returns:
         The trained adapter and the log of `train`.
@@ -141,6 +146,7 @@ def train_nested(
             save_share=save_share,
             title=title,
             progress=progress,
+            callbacks=callbacks,
         )
         return outer.stack.trained(), log
     finally:
