@@ -391,6 +391,15 @@ class Unsaved(Sound):
         self._count += 1
 
 
+class Unprepared(Sound):
+    """Keeps the initial parameters, but not in a checkpoint."""
+
+    _start: list[Tensor] = PrivateAttr(default_factory=list)
+
+    def before(self, stage: TrainingStage) -> None:
+        self._start = stage.values()
+
+
 class Zeroing(Sound):
     """Discards the earlier micro-batches."""
 
@@ -444,12 +453,68 @@ BROKEN: dict[type[Plugin], tuple[str, str]] = {
     FirstRows: ("seeds", "Every seed takes the same 10 of 176 rows of pools.benign: draw them with self.draw."),
     Idle: ("acts", "At its only setting nothing differs from plain SFT, in the few steps of a check (if"),
     NotNeutral: ("neutral", "At its neutral setting the align stage ends with a different adapter than SFT (by up to "),
+    Unprepared: (
+        "state",
+        "Attribute _start changes in before() and is not in state(): a resumed run differs, because before() does not ",
+    ),
     Forgetful: ("state", "The restored state has different numbers in 'count'."),
-    Unsaved: ("resume", "Interrupted in step 2 and resumed, it ends with a different adapter (by up to "),
+    Unsaved: ("resume", "): attribute _count changes in the steps and is not in state()."),
     Zeroing: ("accumulation", "At step 1 .grad of base_model.model.model.layers.0.self_attn.q_proj.lora_A.trained"),
     OnlyFloat32: ("bfloat16", "gradient raised RuntimeError: expected m1 and m2 to have the same dtype"),
     Cheap: ("cost", "It declares 1F 1B; a step took 2F 1B."),
 }
+
+
+STATES: list[tuple[Any, Any, str]] = [  # created in `before`, and after `restore`
+    (torch.ones(3), torch.ones(3), ""),
+    (torch.ones(3), torch.ones(2), "differs"),
+    ([torch.ones(2), None], [torch.ones(2), None], ""),
+    ({"a": torch.ones(2)}, {"a": torch.zeros(2)}, "differs"),
+    ({"a": 1.0}, {"b": 1.0}, "differs"),
+    (3, torch.tensor([3.0]), ""),  # a number that comes back as a tensor
+    (0.1, torch.tensor(0.1), ""),  # as float32
+    (0.1, 0.2, "differs"),
+    (np.ones(2), torch.ones(2), ""),
+    ({1, 2}, {2, 1}, ""),
+    ("text", "other", "differs"),
+    (torch.Generator().manual_seed(1), torch.Generator().manual_seed(2), "differs"),
+    (random.Random(1), random.Random(1), ""),
+    (nn.Linear(2, 2), None, "differs"),
+    (Example("id", "question"), Example("other", "question"), "differs"),
+    (object(), object(), ""),  # nothing to compare
+]
+
+
+@pytest.mark.parametrize(("before", "restored", "outcome"), STATES)
+def test_values_of_before_that_do_not_come_back_are_found(
+    before: Any, restored: Any, outcome: str, tmp_path: Path
+) -> None:
+    class Remembering(Sound):
+        """Sets an attribute that no default declares."""
+
+        def before(self, stage: TrainingStage) -> None:
+            self._kept = before
+
+        def restore(self, state: dict[str, Tensor]) -> None:
+            self._kept = restored
+
+    finding = finding_of(Remembering, tmp_path, "state")
+    lost = "Attribute _kept changes in before() and is not in state(): a resumed run differs, because before() does"
+    assert (finding.outcome, finding.reason.startswith(lost)) == (("fails", True) if outcome else ("n/a", False))
+
+
+def test_attributes_that_change_in_steps_are_named_where_no_state_is_stored(tmp_path: Path) -> None:
+    class Scratch(Sound):
+        """Stores a value of each step that no other step reads."""
+
+        def before_step(self, stage: TrainingStage) -> None:
+            self._scratch = stage.step
+
+    assert (
+        finding_of(Scratch, tmp_path, "state").reason
+        == "state() is empty; _scratch changes in the steps: see 'resume'."
+    )
+    assert finding_of(Scratch, tmp_path, "resume").outcome == "ok"
 
 
 @pytest.mark.parametrize("cls", BROKEN)

@@ -15,6 +15,7 @@ from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import Gradient
 
 from ..defense import Defense
+from .attributes import copy_attributes, differing_attributes, list_names
 from .defense_subject import DefenseSubject, for_stages
 from .findings import Checks, Fails, NotApplicable
 from .observation import preserved_random_states
@@ -112,21 +113,45 @@ def _departures(subject: DefenseSubject, plugin: Defense, run: Callable[[StageNa
 @OUTCOME_CHECKS.add("state", after=["trains"])
 @for_stages("training_stages")
 def _state(subject: DefenseSubject, stage: StageName) -> None:
-    """`restore` brings back the values of `state`, through a safetensors file."""
+    """`restore` brings back the values of `state`, through a safetensors file, and everything that `before` sets."""
     (member,) = subject.observed(stage)[0].team.members
     values = member.state()
-    if not values:
-        raise NotApplicable("It has no state between steps.")
-    path = subject.world.new_folder() / "state.safetensors"
-    save_file(values, path)
-    fresh = subject.plugin()
-    fresh.restore(load_file(path))
-    restored = fresh.state()
+    restored = _restored(subject, values).state()
     if restored.keys() != values.keys():
         raise Fails(f"The restored state has different names: {', '.join(sorted(restored.keys() ^ values.keys()))}.")
     for name, value in values.items():
         if restored[name].dtype != value.dtype or not torch.equal(restored[name].cpu(), value.cpu()):
             raise Fails(f"The restored state has different numbers in {name!r}.")
+    in_before, in_steps = _lost_attributes(subject, stage)
+    if in_before:
+        raise Fails(
+            f"Attribute {list_names(in_before)} changes in before() and is not in state(): a resumed run differs, "
+            "because before() does not run again."
+        )
+    if not values and in_steps:
+        raise NotApplicable(f"state() is empty; {list_names(in_steps)} changes in the steps: see 'resume'.")
+    if not values:
+        raise NotApplicable("It has no state between steps.")
+
+
+def _lost_attributes(subject: DefenseSubject, stage: StageName) -> tuple[list[str], list[str]]:
+    """Return the attributes that `restore` loses: those that change in `before`, and those that change in the steps."""
+    trial, observation = subject.observed(stage)
+    (member,) = trial.team.members
+    end = copy_attributes(member)
+    lost = differing_attributes(copy_attributes(_restored(subject, member.state())), end)
+    in_before = differing_attributes(observation.created, observation.prepared)
+    in_steps = differing_attributes(observation.prepared, end)
+    return [name for name in lost if name in in_before], [name for name in lost if name in in_steps]
+
+
+def _restored(subject: DefenseSubject, state: dict[str, Tensor]) -> Defense:
+    """Return a new copy of the defense that has the state of a checkpoint."""
+    path = subject.world.new_folder() / "state.safetensors"
+    save_file(state, path)
+    plugin = subject.plugin()
+    plugin.restore(load_file(path))
+    return plugin
 
 
 class _Interruption(Exception):
@@ -167,10 +192,11 @@ def _resume(subject: DefenseSubject, stage: StageName) -> None:
     with preserved_random_states(3):
         resumed = edit_trial(train_trial(subject.begin(stage, subject.plugin()), folder, save_share=share))
     if difference := _difference(resumed.adapter, uninterrupted.adapter):
-        raise Fails(
-            f"Interrupted in step {CUT} and resumed, it ends with a different adapter ({difference}): `state` must "
-            "return everything that it remembers between steps."
-        )
+        _, in_steps = _lost_attributes(subject, stage)
+        cause = "`state` must return everything that it remembers between steps"
+        if in_steps:
+            cause = f"attribute {list_names(in_steps)} changes in the steps and is not in state()"
+        raise Fails(f"Interrupted in step {CUT} and resumed, it ends with a different adapter ({difference}): {cause}.")
 
 
 @OUTCOME_CHECKS.add("accumulation", after=["trains"])

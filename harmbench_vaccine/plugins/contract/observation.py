@@ -20,6 +20,7 @@ from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.taps import decoder_layers
 
 from ..teams import DefenseTeam
+from .attributes import copy_attributes
 
 
 def shared_random_states() -> dict[str, Any]:
@@ -140,6 +141,10 @@ class Observation:
     draws: DrawRecorder = field(default_factory=DrawRecorder)
     encoded: list[Example] = field(default_factory=list)
     """The rows that hooks encode."""
+    created: dict[str, Any] = field(default_factory=dict)
+    """The attributes of the defense when `before` starts."""
+    prepared: dict[str, Any] = field(default_factory=dict)
+    """The attributes of the defense when `before` ends."""
     _frozen: dict[str, tuple[nn.Parameter, Tensor]] = field(default_factory=dict)
 
     def copy_frozen(self, stage: TrainingStage) -> None:
@@ -169,7 +174,7 @@ class Observation:
 
 
 class ObservedTeam(DefenseTeam):
-    """A team of defenses that records what its hooks do."""
+    """A team of one defense that records what its hooks do."""
 
     _observation: Observation = PrivateAttr(default_factory=Observation)
     _pending: list[Gradient] = PrivateAttr(default_factory=list)
@@ -180,9 +185,12 @@ class ObservedTeam(DefenseTeam):
         return self._observation
 
     def before(self, stage: TrainingStage) -> None:
+        (member,) = self.members
         draws = self._observation.shared_draws
+        self._observation.created = copy_attributes(member)
         with record_shared_draws(draws, "before", "torch's"), self._observation.draws:  # the trainer restores torch's
             super().before(stage)
+        self._observation.prepared = copy_attributes(member)
         self._record_leftovers("before", stage)
 
     def before_step(self, stage: TrainingStage) -> None:
