@@ -741,6 +741,11 @@ MORE_BROKEN: list[tuple[type[Plugin], str, str]] = [
     (broken(Sound, "stages", ()), "facts", "It declares no stage."),
     (broken(Sound, "topology", "triple"), "facts", "Topology 'triple' is unknown, allowed: double, single, or None."),
     (
+        broken(Sound, "data", ("safe rows",)),
+        "facts",
+        "Data 'safe rows' is unknown, allowed: alignment rows, harmful rows, refusals, paired safe and harmful rows, ",
+    ),
+    (
         type("NoHook", (Attack,), {"__doc__": "x", "__annotations__": {"p": float}, "p": param(1.0, "p", source="s")}),
         "facts",
         "It has parameters but overrides no hook that would read them (mix, upload, filter, settings, ablate, ",

@@ -22,6 +22,15 @@ HOOKS = (
 )
 """The methods by which a defense departs from plain supervised fine-tuning."""
 
+ROW_KINDS = {
+    "alignment rows": "pools.alignment",
+    "harmful rows": "pools.harmful",
+    "refusals": "the first rows of pools.paired",
+    "paired safe and harmful rows": "pools.paired",
+    "benign rows": "pools.benign",
+}
+"""The texts allowed in `Defense.data`, and the pool of each."""
+
 
 class Defense(Plugin):
     """A defense. The default of every hook is plain supervised fine-tuning, so override only what your paper changes.
@@ -51,7 +60,7 @@ class Defense(Plugin):
     memory: ClassVar[str] = "none"
     """Memory in addition to that of SFT."""
     data: ClassVar[tuple[str, ...]] = ()
-    """Rows that the defense needs in addition to the rows of its stage."""
+    """Rows that the defense needs in addition to the rows of its stage: keys of `ROW_KINDS`."""
 
     def passes(self) -> str:
         """Return the forward and backward passes in each step for these parameters.

@@ -12,6 +12,7 @@ from harmbench_vaccine.core.types import STAGES, StageName
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import Gradient
 
+from ..defense import ROW_KINDS
 from .defense_subject import DefenseSubject, for_stages
 from .findings import Checks, Fails, NotApplicable, describe_value, format_shape
 from .observation import preserved_random_states, record_shared_draws
@@ -41,7 +42,7 @@ def _described(subject: DefenseSubject) -> None:
 
 @HOOK_CHECKS.add("facts")
 def _facts(subject: DefenseSubject) -> None:
-    """Its declarations are valid: stages, cost, topology, neutral setting."""
+    """Its declarations are valid: stages, cost, topology, data, neutral setting."""
     cls = subject.cls
     problems = declaration_problems(subject)
     problems += [
@@ -53,6 +54,9 @@ def _facts(subject: DefenseSubject) -> None:
         problems.append(f"cost {cls.cost!r} is not valid, allowed: none, or the passes of a step such as '2F 1B'")
     if cls.topology not in (None, "double", "single"):
         problems.append(f"topology {cls.topology!r} is unknown, allowed: double, single, or None")
+    problems += [
+        f"data {kind!r} is unknown, allowed: {', '.join(ROW_KINDS)}" for kind in cls.data if kind not in ROW_KINDS
+    ]
     raise_problems(problems)
 
 
