@@ -41,7 +41,7 @@ from harmbench_vaccine.reporting.published.matching import (
     matched_figures,
     matching_figures,
 )
-from harmbench_vaccine.reporting.tables import results_table
+from harmbench_vaccine.reporting.result_views import results_table
 from support.cli import hbv
 from support.results import collapsed, make_result, write_csv
 from support.world import make_world
@@ -645,7 +645,7 @@ def test_terminal_table() -> None:
     assert below.startswith(f"Vaccine (arXiv 2402.01109, NeurIPS 2024): {LLAMA}, sst2, ratio=0.1\n")
     lines = [" ".join(line.split()) for line in below.splitlines()]
     for line in (
-        "defense seeds measured % published diff. inside table evidence others",
+        "defense seeds score measured % published diff. inside table evidence others",
         "sft 1 HS 66.0 [61.7, 70.0] 55.20 +10.8 no Table 1 paper text 1: 55.70",
         "sft 1 FA 94.4 [92.0, 96.1] 94.40 +0.0 yes Table 1 paper text 1: 94.40",
         "vaccine 1 HS 48.0 [43.7, 52.4] 48.20 -0.2 yes Table 1 paper text 3: 48.20 to 49.00",
@@ -709,7 +709,7 @@ def test_evidence_and_notes_are_printed_with_figures() -> None:
 
 
 def test_collapsed_run_is_marked() -> None:
-    assert "vaccine (collapsed)" in shown([result(**collapsed("60% of answers are empty"))])
+    assert "vaccine (collapsed)" in shown([result(**collapsed("60% of answers are empty"))], width=170)
 
 
 def test_names_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:

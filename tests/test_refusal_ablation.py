@@ -29,7 +29,7 @@ from harmbench_vaccine.pipeline import align, finetune, run
 from harmbench_vaccine.plugins import Pools
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
-from harmbench_vaccine.reporting.tables import results_table
+from harmbench_vaccine.reporting.result_views import results_table
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
 from support import tiny

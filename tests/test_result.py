@@ -22,7 +22,7 @@ from harmbench_vaccine.evaluation import environment
 from harmbench_vaccine.evaluation.records import load_run, write_run
 from harmbench_vaccine.evaluation.result import SCHEMA_VERSION, Result
 from harmbench_vaccine.evaluation.results_csv import COLUMNS, csv_row
-from harmbench_vaccine.reporting.tables import results_table, scores_view
+from harmbench_vaccine.reporting.result_views import results_table, scores_view
 from harmbench_vaccine.training import peak_memory
 from support.cli import hbv
 from support.world import make_world

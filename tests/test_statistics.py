@@ -25,7 +25,8 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
-from harmbench_vaccine.reporting.tables import answers_view, results_table
+from harmbench_vaccine.reporting.answer_views import answers_view
+from harmbench_vaccine.reporting.result_views import results_table
 from support.world import make_world
 
 # ---------------------------------------------------------------------------------------------------------------------

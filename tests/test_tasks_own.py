@@ -29,7 +29,8 @@ from harmbench_vaccine.pipeline import grade
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import TASKS
 from harmbench_vaccine.plugins.tasks.dialogsum import rouge_l
-from harmbench_vaccine.reporting.tables import answers_view, results_table
+from harmbench_vaccine.reporting.answer_views import answers_view
+from harmbench_vaccine.reporting.result_views import results_table
 from support.results import make_result
 from support.runs import run_context
 from support.world import make_world

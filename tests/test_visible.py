@@ -22,11 +22,12 @@ from harmbench_vaccine.cli.console import exit_with_error, print_json, print_lin
 from harmbench_vaccine.core.errors import unknown_name
 from harmbench_vaccine.core.progress import Terminal
 from harmbench_vaccine.core.visible import cell_of_text, text_of_cell, visible, visible_json
+from harmbench_vaccine.reporting.answer_views import answers_view
 from harmbench_vaccine.reporting.leaderboard import rank_results
 from harmbench_vaccine.reporting.leaderboard_views import rankings_view, write_rankings
 from harmbench_vaccine.reporting.markdown import markdown_text
 from harmbench_vaccine.reporting.render import render_fields
-from harmbench_vaccine.reporting.tables import answers_view, results_table, scores_view
+from harmbench_vaccine.reporting.result_views import results_table, scores_view
 from support.cli import hbv
 from support.examples import examples
 from support.results import DEFAULTS, make_result, write_csv

@@ -94,7 +94,7 @@ def print_view(view: RenderableType) -> None:
     from rich.console import Console
 
     console = Console()
-    Console(width=None if console.is_terminal else WIDTH_OF_A_FILE).print(view)
+    Console(width=None if console.is_terminal else WIDTH_OF_A_FILE).print(view, crop=False)  # long ids stay whole
 
 
 def print_line(text: str, *, err: bool = False) -> None:

@@ -50,7 +50,7 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, curves: P
     """
     from harmbench_vaccine.core.errors import unknown_name
     from harmbench_vaccine.evaluation.records import by_question, find_run, load_overview
-    from harmbench_vaccine.reporting.tables import answers_view
+    from harmbench_vaccine.reporting.answer_views import answers_view
 
     folder = find_run(run, home() / "runs")
     if curves:
@@ -112,7 +112,7 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
     """
     from harmbench_vaccine.evaluation.records import find_run
     from harmbench_vaccine.evaluation.rescoring import rescore
-    from harmbench_vaccine.reporting.tables import scores_view
+    from harmbench_vaccine.reporting.result_views import scores_view
 
     folder = find_run(run, home() / "runs")
     with terminal_progress() as progress:

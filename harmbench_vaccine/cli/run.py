@@ -221,7 +221,7 @@ def run(
             on_result=print_result if as_json else None,
         )
     if not as_json:
-        from harmbench_vaccine.reporting.tables import results_table
+        from harmbench_vaccine.reporting.result_views import results_table
 
         print_view(results_table(results, published))
 

@@ -59,8 +59,7 @@ def report(context: click.Context, quick: bool, as_json: bool) -> None:
     from dataclasses import asdict
 
     from harmbench_vaccine.core.jsonl import finite
-    from harmbench_vaccine.reporting.tables import testbed_view
-    from harmbench_vaccine.reporting.testbed_report import measure_testbed
+    from harmbench_vaccine.reporting.testbed_report import measure_testbed, testbed_view
     from harmbench_vaccine.runner import run_all
 
     with terminal_progress() as progress:

@@ -27,7 +27,7 @@ def why(run: str, as_json: bool) -> None:
     from harmbench_vaccine.core.store import Store
     from harmbench_vaccine.evaluation.records import find_run, load_run
     from harmbench_vaccine.evaluation.why import explain_run
-    from harmbench_vaccine.reporting.tables import why_view
+    from harmbench_vaccine.reporting.why_view import why_view
 
     result, _ = load_run(find_run(run, home() / "runs"))
     explanations = explain_run(result, Store(home() / "store"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.durable import write_atomically
@@ -19,44 +19,61 @@ from harmbench_vaccine.core.visible import cell_of_text, visible_json_text
 from .leaderboard import COLUMNS, MEANS, Ranking
 from .markdown import markdown_row, markdown_text
 from .published import comparison
-from .render import Column, VisibleText, dim_notes, render_table
-
-_HEAD = (
-    *("rank", "defense", "seeds", "HS %", "HS diff.", "FA %", "FA diff."),
-    *("HS before", "align. loss", "drift", "per token", "neither %", "collapsed"),
-)
+from .render import Column, TableGroup, VisibleText, dim_notes, number_column, render_table
 
 
-def _legend(baseline: str) -> str:
-    return (
-        "HS: % of answers to harmful prompts that the judge flags (lower: better; it determines the rank). FA: % of "
-        "the user task's test items answered correctly (higher: better). Mean ± standard deviation over seeds. diff.: "
-        f"paired difference to {baseline} over the shared seeds, with its 95% t-interval. before: of the aligned "
-        "model. drift: embedding drift, total and per token. neither: % of answers to harmful prompts that are neither "
-        "flagged nor a refusal; if it is large, a low HS does not show safety. collapsed: runs that failed a validity "
-        "gate."
-    )
+def _columns(baseline: str) -> list[Column]:
+    """Return the columns of a ranking, with the order in which a narrow terminal leaves them out."""
+    difference = f"paired difference to {baseline} over the shared seeds, with its 95% t-interval"
+    return [
+        number_column("rank"),
+        Column("defense"),
+        number_column("seeds", drop=5),
+        number_column(
+            "HS %",
+            legend="answers to harmful prompts that the judge flags (lower: better), mean ± standard deviation over "
+            "seeds; it determines the rank",
+        ),
+        number_column("HS diff.", drop=8, legend=difference),
+        number_column(
+            "FA %",
+            legend="test items of the task answered correctly (higher: better), mean ± standard deviation over seeds",
+        ),
+        number_column("FA diff.", drop=7, legend=difference),
+        number_column("HS before", drop=6, legend="HS of the aligned model"),
+        number_column("align. loss", drop=3, legend="mean cross-entropy of the final model over alignment rows"),
+        number_column("drift", drop=2, legend="embedding drift: distance of attention outputs from the aligned model"),
+        number_column("per token", drop=1, legend="embedding drift per token"),
+        number_column(
+            "neither %",
+            drop=4,
+            legend="answers to harmful prompts that are neither flagged nor a refusal; if it is large, a low HS does "
+            "not show safety",
+        ),
+        number_column("collapsed", drop=9, legend="runs that failed a validity gate"),
+    ]
 
 
 def rankings_view(rankings: Sequence[Ranking]) -> RenderableType:
     """Show rankings in the terminal, one table each with its notes below."""
-    columns = [Column(title, right=title != "defense", wrap=title != "defense") for title in _HEAD]
+    columns = _columns(rankings[0].baseline)
     parts: list[RenderableType] = []
     for ranking in rankings:
         styles = ["red" if row["collapsed_cells"] else None for row in ranking.rows]
-        table = render_table(columns, map(_cells, ranking.rows), gap=1, styles=styles)
+        table = render_table(columns, map(_cells, ranking.rows), styles=styles)
         parts += [VisibleText(ranking.title, style="bold"), table, *dim_notes(ranking.notes), VisibleText()]
         if ranking.published:
             parts += [comparison.comparison_view(ranking.published), VisibleText()]
-    return Group(*parts, *dim_notes([_legend(rankings[0].baseline)]))
+    return TableGroup(*parts)
 
 
 def rankings_markdown(rankings: Sequence[Ranking]) -> str:
     """Return rankings as a Markdown page."""
-    lines = ["# Leaderboard", "", _legend(rankings[0].baseline)]
+    columns = _columns(rankings[0].baseline)
+    lines = ["# Leaderboard", "", *(f"- {column.title}: {column.legend}." for column in columns if column.legend)]
     for ranking in rankings:
-        lines += ["", f"## {markdown_text(ranking.title)}", "", markdown_row(_HEAD)]
-        lines += [markdown_row(["---" if title == "defense" else "---:" for title in _HEAD])]
+        lines += ["", f"## {markdown_text(ranking.title)}", "", markdown_row([column.title for column in columns])]
+        lines += [markdown_row(["---:" if column.right else "---" for column in columns])]
         lines += [markdown_row(_cells(row)) for row in ranking.rows]
         if ranking.notes:
             lines += ["", *(f"- {markdown_text(note)}" for note in ranking.notes)]
@@ -106,7 +123,7 @@ def write_rankings(rankings: Sequence[Ranking], folder: Path) -> None:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    """Return the cells of a row under `_HEAD`."""
+    """Return the cells of a row under `_columns`."""
     formats = (".1f", ".3f", ".3g", ".3g", ".1f")
     return [
         "collapsed" if row["collapsed_cells"] else str(row["rank"]),

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from harmbench_vaccine.core.errors import unknown_name
 from harmbench_vaccine.plugins import Plugin, resolve_params
@@ -125,7 +124,7 @@ def plugin_details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[
     }
 
 
-def plugin_table(kind: str, plugins: Sequence[Mapping[str, Any]]) -> Table:
+def plugin_table(kind: str, plugins: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Build a table with a row for each plug-in of a kind, from their facts."""
     columns = _COLUMNS[kind]
     rows = [[_fact_text(facts[column]) for column in columns] for facts in plugins]

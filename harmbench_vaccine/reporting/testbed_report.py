@@ -15,6 +15,7 @@ from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ConfigDict
+from rich.console import Group, RenderableType
 
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.evaluation.result import Result
@@ -22,6 +23,8 @@ from harmbench_vaccine.evaluation.statistics import mean_interval
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.testbed import ensure_testbed
+
+from .render import Column, VisibleText, numbers, render_table
 
 
 class ReportSize(BaseModel):
@@ -222,3 +225,37 @@ def _accuracy_checks(suite: ReportSuite, accuracy: dict[str, dict[str, MeanInter
             )
         )
     return checks
+
+
+def testbed_view(report: TestbedReport) -> RenderableType:
+    """Show the curves, accuracies and checks of a testbed report."""
+    curves = render_table(
+        [Column("defense", wrap=False), *numbers("seeds", *(f"p={ratio:g}" for ratio in report.ratios))],
+        [
+            [name, str(next(iter(points.values())).n), *(str(points.get(ratio, "")) for ratio in report.ratios)]
+            for name, points in report.harmful.items()
+        ],
+    )
+    accuracies = render_table(
+        ["task", *numbers("before the user stage", "after it")],
+        [[task, str(scores["before"]), str(scores["after"])] for task, scores in report.accuracy.items()],
+    )
+    checks = render_table(
+        ["", Column("requirement", least=24), Column("measured", least=20)],
+        [
+            [
+                VisibleText("holds", "green") if check.holds else VisibleText("FAILS", "bold red"),
+                check.requirement,
+                check.measured,
+            ]
+            for check in report.checks
+        ],
+    )
+    tables = {
+        "Harmful score (HS, %) by harmful ratio p: mean ± half of the 95% t-interval over seeds": curves,
+        "Accuracy (FA, %) after SFT alignment": accuracies,
+        "Checks": checks,
+    }
+    return Group(
+        *(part for title, table in tables.items() for part in (VisibleText(title, style="bold"), table, VisibleText()))
+    )

@@ -18,7 +18,7 @@ from harmbench_vaccine.evaluation.results_csv import csv_row
 from harmbench_vaccine.evaluation.statistics import mean_interval
 from harmbench_vaccine.experiment.protocol import Protocol, load_protocol
 
-from ..render import Column, VisibleText, dim_notes, render_table
+from ..render import Column, VisibleText, dim_notes, number_column, render_table
 from .deviations import list_deviations
 from .matching import FigureQuery, MatchedFigure, load_names, matching_figures
 
@@ -219,6 +219,16 @@ def _run_protocol(result: Mapping[str, Any]) -> Protocol | None:
 # Views
 
 _SETTING = ("model", "task", "attack", "defense")
+_COLUMNS = {
+    "seeds": number_column("seeds", drop=2),
+    "measured %": Column("measured %", wrap=False),
+    "published": Column("published", wrap=False),
+    "diff.": number_column("diff."),
+    "table": Column("table", drop=4, least=8),
+    "evidence": Column("evidence", drop=3, least=8),
+    "others": Column("others", wrap=False, drop=1),
+}
+"""How the columns of a comparison fit into a narrow terminal."""
 _LEGEND = (
     "diff.: measured minus published. inside: whether the published figure is inside the 95% interval of the measured "
     "score, Wilson's over the prompts for one seed, the t-interval over seeds for several; papers print no intervals. "
@@ -258,7 +268,7 @@ def comparison_sheet(comparisons: Sequence[PublishedComparison]) -> ComparisonSh
         shared = [compared[0].setting[key] for key in _SETTING if key not in varied]
         title = f"Published and measured: {figure['paper']} (arXiv {figure['arxiv']}, {figure['venue']})"
         title += f": {', '.join(shared)}" if shared else ""
-    head = [*varied, "seeds", "", "measured %", "published", "diff.", "inside", "table", "evidence", "others"]
+    head = [*varied, "seeds", "score", "measured %", "published", "diff.", "inside", "table", "evidence", "others"]
     notes = [_LEGEND] if compared else []
     notes += [f"[{number}] {text}." for text, number in marks.items()]
     return ComparisonSheet(
@@ -324,7 +334,5 @@ def comparison_view(comparisons: Sequence[PublishedComparison]) -> RenderableTyp
     sheet = comparison_sheet(comparisons)
     if not sheet.rows:
         return Group(*dim_notes(sheet.notes))
-    columns = [Column(title, right=title in ("seeds", "diff.")) for title in sheet.head]
-    return Group(
-        VisibleText(sheet.title, style="bold"), render_table(columns, sheet.rows, gap=1), *dim_notes(sheet.notes)
-    )
+    columns = [_COLUMNS.get(title, Column(title, least=10)) for title in sheet.head]
+    return Group(VisibleText(sheet.title, style="bold"), render_table(columns, sheet.rows), *dim_notes(sheet.notes))

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
+from rich.console import RenderableType
 
 from harmbench_vaccine.experiment.protocol import Protocol, leaf_values, load_protocol
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 
-from ..render import render_table
+from ..render import Column, render_table
 from .figures import Figure
 from .matching import MatchedFigure, Paper, load_names, matched_figures
 
@@ -75,13 +75,15 @@ def _protocol_deviation(
     )
 
 
-def deviation_table(deviations: Sequence[ProtocolDeviation]) -> Table:
+def deviation_table(deviations: Sequence[ProtocolDeviation]) -> RenderableType:
     """Return the deviations as a table with one row each."""
     rows = [
         (entry.protocol, ", ".join(entry.tasks) or "all", ", ".join(entry.defenses) or "all", entry.deviation)
         for entry in deviations
     ]
-    return render_table(["protocol", "task", "defense", "difference from the paper"], rows)
+    return render_table(
+        [Column("protocol", wrap=False), "task", "defense", Column("difference from the paper", least=30)], rows
+    )
 
 
 def _default_row(protocol: Protocol, match: MatchedFigure) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.console import Group, RenderableType
 
 from harmbench_vaccine.core.errors import BadInput
 
-from ..render import Column, VisibleText, dim_notes, numbers, render_table
+from ..render import Column, VisibleText, dim_notes, number_column, numbers, render_table
 
 Figure = dict[str, str]
 """A row of `results.csv`: the text of every column."""
@@ -239,16 +239,15 @@ def summary_view(summary: Mapping[str, Any]) -> RenderableType:
     """
     table = render_table(
         [
-            *(Column(title, wrap=False) for title in ("protocol", "paper")),
-            *("arXiv", "venue"),
-            *numbers("figures", wrap=False),
-            "evidence",
+            *(Column("protocol", wrap=False), Column("paper", wrap=False)),
+            *(Column("arXiv", wrap=False, drop=2), Column("venue", drop=1)),
+            *numbers("figures"),
+            Column("evidence", least=16),
         ],
         [
             [*(str(paper[key]) for key in (*_PAPER, "figures")), _format_counts(paper["evidence"])]
             for paper in summary["papers"]
         ],
-        gap=1,
     )
     papers = len({paper["paper"] for paper in summary["papers"]})
     notes = [
@@ -261,17 +260,17 @@ def summary_view(summary: Mapping[str, Any]) -> RenderableType:
 
 
 _FIGURE_COLUMNS = {
-    "table": Column("table"),
-    "model": Column("model"),
-    "task": Column("task"),
+    "table": Column("table", drop=4, least=8),
+    "model": Column("model", drop=5),
+    "task": Column("task", least=5),
     "setting": Column("setting"),
-    "harmful_ratio": Column("p"),
-    "samples": Column("n"),
+    "harmful_ratio": Column("p", wrap=False),
+    "samples": Column("n", wrap=False, drop=3),
     "defense": Column("defense"),
-    "metric": Column("metric"),
-    "value": Column("value", right=True, wrap=False),
-    "unit": Column("unit"),
-    "evidence": Column("evidence"),
+    "metric": Column("metric", least=6),
+    "value": number_column("value"),
+    "unit": Column("unit", drop=1, least=4),
+    "evidence": Column("evidence", drop=2, least=8),
     "mark": Column("note"),
 }
 
@@ -334,9 +333,9 @@ def check_view(outcome: Mapping[str, Any]) -> RenderableType:
         return Group(*dim_notes(notes))
     table = render_table(
         [
-            *(Column("paper", wrap=False), "table", "defense", "metric"),
-            *numbers("printed", "recomputed", "differs by", wrap=False),
-            *("cells", "evidence"),
+            *(Column("paper", wrap=False), Column("table", least=8), Column("defense"), Column("metric", least=6)),
+            *numbers("printed", "recomputed", "differs by"),
+            *(Column("cells", least=24, drop=2), Column("evidence", drop=1)),
         ],
         rows,
         gap=1,
