@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Store
@@ -146,7 +145,7 @@ def _notes(plan: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _protocol_table(protocol: Mapping[str, Any]) -> Table:
+def _protocol_table(protocol: Mapping[str, Any]) -> RenderableType:
     rows = [[entry["path"], _value_text(entry["value"]), entry["source"]] for entry in protocol["values"]]
     return render_table([f"protocol {protocol['hash']}", "value", "source"], rows)
 
@@ -160,7 +159,7 @@ def _value_text(value: Any) -> str:
     return str(value)
 
 
-def _plugin_table(experiments: Sequence[Mapping[str, Any]]) -> Table:
+def _plugin_table(experiments: Sequence[Mapping[str, Any]]) -> RenderableType:
     rows = [
         (name, key, _value_text(value), origin)
         for experiment in experiments
@@ -170,7 +169,7 @@ def _plugin_table(experiments: Sequence[Mapping[str, Any]]) -> Table:
     return render_table(["plug-in", "parameter", "value", "from"], list(dict.fromkeys(rows)))
 
 
-def _source_table(sources: Sequence[Mapping[str, Any]]) -> Table:
+def _source_table(sources: Sequence[Mapping[str, Any]]) -> RenderableType:
     rows = []
     for source in sources:
         state = "yes" if source["available"] else "to be downloaded"
@@ -181,7 +180,7 @@ def _source_table(sources: Sequence[Mapping[str, Any]]) -> Table:
     return render_table(["reads", "location", "on this machine"], rows)
 
 
-def _stage_table(experiments: Sequence[Mapping[str, Any]]) -> Table:
+def _stage_table(experiments: Sequence[Mapping[str, Any]]) -> RenderableType:
     rows: list[list[str]] = []
     total = 0.0
     for experiment in experiments:
