@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 
-from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.evaluation.records import load_run
 from harmbench_vaccine.evaluation.training_log import COLUMNS, training_log
 from harmbench_vaccine.training.trackers import TrackedStage, check_trackers, open_trackers
@@ -234,3 +234,12 @@ def test_deleted_log_is_reported(tracked: Path, world: Path, own_home: Path) -> 
     assert result.code == 1
     assert "The log of the finetune stage" in result.sentence
     assert "Repeat the run's command." in result.sentence
+
+
+def test_log_of_an_earlier_version_is_refused(tracked: Path) -> None:
+    result, _ = load_run(only_run(tracked))
+    old = result.model_copy(
+        update={"stages": {name: record.model_copy(update={"artifacts": {}}) for name, record in result.stages.items()}}
+    )
+    with pytest.raises(BadInput, match="stored by an earlier version"):
+        training_log(old)
