@@ -17,6 +17,7 @@ from .plugins import check, info, list_, new
 from .published import published
 from .results import leaderboard, score, show
 from .run import run
+from .store import store
 from .system import doctor
 from .testbed import testbed
 from .why import schema, why
@@ -40,7 +41,7 @@ def commands() -> None:
     """
 
 
-for command in (run, list_, info, new, check, show, why, score, leaderboard, schema, published, testbed, doctor):
+for command in (run, list_, info, new, check, show, why, score, leaderboard, schema, published, testbed, store, doctor):
     commands.add_command(command)
 
 

@@ -129,8 +129,8 @@ def removal(store: Store) -> Iterator[Removal]:
     token = secrets.token_hex(10)
     trash = store.root / ASIDE / f"removed-{token}"
     with readable_disk_errors("the store", store.root), store.locked("removed", token):
-        with store.use.frozen() as in_use:
-            yield Removal(store, trash, in_use)
+        with store.use.frozen():
+            yield Removal(store, trash, store.use.marked())
         shutil.rmtree(trash, ignore_errors=True)
     (store.root / LOCKS / f"removed-{token}").unlink(missing_ok=True)
 

@@ -46,15 +46,19 @@ class ArtifactUse:
             self._file.flush()
             self._marked.add(name)
 
+    def marked(self) -> set[str]:
+        """Return the artifacts that running processes use, as `stage/key`."""
+        return {name for path in self._folder.glob("*.marks") for name in _marks_of_running_process(path)}
+
     @contextmanager
-    def frozen(self) -> Iterator[set[str]]:
-        """Yield the marked artifacts; until the end of the block, other processes wait before they mark one.
+    def frozen(self) -> Iterator[None]:
+        """Let other processes wait before they mark another artifact, until the end of the block.
 
         Raises:
             OSError: The store cannot be locked.
         """
         with self._guard(fcntl.LOCK_EX):
-            yield {name for path in self._folder.glob("*.marks") for name in _marks_of_running_process(path)}
+            yield
 
     @contextmanager
     def _guard(self, kind: int) -> Iterator[None]:

@@ -23,6 +23,7 @@ from harmbench_vaccine.experiment.spec import first_validation_error
 from .agreement import SCORER_FACTS, AnswerRow, judge_scores, pairwise_agreement
 from .result import JudgeScore, Percent, Result
 from .results_csv import add_row
+from .run_registry import register_run_folder
 
 RESULT, ANSWERS = "result.json", "answers.jsonl"
 
@@ -86,6 +87,7 @@ def save_run(result: Result, answers: list[dict[str, Any]], folder: Path, table:
     run = folder / result.run
     with readable_disk_errors(f"the result of {result.run}", run):
         run.mkdir(parents=True, exist_ok=True)
+        register_run_folder(folder, home() / "store")
         with run_lock(run):
             write_run(run, *_with_earlier_judges(run, result, answers))
         add_row(table, result)
@@ -104,7 +106,16 @@ def load_run(folder: Path) -> tuple[Result, list[dict[str, Any]]]:
     Raises:
         HbvError: A file is damaged or cannot be read.
     """
-    return _read_result(folder / RESULT, Result.from_json), _read_answers(folder / ANSWERS)
+    return load_result(folder), _read_answers(folder / ANSWERS)
+
+
+def load_result(folder: Path) -> Result:
+    """Read the result of a run, of this or an earlier schema, without its answers.
+
+    Raises:
+        HbvError: The file is damaged or cannot be read.
+    """
+    return _read_result(folder / RESULT, Result.from_json)
 
 
 def load_overview(folder: Path) -> tuple[RunOverview, list[dict[str, Any]]]:
