@@ -12,11 +12,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 FORMATS = (".svg", ".png", ".pdf")
-_PANELS = {
-    "loss": "loss (mean over micro-batches)",
-    "grad_norm": "gradient norm (before clipping)",
-    "learning_rate": "learning rate",
-}
+_PANELS = {"loss": "loss", "grad_norm": "gradient norm", "learning_rate": "learning rate"}
 _WINDOW = 20
 """Steps of the moving average that is drawn over the values of single steps."""
 
@@ -37,7 +33,8 @@ def check_plot_path(path: Path) -> None:
 def plot_curves(log: DataFrame, title: str, path: Path) -> None:
     """Write a picture with one column for each stage.
 
-    Thin lines are the values of single steps, thick lines their average over 20 steps.
+    Thin lines are the values of single steps, thick lines the average of the last 20. The loss is the mean over
+    micro-batches, the gradient norm is the one before clipping.
 
     Args:
         log: The rows of `evaluation.training_log.training_log`.
