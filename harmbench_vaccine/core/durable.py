@@ -52,22 +52,14 @@ def _copy_ownership(source: Path, target: Path) -> None:
 
 
 def seal(folder: Path, manifest: str, values: Mapping[str, object]) -> None:
-    """Flush a finished folder to the disk, then write its manifest, with the hash of every other file.
-
-    The files get the mode that the umask allows: some libraries create files that only their owner can read.
+    """Flush a finished folder to the disk (see `flush_folder`), then write its manifest, with the hash of every file.
 
     Args:
         folder: The folder.
         manifest: The name of the manifest, a JSON file.
         values: Further values of the manifest, as plain JSON.
     """
-    mode = file_mode()
-    for parent, files in _walk(folder):
-        for path in files:
-            with suppress(PermissionError):  # of a file system without modes
-                path.chmod(mode)
-            flush(path)
-        flush(parent)
+    flush_folder(folder)
     description = {**values, "files": _file_hashes(folder, manifest)}
     text = json.dumps({**description, "checksum": digest(description)}, indent=1, ensure_ascii=False)
     write_atomically(folder / manifest, text)
@@ -87,6 +79,20 @@ def read_sealed(folder: Path, manifest: str) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return description if intact else None
+
+
+def flush_folder(folder: Path) -> None:
+    """Write a folder with everything below it from the memory of the operating system to the disk.
+
+    The files get the mode that the umask allows: some libraries create files that only their owner can read.
+    """
+    mode = file_mode()
+    for parent, files in _walk(folder):
+        for path in files:
+            with suppress(PermissionError):  # of a file system without modes
+                path.chmod(mode)
+            flush(path)
+        flush(parent)
 
 
 def flush(path: Path) -> None:
