@@ -25,7 +25,7 @@ PACKAGE = "harmbench_vaccine"
 LAYERS = (
     ("cli", "__main__"),
     ("runner",),
-    ("reporting",),
+    ("reporting", "export"),
     ("pipeline",),
     ("evaluation",),
     ("experiment",),
