@@ -1,0 +1,1 @@
+"""Models of stored runs outside the store: load, export to ordinary folders, edit adapters of any origin."""
