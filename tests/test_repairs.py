@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -353,10 +353,10 @@ class Interrupting(Silent):
         self.positions: list[int] = []
 
     @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    def bar(self, title: str, total: int) -> Iterator[Any]:
         position = 0
 
-        def advance(steps: int) -> None:
+        def advance(steps: int, *more: object) -> None:
             nonlocal position
             position += steps
             if self.title in title:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from harmbench_vaccine.core.durable import seal
 from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.progress import Silent
 from harmbench_vaccine.data.collate import collate
 from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
 from harmbench_vaccine.defenses.sft import SFT
@@ -257,7 +258,7 @@ class Counting(SFT):
         self._sums = state["sums"]
 
 
-class StoppingProgress:
+class StoppingProgress(Silent):
     """Interrupts from the progress bar, like Ctrl-C between two steps."""
 
     def __init__(self, count: int) -> None:
@@ -265,10 +266,7 @@ class StoppingProgress:
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Any]:
-        yield lambda steps: self.stop.reach() if steps else None
-
-    def note(self, text: str) -> None:
-        pass
+        yield lambda steps, *more: self.stop.reach() if steps else None
 
 
 def run_stage(

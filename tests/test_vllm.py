@@ -93,7 +93,7 @@ class Notes(Silent):
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Any]:
-        def advance(steps: int) -> None:
+        def advance(steps: int, *more: object) -> None:
             self.steps[title] = self.steps.get(title, 0) + steps
             if self.on_answer and title == "answer":
                 self.on_answer()

@@ -287,9 +287,12 @@ class _Clock(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.hooks.after_step(self.stage)
-        self.advance(1)
         if state.global_step >= state.max_steps:
             control.should_save = False  # the caller stores the finished adapter next
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:  # of a step, not the summary at the end
+            self.advance(1, f"loss {logs['loss']:.3g}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         distributed.barrier()

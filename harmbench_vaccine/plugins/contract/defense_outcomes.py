@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harmbench_vaccine.core.progress import Advance
+from harmbench_vaccine.core.progress import Advance, Silent
 from harmbench_vaccine.core.types import StageName
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import Gradient
@@ -158,7 +158,7 @@ class _Interruption(Exception):
     """An interruption of training, like Ctrl-C."""
 
 
-class _InterruptingProgress:
+class _InterruptingProgress(Silent):
     """A progress bar that interrupts a stage at the end of step CUT."""
 
     @contextmanager
@@ -166,16 +166,13 @@ class _InterruptingProgress:
         """Yield a callback that raises after CUT steps."""
         remaining = CUT
 
-        def advance(steps: int) -> None:
+        def advance(steps: int, detail: str = "", seconds_left: float | None = None) -> None:
             nonlocal remaining
             remaining -= steps
             if remaining <= 0:
                 raise _Interruption
 
         yield advance
-
-    def note(self, text: str) -> None:
-        """Ignore a note."""
 
 
 @OUTCOME_CHECKS.add("resume", after=["deterministic", "state"])
