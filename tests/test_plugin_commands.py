@@ -13,6 +13,7 @@ import pytest
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.plugins import Plugin, registry, resolve_params
 from harmbench_vaccine.plugins.composition import parse_plugins, resolve_plugins
+from harmbench_vaccine.reporting import info_pages
 from harmbench_vaccine.reporting import plugin_pages as view
 from support import tiny
 from support.cli import hbv
@@ -136,13 +137,6 @@ def test_broken_plugin_is_skipped_with_a_warning(tmp_path: Path) -> None:
     assert "samples" in done.out
 
 
-@pytest.mark.parametrize("kind", ["protocols", "models"])
-def test_verbose_list_requires_a_kind_of_plugin(kind: str) -> None:
-    done = hbv("list", kind, "--verbose")
-    assert (done.code, done.out) == (2, "")
-    assert "allowed: defenses, attacks, tasks, scorers" in done.sentence
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # info
 
@@ -214,8 +208,9 @@ def test_info_shows_where_a_protocol_overrides_a_default(world: Path) -> None:
 
 def test_name_of_two_kinds_shows_both(monkeypatch: pytest.MonkeyPatch) -> None:
     twin = registry.PluginEntry("sst2", "built-in", "harmbench_vaccine.attacks.samples")
-    monkeypatch.setattr(view, "ATTACKS", registry.Registry(registry.Attack, "harmbench_vaccine.attacks"))
-    monkeypatch.setattr(view.ATTACKS, "entries", lambda: {"sst2": twin})
+    twins = registry.Registry(registry.Attack, "harmbench_vaccine.attacks")
+    monkeypatch.setattr(twins, "entries", lambda: {"sst2": twin})
+    monkeypatch.setattr(info_pages, "REGISTRIES", (twins, registry.TASKS))
     monkeypatch.setattr(registry.ATTACKS.get("samples"), "name", "samples")  # restore the name that the twin changes
     assert [plugin["kind"] for plugin in described("sst2")] == ["attack", "task"]
     plain = hbv("info", "sst2").out
@@ -230,7 +225,7 @@ def test_dashes_name_the_same_plugin() -> None:
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (("vacine",), ("Unknown plug-in 'vacine'", "Did you mean 'vaccine'", "agnews", "ratio", "beaver_dam")),
+        (("vacine",), ("Unknown name 'vacine'", "Did you mean 'vaccine'", "agnews", "ratio", "beaver_dam")),
         (("beaver-dm",), ("'beaver-dm'", "Did you mean 'beaver_dam'")),
         (("./no.py",), ("The plug-in file './no.py' does not exist",)),
         (("vaccine", "--protocol", "tesbed"), ("Unknown protocol 'tesbed'", "'testbed'")),

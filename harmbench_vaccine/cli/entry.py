@@ -13,7 +13,8 @@ from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput, HbvError
 
 from .console import SuggestingGroup, exit_with_error, print_warning
-from .plugins import check, info, list_, new
+from .lists import list_
+from .plugins import check, info, new
 from .published import published
 from .results import leaderboard, score, show
 from .run import run

@@ -1,76 +1,14 @@
-"""`hbv list`, `hbv info`, `hbv new` and `hbv check`: the plug-ins."""
+"""`hbv info`, `hbv new` and `hbv check`: the plug-ins."""
 
 from __future__ import annotations
 
 import os
 from shlex import quote
-from typing import TYPE_CHECKING, Any
 
 import click
 
-from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.experiment.protocol import load_protocol, protocol_models, protocol_names
-
 from .completion import plugin_names, protocol_name
 from .console import print_json, print_line, print_view, terminal_progress
-
-if TYPE_CHECKING:
-    from harmbench_vaccine.plugins.registry import Registry
-
-
-@click.command(name="list")
-@click.argument("kind", type=click.Choice(["defenses", "attacks", "tasks", "scorers", "protocols", "models"]))
-@click.option("--verbose", is_flag=True, help="Show citation, cost and requirements of each.")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
-def list_(kind: str, verbose: bool, as_json: bool) -> None:
-    """List the names that other commands accept.
-
-    \b
-    Example: hbv list defenses --verbose
-    """
-    from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS
-
-    registries: dict[str, Registry[Any]] = {
-        "defenses": DEFENSES,
-        "attacks": ATTACKS,
-        "tasks": TASKS,
-        "scorers": SCORERS,
-    }
-    if verbose:
-        if kind not in registries:
-            raise BadInput(f"--verbose does not support {kind}; allowed: {', '.join(registries)}.")
-        _print_facts(registries[kind], as_json)
-    elif kind not in registries:
-        _print_names(dict.fromkeys(protocol_names() if kind == "protocols" else protocol_models(), ""), as_json)
-    else:
-        from harmbench_vaccine.reporting.plugin_pages import plugin_mark
-
-        origins = {name: entry.origin for name, entry in registries[kind].entries().items()}
-        marks = {name: plugin_mark(cls) for name, cls in SCORERS.loadable().items()} if kind == "scorers" else {}
-        notes = {
-            name: ", ".join(filter(None, ["" if origin == "built-in" else origin, marks.get(name, "")]))
-            for name, origin in origins.items()
-        }
-        _print_names(notes, as_json)
-
-
-def _print_names(notes: dict[str, str], as_json: bool) -> None:
-    """Print names, each with its note in brackets."""
-    if as_json:
-        print_json(list(notes))
-        return
-    for name, note in notes.items():
-        print_line(f"{name}  ({note})" if note else name)
-
-
-def _print_facts(registry: Registry[Any], as_json: bool) -> None:
-    from harmbench_vaccine.reporting.plugin_pages import plugin_facts, plugin_table
-
-    facts = [plugin_facts(cls) for cls in registry.loadable().values()]
-    if as_json:
-        print_json(facts)
-    else:
-        print_view(plugin_table(registry.base.kind, facts))
 
 
 @click.command()
@@ -84,23 +22,23 @@ def _print_facts(registry: Registry[Any], as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object for each kind that has the name.")
 def info(name: str, protocol: str | None, as_json: bool) -> None:
-    """Describe a plug-in and its parameters.
+    """Describe a plug-in, a protocol or a model.
 
-    NAME is the name of a defense, attack, task or scorer, or its file. Each parameter has a default, a range and a
-    source.
+    NAME is the name of a defense, attack, task, scorer, protocol or model, or the file of a plug-in or protocol. Each
+    parameter of a plug-in has a default, a range and a source; each value of a protocol has a source.
 
     \b
     Example: hbv info vaccine --protocol testbed
+    A protocol: hbv info vaccine-paper
     """
-    from harmbench_vaccine.reporting.plugin_pages import find_plugin_classes, plugin_details, plugin_page
+    from harmbench_vaccine.reporting.info_pages import describe_name, info_page
 
-    loaded = load_protocol(protocol) if protocol else None
-    pages = [plugin_details(cls, loaded) for cls in find_plugin_classes(name)]
+    pages = describe_name(name, protocol)
     if as_json:
         print_json(pages)
     else:
         for page in pages:
-            print_view(plugin_page(page))
+            print_view(info_page(page))
 
 
 @click.command()

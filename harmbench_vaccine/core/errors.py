@@ -27,7 +27,7 @@ def shortened(text: object, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "") -> BadInput:
+def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "", other_kind: str = "") -> BadInput:
     """Return the error for an unknown name, with the nearest valid name and all valid names.
 
     Args:
@@ -35,12 +35,20 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "") -> 
         name: The unknown name.
         allowed: All valid names.
         of: The object that has the names, such as "defense 'vaccine'".
+        other_kind: The kind of thing that has this name, if another kind has it, such as "attack".
     """
     names = sorted(allowed)
     name = shortened(name)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6 if other_kind else 0.4)
     guess = f" Did you mean {close[0]!r}?" if close else ""
-    return BadInput(f"Unknown {kind} {name!r}{of and f' of {of}'}.{guess} Allowed: {', '.join(names) or 'none'}.")
+    problem = f"Unknown {kind} {name!r}{of and f' of {of}'}."
+    if other_kind:
+        problem = f"{name!r} is {_with_article(other_kind)}, not {_with_article(kind)}."
+    return BadInput(f"{problem}{guess} Allowed: {', '.join(names) or 'none'}.")
+
+
+def _with_article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def too_few_rows(count: int, what: str, available: int, by: str = "") -> BadInput:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.durable import write_atomically
@@ -21,7 +21,7 @@ from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.experiment.spec import first_validation_error
 
 from .agreement import SCORER_FACTS, AnswerRow, judge_scores, pairwise_agreement
-from .result import JudgeScore, Percent, Result
+from .result import Date, JudgeScore, Percent, Result
 from .results_csv import add_row
 from .run_registry import register_run_folder
 
@@ -47,6 +47,10 @@ class RunOverview(BaseModel):
     scorer: str | None = None
     harmful_score: Percent | None = None
     finetune_accuracy: Percent | None = None
+    date: Date | None = Field(None, validation_alias=AliasPath("environment", "date"))
+    """UTC date and time."""
+    collapsed: bool | None = Field(None, validation_alias=AliasPath("validity", "collapsed"))
+    """True if the final model fails a gate."""
 
 
 class _StoredVerdict(BaseModel):
@@ -124,7 +128,16 @@ def load_overview(folder: Path) -> tuple[RunOverview, list[dict[str, Any]]]:
     Raises:
         HbvError: A file is damaged or cannot be read.
     """
-    return _read_result(folder / RESULT, RunOverview.model_validate), _read_answers(folder / ANSWERS)
+    return read_overview(folder), _read_answers(folder / ANSWERS)
+
+
+def read_overview(folder: Path) -> RunOverview:
+    """Read the overview of a run, whose result may be old and incomplete, without its answers.
+
+    Raises:
+        HbvError: The file is damaged or cannot be read.
+    """
+    return _read_result(folder / RESULT, RunOverview.model_validate)
 
 
 def _read_result(path: Path, parse: Callable[[Any], R]) -> R:

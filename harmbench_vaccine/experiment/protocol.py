@@ -218,6 +218,11 @@ class Protocol(_Strict):
         except ValidationError as error:
             raise _refused_value(error, "the protocol") from error
 
+    def source_of(self, path: str) -> str:
+        """Return the source of the value at a dotted path, or of the smallest group with the value; empty if none."""
+        keys = [key for key in self.sources if path == key or path.startswith(f"{key}.")]
+        return self.sources[max(keys, key=len)] if keys else ""
+
     def location(self, dataset: str) -> str:
         """Return where a data set is read from.
 
@@ -290,15 +295,31 @@ def load_protocol(name: str) -> Protocol:
     Raises:
         BadInput: It does not exist, or a value of the file is not allowed.
     """
-    if name.endswith((".yaml", ".yml")):
-        path = user_path(name)
-        if not path.exists():
-            raise BadInput(f"Protocol file {name!r} does not exist.")
-    elif name in protocol_names():
-        path = Path(__file__).parent / "protocols" / f"{name}.yaml"
-    else:
-        raise unknown_name("protocol", name, protocol_names())
+    path = protocol_file(name)
     try:
         return Protocol.model_validate(read_yaml(read_text(path), f"Protocol {path}"))
     except ValidationError as error:
         raise _refused_value(error, f"protocol {path}") from error
+
+
+def is_protocol_file(name: str) -> bool:
+    """Return whether a protocol is named by its file."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def protocol_file(name: str) -> Path:
+    """Return the file of a built-in protocol, or the file at a path.
+
+    Raises:
+        BadInput: It does not exist.
+    """
+    if is_protocol_file(name):
+        path = user_path(name)
+        if not path.exists():
+            raise BadInput(f"Protocol file {name!r} does not exist.")
+        return path
+    if name not in protocol_names():
+        from harmbench_vaccine.plugins.registry import unknown_plugin  # costs 0.2 s, and only an error needs it
+
+        raise unknown_plugin("protocol", name, protocol_names())
+    return Path(__file__).parent / "protocols" / f"{name}.yaml"

@@ -13,12 +13,12 @@ import inspect
 import pkgutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.paths import user_path
@@ -103,7 +103,7 @@ class Registry(Generic[P]):
     def _installed(self, name: str) -> type[P]:
         entries = self.entries()
         if name not in entries:
-            raise unknown_name(self.base.kind, name, entries)
+            raise unknown_plugin(self.base.kind, name, entries)
         entry = entries[name].entry
         with _readable_import_errors(f"{self.base.kind} {name!r}"):
             loaded = importlib.import_module(entry) if isinstance(entry, str) else entry.load()
@@ -170,3 +170,10 @@ DEFENSES = Registry(Defense, "harmbench_vaccine.defenses")
 ATTACKS = Registry(Attack, "harmbench_vaccine.attacks")
 TASKS = Registry(Task, "harmbench_vaccine.tasks", "harmbench_vaccine.plugins.tasks")
 SCORERS = Registry(Scorer, "harmbench_vaccine.scorers", "harmbench_vaccine.plugins.scorers")
+REGISTRIES: tuple[Registry[Any], ...] = (DEFENSES, ATTACKS, TASKS, SCORERS)
+
+
+def unknown_plugin(kind: str, name: str, allowed: Iterable[str]) -> BadInput:
+    """Return the error for an unknown name; if a plug-in of another kind has it, the error names that kind."""
+    owners = [registry.base.kind for registry in REGISTRIES if _canonical(name) in registry.entries()]
+    return unknown_name(kind, name, allowed, other_kind=owners[0] if owners and kind not in owners else "")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
-from harmbench_vaccine.core.errors import unknown_name
 from harmbench_vaccine.plugins import Plugin, resolve_params
-from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_plugin_path
+from harmbench_vaccine.plugins.declarations import read_declarations
+from harmbench_vaccine.plugins.registry import Registry
 
-from .render import Column, VisibleText, dim_notes, render_fields, render_table
+from .render import Column, VisibleText, dim_notes, number_column, render_fields, render_table
 
 if TYPE_CHECKING:
     from harmbench_vaccine.experiment.protocol import Protocol
@@ -21,17 +22,42 @@ if TYPE_CHECKING:
 FACTS: dict[str, tuple[str, ...]] = {
     "defense": ("stages", "cost", "once", "memory", "data", "topology", "needs_adapter", "trains", "neutral"),
     "attack": ("trains", "edits_base", "excludes", "neutral"),
-    "task": ("dataset", "fields", "chance"),
+    "task": ("measure", "dataset", "fields", "chance"),
     "scorer": ("model", "form", "license", "unverified", "comparison_only"),
 }
 """Kind -> the attributes that its classes declare, in addition to those of every plug-in."""
 
-_COLUMNS: dict[str, tuple[str, ...]] = {
-    "defense": ("name", "stages", "citation", "cost", "once", "memory", "data"),
-    "attack": ("name", "citation", "summary", "trains", "excludes"),
-    "task": ("name", "summary"),
-    "scorer": ("name", "summary", "model", "form", "license", "unverified"),
+_COLUMNS: dict[str, tuple[Column, ...]] = {
+    "defense": (
+        Column("stages", least=8),
+        Column("citation", least=10, drop=4),
+        Column("cost", least=10),
+        Column("once", least=20, drop=3),
+        Column("memory", least=16, drop=2),
+        Column("data", drop=1),
+    ),
+    "attack": (
+        Column("citation", least=10, drop=2),
+        Column("summary", least=30),
+        Column("trains", wrap=False, drop=3),
+        Column("excludes", drop=1),
+    ),
+    "task": (
+        Column("title", least=30),
+        Column("summary", least=30, drop=3),
+        Column("measure", least=8),
+        Column("dataset", wrap=False, drop=1),
+        number_column("chance", drop=2),
+    ),
+    "scorer": (
+        Column("summary", least=30),
+        Column("model", least=16, drop=3),
+        Column("form", wrap=False, drop=2),
+        Column("license", least=16, drop=1),
+        Column("unverified", least=20, drop=4),
+    ),
 }
+"""Kind -> the facts of `hbv list --verbose` next to the name; the title of each is the key of the fact."""
 _TITLES = {
     "stages": "stage",
     "cost": "cost of a step",
@@ -44,6 +70,7 @@ _TITLES = {
     "dataset": "data set",
     "fields": "fields of a row",
     "chance": "accuracy of guessing, %",
+    "title": "description",
     "summary": "description",
     "form": "kind",
     "comparison_only": "for comparison only",
@@ -51,30 +78,12 @@ _TITLES = {
 """Headings that differ from the name of the fact."""
 
 
-def find_plugin_classes(name: str) -> list[type[Plugin]]:
-    """Find the plug-ins of a name, at most one of each kind, or the plug-in in a file.
-
-    Args:
-        name: A name, or the path of a file.
-
-    Raises:
-        BadInput: The name is unknown, or the plug-in cannot be imported.
-    """
-    if is_plugin_path(name):
-        return [Registry(Plugin, "harmbench_vaccine").get(name)]
-    registries: tuple[Registry[Any], ...] = (DEFENSES, ATTACKS, TASKS, SCORERS)
-    names = {registry: list(registry.entries()) for registry in registries}
-    matches = [registry for registry in registries if name.replace("-", "_") in names[registry]]
-    if not matches:
-        raise unknown_name("plug-in", name, {known for registry in registries for known in names[registry]})
-    return [registry.get(name) for registry in matches]
-
-
 def plugin_facts(cls: type[Plugin]) -> dict[str, Any]:
     """Return name, kind, the first line of the docstring, citation, and the facts of the kind."""
     return {
         "name": cls.name,
         "kind": cls.kind,
+        "title": (sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0],
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
         "citation": cls.citation,
         **{key: _fact(cls, key) for key in FACTS[cls.kind]},
@@ -84,13 +93,6 @@ def plugin_facts(cls: type[Plugin]) -> dict[str, Any]:
 def _fact(cls: type[Plugin], key: str) -> Any:
     """Return an attribute of a class, or the default of a parameter."""
     return cls.model_fields[key].default if key in cls.model_fields else getattr(cls, key, "")
-
-
-def plugin_mark(cls: type[Plugin]) -> str:
-    """Return the mark of a scorer in a list: its interface is not verified, or it is only for comparison."""
-    if getattr(cls, "comparison_only", False):
-        return "comparison only"
-    return "unverified" if getattr(cls, "unverified", "") else ""
 
 
 def plugin_details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[str, Any]:
@@ -126,9 +128,38 @@ def plugin_details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[
 
 def plugin_table(kind: str, plugins: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Build a table with a row for each plug-in of a kind, from their facts."""
-    columns = _COLUMNS[kind]
-    rows = [[_fact_text(facts[column]) for column in columns] for facts in plugins]
-    return render_table([Column(_TITLES.get(column, column), wrap=column != "name") for column in columns], rows)
+    facts = _COLUMNS[kind]
+    columns = [replace(column, title=_title(kind, column.title)) for column in facts]
+    rows = [[plugin["name"], *(_fact_text(plugin[column.title]) for column in facts)] for plugin in plugins]
+    return render_table([Column("name", wrap=False), *columns], rows)
+
+
+def _title(kind: str, fact: str) -> str:
+    return "rule" if (kind, fact) == ("task", "summary") else _TITLES.get(fact, fact)
+
+
+def plugin_list(registry: Registry[Any]) -> RenderableType:
+    """Build the list of the installed plug-ins of a kind, without importing them where possible."""
+    kind = registry.base.kind
+    marks = ("unverified", "comparison_only")
+    declarations = read_declarations(registry, ("stages", "measure", *marks))
+    rows = []
+    for name, entry in registry.entries().items():
+        if (declared := declarations[name]) is None:
+            rows.append([name, "", "", "cannot be imported"])
+            continue
+        fact = {"defense": ", ".join(declared.facts["stages"]), "task": declared.facts["measure"]}.get(kind, "")
+        notes = ["package" if entry.origin == "package" else ""]
+        notes += [mark.replace("_", " ") for mark in marks if declared.facts[mark]]
+        text = declared.title if kind == "task" else declared.summary
+        rows.append([name, fact, text, ", ".join(filter(None, notes))])
+    columns = [
+        Column("name", wrap=False),
+        Column("stage" if kind == "defense" else "measure", wrap=False),
+        Column("description", least=30),
+        Column("note", wrap=False),
+    ]
+    return render_table(columns, rows)
 
 
 def plugin_page(details: Mapping[str, Any]) -> RenderableType:
@@ -158,7 +189,14 @@ def _parameters(details: Mapping[str, Any]) -> RenderableType:
         rows.append([*cells, parameter["range"], parameter["doc"], parameter["source"]])
         if parameter["main"]:
             notes.append(f"{details['name']}=VALUE sets {name}.")
-    columns = ["parameter", "default", *protocols, "range", "description", "source of the default"]
+    columns = [
+        Column("parameter", wrap=False),
+        Column("default", least=8),
+        *(Column(name, least=8) for name in protocols),
+        Column("range", least=16),
+        Column("description", least=24),
+        Column("source of the default", least=20, drop=1),
+    ]
     return Group(render_table(columns, rows), *dim_notes(notes))
 
 

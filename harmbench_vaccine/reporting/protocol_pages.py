@@ -1,0 +1,171 @@
+"""Pages of `hbv list protocols`, `hbv list models` and `hbv info PROTOCOL`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.console import Group, RenderableType
+
+from harmbench_vaccine.data.text_files import read_text
+from harmbench_vaccine.experiment.protocol import Protocol, leaf_values, load_protocol, protocol_file, protocol_names
+
+from .render import Column, VisibleText, dim_notes, number_column, render_fields, render_table
+
+_FACTS = {
+    "version": "version",
+    "hash": "hash",
+    "model": "model",
+    "models": "further models",
+    "align_rows": "alignment rows",
+    "user_rows": "user rows",
+    "harmful_prompts": "harmful prompts",
+    "test_items": "test items",
+    "scorer": "judge",
+    "judge": "model of the judge",
+    "accuracy": "rule of FA",
+}
+"""Key of a fact -> its title."""
+
+
+def protocol_facts(name: str) -> dict[str, Any]:
+    """Return the facts of a protocol that a reader compares first.
+
+    Args:
+        name: The name of a built-in protocol, or a YAML file.
+
+    Raises:
+        BadInput: It does not exist, or a value of the file is not allowed.
+    """
+    protocol = load_protocol(name)
+    return {
+        "name": protocol.name,
+        "kind": "protocol",
+        "description": _paragraphs(name)[0],
+        "version": protocol.version,
+        "hash": protocol.hash,
+        "model": protocol.model,
+        "models": list(protocol.models),
+        "align_rows": protocol.align.rows,
+        "user_rows": protocol.finetune.samples,
+        "harmful_prompts": protocol.answer.harmful.prompts,
+        "test_items": protocol.answer.task_items,
+        "scorer": protocol.score.scorer,
+        "judge": protocol.score.judge,
+        "accuracy": protocol.score.accuracy,
+    }
+
+
+def protocol_details(name: str) -> dict[str, Any]:
+    """Return the facts of a protocol, the comment at the top of its file, and every value with its source.
+
+    Raises:
+        BadInput: It does not exist, or a value of the file is not allowed.
+    """
+    return {**protocol_facts(name), "doc": "\n\n".join(_paragraphs(name)), "values": _values(load_protocol(name))}
+
+
+def _paragraphs(name: str) -> list[str]:
+    """Return the paragraphs of the comment at the top of a protocol file, the first one on one line."""
+    lines = []
+    for line in read_text(protocol_file(name)).splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").removeprefix(" "))
+    first, *further = "\n".join(lines).strip().split("\n\n")
+    return [" ".join(first.split()), *further]
+
+
+def _values(protocol: Protocol) -> list[dict[str, Any]]:
+    return [
+        {"path": path, "value": value, "source": protocol.source_of(path)}
+        for path, value in leaf_values(protocol)
+        if path not in ("name", "version")
+    ]
+
+
+def protocol_table(protocols: Sequence[Mapping[str, Any]], verbose: bool) -> RenderableType:
+    """Build the list of protocols from their facts."""
+    if not verbose:
+        rows = [[facts["name"], facts["model"], facts["description"]] for facts in protocols]
+        return render_table(
+            [Column("name", wrap=False), Column("model", wrap=False, drop=1), Column("description", least=30)], rows
+        )
+    columns = [
+        Column("name", wrap=False),
+        number_column("version", drop=6),
+        Column("hash", wrap=False, drop=7),
+        Column("model", wrap=False, drop=9),
+        number_column("alignment rows", drop=4),
+        number_column("user rows", drop=5),
+        number_column("harmful prompts", drop=3),
+        number_column("test items", drop=2),
+        Column("judge", wrap=False),
+        Column("rule of FA", drop=1, least=8),
+        Column("description", least=30, drop=8),
+    ]
+    keys = ("name", "version", "hash", "model", "align_rows", "user_rows", "harmful_prompts", "test_items", "scorer")
+    rows = [[str(facts[key]) for key in (*keys, "accuracy", "description")] for facts in protocols]
+    return render_table(columns, rows)
+
+
+def protocol_page(details: Mapping[str, Any]) -> RenderableType:
+    """Build the page of one protocol from its details: its facts, and one table of values for each section."""
+    title = VisibleText(f"protocol {details['name']}: {details['description']}", style="bold")
+    facts = render_fields((text, value_text(details[key])) for key, text in _FACTS.items())
+    _, _, doc = details["doc"].partition("\n\n")
+    parts: list[RenderableType] = [title, *([VisibleText(doc)] if doc else []), facts]
+    for section, values in groupby(details["values"], lambda entry: entry["path"].partition(".")[0]):
+        parts.append(_section(section, list(values)))
+    notes = dim_notes(["--set PATH=VALUE of hbv run overrides a value: --set align.settings.lr=1e-4."])
+    return Group(*[line for part in parts for line in (part, VisibleText())], *notes)
+
+
+def _section(section: str, values: Sequence[Mapping[str, Any]]) -> RenderableType:
+    columns = [Column(section, least=20), Column("value", least=16), Column("source", least=20)]
+    rows = [
+        [entry["path"].removeprefix(f"{section}."), value_text(entry["value"]), entry["source"]] for entry in values
+    ]
+    return render_table(columns, rows)
+
+
+def value_text(value: Any) -> str:
+    """Format a protocol value as YAML would; a list without brackets."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def model_facts() -> list[dict[str, Any]]:
+    """Return the models of the built-in protocols with the protocols that use them, by name."""
+    models: dict[str, dict[str, Any]] = {}
+    for protocol in map(load_protocol, protocol_names()):
+        for model in (protocol.model, *protocol.models):
+            facts = models.setdefault(model, {"name": model, "kind": "model", "default_of": [], "also_of": []})
+            facts["default_of" if model == protocol.model else "also_of"].append(protocol.name)
+    return [models[name] for name in sorted(models)]
+
+
+def model_table(models: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Build the list of models from their facts."""
+    rows = [[facts["name"], ", ".join(facts["default_of"]), ", ".join(facts["also_of"])] for facts in models]
+    return render_table([Column("model", wrap=False), "default of protocol", "also in the tables of"], rows)
+
+
+def model_page(facts: Mapping[str, Any]) -> RenderableType:
+    """Build the page of one model from its facts."""
+    texts = {"default of protocol": facts["default_of"], "also in the tables of": facts["also_of"]}
+    return Group(
+        VisibleText(f"model {facts['name']}", style="bold"),
+        render_fields((text, ", ".join(names)) for text, names in texts.items() if names),
+        *dim_notes(
+            [f"Run it: hbv run --protocol {[*facts['default_of'], *facts['also_of']][0]} --model {facts['name']}"]
+        ),
+    )
