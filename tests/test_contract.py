@@ -942,7 +942,7 @@ def test_bad_input_in_a_hook_suggests_a_parameter() -> None:
 
 def test_defense_that_acts_only_on_conflicts_passes(tmp_path: Path) -> None:
     """The defense of the tutorial: the user's gradient sometimes conflicts with the aligned model."""
-    (text,) = re.findall(r"^```python\n(.*?)^```", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    text, *_ = re.findall(r"^```python\n(.*?)^```", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     path = tmp_path / "surgery.py"
     path.write_text(text)
     assert failures_of(str(path)) == {}

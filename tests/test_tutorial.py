@@ -1,50 +1,122 @@
-"""The tutorial runs on the testbed: the test writes its files and runs its commands."""
+"""The tutorials run on the testbed: the tests write their files, run their commands and compare the findings."""
 
 from __future__ import annotations
 
 import csv
 import re
 import shlex
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from harmbench_vaccine.core.types import Pools
+from harmbench_vaccine.plugins.defense import ROW_KINDS
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, Registry
 from support.cli import hbv
 
-TUTORIAL = Path(__file__).parents[1] / "docs" / "your-own-defense.md"
+DOCS = Path(__file__).parents[1] / "docs"
+DEFENSE, ATTACK = DOCS / "your-own-defense.md", DOCS / "your-own-attack.md"
+PAGES = [DEFENSE, ATTACK]
 
 
-def blocks() -> list[tuple[str, str]]:
+def blocks(page: Path) -> list[tuple[str, str]]:
     """Return (language, text) of every fenced block, in order."""
-    return re.findall(r"^```(\w+)\n(.*?)^```", TUTORIAL.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def test_tutorial_has_files_and_commands() -> None:
-    assert [language for language, _ in blocks()] == ["sh", "python", "sh", "sh", "toml"]
+def files(page: Path) -> dict[str, str]:
+    """Return the files of a page by name: every Python block is one, and its first line names it."""
+    return {text.splitlines()[0].removeprefix("# "): text for language, text in blocks(page) if language == "python"}
+
+
+def follow(page: Path, folder: Path, home: Path) -> dict[str, str]:
+    """Write the files of a page and run its commands, in their order; return command -> output."""
+    outputs = {}
+    for language, text in blocks(page):
+        if language == "python":
+            name = text.splitlines()[0].removeprefix("# ")
+            (folder / name).write_text(text, encoding="utf-8")
+        if language == "sh":
+            for line in text.splitlines():
+                done = hbv(*shlex.split(line)[1:], home=home)
+                assert done.code == 0, (line, done.out, done.err)
+                outputs[line] = done.out
+    return outputs
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Read a CSV of results."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_of_a_tutorial_is_a_file_a_command_or_a_finding(page: Path) -> None:
+    assert {language for language, _ in blocks(page)} <= {"sh", "python", "text", "toml"}
+    commands = "\n".join(text for language, text in blocks(page) if language == "sh")
+    for name in files(page):
+        assert re.fullmatch(r"\w+\.py", name)
+        assert f"hbv check {name}" in commands
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("anchor.py", r"    def state.*", ""),
+        ("surgery.py", r"with same_dropout\(\):", "if True:"),
+    ],
+    ids=["state", "neutral"],
+)
+def test_findings_of_the_defense_tutorial_are_printed(name: str, old: str, new: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(re.sub(old, new, files(DEFENSE)[name], flags=re.DOTALL), encoding="utf-8")
+    (line,) = (line for line in hbv("check", path).out.splitlines() if line.startswith("FAILS"))
+    findings = [text.strip() for language, text in blocks(DEFENSE) if language == "text"]
+    assert len(findings) == 2
+    assert [line.startswith(finding) for finding in findings].count(True) == 1
+
+
+def test_defense_tutorial_names_every_pool_and_every_kind_of_rows() -> None:
+    table = DEFENSE.read_text(encoding="utf-8").partition("\n## 7. Rows\n")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| `pools.")]
+    assert {re.findall(r"`pools\.(\w+)`", row)[0] for row in rows} == {*vars(Pools()), "harmful"}
+    assert {span for row in rows for span in re.findall(r"`([a-z ]+)`", row)} == {*ROW_KINDS}
+
+
+@pytest.mark.parametrize(("page", "registry"), [(DEFENSE, DEFENSES), (ATTACK, ATTACKS)], ids=["defense", "attack"])
+def test_entry_point_of_a_tutorial_has_the_group_that_is_searched(page: Path, registry: Registry[Any]) -> None:
+    (text,) = (text for language, text in blocks(page) if language == "toml")
+    ((group, points),) = tomllib.loads(text)["project"]["entry-points"].items()
+    assert group == registry.group
+    ((name, target),) = points.items()
+    assert re.search(rf"^class {target.partition(':')[2]}\(", files(page)[f"{name}.py"], re.MULTILINE)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_tutorial_produces_a_leaderboard_row(
+def test_defense_tutorial_produces_leaderboard_rows(
     tmp_path: Path, testbed_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    outputs = []
-    for language, text in blocks():
-        if language == "python":
-            name = text.splitlines()[0].removeprefix("# ")
-            (work / name).write_text(text, encoding="utf-8")
-        if language == "sh":
-            for line in text.splitlines():
-                done = hbv(*shlex.split(line)[1:], home=testbed_home)
-                assert done.code == 0, (line, done.out, done.err)
-                outputs.append(done.out)
-    with (work / "surgery.csv").open(encoding="utf-8", newline="") as file:
-        rows = {row["defense"]: row for row in csv.DictReader(file)}
+    monkeypatch.chdir(tmp_path)
+    outputs = follow(DEFENSE, tmp_path, testbed_home)
+    rows = {row["defense"]: row for row in rows_of(tmp_path / "surgery.csv")}
     assert set(rows) == {"sft", "surgery"}
     assert all(row["collapsed"] == "False" and float(row["finetune_accuracy"]) > 90 for row in rows.values())
-    board = (work / "board" / "leaderboard.md").read_text(encoding="utf-8")
+    board = (tmp_path / "board" / "leaderboard.md").read_text(encoding="utf-8")
     assert "surgery" in board
-    assert "surgery" in outputs[-1]
+    assert "surgery" in outputs["hbv leaderboard surgery.csv --out board"]
+    assert [row["defense"] for row in rows_of(tmp_path / "flat.csv")] == ["flat", "flat+shrink"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_attack_tutorial_produces_leaderboard_rows(
+    tmp_path: Path, testbed_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    follow(ATTACK, tmp_path, testbed_home)
+    rows = [(row["defense"], row["attack"]) for row in rows_of(tmp_path / "novel.csv")]
+    assert rows == [("sft", "novel"), ("vaccine", "novel"), ("sft", "dilute+ratio=0.1"), ("sft", "quiet")]
+    assert "vaccine" in (tmp_path / "board" / "leaderboard.md").read_text(encoding="utf-8")
