@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from shlex import quote
 
 import click
 
 from .completion import plugin_names, protocol_name
 from .console import print_json, print_line, print_view, terminal_progress
+from .device import device_option
 
 
 @click.command()
@@ -63,6 +63,7 @@ def new(kind: str, name: str, folder: str) -> None:
 
 @click.command()
 @click.argument("plugin", metavar="FILE|NAME", shell_complete=plugin_names("defenses", "attacks"))
+@device_option("cpu")  # the checks compare bits, which are reproducible on a CPU
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object for each kind that has the name.")
 @click.pass_context
 def check(context: click.Context, plugin: str, as_json: bool) -> None:
@@ -74,7 +75,6 @@ def check(context: click.Context, plugin: str, as_json: bool) -> None:
     \b
     Example: hbv check ./my_idea.py
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the checks compare bits, which are reproducible on a CPU
     from harmbench_vaccine.plugins.contract import find_plugins, run_contract
 
     plugins = find_plugins(plugin)

@@ -22,6 +22,7 @@ from .console import (
     print_view,
     terminal_progress,
 )
+from .device import device_option
 
 if TYPE_CHECKING:
     from harmbench_vaccine.evaluation.result import Result
@@ -31,7 +32,7 @@ _OPTION_GROUPS = {
     "What to run": ("defenses", "attacks", "tasks", "seeds", "dry_run"),
     "Protocol": ("protocol", "model", "data", "values"),
     "Judge": ("scorers",),
-    "Hardware": ("backend", "gpu_memory", "gradient_checkpointing", "shard", "save_every"),
+    "Hardware": ("device", "backend", "gpu_memory", "gradient_checkpointing", "shard", "save_every"),
     "Output": ("out", "table", "published", "as_json", "report_to"),
 }
 
@@ -98,6 +99,7 @@ _OPTION_GROUPS = {
     metavar="PATH=VALUE",
     help="Override a protocol value: rows=paper, align.settings.lr=1e-4. Repeatable.",
 )
+@device_option()
 @click.option(
     "--backend",
     type=click.Choice(["transformers", "vllm"]),

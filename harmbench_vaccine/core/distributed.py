@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .device import device
 from .errors import BadInput, HbvError, shortened
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ def initialize() -> None:
     visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
     if not visible or local < len(visible):  # otherwise the user lets several ranks share the visible GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[local] if visible else str(local)
-    import torch
     import torch.distributed as dist
 
     try:
@@ -64,7 +64,7 @@ def initialize() -> None:
     except ValueError as error:  # a variable of the launcher is missing or has another form
         raise BadInput(f"The ranks cannot be joined: {error}. Start them with torchrun.") from error
     _store = dist.PrefixStore("hbv", store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device() == "cuda" else "gloo"
     dist.init_process_group(
         backend, store=dist.PrefixStore("group", store), rank=_rank, world_size=_size, timeout=COLLECTIVE_TIMEOUT
     )

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import harmbench_vaccine
+from harmbench_vaccine.core.device import device
 from harmbench_vaccine.inference.engine import installed_vllm
 
 from .result import Environment
@@ -30,6 +31,7 @@ def current_environment(*, vllm: bool = False) -> Environment:
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         host=socket.gethostname(),
         cpu=_cpu(),
+        device=device(),
         gpu=_gpu(),
         git_commit=commit,
         git_dirty=is_dirty,
@@ -58,9 +60,11 @@ def _cpu() -> str:
 
 
 def _gpu() -> str | None:
+    if device() == "cpu":
+        return None
     import torch
 
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return torch.cuda.get_device_name(0)
 
 
 @cache  # the code of a process does not change

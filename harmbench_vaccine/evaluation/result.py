@@ -232,8 +232,10 @@ class Environment(_Record):
     """Name of the machine."""
     cpu: str | None = None
     """Processor model."""
+    device: str | None = None
+    """`cpu` or `cuda`: where the models ran."""
     gpu: str | None = None
-    """GPU model; null without one."""
+    """GPU model; null if the models ran on a CPU."""
     git_commit: str | None = None
     """Commit of the harness, where it runs from a git checkout."""
     git_dirty: bool | None = None

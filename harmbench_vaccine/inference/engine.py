@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress
 
@@ -86,6 +87,4 @@ def choose_backend(backend: Backend | None) -> Backend:
         )
     if backend or not installed:
         return backend or "transformers"
-    import torch
-
-    return "vllm" if torch.cuda.is_available() else "transformers"
+    return "vllm" if device() == "cuda" else "transformers"

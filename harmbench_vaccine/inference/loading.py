@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, Literal
 
+from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.data import hub
 from harmbench_vaccine.data.sources import local_path, name_and_revision
@@ -89,15 +90,15 @@ def load_judge(location: str, head: JudgeHead, dtype: str = "auto") -> tuple[Any
     import torch
     import transformers
 
-    cuda = torch.cuda.is_available()
-    weights_dtype: Any = "auto" if dtype == "auto" and cuda else getattr(torch, "float32" if dtype == "auto" else dtype)
+    is_native = dtype == "auto" and device() == "cuda"
+    weights_dtype: Any = "auto" if is_native else getattr(torch, "float32" if dtype == "auto" else dtype)
     tokenizer, config = load_tokenizer_and_config(location)
     kind: Any = transformers.AutoModelForSequenceClassification
     if head == "generator":
         multimodal = "ConditionalGeneration" in (config.architectures or [""])[0]  # Llama Guard 4
         kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
     model = load_model(kind, location, "Judge", dtype=weights_dtype)
-    return tokenizer, model.to("cuda" if cuda else "cpu").eval()
+    return tokenizer, model.to(device()).eval()
 
 
 def load_tokenizer_and_config(location: str, what: str = "Judge") -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.data.sources import local_path
@@ -96,9 +97,7 @@ class ModelPool:
     @staticmethod
     def one_at_a_time() -> bool:
         """Return True if models have to take turns in memory: a GPU exists."""
-        import torch
-
-        return bool(torch.cuda.is_available())
+        return device() == "cuda"
 
     def acquire(self, occupant: Occupant, evict: Callable[[], None]) -> None:
         """Announce that a model is about to be loaded; on a GPU, evict every other one first.
@@ -307,8 +306,8 @@ class ModelPool:
             from harmbench_vaccine.training.sharding import shard
 
             return shard(model)
-        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-        return model if options else model.to(device)  # bitsandbytes has placed what it quantized
+        place: Any = device()  # Any: transformers types `to` too narrowly
+        return model if options else model.to(place)  # bitsandbytes has placed what it quantized
 
     def _unload_stack(self) -> None:
         self._stack = None
@@ -318,5 +317,5 @@ class ModelPool:
 
         self._judge = None
         gc.collect()
-        if torch.cuda.is_available():
+        if self.one_at_a_time():
             torch.cuda.empty_cache()

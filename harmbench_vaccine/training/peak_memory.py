@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from harmbench_vaccine.core.device import device
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -20,9 +22,9 @@ def peak_memory() -> Iterator[Callable[[], int | None]]:
         process (not Linux), it is the peak since the process started; None where the system has no such number
         (Windows).
     """
-    import torch
+    if device() == "cuda":
+        import torch
 
-    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         yield torch.cuda.max_memory_allocated
         return

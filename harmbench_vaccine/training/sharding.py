@@ -9,12 +9,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.device import device
 
 from .taps import decoder_layers
 
@@ -37,4 +37,4 @@ def shard(model: PreTrainedModel) -> PreTrainedModel:
 
 @cache  # one mesh per process: all ranks create it together, so a rank that reloads its model must reuse it
 def _mesh() -> Any:
-    return init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (distributed.world_size(),))
+    return init_device_mesh(device(), (distributed.world_size(),))

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.progress import SILENT, Advance, Progress
 from harmbench_vaccine.core.seeds import derive_seed, random_stream
 from harmbench_vaccine.core.types import TrainSettings
@@ -209,7 +210,7 @@ class _StageTrainer(Trainer):
                 dataloader_pin_memory=False,
                 disable_tqdm=True,
                 report_to=[],
-                use_cpu=not torch.cuda.is_available(),
+                use_cpu=device() == "cpu",
             ),
         )
         self.remove_callback(PrinterCallback)

@@ -15,6 +15,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
+from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, Mix, Pools, StageName, TrainSettings, Verdict
 from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate, prompt_template
@@ -155,8 +156,8 @@ class TinyWorld:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model: PreTrainedModel = LlamaForCausalLM(config)
-        device: Any = "cuda" if torch.cuda.is_available() else "cpu"  # Any: transformers types `to` too narrowly
-        return model.to(device, getattr(torch, dtype)).eval()
+        place: Any = device()  # Any: transformers types `to` too narrowly
+        return model.to(place, getattr(torch, dtype)).eval()
 
     def random_adapter(self, seed: int) -> Adapter:
         """Return a LoRA of random numbers on every target module of the base model."""

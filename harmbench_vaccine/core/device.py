@@ -1,0 +1,84 @@
+"""The device that models run on. `--device` or `HBV_DEVICE` chooses it, and no other module decides.
+
+The choice is stored in `HBV_DEVICE`, which processes that this one starts inherit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Literal
+
+from .errors import BadInput, unknown_name
+
+VARIABLE = "HBV_DEVICE"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_GPU = re.compile(r"cuda:(\d{1,3})", re.ASCII)
+
+Device = Literal["cpu", "cuda"]
+
+
+def device() -> Device:
+    """Return the device of all models in this process: the chosen one, or else a GPU if one is available.
+
+    Raises:
+        BadInput: `HBV_DEVICE` is unknown or not available.
+    """
+    name = os.environ.get(VARIABLE, "")
+    if not name:
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        return select_device(name)
+    return "cuda" if name == "cuda" else "cpu"
+
+
+def select_device(name: str) -> Device:
+    """Choose the device of this process, before it uses a GPU.
+
+    Args:
+        name: "cpu", "cuda", or "cuda:N" for one of the visible GPUs, which hides the others.
+
+    Raises:
+        BadInput: The device is unknown or not available.
+    """
+    if name == "mps":
+        raise BadInput(
+            "Device 'mps' (Apple GPUs) is not supported: it has no float64, in which drift is measured, and its random "
+            "state is not part of checkpoints. Allowed: cpu, which is enough for the testbed."
+        )
+    gpu = _GPU.fullmatch(name)
+    if name != "cpu" and name not in (names := available_devices()):
+        if name == "cuda" or gpu:
+            raise BadInput(f"Device {name!r} is not available. Allowed on this machine: {', '.join(names)}.")
+        raise unknown_name("device", name, names)
+    if gpu:
+        _show_only(int(gpu[1]))
+    os.environ[VARIABLE] = "cpu" if name == "cpu" else "cuda"
+    return "cpu" if name == "cpu" else "cuda"
+
+
+def available_devices() -> list[str]:
+    """Return the devices of this machine that can be chosen, as far as `CUDA_VISIBLE_DEVICES` shows them."""
+    import torch
+
+    count = torch.cuda.device_count()  # unlike `is_available`, it leaves `CUDA_VISIBLE_DEVICES` open to changes
+    return ["cpu", *(["cuda"] if count else []), *(f"cuda:{number}" for number in range(count))]
+
+
+def _show_only(number: int) -> None:
+    """Hide all visible GPUs but one from this process and from those that it starts.
+
+    Raises:
+        BadInput: This process has read the list of GPUs already.
+    """
+    import torch
+
+    visible = [gpu for gpu in os.environ.get(_VISIBLE, "").split(",") if gpu]
+    os.environ[_VISIBLE] = visible[number] if visible else str(number)
+    if torch.cuda.is_initialized() or torch.cuda.device_count() != 1:
+        raise BadInput(
+            f"Device 'cuda:{number}' cannot be chosen in a process that uses GPUs already: start it with "
+            f"{_VISIBLE}={os.environ[_VISIBLE]}."
+        )
