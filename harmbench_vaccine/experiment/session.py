@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harmbench_vaccine.core.jsonl import write_json
 from harmbench_vaccine.core.seeds import derive_seed
-from harmbench_vaccine.core.types import Example, TrainSettings
+from harmbench_vaccine.core.types import Example, Pools, TrainSettings
 from harmbench_vaccine.plugins import Attack
 from harmbench_vaccine.plugins.teams import DefenseTeam
 
@@ -47,9 +47,22 @@ class TrainingSession:
 
     @classmethod
     def open(
-        cls, experiment: Experiment, context: RunContext, config: StageConfig, model: TrainedModel
+        cls,
+        experiment: Experiment,
+        context: RunContext,
+        config: StageConfig,
+        model: TrainedModel,
+        pools: Pools | None = None,
     ) -> TrainingSession:
-        """Load the model that the stage starts from; nothing is trained yet."""
+        """Load the model that the stage starts from; nothing is trained yet.
+
+        Args:
+            experiment: The experiment.
+            context: Store, models and progress.
+            config: The configuration of the stage.
+            model: The model that the stage starts from.
+            pools: The rows that plug-ins may draw from; None: those of the experiment are read.
+        """
         from harmbench_vaccine.data.collate import encode_examples, pad_token_id
         from harmbench_vaccine.training.adapters import LoraStack
         from harmbench_vaccine.training.stage import TrainingStage
@@ -70,7 +83,7 @@ class TrainingSession:
             trainable={},
             seed=derive_seed(experiment.spec.seed, config.name),
             settings=config.settings,
-            pools=plugin_pools(experiment),
+            pools=plugin_pools(experiment) if pools is None else pools,
             below=() if continues or config.full else adapters,
             start=adapters[-1] if continues else None,
             encode=encode,
