@@ -164,13 +164,18 @@ def plugin_list(registry: Registry[Any]) -> RenderableType:
 
 def plugin_page(details: Mapping[str, Any]) -> RenderableType:
     """Build the page of one plug-in from its details."""
-    keys = ("citation", *FACTS[details["kind"]])
-    facts = render_fields((_TITLES.get(key, key), _fact_text(details[key])) for key in keys)
+    facts = render_fields(fact_fields(details))
     title = VisibleText(f"{details['kind']} {details['name']}: {details['summary']}", style="bold")
     parts: list[RenderableType] = [title, VisibleText(_reflow(details["doc"])), facts]
     if details["parameters"]:
         parts.append(_parameters(details))
     return Group(*[line for part in parts for line in (part, VisibleText())])
+
+
+def fact_fields(details: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the title and the text of every fact of a plug-in."""
+    keys = ("citation", *FACTS[details["kind"]])
+    return [(_TITLES.get(key, key), _fact_text(details[key])) for key in keys]
 
 
 def _reflow(text: str) -> str:
@@ -184,8 +189,8 @@ def _parameters(details: Mapping[str, Any]) -> RenderableType:
     rows, notes = [], []
     for parameter in details["parameters"]:
         name, default, value = (parameter[key] for key in ("name", "default", "value"))
-        override = _value_text(value) if value != default else ""
-        cells = [name, _value_text(default), *([override] if protocols else [])]
+        override = value_text(value) if value != default else ""
+        cells = [name, value_text(default), *([override] if protocols else [])]
         rows.append([*cells, parameter["range"], parameter["doc"], parameter["source"]])
         if parameter["main"]:
             notes.append(f"{details['name']}=VALUE sets {name}.")
@@ -203,13 +208,13 @@ def _parameters(details: Mapping[str, Any]) -> RenderableType:
 def _fact_text(fact: Any) -> str:
     """Format a fact; an empty one is `none`."""
     if isinstance(fact, Mapping):
-        return ", ".join(f"{key}={_value_text(value)}" for key, value in fact.items()) or "none"
+        return ", ".join(f"{key}={value_text(value)}" for key, value in fact.items()) or "none"
     if isinstance(fact, Sequence) and not isinstance(fact, str):
         return ", ".join(map(str, fact)) or "none"
-    return "none" if fact == "" else _value_text(fact)
+    return "none" if fact == "" else value_text(fact)
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Format a value as on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
