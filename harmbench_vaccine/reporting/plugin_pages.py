@@ -189,8 +189,8 @@ def _parameters(details: Mapping[str, Any]) -> RenderableType:
     rows, notes = [], []
     for parameter in details["parameters"]:
         name, default, value = (parameter[key] for key in ("name", "default", "value"))
-        override = value_text(value) if value != default else ""
-        cells = [name, value_text(default), *([override] if protocols else [])]
+        override = parameter_text(value) if value != default else ""
+        cells = [name, parameter_text(default), *([override] if protocols else [])]
         rows.append([*cells, parameter["range"], parameter["doc"], parameter["source"]])
         if parameter["main"]:
             notes.append(f"{details['name']}=VALUE sets {name}.")
@@ -208,13 +208,13 @@ def _parameters(details: Mapping[str, Any]) -> RenderableType:
 def _fact_text(fact: Any) -> str:
     """Format a fact; an empty one is `none`."""
     if isinstance(fact, Mapping):
-        return ", ".join(f"{key}={value_text(value)}" for key, value in fact.items()) or "none"
+        return ", ".join(f"{key}={parameter_text(value)}" for key, value in fact.items()) or "none"
     if isinstance(fact, Sequence) and not isinstance(fact, str):
         return ", ".join(map(str, fact)) or "none"
-    return "none" if fact == "" else value_text(fact)
+    return "none" if fact == "" else parameter_text(fact)
 
 
-def value_text(value: Any) -> str:
+def parameter_text(value: Any) -> str:
     """Format a value as on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
