@@ -21,7 +21,7 @@ def register_run_folder(folder: Path, store: Path) -> None:
         store: The folder of the store.
     """
     folder = folder.resolve()
-    if folder not in _default_folders(store):
+    if folder != store.resolve().parent / "runs":
         (store / _FOLDER).mkdir(parents=True, exist_ok=True)
         write_atomically(store / _FOLDER / digest(str(folder)), str(folder))
 
