@@ -184,6 +184,18 @@ def sum_all_over_ranks(values: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(value.shape).to(value.dtype) for part, value in zip(parts, values, strict=True)]
 
 
+def largest_over_ranks(number: int) -> int:
+    """Return the largest of the whole numbers that the ranks have."""
+    if _size == 1:
+        return number
+    import torch
+    import torch.distributed as dist
+
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
 def check_equal(values: Mapping[str, Tensor], what: str) -> None:
     """Check, by their sums, that tensors are the same on every rank.
 

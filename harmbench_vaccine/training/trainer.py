@@ -23,6 +23,7 @@ from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.progress import SILENT, Advance, Progress
 from harmbench_vaccine.core.seeds import derive_seed, random_stream
+from harmbench_vaccine.core.signals import deferred_interruption, is_interrupted, stop_if_interrupted
 from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.data.collate import Encoded, collate
 
@@ -49,7 +50,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Run one training stage to its end, from the newest whole checkpoint in `checkpoints` if any.
 
-    An interrupted stage that runs again ends, on a CPU, bit-equal to an uninterrupted one.
+    An interrupted stage that runs again ends, on a CPU, bit-equal to an uninterrupted one. Where signals are handled
+    (`core.signals`), a signal ends the stage after the step that is running, with a checkpoint.
 
     Args:
         stage: The stage, with its trainable parameters. `train` sets its settings, rows and clock.
@@ -88,7 +90,8 @@ def train(
         for callback in (_Clock(stage, hooks, advance), *callbacks):
             trainer.add_callback(callback)
         try:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            with deferred_interruption():
+                trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             if distributed.rank() == 0:
                 remove_incomplete(checkpoints)
@@ -274,10 +277,12 @@ class _StageTrainer(Trainer):
 
 
 class _Clock(TrainerCallback):
-    """Sets the clock of the stage, calls the hooks around a step, and keeps only the newest checkpoint."""
+    """Sets the clock of the stage, calls the hooks around a step, keeps only the newest checkpoint, and stops."""
 
     def __init__(self, stage: TrainingStage, hooks: StepHooks, advance: Advance) -> None:
         self.stage, self.hooks, self.advance = stage, hooks, advance
+        self.stops = False
+        """Whether the stage ends with the next checkpoint, on all ranks."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(state.global_step)
@@ -290,6 +295,8 @@ class _Clock(TrainerCallback):
         self.hooks.after_step(self.stage)
         if state.global_step >= state.max_steps:
             control.should_save = False  # the caller stores the finished adapter next
+        elif is_interrupted():
+            self.stops = control.should_save = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:  # of a step, not the summary at the end
@@ -297,9 +304,10 @@ class _Clock(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         distributed.barrier()
-        if distributed.rank():
-            return
-        finish_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if distributed.rank() == 0:
+            finish_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if self.stops:
+            stop_if_interrupted()
 
 
 def _rank_folder(checkpoint: str) -> str:
