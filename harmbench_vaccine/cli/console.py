@@ -6,21 +6,28 @@ Characters that act on a terminal or hide text are escaped in everything that is
 from __future__ import annotations
 
 import math
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput, shortened, unknown_name
+from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.core.visible import visible, visible_json
+
+from .log_file import LOG, has_log, open_log
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from harmbench_vaccine.core.progress import Progress
+
+F = TypeVar("F", bound=Callable[..., Any])  # any function, as click.option takes it
 
 WIDTH_OF_A_FILE = 170
 """Width of tables where the output is not a terminal."""
@@ -112,16 +119,85 @@ def print_json(values: Any, indent: int | None = None) -> None:
     sys.stdout.flush()
 
 
+def output_options(command: F) -> F:
+    """Add --quiet, --verbose and --log-file to a command that works for long; `terminal_progress` follows them."""
+    options = (
+        click.option(
+            "-q",
+            "--quiet",
+            is_flag=True,
+            expose_value=False,
+            callback=_store_option,
+            help="Print only errors and results.",
+        ),
+        click.option(
+            "-v",
+            "--verbose",
+            is_flag=True,
+            expose_value=False,
+            callback=_store_option,
+            help="Print also reused stages and, where there are no bars, every step.",
+        ),
+        click.option(
+            "--log-file",
+            type=user_path,
+            envvar="HBV_LOG_FILE",
+            metavar="PATH",
+            expose_value=False,
+            callback=_open_log_file,
+            help="Append progress, warnings and errors with time stamps to this file. [env: HBV_LOG_FILE]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _store_option(context: click.Context, option: click.Parameter, value: bool) -> None:
+    """Store a flag for `terminal_progress`.
+
+    Raises:
+        BadInput: Both flags are set.
+    """
+    if value:
+        context.meta[f"{__name__}.{option.name}"] = True
+    if _is_set("quiet", context) and _is_set("verbose", context):
+        raise BadInput("--quiet and --verbose cannot be combined: remove one of them.")
+
+
+def _open_log_file(context: click.Context, option: click.Parameter, value: Path | None) -> None:
+    if value:
+        open_log(value, print_warning)
+        if distributed.rank() == 0:
+            LOG.info("hbv %s", shlex.join(sys.argv[1:]))
+
+
+def _is_set(flag: str, context: click.Context | None = None) -> bool:
+    context = context or click.get_current_context(silent=True)
+    return bool(context and context.meta.get(f"{__name__}.{flag}"))
+
+
 @contextmanager
 def terminal_progress() -> Iterator[Progress]:
-    """Show progress in the terminal; silent on every rank but the first."""
-    from harmbench_vaccine.core.progress import SILENT, Terminal
+    """Show progress by the `output_options`: bars on a terminal, lines elsewhere, and lines in the log file.
 
-    if distributed.rank():
-        yield SILENT
-        return
-    with Terminal() as progress:
-        yield progress
+    Every rank but the first is silent.
+    """
+    from rich.console import Console
+
+    from harmbench_vaccine.core.progress import Lines, Receivers, Terminal
+
+    receivers: list[Progress] = []
+    verbose = _is_set("verbose")
+    with ExitStack() as shown:
+        if distributed.rank() == 0 and not _is_set("quiet"):
+            if sys.stderr.isatty() and Console(file=sys.stderr).is_interactive:  # False for TERM=dumb
+                receivers.append(shown.enter_context(Terminal(verbose=verbose)))
+            else:
+                receivers.append(Lines(lambda text: print_line(text, err=True), verbose=verbose))
+        if distributed.rank() == 0 and has_log():
+            receivers.append(Lines(LOG.info, verbose=verbose))
+        yield Receivers(receivers)
 
 
 def parse_assignments(option: str, form: str, items: tuple[str, ...]) -> dict[str, str]:
@@ -142,7 +218,10 @@ def parse_assignments(option: str, form: str, items: tuple[str, ...]) -> dict[st
 def print_warning(text: str) -> None:
     """Print a warning on stderr, on the first rank."""
     if distributed.rank() == 0:
-        print_line(f"hbv: warning: {' '.join(text.split())}", err=True)
+        line = f"hbv: warning: {' '.join(text.split())}"
+        LOG.warning("%s", line)
+        if not _is_set("quiet"):
+            print_line(line, err=True)
 
 
 def exit_with_error(message: str, code: int) -> NoReturn:
@@ -152,5 +231,7 @@ def exit_with_error(message: str, code: int) -> NoReturn:
     """
     if distributed.is_first_failure():
         words = [shortened(word, LONGEST_WORD) for word in message.split()]
-        print_line(f"hbv: {shortened(' '.join(words), LONGEST_MESSAGE)}", err=True)
+        line = f"hbv: {shortened(' '.join(words), LONGEST_MESSAGE)}"
+        LOG.error("%s", line)
+        print_line(line, err=True)
     sys.exit(code)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
+from typing import NoReturn
 
 import click
 
 from harmbench_vaccine import __version__
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.signals import Interrupted, handled_signals
 
 from .console import SuggestingGroup, exit_with_error, print_warning
+from .export import edit, export
 from .lists import list_
+from .log_file import LOG, close_log
 from .plugins import check, info, new
 from .published import published
 from .results import leaderboard, score, show
@@ -42,23 +47,35 @@ def commands() -> None:
     """
 
 
-for command in (run, list_, info, new, check, show, why, score, leaderboard, schema, published, testbed, store, doctor):
+for command in (
+    *(run, list_, info, new, check, show, why, score, leaderboard, export, edit, schema, published, testbed, store),
+    doctor,
+):
     commands.add_command(command)
 
 
 def main() -> None:
     """Run the command line, and report a failure in one line with its exit code.
 
-    Exit codes: 2 bad input, 1 a failure while running, 130 Ctrl-C.
+    Exit codes: 2 bad input, 1 a failure while running, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.showwarning = lambda message, *rest, **named: print_warning(str(message))
     try:
+        with handled_signals():
+            _run_command()
+    finally:
+        close_log()
+
+
+def _run_command() -> None:
+    try:
         _check_surroundings()
         distributed.initialize()
         code = commands.main(standalone_mode=False)
         distributed.shutdown()
+        LOG.info("finished")
     except HbvError as error:
         exit_with_error(str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:  # a group without a command
@@ -66,10 +83,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         exit_with_error(error.format_message(), 2)
-    except (KeyboardInterrupt, click.Abort):
-        exit_with_error(
-            "interrupted. Finished stages are stored; repeat the command to resume from the last checkpoint.", 130
-        )
+    except (KeyboardInterrupt, click.Abort) as error:
+        _exit_after_signal(error)
     except Exception as error:
         if os.environ.get("HBV_DEBUG"):
             raise
@@ -77,6 +92,13 @@ def main() -> None:
             exit_with_error(f"{error.filename or 'Reading or writing failed'}: {error.strerror}.", 1)
         exit_with_error(f"unexpected {type(error).__name__}: {error} (HBV_DEBUG=1 shows the traceback)", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit_after_signal(error: BaseException) -> NoReturn:
+    cause = error.__cause__ if isinstance(error, click.Abort) else error  # click translates every KeyboardInterrupt
+    number = cause.number if isinstance(cause, Interrupted) else signal.SIGINT
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    exit_with_error(f"interrupted by {name}. Repeat the command to resume.", 128 + number)
 
 
 def _check_surroundings() -> None:

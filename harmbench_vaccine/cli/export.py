@@ -11,7 +11,7 @@ import click
 from harmbench_vaccine.core.paths import home, user_path
 
 from .completion import plugin_names, protocol_name, stored_run
-from .console import SeedRange, print_json, print_line, terminal_progress
+from .console import SeedRange, output_options, print_json, print_line, terminal_progress
 
 
 @click.command()
@@ -83,6 +83,7 @@ def _push_command(folder: str) -> str:
     help="Task whose settings apply where the defense trains.",
 )
 @click.option("--seed", type=SeedRange(), default=0, show_default=True, metavar="N", help="Seed of all random draws.")
+@output_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object: the folder and all values of the edit.")
 def edit(
     defense: str,

@@ -7,7 +7,7 @@ from shlex import quote
 import click
 
 from .completion import plugin_names, protocol_name
-from .console import print_json, print_line, print_view, terminal_progress
+from .console import output_options, print_json, print_line, print_view, terminal_progress
 from .device import device_option
 
 
@@ -65,6 +65,7 @@ def new(kind: str, name: str, folder: str) -> None:
 @click.argument("plugin", metavar="FILE|NAME", shell_complete=plugin_names("defenses", "attacks"))
 @device_option("cpu")  # the checks compare bits, which are reproducible on a CPU
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object for each kind that has the name.")
+@output_options
 @click.pass_context
 def check(context: click.Context, plugin: str, as_json: bool) -> None:
     """Test a defense or an attack against the contract.

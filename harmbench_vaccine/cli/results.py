@@ -9,7 +9,7 @@ import click
 from harmbench_vaccine.core.paths import home, user_path
 
 from .completion import plugin_names, stored_run
-from .console import FiniteRange, print_json, print_line, print_view, terminal_progress
+from .console import FiniteRange, output_options, print_json, print_line, print_view, terminal_progress
 from .device import device_option
 
 
@@ -102,6 +102,7 @@ def _plot_curves(run: Path, path: Path) -> None:
     help="Flag answers with a higher score, instead of the scorers' thresholds.",
 )
 @device_option()
+@output_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object: the scores by judge, and their agreement.")
 def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: bool) -> None:
     """Score the stored answers of a run again.

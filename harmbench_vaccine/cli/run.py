@@ -17,6 +17,7 @@ from .console import (
     FiniteRange,
     GroupedCommand,
     SeedRange,
+    output_options,
     parse_assignments,
     print_json,
     print_view,
@@ -33,7 +34,7 @@ _OPTION_GROUPS = {
     "Protocol": ("protocol", "model", "data", "values"),
     "Judge": ("scorers",),
     "Hardware": ("device", "backend", "gpu_memory", "gradient_checkpointing", "shard", "save_every"),
-    "Output": ("out", "table", "published", "as_json", "report_to"),
+    "Output": ("out", "table", "published", "as_json", "report_to", "quiet", "verbose", "log_file"),
 }
 
 
@@ -150,6 +151,7 @@ _OPTION_GROUPS = {
     "--gradient-checkpointing", is_flag=True, help="Save memory in training, for one more forward pass per step."
 )
 @click.option("--shard", is_flag=True, help="Spread the base model over the ranks of torchrun or accelerate launch.")
+@output_options
 @click.option("--dry-run", is_flag=True, help="Show the resolved protocol, the stages and their cost; run nothing.")
 def run(
     defenses: tuple[str, ...],

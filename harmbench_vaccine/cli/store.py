@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .completion import stored_run
-from .console import SuggestingGroup, print_json, print_view, terminal_progress
+from .console import SuggestingGroup, output_options, print_json, print_view, terminal_progress
 
 if TYPE_CHECKING:
     from harmbench_vaccine.core.store import Store
@@ -171,6 +171,7 @@ def gc(
 
 @store.command()
 @click.option("--repair", is_flag=True, help="Remove damaged artifacts, so that they are created again.")
+@output_options
 @_json_object
 @click.pass_context
 def verify(context: click.Context, repair: bool, as_json: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from .console import SuggestingGroup, print_json, print_line, print_view, terminal_progress
+from .console import SuggestingGroup, output_options, print_json, print_line, print_view, terminal_progress
 
 
 @click.group(cls=SuggestingGroup)
@@ -16,6 +16,7 @@ def testbed() -> None:
 
 
 @testbed.command()
+@output_options
 def build() -> None:
     """Build the testbed before its first use.
 
@@ -30,6 +31,7 @@ def build() -> None:
 
 
 @testbed.command()
+@output_options
 def path() -> None:
     """Print the folder of the testbed.
 
@@ -47,6 +49,7 @@ def path() -> None:
 @testbed.command()
 @click.option("--quick", is_flag=True, help="1 seed and 3 ratios instead of 5 and 6, without defenses; CI runs this.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@output_options
 @click.pass_context
 def report(context: click.Context, quick: bool, as_json: bool) -> None:
     """Measure the testbed and check its properties.

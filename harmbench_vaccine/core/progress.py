@@ -124,6 +124,10 @@ class BarState:
         position = f"{self.title}: step {self.done} of {self.total}"
         return ", ".join(filter(None, [position, self.text, format_left(self.seconds_left)]))
 
+    def summary(self) -> str:
+        """Return the time that the finished bar took as one line: "finetune vaccine: done in 12 s, loss 0.532"."""
+        return ", ".join(filter(None, [f"{self.title}: done in {format_duration(self.elapsed)}", self.text]))
+
 
 def format_left(seconds: float | None) -> str:
     """Return a remaining time for people, such as "2 min left"; empty if it is unknown."""
@@ -180,7 +184,7 @@ class Lines:
             self._write(f"{title}: {total} {'step' if total == 1 else 'steps'}")
         yield advance
         if state.elapsed >= PAUSE:
-            self._write(", ".join(filter(None, [f"{title}: done in {format_duration(state.elapsed)}", state.text])))
+            self._write(state.summary())
 
     def note(self, text: str) -> None:
         """Write a line."""
@@ -243,7 +247,7 @@ class Terminal:
         finally:
             self._bars.remove_task(task)
         if state.elapsed >= PAUSE:
-            self.note(f"{title}: {format_duration(state.elapsed)}")
+            self.note(state.summary())
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""
