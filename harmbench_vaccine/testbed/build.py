@@ -246,11 +246,12 @@ def _fit(
     with progress.bar(title, len(batches)) as advance:
         for batch in batches:
             optimizer.zero_grad()
-            loss(batch).backward()
+            value = loss(batch)
+            value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            advance(1)
+            advance(1, f"loss {value.item():.3g}")
     model.eval()
 
 
