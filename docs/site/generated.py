@@ -1,0 +1,185 @@
+"""The generated pages of the documentation site: one for each plug-in and each protocol, from the code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+from equations import equation_table
+
+from harmbench_vaccine.experiment.protocol import load_protocol, protocol_file, protocol_names
+from harmbench_vaccine.plugins.base import Plugin
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry
+from harmbench_vaccine.reporting.plugin_pages import fact_fields, parameter_text, plugin_details
+from harmbench_vaccine.reporting.published.matching import MatchedFigure, Params, load_names, matched_figures
+
+ROOT = Path(__file__).parents[2]
+REGISTRIES: dict[str, Registry[Any]] = {"defenses": DEFENSES, "attacks": ATTACKS, "tasks": TASKS, "scorers": SCORERS}
+"""Folder of the site -> the plug-ins that have a page in it."""
+
+
+def plugin_classes(registry: Registry[Any]) -> dict[str, type[Plugin]]:
+    """Return the built-in plug-ins of a kind by name; those of other installed packages have no page."""
+    return {name: registry.get(name) for name, entry in registry.entries().items() if entry.origin == "built-in"}
+
+
+def generated_pages() -> Iterator[tuple[str, str, str]]:
+    """Yield (folder, name, Markdown) of every generated page."""
+    for folder, registry in REGISTRIES.items():
+        for name, cls in plugin_classes(registry).items():
+            yield folder, name, plugin_markdown(cls)
+    for name in protocol_names():
+        yield "protocols", name, protocol_markdown(name)
+
+
+def source_path(cls: type[Plugin]) -> str:
+    """Return the path of the file of a class inside the repository."""
+    return Path(inspect.getfile(cls)).resolve().relative_to(ROOT).as_posix()
+
+
+def plugin_markdown(cls: type[Plugin]) -> str:
+    """Return the page of one plug-in."""
+    details = plugin_details(cls)
+    parts = [
+        f"# {details['name']}",
+        f"*{escape_markdown(details['summary'])}*",
+        docstring_markdown(details["doc"]),
+        "## Facts",
+        table(["fact", "value"], [(title, _linked(text)) for title, text in fact_fields(details)]),
+    ]
+    if details["parameters"]:
+        parts += ["## Parameters", *_parameters(details)]
+    if cls.kind == "defense":
+        parts += _published(details["name"])
+    source = source_path(cls)
+    command = f"hbv info {details['name']}"
+    parts += ["## Source", f"[{source}]({ROOT.as_uri()}/{source})", f"```sh\n{command}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def protocol_markdown(name: str) -> str:
+    """Return the page of one protocol: its introduction and its file."""
+    path = Path(protocol_file(name))
+    text, protocol = path.read_text(encoding="utf-8"), load_protocol(name)
+    header = dedent("\n".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#")))
+    return "\n\n".join(
+        [
+            f"# {name}",
+            docstring_markdown(header),
+            table(
+                ["fact", "value"],
+                [
+                    ("version", str(protocol.version)),
+                    ("models", ", ".join([protocol.model, *protocol.models])),
+                    ("topology", protocol.topology),
+                    ("source", f"[{path.name}]({path.as_uri()})"),
+                ],
+            ),
+            "[The keys of a protocol](../protocols.md)",
+            f"## File\n\n```yaml\n{text.rstrip()}\n```",
+        ]
+    )
+
+
+def docstring_markdown(text: str) -> str:
+    """Return the Markdown of a docstring: prose, its indented equations as MathML, and its commands as code."""
+    parts = []
+    for paragraph in re.split(r"\n\s*\n", text.strip()):
+        lines = paragraph.splitlines()
+        for indented, block in _groups(lines):
+            if not indented:
+                parts.append(escape_markdown("\n".join(block)))
+            elif any(re.match(r"\s*(?:\w+=\S+ )*hbv ", line) for line in block):
+                parts.append("```sh\n" + dedent("\n".join(block)) + "\n```")
+            else:
+                parts.append(equation_table(dedent("\n".join(block)).splitlines()))
+    return "\n\n".join(parts)
+
+
+def _groups(lines: Sequence[str]) -> Iterator[tuple[bool, list[str]]]:
+    """Yield consecutive lines with the same answer to: is it indented."""
+    block: list[str] = []
+    for line in lines:
+        indented = line.startswith("    ")
+        if block and indented != block[0].startswith("    "):
+            yield not indented, block
+            block = []
+        block.append(line)
+    if block:
+        yield block[0].startswith("    "), block
+
+
+def escape_markdown(text: str) -> str:
+    """Escape the characters that Markdown interprets, outside code spans."""
+    parts = re.split(r"(`[^`]+`)", text)
+    return "".join(part if part.startswith("`") else re.sub(r"([\\*_\[\]<>|])", r"\\\1", part) for part in parts)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(" ".join(cell.split()) for cell in line) + " |" for line in lines)
+
+
+def _linked(text: str) -> str:
+    """Return the text of a fact, with a link to a paper on arXiv."""
+    pattern = r"(arXiv (\d{4}\.\d{5}))"
+    return re.sub(pattern, r"[\1](https://arxiv.org/abs/\2)", escape_markdown(text))
+
+
+def _parameters(details: Mapping[str, Any]) -> Iterator[str]:
+    rows = [
+        (
+            f"`{parameter['name']}`",
+            f"`{parameter_text(parameter['default'])}`",
+            *(escape_markdown(parameter[key]) for key in ("range", "doc", "source")),
+        )
+        for parameter in details["parameters"]
+    ]
+    yield table(["parameter", "default", "range", "description", "source of the default"], rows)
+    for parameter in details["parameters"]:
+        if parameter["main"]:
+            yield f"`{details['name']}=VALUE` sets `{parameter['name']}`."
+
+
+def _published(name: str) -> Iterator[str]:
+    """Yield the section of the published figures of a defense."""
+    figures = [
+        (protocol, matched)
+        for protocol in load_names().protocols
+        for matched in matched_figures(protocol)
+        if name in matched.defense
+    ]
+    if not figures:
+        return
+    yield "## Published figures"
+    yield (
+        "Scores in percent, from the papers. Compare a figure only to figures of the same protocol, model, task and "
+        "attack; one in doubt may be for another setting. The page on [published figures](../published.md) explains "
+        "the evidence."
+    )
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for protocol, matched in figures:
+        rows.setdefault(_figure_setting(protocol, matched), {})[matched.score] = matched.figure["value"]
+    columns = ["protocol", "source", "model", "task", "defense", "p", "n", "evidence", "HS", "FA"]
+    scores = ("harmful_score", "finetune_accuracy")
+    yield table(columns, [[*setting, *(values.get(score, "") for score in scores)] for setting, values in rows.items()])
+
+
+def _figure_setting(protocol: str, matched: MatchedFigure) -> tuple[str, ...]:
+    """Return the cells that a harmful score and an accuracy of one experiment share."""
+    figure = matched.figure
+    evidence = figure["evidence"] + (", in doubt" if matched.doubts else "")
+    cells = [protocol, f"{figure['paper']}, {figure['table']}", matched.model, matched.task]
+    cells += [_composition(matched.defense), f"{matched.ratio:g}", ", ".join(map(str, matched.samples)), evidence]
+    return tuple(map(escape_markdown, cells))
+
+
+def _composition(defense: Params) -> str:
+    """Return a defense as on the command line."""
+    parts = [(name, ",".join(f"{key}={value}" for key, value in params.items())) for name, params in defense.items()]
+    return "+".join(f"{name}:{params}" if params else name for name, params in parts)
