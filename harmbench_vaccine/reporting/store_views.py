@@ -101,7 +101,8 @@ def verification_view(verification: Verification) -> RenderableType:
         detail = "removed" if fault.repaired else fault.detail
         rows.append([fault.state, *fault.name.split("/"), _listed(fault.runs) or "no run", detail])
     if rows:
-        columns = [*(Column(title, wrap=False) for title in ("state", "stage", "key")), "needed by", "detail"]
+        identity = [Column(title, wrap=False) for title in ("state", "stage", "key")]
+        columns = [*identity, Column("needed by"), Column("detail")]
         parts.append(render_table(columns, rows))
     damaged = [fault for fault in verification.faults if fault.state in ("damaged", "unreadable")]
     summary = f"{verification.artifacts} artifacts, {len(damaged)} damaged."
