@@ -142,6 +142,27 @@ def test_checks_depend_on_earlier_checks_and_have_a_demand() -> None:
             earlier.add(check.name)
 
 
+def test_lines_of_a_report_are_wrapped_for_a_terminal() -> None:
+    findings = [
+        Finding("neutral", "It is plain SFT.", "fails", "word " * 30 + "end."),
+        Finding("gradient", "A short requirement.", "ok", ""),
+    ]
+    report = contract.ContractReport("defense", "mine", findings)
+    wrapped = report.lines(80)
+    assert [" ".join(line.split()) for line in wrapped] == [" ".join(line.split()) for line in report.lines()]
+    assert len(report.lines()[1]) > 80
+    texts = "\n".join(wrapped).splitlines()
+    assert all(len(text) <= 80 for text in texts)
+    assert [text[:21].strip() for text in texts] == [
+        "defense mine",
+        "FAILS neutral",
+        "",
+        "",
+        "ok    gradient",
+        texts[-1][:21].strip(),
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sound plug-ins to break
 

@@ -96,12 +96,19 @@ class SeedRange(click.IntRange):
         return "0<=x<2**63"  # click prints 19 digits
 
 
+def terminal_width() -> int | None:
+    """Return the number of columns of the terminal; None if the output is not a terminal."""
+    from rich.console import Console
+
+    console = Console()
+    return console.width if console.is_terminal else None
+
+
 def print_view(view: RenderableType) -> None:
     """Print a table or a page."""
     from rich.console import Console
 
-    console = Console()
-    Console(width=None if console.is_terminal else WIDTH_OF_A_FILE).print(view, crop=False)  # long ids stay whole
+    Console(width=terminal_width() or WIDTH_OF_A_FILE).print(view, crop=False)  # long ids stay whole
 
 
 def print_line(text: str, *, err: bool = False) -> None:

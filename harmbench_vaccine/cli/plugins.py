@@ -7,7 +7,7 @@ from shlex import quote
 import click
 
 from .completion import plugin_names, protocol_name
-from .console import output_options, print_json, print_line, print_view, terminal_progress
+from .console import output_options, print_json, print_line, print_view, terminal_progress, terminal_width
 from .device import device_option
 
 
@@ -84,5 +84,5 @@ def check(context: click.Context, plugin: str, as_json: bool) -> None:
     if as_json:
         print_json([report.to_json() for report in reports])
     else:
-        print_line("\n\n".join("\n".join(report.lines()) for report in reports))
+        print_line("\n\n".join("\n".join(report.lines(terminal_width())) for report in reports))
     context.exit(0 if all(report.holds for report in reports) else 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +27,10 @@ from ..registry import ATTACKS, DEFENSES, Registry, is_plugin_path
 
 if TYPE_CHECKING:
     from .findings import Finding
+
+
+_COLUMN = 21
+"""The column at which the requirement of a check begins."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,23 @@ class ContractReport:
             "findings": [asdict(finding) for finding in self.findings],
         }
 
-    def lines(self) -> list[str]:
-        """Return one line for each check: its outcome, its name, and its requirement or the reason of its outcome."""
+    def lines(self, width: int | None = None) -> list[str]:
+        """Return one line for each check: its outcome, its name, and its requirement or the reason of its outcome.
+
+        Args:
+            width: Columns at which a line is wrapped; None: it is not wrapped.
+        """
         counts = {outcome: sum(f.outcome == outcome for f in self.findings) for outcome in ("ok", "fails", "n/a")}
         checks = [
-            f"{'FAILS' if f.outcome == 'fails' else f.outcome:<6}{f.check:<15}{f.reason or f.demand}"
+            f"{'FAILS' if f.outcome == 'fails' else f.outcome:<6}{f.check:<{_COLUMN - 6}}{f.reason or f.demand}"
             for f in self.findings
         ]
         summary = f"{counts['ok']} ok, {counts['fails']} fail, {counts['n/a']} do not apply"
+        if width:
+            wrap = textwrap.TextWrapper(
+                width, subsequent_indent=" " * _COLUMN, break_long_words=False, break_on_hyphens=False
+            )
+            checks = [wrap.fill(check) for check in checks]
         return [f"{self.kind} {self.name}", *checks, summary]
 
 
