@@ -33,7 +33,7 @@ FOLDERS = {
 def site(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """Import the modules that generate the pages."""
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
-    modules = {name: importlib.import_module(name) for name in ("equations", "generated", "hooks")}
+    modules = {name: importlib.import_module(name) for name in ("equations", "generated", "hooks", "screenshots")}
     for name in modules:
         monkeypatch.delitem(sys.modules, name)
     return modules
@@ -156,6 +156,56 @@ def test_links_of_the_repository_become_links_of_the_site(
 
 def test_links_to_other_sites_stay(site: dict[str, ModuleType]) -> None:
     assert site["hooks"].repository_path("index.md", "https://arxiv.org/abs/2402.01109") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures of commands
+
+
+def stable(text: str) -> list[str]:
+    """Return the words of an output that are the same on every machine: without numbers, run ids and answers."""
+    lines = [line for line in text.splitlines() if "│" not in line]
+    return re.sub(r"-[0-9a-f]{8}\b|[-\d.()]", "", "\n".join(lines)).split()
+
+
+def assert_picture_is_current(screenshots: ModuleType, name: str, home: Path, exact: bool) -> None:
+    committed = (screenshots.IMAGES / f"terminal-{name}.svg").read_text(encoding="utf-8")
+    current = screenshots.picture(name, screenshots.command_output(name, home))
+    expected, text = screenshots.picture_text(committed), screenshots.picture_text(current)
+    repair = f"run: python docs/site/screenshots.py {name}"
+    assert text.startswith(f"$ {screenshots.COMMANDS[name]}\n")
+    assert all(len(line) <= screenshots.WIDTH for line in text.splitlines())
+    if exact:
+        assert expected == text, repair
+    else:
+        assert stable(expected) == stable(text), repair
+
+
+@pytest.mark.parametrize("name", ["info", "leaderboard"])
+def test_pictures_of_fixed_output_are_current(site: dict[str, ModuleType], name: str, tmp_path: Path) -> None:
+    assert_picture_is_current(site["screenshots"], name, tmp_path, exact=True)
+
+
+@pytest.mark.slow
+def test_picture_of_a_check_is_current(site: dict[str, ModuleType], tmp_path: Path) -> None:
+    assert_picture_is_current(site["screenshots"], "check", tmp_path, exact=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="a run id depends on Python's normal form of code")
+def test_pictures_of_runs_are_current(site: dict[str, ModuleType], testbed_home: Path) -> None:
+    for name in ("run", "show"):
+        assert_picture_is_current(site["screenshots"], name, testbed_home, exact=False)
+
+
+def test_pictures_load_nothing_and_are_on_a_page(site: dict[str, ModuleType]) -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))
+    for name in site["screenshots"].COMMANDS:
+        assert f"images/terminal-{name}.svg" in pages
+        svg = (site["screenshots"].IMAGES / f"terminal-{name}.svg").read_text(encoding="utf-8")
+        ElementTree.fromstring(svg)
+        assert not re.search(r"@font-face|@import|url\((?!#)|href", svg)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
