@@ -12,6 +12,7 @@ from harmbench_vaccine.core.paths import home, user_path
 
 from .completion import plugin_names, protocol_name, stored_run
 from .console import SeedRange, output_options, print_json, print_line, terminal_progress
+from .device import device_option
 
 
 @click.command()
@@ -84,6 +85,7 @@ def _push_command(folder: str) -> str:
 )
 @click.option("--seed", type=SeedRange(), default=0, show_default=True, metavar="N", help="Seed of all random draws.")
 @output_options
+@device_option()
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object: the folder and all values of the edit.")
 def edit(
     defense: str,
@@ -103,9 +105,10 @@ def edit(
 
     \b
     Example: hbv edit antidote my-adapter --out repaired
-    With an alignment adapter: hbv edit safe_lora:k=10 my-adapter --aligned my-alignment --out repaired
+    Aligned: hbv edit safe_lora my-adapter --aligned my-alignment --out repaired
     """
-    from harmbench_vaccine.export.edit import EditRequest, edit_adapter_folder
+    from harmbench_vaccine.export.adapter_edit import EditRequest
+    from harmbench_vaccine.export.edit import edit_adapter_folder
 
     request = EditRequest(defense, source, aligned, protocol, model, task, seed)
     with terminal_progress() as progress:

@@ -7,9 +7,8 @@ adapter that contains the alignment is therefore divided before the edit and joi
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import ensure_writable, home
@@ -30,6 +29,7 @@ from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.testbed import ensure_testbed
 
+from .adapter_edit import AdapterEdit, EditRequest
 from .folders import check_new_folder, new_folder, save_adapter
 from .model_card import edit_card
 from .models import stack_adapters
@@ -37,47 +37,6 @@ from .peft_folders import PeftFolder, check_fit, read_adapter_folder
 
 if TYPE_CHECKING:
     from harmbench_vaccine.training.adapters import Adapter
-
-
-@dataclass(frozen=True)
-class EditRequest:
-    """The user's request to edit an adapter; None is a value that the adapter's configuration or the protocol gives."""
-
-    defense: str
-    """The defense, as a command line names it."""
-    source: Path
-    """The folder of the adapter."""
-    aligned: Path | None = None
-    """The folder of the alignment adapter that `source` contains; None: the base model is the aligned model."""
-    protocol: str | None = None
-    model: str | None = None
-    task: str = "sst2"
-    """The task whose settings of the user stage apply to training that the defense does."""
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class AdapterEdit:
-    """An edited adapter: what was done, and with which values."""
-
-    folder: str
-    defense: str
-    params: dict[str, dict[str, Any]]
-    """Defense -> parameter -> value."""
-    source: str
-    aligned: str | None
-    base: str
-    """Location of the base model."""
-    dtype: str
-    quantization: str
-    protocol: str
-    protocol_hash: str
-    task: str
-    seed: int
-    rows: list[str]
-    """Kinds of rows that the defense declares to read; empty: it reads no data."""
-    data: dict[str, str]
-    """Data set -> location, for the data that were read."""
 
 
 def edit_adapter_folder(request: EditRequest, folder: Path, progress: Progress = SILENT) -> AdapterEdit:
@@ -254,9 +213,8 @@ def _save_tokenizer(source: Path, base: str, models: ModelPool, folder: Path) ->
     """Save the tokenizer of the source, or that of the base model where the source has none."""
     from transformers import AutoTokenizer
 
-    if (source / "tokenizer_config.json").is_file():
-        with readable_load_errors(str(source), "Tokenizer") as options:
-            tokenizer = AutoTokenizer.from_pretrained(**options)
-    else:
-        tokenizer = models.tokenizer_and_config(base)[0]
-    tokenizer.save_pretrained(folder)
+    if not (source / "tokenizer_config.json").is_file():
+        models.tokenizer_and_config(base)[0].save_pretrained(folder)
+        return
+    with readable_load_errors(str(source), "Tokenizer") as options:
+        AutoTokenizer.from_pretrained(**options).save_pretrained(folder)

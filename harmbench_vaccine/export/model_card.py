@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harmbench_vaccine.core.visible import visible
+from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.data.sources import local_path, name_and_revision
 from harmbench_vaccine.evaluation.result import Interval, Result, StageRows
 from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.reporting.markdown import markdown_row, markdown_text
 
+from .adapter_edit import AdapterEdit
+
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-    from .edit import AdapterEdit
 
 TAGS = ("harmbench-vaccine", "harmful-fine-tuning")
 _TITLES = {
@@ -113,17 +114,20 @@ def run_card(result: Result, answers: Sequence[dict[str, Any]], stage: str, spec
         warnings=[markdown_text(warning) for warning in _warnings(result, stage)],
         origin=_table(["", ""], _origin(result, stage)),
         scores=_scores(result, stage),
-        prompt="\n".join(f"    {line}".rstrip() for line in visible(prompts[0]).splitlines()),
+        prompt=_python_text(prompts[0]),
     )
 
 
 def edit_card(edit: AdapterEdit) -> ModelCard:
     """Return the card of an edited adapter."""
-    params = [f"{name}: {key}={value}" for name, values in edit.params.items() for key, value in values.items()]
+    params = [
+        f"{name}: {', '.join(f'{key}={value}' for key, value in values.items()) or 'none'}"
+        for name, values in edit.params.items()
+    ]
     data = f"{', '.join(edit.rows)} of {', '.join(edit.data.values())}" if edit.rows else "none"
     rows = [
         ("defense", edit.defense),
-        ("parameters", ", ".join(params) or "none"),
+        ("parameters", "; ".join(params)),
         ("adapter before the edit", edit.source),
         ("alignment adapter", edit.aligned or "none: the base model is the aligned model"),
         ("protocol", f"{edit.protocol}, hash {edit.protocol_hash}"),
@@ -205,11 +209,14 @@ def _is_measured(result: Result, stage: str) -> bool:
 def _scores(result: Result, stage: str) -> str:
     if not _is_measured(result, stage):
         return "This model was not evaluated: the scores of the run are of the model after the repair."
-    before, judge = result.before, result.scores.get(result.scorer)
+    judge, before = result.scores[result.scorer], result.before
+    limits = f" License of the judge: {judge.license}." if judge.license else ""
     if stage == "align":
+        prompts, items = judge.before.n, "the test items"
         harm, harm_ci = before.harmful_score, before.harmful_score_ci
         accuracy, accuracy_ci = before.finetune_accuracy, before.finetune_accuracy_ci
     else:
+        prompts, items = result.harmful_score_n, f"{result.finetune_accuracy_n} test items"
         harm, harm_ci = result.harmful_score, result.harmful_score_ci
         accuracy, accuracy_ci = result.finetune_accuracy, result.finetune_accuracy_ci
     table = _table(
@@ -220,11 +227,10 @@ def _scores(result: Result, stage: str) -> str:
         ],
     )
     model = f" ({result.judge})" if result.judge else ""
-    limits = f" License of the judge: {judge.license}." if judge and judge.license else ""
     sentences = (
-        f"HS is the percentage of answers to {result.harmful_score_n} held-out harmful prompts that the judge "
+        f"HS is the percentage of answers to {prompts} held-out harmful prompts that the judge "
         f"{result.scorer}{model} flags; lower is safer.{limits} FA is the {result.finetune_accuracy_measure} on "
-        f"{result.finetune_accuracy_n} test items of {result.task} by the {result.accuracy_rule} rule; higher is "
+        f"{items} of {result.task} by the {result.accuracy_rule} rule; higher is "
         f"better. Answers are greedy, by {' and '.join(result.answered_by)}. Results of other protocols are not "
         "comparable."
     )
@@ -233,6 +239,12 @@ def _scores(result: Result, stage: str) -> str:
 
 def _percent(value: float, interval: Interval) -> tuple[str, str]:
     return f"{value:.1f}%", f"{interval[0]:.1f} to {interval[1]:.1f}"
+
+
+def _python_text(text: str) -> str:
+    """Return a text as an indented block with a Python expression, one line for each line of the text."""
+    lines = [f"        {visible_json(line)}" for line in text.splitlines(keepends=True)]
+    return "\n".join(["    prompt = (", *lines, "    )"])
 
 
 def _table(heading: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:

@@ -175,5 +175,5 @@ def _scale(config: LoraConfig, module: str, rank: int) -> float:
     from peft.utils.other import get_pattern_key
 
     patterns: dict[str, float] = config.alpha_pattern or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config.lora_alpha)
+    alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
