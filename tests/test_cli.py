@@ -705,7 +705,13 @@ def spied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
     return to
 
 
-@pytest.mark.parametrize("sent_signal", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+@pytest.mark.parametrize(
+    "sent_signal",
+    [signal.SIGINT, *(pytest.param(sent, marks=pytest.mark.slow) for sent in (signal.SIGTERM, signal.SIGKILL))],
+)
 @pytest.mark.timeout(180)
 def test_interrupted_run_resumes_with_the_same_result(
     sent_signal: signal.Signals, long: tuple[Path, Path], tmp_path: Path, spied: Callable[[str], Path]
@@ -718,11 +724,11 @@ def test_interrupted_run_resumes_with_the_same_result(
     running.send_signal(sent_signal)
     done = finish(running)
     assert done.out == ""
-    if sent_signal == signal.SIGINT:
-        assert done.code == 130
-        assert done.sentence.startswith("hbv: interrupted")
-    else:
+    if sent_signal == signal.SIGKILL:
         assert done.code == -signal.SIGKILL
+    else:
+        assert done.code == 128 + sent_signal
+        assert done.sentence == f"hbv: interrupted by {NAMES[sent_signal]}. Repeat the command to resume."
     assert not list(home.glob("store/align/*"))
     assert not (home / "results.csv").exists()
     assert not list(home.glob("runs/*"))
@@ -733,7 +739,10 @@ def test_interrupted_run_resumes_with_the_same_result(
     assert resumed.code == 0, resumed.err
     after = steps(written)[len(before) :]
     assert 1 < after[0] <= before[-1] + 1  # it resumes from a checkpoint, not from the beginning
-    assert (after[0] - 1) % 10 == 0  # a checkpoint every 10 % of 100 steps
+    if sent_signal == signal.SIGKILL:
+        assert (after[0] - 1) % 10 == 0  # a checkpoint every 10 % of 100 steps
+    else:
+        assert after[0] == before[-1] + 1  # and one after the step that was running
     assert after == list(range(after[0], 101))
     assert not list(home.glob("store/.work/*"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from transformers.utils import logging
 from harmbench_vaccine.cli import main
 
 HBV = [sys.executable, "-m", "harmbench_vaccine"]
+PROGRESS_LINE = re.compile(r"[\w :+=.,-]+: (\d+ steps?|step \d+ of \d+(, .*)?|done in .*)")
+"""A line at the start of a bar, at one of its steps, or at its end."""
 logging.disable_progress_bar()  # the command does so itself if it is the first to import transformers
 
 
@@ -39,8 +42,8 @@ class CommandResult:
 
     @property
     def sentence(self) -> str:
-        """Return the only line on stderr."""
-        lines = [line for line in self.err.splitlines() if line.strip()]
+        """Return the only line on stderr that is not a line of progress."""
+        lines = [line for line in self.err.splitlines() if line.strip() and not PROGRESS_LINE.fullmatch(line)]
         assert len(lines) == 1, self.err
         return lines[0]
 
