@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import AbstractContextManager
 from typing import Literal
 
 from .errors import BadInput, unknown_name
@@ -29,16 +30,15 @@ def device() -> Device:
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        return select_device(name)
-    return "cuda" if name == "cuda" else "cpu"
+    return select_device(name)
 
 
 def select_device(name: str) -> Device:
-    """Choose the device of this process, before it uses a GPU.
+    """Choose the device of this process and of those that it starts, before it uses a GPU.
 
     Args:
-        name: "cpu", "cuda", or "cuda:N" for one of the visible GPUs, which hides the others.
+        name: "cpu", which hides all GPUs: libraries would use some memory of each. "cuda". "cuda:N" for one of the
+            visible GPUs, which hides the others.
 
     Raises:
         BadInput: The device is unknown or not available.
@@ -53,10 +53,20 @@ def select_device(name: str) -> Device:
         if name == "cuda" or gpu:
             raise BadInput(f"Device {name!r} is not available. Allowed on this machine: {', '.join(names)}.")
         raise unknown_name("device", name, names)
+    if name == "cpu":
+        os.environ[_VISIBLE] = ""
     if gpu:
         _show_only(int(gpu[1]))
-    os.environ[VARIABLE] = "cpu" if name == "cpu" else "cuda"
-    return "cpu" if name == "cpu" else "cuda"
+    kind: Device = "cpu" if name == "cpu" else "cuda"
+    os.environ[VARIABLE] = kind
+    return kind
+
+
+def forked_rng() -> AbstractContextManager[None]:
+    """Restore the random states of the CPU and of the device after the block; other GPUs are not touched."""
+    import torch
+
+    return torch.random.fork_rng([torch.cuda.current_device()] if device() == "cuda" else [])
 
 
 def available_devices() -> list[str]:

@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import Advance
 
@@ -69,7 +68,7 @@ class VllmProcess:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                env={**_DEFAULTS, **os.environ, **_OVERRIDES, **_visible_gpus(), "TMPDIR": str(folder)},
+                env={**_DEFAULTS, **os.environ, **_OVERRIDES, "TMPDIR": str(folder)},
                 start_new_session=True,  # Ctrl-C reaches the harness alone, which ends the worker
             )
 
@@ -126,8 +125,3 @@ class VllmProcess:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         errors = [line.strip() for line in lines if "Error" in line and "Traceback" not in line]
         return f" ({ending}){': ' + errors[-1][:200].rstrip('.') if errors else ''}"
-
-
-def _visible_gpus() -> dict[str, str]:
-    """Return the variables that hide the GPUs of the machine from vLLM if models run on the CPU."""
-    return {"CUDA_VISIBLE_DEVICES": ""} if device() == "cpu" else {}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from harmbench_vaccine.core.device import forked_rng
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.types import TrainSettings
 
@@ -185,7 +186,7 @@ class LoraStack:
             target_modules=available,
             task_type="CAUSAL_LM",
         )
-        with torch.random.fork_rng():
+        with forked_rng():
             torch.manual_seed(seed)
             self._add(self.TRAINED, config)
         if start:
@@ -259,7 +260,7 @@ class LoraStack:
                     lora_alpha=adapter.scale * adapter.rank,  # type: ignore[arg-type]  # peft accepts a float
                     target_modules=sorted(adapter.factors),
                 )
-                with torch.random.fork_rng():  # peft draws initial values, which `_fill` overwrites
+                with forked_rng():  # peft draws initial values, which `_fill` overwrites
                     self._add(name, config)
                 self._fill(name, adapter)
             self._names[path] = name  # most recently used adapters come last

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from harmbench_vaccine.core import distributed
+from harmbench_vaccine.core.device import forked_rng
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.seeds import derive_seed, random_stream
 from harmbench_vaccine.core.types import Example, Pools, StageName, TrainSettings
@@ -345,7 +346,7 @@ class TrainingStage:
             purpose: Name of the work; its random numbers depend on it.
         """
         training = self.model.training
-        with torch.random.fork_rng():
+        with forked_rng():
             torch.manual_seed(derive_seed(self.seed, purpose))
             self.model.eval()
             try:
@@ -382,4 +383,4 @@ def attended_tokens(batch: Batch) -> Tensor:
 
 def same_dropout() -> AbstractContextManager[None]:
     """Restore the random state after the block, so that the next forward pass draws the same dropout masks."""
-    return torch.random.fork_rng()
+    return forked_rng()

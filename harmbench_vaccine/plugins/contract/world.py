@@ -15,7 +15,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
-from harmbench_vaccine.core.device import device
+from harmbench_vaccine.core.device import device, forked_rng
 from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, Mix, Pools, StageName, TrainSettings, Verdict
 from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate, prompt_template
@@ -153,7 +153,7 @@ class TinyWorld:
             bos_token_id=EOS,
             eos_token_id=EOS,
         )
-        with torch.random.fork_rng():
+        with forked_rng():
             torch.manual_seed(0)
             model: PreTrainedModel = LlamaForCausalLM(config)
         place: Any = device()  # Any: transformers types `to` too narrowly

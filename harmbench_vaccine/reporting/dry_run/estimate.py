@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from harmbench_vaccine.core.device import device, forked_rng
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.types import StageName, TrainSettings
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -181,7 +182,7 @@ def count_memory(model: str, dtype: str, quantization: str, settings: TrainSetti
     import torch
 
     config = _load_config(model)
-    with torch.device("meta"), torch.random.fork_rng():
+    with torch.device("meta"), forked_rng():
         base = _random_model(config, dtype)
         modules = base.get_decoder().modules()
         matrices = sum(module.weight.numel() for module in modules if isinstance(module, torch.nn.Linear))
@@ -194,7 +195,7 @@ def count_memory(model: str, dtype: str, quantization: str, settings: TrainSetti
         except (RuntimeError, NotImplementedError):  # the forward pass reads values, as the one of OPT does
             activations = None
     if activations is None:
-        with torch.random.fork_rng():
+        with forked_rng():
             first, second = (
                 _activation_bytes(_with_adapter(_random_model(_cut(config, layers), dtype), settings), 1, width)
                 for layers in (1, 2)
@@ -252,9 +253,9 @@ def measure_seconds(
     config = _load_config(model)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in _random_model(_cut(config, 2), dtype).parameters())
-    if not torch.cuda.is_available() and 6.0 * size * settings.batch * width > CPU_LIMIT:
+    if device() == "cpu" and 6.0 * size * settings.batch * width > CPU_LIMIT:
         return None
-    with torch.random.fork_rng():
+    with forked_rng():
         first, second = (_measure_batch(_cut(config, layers), dtype, settings, width, generated) for layers in (1, 2))
     further = _depth(config) - 1
     return BatchSeconds(
@@ -271,7 +272,7 @@ def _measure_batch(config: Any, dtype: str, settings: TrainSettings, width: int,
     from harmbench_vaccine.training.adapters import LoraStack
     from harmbench_vaccine.training.stage import TrainingStage
 
-    base = _random_model(config, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    base = _random_model(config, dtype).to(device())
     ids = torch.randint(3, config.get_text_config(decoder=True).vocab_size, (generated or settings.batch, width))
     ids = ids.to(base.device)
     if generated:
@@ -307,7 +308,7 @@ def _fastest(call: Callable[[], object], least: int = 3) -> float:
     while len(times) <= least or sum(times) < MEASUREMENT_SECONDS:
         start = time.perf_counter()
         call()
-        if torch.cuda.is_available():
+        if device() == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
