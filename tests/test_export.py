@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from harmbench_vaccine.export.folders import check_new_folder, new_folder, save_
 from harmbench_vaccine.export.model_card import run_card
 from harmbench_vaccine.export.models import load_stored_model, stack_adapters, stored_spec
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
+from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.training.adapters import Adapter, merge_adapter
 from support import tiny
 from support.cli import CommandResult, hbv
@@ -300,20 +303,30 @@ def test_card_has_the_license_of_the_base_model(runs: Runs) -> None:
     assert run_card(result, answers, "final", spec, merged=False).data.get("license") is None
 
 
-def test_base_on_the_hub_is_named_with_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy in the cache of the Hub; nothing is downloaded."""
-    commit = "a" * 40
-    snapshot = tmp_path / "hub" / "models--owner--base" / "snapshots" / commit
-    base = tiny.model()
-    tiny.save(base, tiny.tokenizer(["a lamp"]), snapshot)
-    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
-    refs = snapshot.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text(commit)
+def test_base_on_the_hub_is_named_with_its_commit(
+    runs: Runs, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is a copy in the cache of the Hub; nothing is downloaded."""
+    commit, cache = "a" * 40, tmp_path / "hub" / "models--owner--base"
+    shutil.copytree(runs.protocol.parent / "model", cache / "snapshots" / commit)
+    (cache / "snapshots" / commit / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    save_adapter(random_adapter(base, ["model.layers.0.self_attn.q_proj"]), f"owner/base@{commit}", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    options = ("--protocol", runs.protocol, "--model", "owner/base", *COMMANDS[UNALIGNED])
+    outcome = hbv("run", *options, "--json", home=runs.home)
+    assert outcome.code == 0, outcome.err
+    run, folder = outcome.results[0]["run"], tmp_path / "adapter"
+    assert json.loads(hbv("export", run, folder, "--json", home=runs.home).out)["revision"] == commit
+    config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/base", commit)
+    data = ModelCard.load(folder / "README.md").data
+    assert (data["base_model"], data["license"]) == ("owner/base", "mit")
+    spec = stored_spec(load_run(runs.home / "runs" / run)[0], "final", Store(runs.home / "store"))
+    assert spec.base == f"owner/base@{commit}"
+    with torch.no_grad():
+        expected = ModelPool().stack(spec).use(spec.adapters)(ids).logits
+    assert difference(AutoPeftModelForCausalLM.from_pretrained(folder), ids, expected) < 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,6 +468,36 @@ def test_failed_export_leaves_nothing(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The testbed
+
+PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
+
+
+def blocks(language: str) -> list[str]:
+    """Return the fenced blocks of the page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_page_lists_the_defenses_that_repair() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    repairs = {name: cls for name, cls in DEFENSES.loadable().items() if "repair" in cls.stages}
+    assert set(rows) == set(repairs)
+    for name, cls in repairs.items():
+        assert ("--aligned" in rows[name]) == cls.needs_alignment
+        assert ("no data" in rows[name]) == (not cls.data)
+        assert all(kind in rows[name] for kind in cls.data)
+
+
+@pytest.mark.slow
+def test_commands_of_the_page_run(testbed_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in "".join(blocks("sh")).splitlines():
+        outcome = hbv(*shlex.split(line)[1:], home=testbed_home)
+        assert outcome.code == 0, (line, outcome.err)
+    values: dict[str, Any] = {}
+    exec(blocks("python")[0], values)
+    assert values["tokenizer"]("a lamp")["input_ids"]
+    folders = ("my-adapter", "my-alignment", "my-model", "pruned")
+    assert all((tmp_path / folder / "README.md").is_file() for folder in folders)
 
 
 @pytest.mark.slow
