@@ -30,34 +30,35 @@ FACTS: dict[str, tuple[str, ...]] = {
 _COLUMNS: dict[str, tuple[Column, ...]] = {
     "defense": (
         Column("stages", least=8),
-        Column("citation", least=10, drop=4),
+        Column("citation", least=10),
         Column("cost", least=10),
-        Column("once", least=20, drop=3),
-        Column("memory", least=16, drop=2),
-        Column("data", drop=1),
+        Column("once", least=20),
+        Column("memory", least=16),
+        Column("data"),
     ),
     "attack": (
-        Column("citation", least=10, drop=2),
+        Column("citation", least=10),
         Column("summary", least=30),
-        Column("trains", wrap=False, drop=3),
-        Column("excludes", drop=1),
+        Column("trains", wrap=False),
+        Column("excludes"),
     ),
     "task": (
         Column("title", least=30),
-        Column("summary", least=30, drop=3),
+        Column("summary", least=30),
         Column("measure", least=8),
-        Column("dataset", wrap=False, drop=1),
-        number_column("chance", drop=2),
+        Column("dataset", wrap=False),
+        number_column("chance"),
     ),
     "scorer": (
         Column("summary", least=30),
-        Column("model", least=16, drop=3),
-        Column("form", wrap=False, drop=2),
-        Column("license", least=16, drop=1),
-        Column("unverified", least=20, drop=4),
+        Column("model", least=16),
+        Column("form", wrap=False),
+        Column("license", least=16),
+        Column("unverified", least=20),
     ),
 }
-"""Kind -> the facts of `hbv list --verbose` next to the name; the title of each is the key of the fact."""
+"""Kind -> the facts of `hbv list --verbose` next to the name; the title of each is the key of the fact. None is left
+out: in a narrow terminal, each plug-in is a list of these fields."""
 _TITLES = {
     "stages": "stage",
     "cost": "cost of a step",
@@ -198,9 +199,9 @@ def _parameters(details: Mapping[str, Any]) -> RenderableType:
         Column("parameter", wrap=False),
         Column("default", least=8),
         *(Column(name, least=8) for name in protocols),
-        Column("range", least=16),
-        Column("description", least=24),
-        Column("source of the default", least=20, drop=1),
+        Column("range", least=10),
+        Column("description", least=20),
+        Column("source of the default", least=16),
     ]
     return Group(render_table(columns, rows), *dim_notes(notes))
 

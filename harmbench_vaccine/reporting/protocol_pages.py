@@ -92,18 +92,18 @@ def protocol_table(protocols: Sequence[Mapping[str, Any]], verbose: bool) -> Ren
         return render_table(
             [Column("name", wrap=False), Column("model", wrap=False, drop=1), Column("description", least=30)], rows
         )
-    columns = [
+    columns = [  # none is left out: in a narrow terminal, each protocol is a list of these fields
         Column("name", wrap=False),
-        number_column("version", drop=6),
-        Column("hash", wrap=False, drop=7),
-        Column("model", wrap=False, drop=9),
-        number_column("alignment rows", drop=4),
-        number_column("user rows", drop=5),
-        number_column("harmful prompts", drop=3),
-        number_column("test items", drop=2),
+        number_column("version"),
+        Column("hash", wrap=False),
+        Column("model", wrap=False),
+        number_column("alignment rows"),
+        number_column("user rows"),
+        number_column("harmful prompts"),
+        number_column("test items"),
         Column("judge", wrap=False),
-        Column("rule of FA", drop=1, least=8),
-        Column("description", least=30, drop=8),
+        Column("rule of FA", least=8),
+        Column("description", least=30),
     ]
     keys = ("name", "version", "hash", "model", "align_rows", "user_rows", "harmful_prompts", "test_items", "scorer")
     rows = [[str(facts[key]) for key in (*keys, "accuracy", "description")] for facts in protocols]
@@ -111,23 +111,31 @@ def protocol_table(protocols: Sequence[Mapping[str, Any]], verbose: bool) -> Ren
 
 
 def protocol_page(details: Mapping[str, Any]) -> RenderableType:
-    """Build the page of one protocol from its details: its facts, and one table of values for each section."""
+    """Build the page of one protocol from its details: its facts, and one list of values for each section."""
     title = VisibleText(f"protocol {details['name']}: {details['description']}", style="bold")
     facts = render_fields((text, value_text(details[key])) for key, text in _FACTS.items())
     _, _, doc = details["doc"].partition("\n\n")
     parts: list[RenderableType] = [title, *([VisibleText(doc)] if doc else []), facts]
-    for section, values in groupby(details["values"], lambda entry: entry["path"].partition(".")[0]):
-        parts.append(_section(section, list(values)))
+    parts += [_section(list(values)) for _, values in groupby(details["values"], _section_of)]
     notes = dim_notes(["--set PATH=VALUE of hbv run overrides a value: --set align.settings.lr=1e-4."])
     return Group(*[line for part in parts for line in (part, VisibleText())], *notes)
 
 
-def _section(section: str, values: Sequence[Mapping[str, Any]]) -> RenderableType:
-    columns = [Column(section, least=20), Column("value", least=16), Column("source", least=20)]
-    rows = [
-        [entry["path"].removeprefix(f"{section}."), value_text(entry["value"]), entry["source"]] for entry in values
-    ]
-    return render_table(columns, rows)
+def _section(values: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Build the list of the values of a section; values with one source share a line that names it."""
+    section = _section_of(values[0])
+    names = {entry["path"]: entry["path"].removeprefix(f"{section}.") for entry in values}
+    parts: list[RenderableType] = [VisibleText(section, style="bold underline")]
+    for source, entries in groupby(values, lambda entry: entry["source"]):
+        fields = [(names[entry["path"]], value_text(entry["value"])) for entry in entries]
+        parts.append(render_fields(fields, name_width=max(map(len, names.values()))))
+        parts += dim_notes([f"  from: {source}"] if source else [])
+    return Group(*parts)
+
+
+def _section_of(entry: Mapping[str, Any]) -> str:
+    section, dot, _ = entry["path"].partition(".")
+    return section if dot else "protocol"
 
 
 def value_text(value: Any) -> str:
@@ -136,7 +144,7 @@ def value_text(value: Any) -> str:
         return ", ".join(map(str, value)) or "none"
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    return str(value)
+    return str(value) or '""'
 
 
 # ---------------------------------------------------------------------------------------------------------------------

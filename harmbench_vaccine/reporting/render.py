@@ -122,18 +122,18 @@ class _Field:
 class _FieldList:
     """Names and values, one pair per line; a value that does not fit next to its name is printed below it."""
 
-    def __init__(self, fields: Iterable[_Field]) -> None:
+    def __init__(self, fields: Iterable[_Field], name_width: int = 0) -> None:
         self.fields = list(fields)
+        self.name_width = max([name_width, *(cell_len(field.name.plain) for field in self.fields)])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        names = max((cell_len(field.name.plain) for field in self.fields), default=0)
-        room = options.max_width - names - 2
+        room = options.max_width - self.name_width - 2
         for field in self.fields:
             least = (_text_width if field.whole else _longest_part)(field.value.plain)
             if least <= room:
                 name = field.name.copy()
-                name.pad_right(names + 2 - cell_len(name.plain))
-                indent, lines = names + 2, fold_text(field.value, room)
+                name.pad_right(self.name_width + 2 - cell_len(name.plain))
+                indent, lines = self.name_width + 2, fold_text(field.value, room)
             else:
                 name, indent = Text(), 0
                 yield field.name
@@ -145,9 +145,10 @@ class _FieldList:
                 yield text
 
 
-def render_fields(fields: Iterable[tuple[str, Cell]]) -> RenderableType:
-    """Build a list of names and values, without headings."""
-    return _FieldList(_Field(VisibleText(name, style="bold"), _visible_cell(value)) for name, value in fields)
+def render_fields(fields: Iterable[tuple[str, Cell]], name_width: int = 0) -> RenderableType:
+    """Build a list of names and values, without headings; the names have at least `name_width` cells."""
+    named = (_Field(VisibleText(name, style="bold"), _visible_cell(value)) for name, value in fields)
+    return _FieldList(named, name_width)
 
 
 def _visible_cell(cell: Cell) -> VisibleText:
