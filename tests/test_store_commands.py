@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -489,7 +490,19 @@ def test_an_unreadable_artifact_is_not_removed(shop: Shop, monkeypatch: pytest.M
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Real runs
+# The page, and real runs
+
+
+def test_commands_of_the_page_run(shop: Shop) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "store.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(hbv store [^#\n]*?) *(?:#.*)?$", page, re.MULTILINE)
+    assert {line.split()[2] for line in commands} == {"du", "ls", "gc", "verify"}
+    shop.run("a")
+    shop.add("align", number=1)
+    for line in commands:
+        done = hbv(*line.split()[1:])
+        assert (done.code, done.err) == (0, ""), line
+    assert shop.names() == shop.needs["a"]
 
 
 @pytest.mark.slow
