@@ -17,7 +17,7 @@ from harmbench_vaccine.reporting import doctor, gpus
 from harmbench_vaccine.reporting.gpus import Gpu, GpuProcess, parse_gpus
 from support.cli import hbv
 
-# Recorded from nvidia-smi 535 on a machine with two GPUs; ids and names are changed.
+# In the format of nvidia-smi, written by hand after its published output.
 GPUS = """\
 GPU-11111111-2222-3333-4444-555555555555, 0, NVIDIA H100 80GB HBM3, 81559, 41400, 535.104.05
 GPU-66666666-7777-8888-9999-000000000000, 1, NVIDIA H100 80GB HBM3, 81559, 4, 535.104.05
@@ -164,7 +164,7 @@ def test_the_import_of_vllm_is_tried_in_another_process(monkeypatch: pytest.Monk
 # GPUs
 
 
-def test_recorded_output_of_nvidia_smi() -> None:
+def test_output_of_nvidia_smi() -> None:
     first = Gpu(
         0,
         "NVIDIA H100 80GB HBM3",
@@ -175,6 +175,8 @@ def test_recorded_output_of_nvidia_smi() -> None:
     )
     assert parse_gpus(GPUS, PROCESSES) == [first, Gpu(1, "NVIDIA H100 80GB HBM3", 81559, 4, "535.104.05")]
     assert parse_gpus("", "") == []
+    shared = parse_gpus("GPU-1, 0, NVIDIA GB10, [N/A], [N/A], 580.95.05\n", "GPU-1, 114687, 19135\n")  # unified memory
+    assert shared == [Gpu(0, "NVIDIA GB10", None, None, "580.95.05", (GpuProcess(114687, 19135),))]
     with pytest.raises(ValueError, match="unpack"):
         parse_gpus("NVIDIA-SMI has failed because it could not communicate with the driver.", "")
 
