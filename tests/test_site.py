@@ -75,19 +75,6 @@ def test_formulas_are_rendered(site: dict[str, ModuleType], formula: str, expect
     assert shown(site["equations"].math(formula)).replace("^{+} V", "^{+}V") == expected
 
 
-@pytest.mark.parametrize(
-    ("line", "formula", "note"),
-    [
-        ("w    <- w - lr * grad L(w)", "w <- w - lr * grad L(w)", ""),
-        ("C = V V^T            projector=paper; not true", "C = V V^T", "projector=paper; not true"),
-        ("add:      w <- w + m                     (Vaccine code)", "add:   w <- w + m", "(Vaccine code)"),
-        ("                   scope=model: of all", "", "scope=model: of all"),
-    ],
-)
-def test_notes_are_separated_from_formulas(site: dict[str, ModuleType], line: str, formula: str, note: str) -> None:
-    assert site["equations"].split_note(line) == (formula, note)
-
-
 def test_equations_of_every_docstring_are_valid_mathml(site: dict[str, ModuleType]) -> None:
     tables = [
         table

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from harmbench_vaccine.reporting.docstrings import split_note
+
 GREEK = {
     "alpha": "α",
     "beta": "β",
@@ -52,13 +54,6 @@ def equation_table(lines: Sequence[str]) -> str:
         cell = math(formula) if _MATH.search(formula) else escape(formula.replace("`", ""))
         rows.append(f"<tr><td>{cell}</td><td>{escape(note)}</td></tr>")
     return f'<table class="equations">\n{chr(10).join(rows)}\n</table>'
-
-
-def split_note(line: str) -> tuple[str, str]:
-    """Divide a line into its formula and its note; spaces that align relations or follow a label are not a gap."""
-    line = re.sub(r"^([\w-]+:)\s+", r"\1   ", re.sub(r"\s{2,}(?=<-|=)", " ", line.rstrip()))
-    formula, *notes = re.split(r"\s{4,}", line)
-    return formula, " ".join(notes)
 
 
 def math(formula: str) -> str:

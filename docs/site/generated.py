@@ -14,6 +14,7 @@ from equations import equation_table
 from harmbench_vaccine.experiment.protocol import load_protocol, protocol_file, protocol_names
 from harmbench_vaccine.plugins.base import Plugin
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry
+from harmbench_vaccine.reporting.docstrings import docstring_blocks
 from harmbench_vaccine.reporting.plugin_pages import fact_fields, parameter_text, plugin_details
 from harmbench_vaccine.reporting.published.matching import MatchedFigure, Params, load_names, matched_figures
 
@@ -86,31 +87,13 @@ def protocol_markdown(name: str) -> str:
 
 
 def docstring_markdown(text: str) -> str:
-    """Return the Markdown of a docstring: prose, its indented equations as MathML, and its commands as code."""
-    parts = []
-    for paragraph in re.split(r"\n\s*\n", text.strip()):
-        lines = paragraph.splitlines()
-        for indented, block in _groups(lines):
-            if not indented:
-                parts.append(escape_markdown("\n".join(block)))
-            elif any(re.match(r"\s*(?:\w+=\S+ )*hbv ", line) for line in block):
-                parts.append("```sh\n" + dedent("\n".join(block)) + "\n```")
-            else:
-                parts.append(equation_table(dedent("\n".join(block)).splitlines()))
-    return "\n\n".join(parts)
-
-
-def _groups(lines: Sequence[str]) -> Iterator[tuple[bool, list[str]]]:
-    """Yield consecutive lines with the same answer to: is it indented."""
-    block: list[str] = []
-    for line in lines:
-        indented = line.startswith("    ")
-        if block and indented != block[0].startswith("    "):
-            yield not indented, block
-            block = []
-        block.append(line)
-    if block:
-        yield block[0].startswith("    "), block
+    """Return the Markdown of a docstring: prose, its equations as MathML, and its commands as code."""
+    views = {
+        "prose": lambda lines: escape_markdown("\n".join(lines)),
+        "equations": equation_table,
+        "commands": lambda lines: "\n".join(["```sh", *lines, "```"]),
+    }
+    return "\n\n".join(views[block.kind](block.lines) for block in docstring_blocks(text))
 
 
 def escape_markdown(text: str) -> str:

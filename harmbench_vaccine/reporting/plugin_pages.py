@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
+from rich.table import Table
 
 from harmbench_vaccine.plugins import Plugin, resolve_params
 from harmbench_vaccine.plugins.declarations import read_declarations
 from harmbench_vaccine.plugins.registry import Registry
 
+from .docstrings import docstring_blocks, split_note
 from .render import Column, VisibleText, dim_notes, number_column, render_fields, render_table
 
 if TYPE_CHECKING:
@@ -77,6 +81,8 @@ _TITLES = {
     "comparison_only": "for comparison only",
 }
 """Headings that differ from the name of the fact."""
+_INDENT, _LEAST_NOTE = 4, 20
+"""Columns before an equation and before its note, and the least width of notes."""
 
 
 def plugin_facts(cls: type[Plugin]) -> dict[str, Any]:
@@ -167,7 +173,7 @@ def plugin_page(details: Mapping[str, Any]) -> RenderableType:
     """Build the page of one plug-in from its details."""
     facts = render_fields(fact_fields(details))
     title = VisibleText(f"{details['kind']} {details['name']}: {details['summary']}", style="bold")
-    parts: list[RenderableType] = [title, VisibleText(_reflow(details["doc"])), facts]
+    parts: list[RenderableType] = [title, *_docstring(details["doc"]), facts]
     if details["parameters"]:
         parts.append(_parameters(details))
     return Group(*[line for part in parts for line in (part, VisibleText())])
@@ -179,9 +185,33 @@ def fact_fields(details: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(_TITLES.get(key, key), _fact_text(details[key])) for key in keys]
 
 
-def _reflow(text: str) -> str:
-    """Join the lines of each paragraph, so that the terminal wraps it; indented lines (equations) stay as they are."""
-    return re.sub(r"(?<=\S)\n(?=\S)", " ", text)
+def _docstring(text: str) -> Iterator[RenderableType]:
+    """Yield the paragraphs of a docstring; the notes of equations wrap in their own column."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        yield Group(*(_DOC_VIEWS[block.kind](block.lines) for block in docstring_blocks(paragraph)))
+
+
+class _Equations:
+    """Equations with their notes in a second column, of which the formulas have the first claim on the width."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.rows = [split_note(line) for line in lines]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        formulas, notes = zip(*self.rows, strict=True)
+        room = options.max_width - _INDENT - (_INDENT + _LEAST_NOTE if any(notes) else 0)
+        table = Table.grid(padding=(0, _INDENT, 0, 0), pad_edge=False)
+        table.add_column(width=min(room, max(map(cell_len, formulas))))
+        for cells in self.rows:
+            table.add_row(*map(VisibleText, cells))
+        yield Padding(table, (0, 0, 0, _INDENT))
+
+
+_DOC_VIEWS: dict[str, Callable[[Sequence[str]], RenderableType]] = {
+    "prose": lambda lines: VisibleText(re.sub(r"\n(?!- )\s*", " ", "\n".join(lines))),  # one line for each list item
+    "equations": _Equations,
+    "commands": lambda lines: VisibleText("\n".join(" " * _INDENT + line for line in lines)),
+}
 
 
 def _parameters(details: Mapping[str, Any]) -> RenderableType:
