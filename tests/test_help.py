@@ -91,6 +91,8 @@ def test_shell_completion(shell: str, own_home: Path) -> None:
         (["run", "--scorer", "llama"], ["llama_guard"]),
         (["run", "--protocol", "boo"], ["booster-paper"]),
         (["info", "sst"], ["sst2"]),
+        (["info", "vaccine"], ["vaccine", "vaccine-paper"]),
+        (["list", "runs", "--attack", "ra"], ["ratio"]),
         (["show", "vac"], ["vaccine-0123"]),
         (["score", "sft"], []),
     ],

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 
+from harmbench_vaccine.cli.console import WIDTH_OF_A_FILE
 from harmbench_vaccine.evaluation.records import RunOverview
 from harmbench_vaccine.evaluation.why import Difference, Explanation
 from harmbench_vaccine.experiment.protocol import protocol_names
@@ -54,7 +55,7 @@ from harmbench_vaccine.reporting.render import (
 from harmbench_vaccine.reporting.result_views import results_table, scores_view
 from harmbench_vaccine.reporting.run_list import list_runs, run_list_view
 from harmbench_vaccine.reporting.why_view import why_view
-from support.cli import HBV
+from support.cli import HBV, hbv
 from support.examples import examples
 from support.results import collapsed, make_result, write_csv
 
@@ -373,6 +374,13 @@ def on_a_terminal(*args: str, columns: int = 80, **environment: str) -> str:
     os.close(primary)
     assert running.wait() == 0
     return b"".join(chunks).decode()
+
+
+def test_a_file_has_the_width_of_a_file() -> None:
+    done = hbv("list", "defenses", COLUMNS="60")
+    lines = done.out.splitlines()
+    assert 60 < max(map(len, lines)) <= WIDTH_OF_A_FILE
+    assert len(lines) == 1 + len(REGISTRIES[0].entries())
 
 
 COLOR = re.compile(r"\x1b\[[\d;]*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[\d;]*)?m")

@@ -41,6 +41,16 @@ def protocol_name() -> Iterable[str]:
 
 
 @_completer
+def described_name() -> Iterable[str]:
+    """Complete a name that `hbv info` describes: a plug-in, a protocol or a model."""
+    from harmbench_vaccine.experiment.protocol import protocol_models, protocol_names
+    from harmbench_vaccine.plugins.registry import REGISTRIES
+
+    plugins = [name for registry in REGISTRIES for name in registry.entries()]
+    return sorted({*plugins, *protocol_names(), *protocol_models()})
+
+
+@_completer
 def stored_run() -> Iterable[str]:
     """Complete the id of a stored run."""
     from harmbench_vaccine.core.paths import home

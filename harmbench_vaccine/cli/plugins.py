@@ -6,13 +6,13 @@ from shlex import quote
 
 import click
 
-from .completion import plugin_names, protocol_name
+from .completion import described_name, plugin_names, protocol_name
 from .console import output_options, print_json, print_line, print_view, terminal_progress, terminal_width
 from .device import device_option
 
 
 @click.command()
-@click.argument("name", shell_complete=plugin_names("defenses", "attacks", "tasks", "scorers"))
+@click.argument("name", shell_complete=described_name)
 @click.option(
     "--protocol",
     default=None,

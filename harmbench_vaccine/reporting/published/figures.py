@@ -239,7 +239,7 @@ def summary_view(summary: Mapping[str, Any]) -> RenderableType:
     """
     table = render_table(
         [
-            *(Column("protocol", wrap=False), Column("paper", wrap=False)),
+            *(Column("protocol", wrap=False), Column("paper", least=16)),
             *(Column("arXiv", wrap=False, drop=2), Column("venue", drop=1)),
             *numbers("figures"),
             Column("evidence", least=16),
