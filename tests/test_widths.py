@@ -156,7 +156,7 @@ def test_an_id_that_is_longer_than_the_terminal_is_on_its_own_line() -> None:
 
 
 def test_a_row_becomes_a_list_of_fields_where_columns_do_not_fit() -> None:
-    columns = [Column("run", wrap=False), "defense", Column("seconds", wrap=False, drop=1), "note"]
+    columns = [Column("run", wrap=False), Column("defense"), Column("seconds", wrap=False, drop=1), Column("note")]
     rows = [[f"run-{number}-{'x' * 20}", "vaccine:rho=5" * 2, "12", "some words " * 3] for number in range(2)]
     lines = lines_at(render_table(columns, rows), 40)
     names = [line.split()[0] for line in lines if line and line[0] != " "]
@@ -355,11 +355,11 @@ def test_short_runs_are_a_table_at_80_columns() -> None:
 # Terminals
 
 
-def on_a_terminal(*args: str, columns: int = 80, **environment: str) -> str:
-    """Return the output of a command on a terminal."""
+def on_a_terminal(*args: str, **environment: str) -> str:
+    """Return the output of a command on a terminal of 80 columns."""
     primary, secondary = pty.openpty()
     values = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
-    values |= {"TERM": "xterm-256color", "COLUMNS": str(columns), **environment}
+    values |= {"TERM": "xterm-256color", "COLUMNS": "80", **environment}
     running = subprocess.Popen([*HBV, *args], stdout=secondary, stderr=secondary, env=values, close_fds=True)
     os.close(secondary)
     chunks = []
@@ -386,7 +386,7 @@ def test_a_file_has_the_width_of_a_file() -> None:
 COLOR = re.compile(r"\x1b\[[\d;]*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[\d;]*)?m")
 
 
-def test_colors_are_off_where_the_user_says_so(tmp_path: Path) -> None:
+def test_colors_can_be_switched_off(tmp_path: Path) -> None:
     from harmbench_vaccine.evaluation.records import write_run
 
     (tmp_path / "runs" / RUN).mkdir(parents=True)
