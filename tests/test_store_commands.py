@@ -215,7 +215,7 @@ def test_runs_of_the_table_without_a_folder_are_named(shop: Shop) -> None:
     shop.run("b", align="b")
     shutil.rmtree(shop.home / "runs" / "b")
     plan = shop.command("gc")
-    assert "lists 1 runs without a folder: b." in plan["notes"][0]
+    assert "runs without a folder (1): b." in plan["notes"][0]
     assert set(plan["artifacts"]) == shop.needs["b"]
 
 

@@ -41,7 +41,7 @@ class ArtifactUse:
                 path = self._folder / f"{secrets.token_hex(8)}.marks"
                 self._file = path.open("x", encoding="utf-8")
                 fcntl.flock(self._file, fcntl.LOCK_EX)
-                weakref.finalize(self, _close, path, self._file)
+                weakref.finalize(self, _close, path, self._file, os.getpid())
             self._file.write(f"{name}\n")
             self._file.flush()
             self._marked.add(name)
@@ -82,6 +82,8 @@ def _marks_of_running_process(path: Path) -> list[str]:
     return []
 
 
-def _close(path: Path, file: IO[str]) -> None:
-    path.unlink(missing_ok=True)
+def _close(path: Path, file: IO[str], owner: int) -> None:
+    """Remove the marks of a process; one that was forked from it leaves them."""
+    if os.getpid() == owner:
+        path.unlink(missing_ok=True)
     file.close()

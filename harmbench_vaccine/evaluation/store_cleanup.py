@@ -149,7 +149,7 @@ def _notes(runs: Sequence[StoredRun]) -> list[str]:
     if not missing:
         return []
     return [
-        f"results.csv lists {len(missing)} runs without a folder: {', '.join(missing[:5])}"
+        f"results.csv has runs without a folder ({len(missing)}): {', '.join(missing[:5])}"
         f"{' ...' if len(missing) > 5 else ''}. Artifacts that only they need count as unused."
     ]
 
