@@ -11,11 +11,12 @@ from typing import Any
 
 from equations import equation_table
 
-from harmbench_vaccine.experiment.protocol import load_protocol, protocol_file, protocol_names
+from harmbench_vaccine.experiment.protocol import protocol_file, protocol_names
 from harmbench_vaccine.plugins.base import Plugin
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry
 from harmbench_vaccine.reporting.docstrings import docstring_blocks
 from harmbench_vaccine.reporting.plugin_pages import fact_fields, parameter_text, plugin_details
+from harmbench_vaccine.reporting.protocol_pages import protocol_details, value_text
 from harmbench_vaccine.reporting.published.matching import MatchedFigure, Params, load_names, matched_figures
 
 ROOT = Path(__file__).parents[2]
@@ -63,27 +64,32 @@ def plugin_markdown(cls: type[Plugin]) -> str:
 
 
 def protocol_markdown(name: str) -> str:
-    """Return the page of one protocol: its introduction and its file."""
-    path = Path(protocol_file(name))
-    text, protocol = path.read_text(encoding="utf-8"), load_protocol(name)
-    header = dedent("\n".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#")))
-    return "\n\n".join(
-        [
-            f"# {name}",
-            docstring_markdown(header),
-            table(
-                ["fact", "value"],
-                [
-                    ("version", str(protocol.version)),
-                    ("models", ", ".join([protocol.model, *protocol.models])),
-                    ("topology", protocol.topology),
-                    ("source", f"[{path.name}]({path.as_uri()})"),
-                ],
-            ),
-            "[The keys of a protocol](../protocols.md)",
-            f"## File\n\n```yaml\n{text.rstrip()}\n```",
-        ]
-    )
+    """Return the page of one protocol: the comment of its file, and every value with its source."""
+    details, path = protocol_details(name), Path(protocol_file(name))
+    values = [
+        (f"`{entry['path']}`", escape_markdown(value_text(entry["value"])), escape_markdown(entry["source"]))
+        for entry in details["values"]
+    ]
+    parts = [
+        f"# {name}",
+        *map(_comment_markdown, details["doc"].split("\n\n")),
+        table(["fact", "value"], [(key, str(details[key])) for key in ("version", "hash")]),
+        "## Values",
+        "The page on [protocol files](../protocols.md) explains the keys.",
+        table(["key", "value", "source"], values),
+        "## Source",
+        f"[{path.name}]({path.as_uri()})",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _comment_markdown(paragraph: str) -> str:
+    """Return a paragraph of a comment; one with indented lines keeps its line breaks."""
+    lines = paragraph.splitlines()
+    if not any(line.startswith(" ") for line in lines):
+        return escape_markdown(paragraph)
+    language = "sh" if lines[0].strip().startswith("hbv ") else "text"
+    return f"```{language}\n{dedent(paragraph)}\n```"
 
 
 def docstring_markdown(text: str) -> str:
