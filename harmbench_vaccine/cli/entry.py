@@ -13,6 +13,7 @@ import click
 from harmbench_vaccine import __version__
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.library_settings import set_library_defaults
 from harmbench_vaccine.core.signals import Interrupted, handled_signals
 
 from .console import SuggestingGroup, exit_with_error, print_warning
@@ -27,14 +28,6 @@ from .store import store
 from .system import doctor
 from .testbed import testbed
 from .why import schema, why
-
-ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "1000",  # a spinning OpenMP thread blocks a core that a second process computes on
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # they would break our progress bars
-    "HF_HUB_VERBOSITY": "error",  # failures are reported in one line
-}
-"""Defaults for libraries that read their settings when they are first imported."""
 
 
 @click.group(cls=SuggestingGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -59,8 +52,7 @@ def main() -> None:
 
     Exit codes: 2 bad input, 1 a failure while running, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_library_defaults()
     warnings.showwarning = lambda message, *rest, **named: print_warning(str(message))
     try:
         with handled_signals():
