@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -185,24 +184,20 @@ def run(
     Two seeds: hbv run --defense vaccine --attack ratio=0.1 --seed 0 --seed 1
     Several GPUs: torchrun --nproc-per-node N -m harmbench_vaccine run ...
     """
-    from harmbench_vaccine.experiment.spec import RunSpec
-    from harmbench_vaccine.plugins.composition import parse_plugins
+    from harmbench_vaccine.experiment.spec_lists import combine_specs
 
-    specs = [
-        RunSpec(
-            protocol=protocol,
-            defense=parse_plugins(defense),
-            attack=parse_plugins(attack),
-            task=task,
-            seed=seed,
-            model=model,
-            scorers=scorers,
-            backend=backend,
-            data=parse_assignments("--data", "NAME=PATH", data),
-            values=parse_assignments("--set", "PATH=VALUE", values),
-        )
-        for task, seed, attack, defense in product(tasks, seeds, attacks, defenses)
-    ]
+    specs = combine_specs(
+        defenses,
+        attacks,
+        tasks,
+        seeds,
+        protocol=protocol,
+        model=model,
+        scorers=scorers,
+        backend=backend,
+        data=parse_assignments("--data", "NAME=PATH", data),
+        values=parse_assignments("--set", "PATH=VALUE", values),
+    )
     if dry_run:
         from harmbench_vaccine.runner import check_all
 

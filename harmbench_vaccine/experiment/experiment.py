@@ -21,7 +21,7 @@ from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
 from harmbench_vaccine.inference.engine import Backend, choose_backend
 from harmbench_vaccine.plugins import Attack, Defense, Resolved, Scorer, Task
 from harmbench_vaccine.plugins.base import resolve_params
-from harmbench_vaccine.plugins.composition import Component, canonical_name, parse_plugins, resolve_plugins
+from harmbench_vaccine.plugins.composition import Component, Composition, canonical_name, parse_plugins, resolve_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_plugin_path
 from harmbench_vaccine.plugins.teams import AttackTeam, DefenseTeam
 
@@ -300,14 +300,18 @@ def scorer_defaults(protocol: Protocol) -> dict[str, dict[str, Any]]:
     return {**protocol.scorers, cls.name: {**model, **protocol.scorers.get(cls.name, {})}}
 
 
-def resolve_scorers(written: Sequence[str], protocol: Protocol) -> list[Resolved[Scorer]]:
+def resolve_scorers(written: Sequence[str | Component], protocol: Protocol) -> list[Resolved[Scorer]]:
     """Construct the scorers that the user wrote, or the protocol's.
 
     Raises:
         BadInput: An unknown name or parameter, a value out of range, or one judge twice.
     """
     defaults = scorer_defaults(protocol)
-    components = [component for text in written or [protocol.score.scorer] for component in parse_plugins(text)]
+    components = [
+        component
+        for scorer in written or [protocol.score.scorer]
+        for component in (parse_plugins(scorer) if isinstance(scorer, str) else [scorer])
+    ]
     scorers = [resolve_plugins((component,), SCORERS, defaults, protocol.name)[0] for component in components]
     names = [canonical_name([scorer]) for scorer in scorers]
     if len(set(names)) < len(names):
@@ -315,19 +319,22 @@ def resolve_scorers(written: Sequence[str], protocol: Protocol) -> list[Resolved
     return scorers
 
 
-def resolve_task(written: str, protocol: Protocol) -> Resolved[Task]:
+def resolve_task(written: str | Composition, protocol: Protocol) -> Resolved[Task]:
     """Construct the task that the user wrote; the path of a data file or folder gives the task `own` on this data.
 
     Raises:
         BadInput: An unknown name or parameter, a value out of range, or several tasks.
     """
+    components = _task_components(written) if isinstance(written, str) else written
+    if len(components) != 1:
+        raise BadInput(f"Task {written!r} names {len(components)} tasks; a run has one. Write --task once for each.")
+    return resolve_plugins(components, TASKS, protocol.tasks, protocol.name)[0]
+
+
+def _task_components(written: str) -> Composition:
     head, colon, rest = written.strip().partition(":")
     names_parameter = re.match(r"\w+=", head)  # name=VALUE, whose value may be a path
     if not names_parameter and (is_data_file(head) or (is_plugin_path(head) and not head.endswith(".py"))):
         params = parse_plugins(f"own:{rest}")[0].params if colon else {}
-        components: tuple[Component, ...] = (Component(name="own", params={"data": head, **params}),)
-    else:
-        components = parse_plugins(written)
-    if len(components) != 1:
-        raise BadInput(f"Task {written!r} names {len(components)} tasks; a run has one. Write --task once for each.")
-    return resolve_plugins(components, TASKS, protocol.tasks, protocol.name)[0]
+        return (Component(name="own", params={"data": head, **params}),)
+    return parse_plugins(written)

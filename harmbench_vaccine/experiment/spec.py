@@ -21,11 +21,12 @@ class RunSpec(BaseModel):
     protocol: str = "testbed"
     defense: Composition = (Component(name="sft"),)
     attack: Composition = (Component(name="ratio", params={"": "0"}),)
-    task: str = "sst2"
+    task: str | Composition = "sst2"
+    """As the user wrote it: a name with parameters, or a data file; or one component."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     model: str | None = None
     """A Hub id or a folder; None: the model of the protocol."""
-    scorers: tuple[str, ...] = ()
+    scorers: tuple[str | Component, ...] = ()
     """Judges that replace the judge of the protocol; the first one gives the headline harmful score."""
     data: dict[str, str] = Field(default_factory=dict)
     """Data set name -> folder, file or Hub id that replaces the protocol's."""

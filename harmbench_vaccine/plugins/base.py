@@ -21,7 +21,7 @@ from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.seeds import random_stream
 from harmbench_vaccine.inference.model_pool import ModelPool
 
-from .source_code import CONTRACT, code_of_modules
+from .source_code import CONTRACT, code_of_definitions, code_of_modules
 
 T = TypeVar("T")
 P = TypeVar("P", bound="Plugin", covariant=True)
@@ -160,11 +160,14 @@ class Plugin(BaseModel):
         """Hash the code of the class and of its base classes, without comments, docstrings and imports.
 
         The code of helper modules next to them and the text of a prompt file with their name (`.txt`) count too. An
-        edit of code or of a prompt leads to new artifacts; an edit of comments or docstrings does not.
+        edit of code or of a prompt leads to new artifacts; an edit of comments or docstrings does not. Of a script or a
+        notebook, the code of the classes and of what they use in it counts.
         """
         classes = [base for base in cls.__mro__ if issubclass(base, Plugin) and base.__module__ not in CONTRACT]
-        modules = {base.__module__: Path(inspect.getfile(base)) for base in classes}
-        code = hashlib.sha256(code_of_modules(modules).encode()).hexdigest()[:16]
+        definitions = [base for base in classes if base.__module__ == "__main__"]
+        modules = {base.__module__: Path(inspect.getfile(base)) for base in classes if base not in definitions}
+        text = code_of_modules(modules) + code_of_definitions(definitions)
+        code = hashlib.sha256(text.encode()).hexdigest()[:16]
         return digest([code, *cls.fixed_texts], 16) if cls.fixed_texts else code
 
 

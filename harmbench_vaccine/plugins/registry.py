@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -89,6 +90,27 @@ class Registry(Generic[P]):
         if name not in self._classes:
             self._classes[name] = self._file(name) if is_plugin_path(name) else self._installed(_canonical(name))
         return self._classes[name]
+
+    def register(self, cls: type[P]) -> str:
+        """Return the name of a class. One that no package and no file provides is stored under its own name.
+
+        Raises:
+            BadInput: Another plug-in has the name, or the class is not a valid plug-in.
+        """
+        for entry in self.entries().values():
+            module = entry.entry if isinstance(entry.entry, str) else entry.entry.module
+            if module == cls.__module__ and issubclass(self.get(entry.name), cls):
+                return entry.name
+        for name, known in self._classes.items():
+            if known is cls:
+                return name
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        if name in self.entries():
+            raise BadInput(
+                f"The name of class {cls.__name__!r} is that of {self.base.kind} {name!r}: rename the class."
+            )
+        self._classes[name] = self._class(cls, name)
+        return name
 
     def loadable(self) -> dict[str, type[P]]:
         """Return every installed plug-in that can be imported; a broken one is skipped with a warning."""

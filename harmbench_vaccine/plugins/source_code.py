@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+import inspect
+import linecache
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.util import resolve_name
 from pathlib import Path
+from typing import Any
+
+from harmbench_vaccine.core.errors import BadInput
 
 CONTRACT = frozenset(f"{__package__}.{module}" for module in ("base", "defense", "attack", "task", "scorer"))
 """Modules of base classes, which are not part of a fingerprint."""
@@ -30,6 +38,43 @@ def code_of_modules(modules: Mapping[str, Path]) -> str:
     helper_files = [covered[name] for name in sorted(covered.keys() - modules.keys())]
     code = map(_normal_form, dict.fromkeys([*modules.values(), *helper_files]))
     return "".join([*code, *(file.read_text(encoding="utf-8") for file in prompts if file.is_file())])
+
+
+def code_of_definitions(definitions: Iterable[type]) -> str:
+    """Return the code of classes of a script or a notebook, and of everything in their module that it uses.
+
+    These are functions, classes and plain values of the module, at any depth; modules that they import are left out.
+
+    Raises:
+        BadInput: The code of a class is not available.
+    """
+    unread: list[Any] = list(definitions)
+    covered: dict[str, str] = {}
+    while unread:
+        definition = unread.pop()
+        tree = ast.parse(textwrap.dedent(_source(definition)))
+        covered[definition.__qualname__] = ast.unparse(_CodeOnly().visit(tree))
+        module = vars(sys.modules[definition.__module__])
+        for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & module.keys() - covered.keys():
+            value = module[name]
+            if inspect.isfunction(value) or inspect.isclass(value):
+                unread += [value] if value.__module__ == definition.__module__ else []
+            elif isinstance(value, str | int | float | bool | tuple | list | dict | frozenset | None):
+                covered[name] = repr(value)
+    return "\n".join(f"{name}: {code}" for name, code in sorted(covered.items()))
+
+
+def _source(definition: Any) -> str:
+    """Return the source of a function or a class; inspect does not find that of a class in a notebook."""
+    with suppress(OSError, TypeError):
+        return inspect.getsource(definition)
+    for member in vars(definition).values():
+        if inspect.isfunction(member):
+            cell = "".join(linecache.getlines(member.__code__.co_filename))
+            for node in ast.parse(cell).body if cell else ():
+                if isinstance(node, ast.ClassDef) and node.name == definition.__name__:
+                    return ast.unparse(node)
+    raise BadInput(f"The code of {definition.__name__!r} is not available: define it in a file.")
 
 
 def _helpers(module: str, file: Path) -> Iterator[tuple[str, Path]]:

@@ -131,10 +131,10 @@ def measure_testbed(
     accuracies: dict[str, dict[str, list[float]]] = {}
     for spec, result in zip(specs, run(specs), strict=True):
         ratio = float(str(spec.attack[0].params[""]))
-        if spec.task == suite.task:
+        if result.task == suite.task:
             scores.setdefault(result.defense, {}).setdefault(ratio, []).append(result.harmful_score)
         if result.defense == suite.baseline and ratio == suite.attack_ratio:
-            values = accuracies.setdefault(spec.task, {"before": [], "after": []})
+            values = accuracies.setdefault(result.task, {"before": [], "after": []})
             values["before"].append(result.before.finetune_accuracy)
             values["after"].append(result.finetune_accuracy)
     harmful = {name: {ratio: MeanInterval.of(v) for ratio, v in curve.items()} for name, curve in scores.items()}
