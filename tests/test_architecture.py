@@ -24,6 +24,7 @@ PACKAGE = "harmbench_vaccine"
 # Rooms and modules at the top of the package, the highest layer first; imports point down, or stay in a layer.
 LAYERS = (
     ("cli", "__main__"),
+    ("api",),
     ("runner",),
     ("reporting", "export"),
     ("pipeline",),
@@ -42,7 +43,11 @@ MOST_FMT_SKIPS = 9
 MOST_IMPORT_LEVELS = 12
 
 # Public names that several modules may define, with the reason.
-SHARED_NAMES: dict[str, str] = {"main": "the entry point of a program"}
+SHARED_NAMES: dict[str, str] = {
+    "main": "the entry point of a program",
+    "run": "hbv.run of the Python interface, and the method",
+    "load_model": "hbv.load_model of the Python interface, and the loader of any model",
+}
 
 
 def report(lines: list[str]) -> str:
@@ -191,7 +196,7 @@ def test_levels_of_imports() -> None:
 def test_the_top_of_the_package_is_small() -> None:
     entries = [path for path in (ROOT / PACKAGE).iterdir() if path.name != "__pycache__" and not path.is_symlink()]
     folders = sorted(path.name for path in entries if path.is_dir())
-    files = sorted(path.name for path in entries if path.is_file())
+    files = sorted(path.name for path in entries if path.suffix == ".py")
     assert len(folders) <= MOST_FOLDERS, folders
     assert len(files) <= MOST_FILES, files
 

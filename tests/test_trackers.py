@@ -17,7 +17,7 @@ import pytest
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.evaluation.records import load_run
-from harmbench_vaccine.evaluation.training_log import COLUMNS, training_log
+from harmbench_vaccine.evaluation.training_log import COLUMNS, read_training_log
 from harmbench_vaccine.training.trackers import TrackedStage, check_trackers, open_trackers
 from support.cli import HBV, CommandResult, hbv
 from support.runs import Notes
@@ -167,7 +167,7 @@ def only_run(home: Path) -> Path:
 
 def test_training_log_is_a_table(tracked: Path) -> None:
     result, _ = load_run(only_run(tracked))
-    log = training_log(result)
+    log = read_training_log(result)
     assert tuple(log.columns) == COLUMNS
     expected = pd.DataFrame([{"stage": stage, **entry} for stage, log in logs(tracked).items() for entry in log])
     pd.testing.assert_frame_equal(log, expected[list(COLUMNS)])
@@ -242,4 +242,4 @@ def test_log_of_an_earlier_version_is_refused(tracked: Path) -> None:
         update={"stages": {name: record.model_copy(update={"artifacts": {}}) for name, record in result.stages.items()}}
     )
     with pytest.raises(BadInput, match="stored by an earlier version"):
-        training_log(old)
+        read_training_log(old)

@@ -72,12 +72,12 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, curves: P
 def _plot_curves(run: Path, path: Path) -> None:
     from harmbench_vaccine.core.errors import BadInput
     from harmbench_vaccine.evaluation.records import load_run
-    from harmbench_vaccine.evaluation.training_log import training_log
+    from harmbench_vaccine.evaluation.training_log import read_training_log
     from harmbench_vaccine.reporting.curves import check_plot_path, plot_curves
 
     check_plot_path(path)
     result, _ = load_run(run)
-    log = training_log(result)
+    log = read_training_log(result)
     if log.empty:
         raise BadInput(f"Run {result.run} has no training stage, so it has no curves.")
     plot_curves(log, f"{result.run}: {result.defense} under {result.attack}", path)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 COLUMNS = ("stage", "step", "loss", "grad_norm", "learning_rate")
 
 
-def training_log(result: Result) -> DataFrame:
+def read_training_log(result: Result) -> DataFrame:
     """Return the log of a run's training stages, in their order.
 
     Args:

@@ -37,7 +37,7 @@ def plot_curves(log: DataFrame, title: str, path: Path) -> None:
     micro-batches, the gradient norm is the one before clipping.
 
     Args:
-        log: The rows of `evaluation.training_log.training_log`.
+        log: The rows of `evaluation.training_log.read_training_log`.
         title: The title of the picture.
         path: The file; its ending is the format.
     """

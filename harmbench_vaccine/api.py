@@ -1,0 +1,320 @@
+"""The Python interface: run experiments, and read results, answers, training logs and models of stored runs.
+
+    import harmbench_vaccine as hbv
+
+    result = hbv.run(defense="vaccine:rho=5", attack="ratio=0.1")
+    hbv.results()
+
+It makes the checks of the command line, and raises its messages as `BadInput` and `HbvError`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast, overload
+
+from .core.errors import BadInput, shortened, unknown_name
+from .core.library_settings import set_library_defaults
+from .core.paths import home, user_path
+from .core.progress import SILENT, Lines, Progress, Terminal
+from .evaluation.records import find_run, load_run
+from .evaluation.result import Result
+from .experiment.spec import RunSpec
+from .experiment.spec_lists import combine_specs
+from .plugins.python_specs import PluginSpec
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .inference.engine import Backend
+    from .training.trackers import Tracker
+
+StoredRun = str | Path | Result
+"""A result, a run id, a unique prefix of one, or the folder of a run."""
+_AXES = ("defense", "attack", "task", "seed")
+
+
+class RunOptions(TypedDict, total=False):
+    """The optional arguments of `run` that every call may have; `run` describes them."""
+
+    protocol: str | Path
+    model: str | Path | None
+    data: Mapping[str, str | Path] | None
+    scorers: PluginSpec | list[PluginSpec]
+    values: Mapping[str, Any] | None
+    device: str | None
+    backend: Backend | None
+    gpu_memory: float | None
+    gradient_checkpointing: bool
+    save_every: float
+    out: str | Path | None
+    csv: str | Path | None
+    report_to: Tracker | Sequence[Tracker]
+    progress: bool | Progress
+
+
+@overload
+def run(
+    defense: PluginSpec = ...,
+    attack: PluginSpec = ...,
+    *,
+    task: PluginSpec = ...,
+    seed: int = ...,
+    **options: Unpack[RunOptions],
+) -> Result: ...
+
+
+@overload
+def run(
+    defense: PluginSpec | Sequence[PluginSpec | Mapping[str, Any] | RunSpec] = ...,
+    attack: PluginSpec | list[PluginSpec] = ...,
+    *,
+    task: PluginSpec | list[PluginSpec] = ...,
+    seed: int | Sequence[int] = ...,
+    **options: Unpack[RunOptions],
+) -> list[Result]: ...
+
+
+def run(
+    defense: Any = "sft",
+    attack: Any = "ratio=0",
+    *,
+    task: Any = "sst2",
+    seed: Any = 0,
+    protocol: str | Path = "testbed",
+    model: str | Path | None = None,
+    data: Mapping[str, str | Path] | None = None,
+    scorers: PluginSpec | list[PluginSpec] = [],  # noqa: B006  # never changed
+    values: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    backend: Backend | None = None,
+    gpu_memory: float | None = None,
+    gradient_checkpointing: bool = False,
+    save_every: float = 0.1,
+    out: str | Path | None = None,
+    csv: str | Path | None = None,
+    report_to: Tracker | Sequence[Tracker] = (),
+    progress: bool | Progress = True,
+) -> Result | list[Result]:
+    """Run experiments and store their results, as `hbv run` does. Stored stages are reused.
+
+    `defense`, `attack`, `task` and `seed` each take one value, or a list of values. With lists, every combination is
+    a run, in the order of the command line: task, seed, attack, defense. Instead of the defense, the first argument
+    can be a list of runs, each a mapping of `defense`, `attack`, `task`, `seed`, `protocol`, `model`, `data`,
+    `scorers`, `values` and `backend` that overrides the other arguments.
+
+    Args:
+        defense: A specification such as "vaccine:rho=5" or "vaccine+ewc", a class such as `Vaccine`, an object such
+            as `Vaccine(rho=5)`, or a tuple that composes several.
+        attack: As `defense`, for the attack of the user.
+        task: As `defense`, for the downstream task.
+        seed: Seed of all random draws.
+        protocol: Name of a built-in protocol, or a YAML file.
+        model: Hub id or folder that replaces the model of the protocol.
+        data: Data set -> folder, file or Hub id that replaces that of the protocol.
+        scorers: Judges that replace that of the protocol; the first one gives the HS.
+        values: Dotted path -> value of the protocol, such as `{"align.settings.lr": 1e-4}`.
+        device: "cpu", "cuda" or "cuda:N"; None: `$HBV_DEVICE`, or else a GPU if one is available.
+        backend: "transformers" or "vllm"; None: vLLM if it is installed and a GPU is available.
+        gpu_memory: Share of a GPU's memory for vLLM, from 0.05 to 1.
+        gradient_checkpointing: Save memory in training, for one more forward pass per step.
+        save_every: Share of the steps of a training stage between two checkpoints, from 0.001 to 1.
+        out: Folder for run folders; None: `$HBV_HOME/runs`.
+        csv: CSV that the results are added to; None: `$HBV_HOME/results.csv`.
+        report_to: Trackers that receive the steps of training stages: "tensorboard", "wandb", "mlflow".
+        progress: Whether to show progress, or a receiver of it.
+
+    Returns:
+        One result; or a list of results if an argument is a list.
+
+    Raises:
+        BadInput: An unknown name, or a value that is not allowed.
+        HbvError: A failure while running. Call again to resume from the last checkpoint.
+    """
+    arguments: dict[str, Any] = {
+        "defense": defense,
+        "attack": attack,
+        "task": task,
+        "seed": seed,
+        "protocol": protocol,
+        "model": model,
+        "data": data,
+        "scorers": scorers,
+        "values": values,
+        "backend": backend,
+    }
+    set_library_defaults()
+    if device is not None:
+        from .core.device import select_device
+
+        select_device(device)
+    if isinstance(defense, list) and any(isinstance(item, Mapping | RunSpec) for item in defense):
+        specs = [spec for item in defense for spec in _specs_of_run(item, {**arguments, "defense": "sft"})]
+    else:
+        specs = _specs(arguments)
+    from .runner import run_all
+
+    with _receiver(progress) as receiver:
+        results = run_all(
+            specs,
+            out=None if out is None else user_path(out),
+            table=None if csv is None else user_path(csv),
+            save_share=_checked_share("save_every", save_every, 0.001),
+            gradient_checkpointing=gradient_checkpointing,
+            gpu_memory=None if gpu_memory is None else _checked_share("gpu_memory", gpu_memory, 0.05),
+            report_to=_checked_trackers(report_to),
+            progress=receiver,
+        )
+    return results if any(isinstance(arguments[name], list | range) for name in _AXES) else results[0]
+
+
+def results(path: str | Path | None = None) -> DataFrame:
+    """Return the results of all runs, one row per run.
+
+    Args:
+        path: A CSV of results; None: `$HBV_HOME/results.csv`.
+
+    Returns:
+        The columns of docs/results.md; percentages from 0 to 100. Without results, no rows.
+
+    Raises:
+        BadInput: The file is not a CSV of results, or a row is damaged.
+    """
+    from pandas import DataFrame
+
+    from .evaluation.results_csv import ResultRow, read_csv
+
+    file = home() / "results.csv" if path is None else user_path(path)
+    if path is not None and not file.exists():
+        raise BadInput(f"The CSV of results {str(path)!r} does not exist.")
+    rows = [row.model_dump() for row in read_csv(file)]
+    return DataFrame(rows, columns=list(ResultRow.model_fields)).convert_dtypes()
+
+
+def answers(run: StoredRun) -> DataFrame:
+    """Return the answers of a stored run, one row per answer.
+
+    Args:
+        run: A result, a run id, a unique prefix of one, or the folder of a run.
+
+    Returns:
+        `when` ("before" or "after" the user stage), `set` ("harmful", "benign", "task", ...), `instruction`, `input`,
+        `target`, `prompt`, `answer`, `tokens`; `flagged` of the first judge (missing: unread, or not judged),
+        `categories`, `probability`; and further fields of answers.jsonl.
+
+    Raises:
+        BadInput: No run or several runs match.
+        HbvError: The files of the run are damaged.
+    """
+    from pandas import DataFrame
+
+    frame = DataFrame(load_run(_folder(run))[1])
+    return frame.astype({"flagged": "boolean"}) if "flagged" in frame else frame
+
+
+def training_log(run: StoredRun) -> DataFrame:
+    """Return the log of the training stages of a stored run, one row per optimizer step.
+
+    Args:
+        run: A result, a run id, a unique prefix of one, or the folder of a run.
+
+    Returns:
+        `stage` ("align", "finetune"), `step` (from 1), `loss`, `grad_norm` (before clipping), `learning_rate`.
+
+    Raises:
+        BadInput: No run or several runs match.
+        HbvError: An artifact of the run was deleted, or is damaged.
+    """
+    from .evaluation.training_log import read_training_log
+
+    return read_training_log(load_run(_folder(run))[0])
+
+
+def load_model(
+    run: StoredRun, stage: Literal["base", "align", "finetune", "final"] = "final"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model of a stored run with its tokenizer, in evaluation mode.
+
+    Args:
+        run: A result, a run id, a unique prefix of one, or the folder of a run.
+        stage: The model after this stage.
+
+    Raises:
+        BadInput: No run or several runs match, or the run does not have the stage.
+        HbvError: An artifact of the run was deleted or is damaged, or the base model cannot be loaded.
+    """
+    from .export.models import load_stored_model
+
+    set_library_defaults()
+    return cast(Any, load_stored_model(_folder(run), stage))
+
+
+def _folder(run: StoredRun) -> Path:
+    return find_run(run.run if isinstance(run, Result) else str(run), home() / "runs")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def _specs_of_run(item: Any, defaults: Mapping[str, Any]) -> list[RunSpec]:
+    if isinstance(item, RunSpec):
+        return [item]
+    if not isinstance(item, Mapping):
+        raise BadInput(f"{shortened(repr(item))} is not a run; allowed: mappings, such as dict(defense='vaccine').")
+    for name in item:
+        if name not in defaults:
+            raise unknown_name("argument of a run", str(name), defaults)
+    return _specs({**defaults, **item})
+
+
+def _specs(arguments: Mapping[str, Any]) -> list[RunSpec]:
+    axes = {name: _as_list(arguments[name]) for name in (*_AXES, "scorers")}
+    for name in _AXES:
+        if not axes[name]:
+            raise BadInput(f"Argument {name} is an empty list; give at least one value, or leave it out.")
+    settings = {name: value for name, value in arguments.items() if name not in _AXES}
+    return combine_specs(*(axes[name] for name in _AXES), **{**settings, "scorers": axes["scorers"]})
+
+
+def _as_list(written: Any) -> list[Any]:
+    return list(written) if isinstance(written, list | range) else [written]
+
+
+def _checked_share(name: str, value: float, least: float) -> float:
+    if not (isinstance(value, int | float) and least <= value <= 1):
+        raise BadInput(f"Argument {name} is {shortened(repr(value))}; allowed: a number from {least} to 1.")
+    return value
+
+
+def _checked_trackers(written: Tracker | Sequence[Tracker]) -> list[Tracker]:
+    from .training.trackers import TRACKERS
+
+    names = [written] if isinstance(written, str) else list(written)
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown_name("tracker", str(name), TRACKERS)
+    return names
+
+
+@contextmanager
+def _receiver(progress: bool | Progress) -> Iterator[Progress]:
+    """Open the receiver of progress: bars in a notebook or a terminal, and lines on stderr elsewhere."""
+    if not isinstance(progress, bool):
+        yield progress
+    elif not progress:
+        yield SILENT
+    elif "ipykernel" in sys.modules:
+        from .core.notebook_progress import NotebookBars
+
+        with NotebookBars() as bars:
+            yield bars
+    elif sys.stderr.isatty():
+        with Terminal() as terminal:
+            yield terminal
+    else:
+        yield Lines(lambda line: print(line, file=sys.stderr, flush=True))

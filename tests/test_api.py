@@ -1,0 +1,322 @@
+"""The Python interface: the runs, checks and messages of the command line, and tables of what is stored."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pandas as pd
+import pytest
+import torch
+
+import harmbench_vaccine as hbv
+from harmbench_vaccine.core.types import Example
+from harmbench_vaccine.defenses.vaccine import Vaccine
+from harmbench_vaccine.plugins.python_specs import parse_specification
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, TASKS
+from support.cli import hbv as hbv_command
+from support.runs import Notes
+
+QUIET: dict[str, Any] = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def home(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the command line ran two defenses."""
+    folder = tmp_path_factory.mktemp("api")
+    options = ["--defense", "sft", "--defense", "vaccine:rho=5", "--attack", "ratio=0.1"]
+    assert hbv_command("run", "--protocol", world, *options, home=folder).code == 0
+    return folder
+
+
+@pytest.fixture
+def stored(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home of the command line, as that of this process."""
+    monkeypatch.setenv("HBV_HOME", str(home))
+    return home
+
+
+def command_ids(home: Path) -> dict[str, str]:
+    with (home / "results.csv").open(encoding="utf-8", newline="") as file:
+        return {row["defense"]: row["run"] for row in csv.DictReader(file)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_run_returns_the_result_of_the_command_line(world: Path, stored: Path) -> None:
+    """Same id, same scores, and every stage is reused."""
+    result = hbv.run("vaccine:rho=5", "ratio=0.1", protocol=world, **QUIET)
+    expected = json.loads((stored / "runs" / result.run / "result.json").read_text(encoding="utf-8"))
+    assert isinstance(result, hbv.Result)
+    assert result.run == command_ids(stored)["vaccine=5"]
+    assert result.harmful_score == expected["harmful_score"]
+    assert all(stage.cached for stage in result.stages.values())
+
+
+@pytest.mark.parametrize(
+    ("defense", "attack"),
+    [
+        (Vaccine(rho=5), "ratio=0.1"),
+        (Vaccine(rho=5.0), ATTACKS.get("ratio")(p=0.1)),
+        ((Vaccine(rho=5),), (ATTACKS.get("ratio")(p=0.1),)),
+    ],
+)
+def test_objects_are_specifications(defense: Any, attack: Any, world: Path, stored: Path) -> None:
+    assert hbv.run(defense, attack, protocol=world, **QUIET).run == command_ids(stored)["vaccine=5"]
+
+
+def test_class_is_a_specification() -> None:
+    assert parse_specification(Vaccine, DEFENSES) == parse_specification("vaccine", DEFENSES)
+
+
+def test_tuple_composes() -> None:
+    parts = parse_specification((Vaccine(rho=5), "ewc"), DEFENSES)
+    assert [(part.name, part.params) for part in parts] == [("vaccine", {"rho": 5}), ("ewc", {})]
+
+
+def test_lists_are_every_combination(world: Path, stored: Path) -> None:
+    results = hbv.run(["sft", "vaccine:rho=5"], "ratio=0.1", seed=[0], protocol=world, **QUIET)
+    assert [result.run for result in results] == [command_ids(stored)[name] for name in ("sft", "vaccine=5")]
+
+
+def test_combinations_have_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs: list[Any] = []
+    monkeypatch.setattr("harmbench_vaccine.runner.run_all", lambda given, **options: specs.extend(given) or [None])
+    hbv.run(["sft", "vaccine"], ["ratio=0", "ratio=0.1"], task=["sst2", "agnews"], seed=range(2), **QUIET)
+    seen = [(s.task, s.seed, s.attack[0].params[""], s.defense[0].name) for s in specs]
+    assert seen == sorted(seen, key=lambda row: (["sst2", "agnews"].index(row[0]), *row[1:]))
+    assert len(set(seen)) == 16
+
+
+def test_list_of_runs(world: Path, stored: Path) -> None:
+    """Each mapping overrides the other arguments; without a defense it is SFT."""
+    runs = [{"defense": "vaccine:rho=5"}, {}]
+    results = hbv.run(runs, "ratio=0.1", protocol=world, **QUIET)
+    assert [result.run for result in results] == [command_ids(stored)[name] for name in ("vaccine=5", "sft")]
+
+
+def test_values_are_those_of_set(world: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs: list[Any] = []
+    monkeypatch.setattr("harmbench_vaccine.runner.run_all", lambda given, **options: specs.extend(given) or [None])
+    values = {"align.settings.lr": 1e-5, "rows": "paper", "align.rows": 8, "answer.cut_at": "", "gates.neither": None}
+    hbv.run(protocol=world, values=values, data={"sst2": Path("rows")}, model=Path("model"), **QUIET)
+    from harmbench_vaccine.core.strict_yaml import read_yaml
+
+    assert {name: read_yaml(text, name) for name, text in specs[0].values.items() if name != "answer.cut_at"} == {
+        name: value for name, value in values.items() if name != "answer.cut_at"
+    }
+    assert (specs[0].data, specs[0].model) == ({"sst2": "rows"}, "model")
+
+
+class HalfRows(hbv.Defense):
+    """A defense of this file, as a student would write it."""
+
+    citation: ClassVar[str] = "none"
+    stages: ClassVar[frozenset[str]] = frozenset({"align"})
+
+    share: float = hbv.param(0.5, "share of the alignment rows", source="this test", gt=0, le=1, main=True)
+
+    def train_on(self, stage: str, rows: list[Example], pools: Any) -> list[Example]:
+        return rows[: max(1, round(self.share * len(rows)))]
+
+
+def test_class_of_a_program_runs(world: Path, stored: Path) -> None:
+    result = hbv.run(HalfRows(share=0.25), "ratio=0.1", protocol=world, **QUIET)
+    assert (result.defense, result.counts.align.rows) == ("half_rows=0.25", 10)
+
+
+def test_progress_is_reported(world: Path, stored: Path) -> None:
+    notes = Notes()
+    hbv.run("sft", "ratio=0.1", protocol=world, progress=notes)
+    assert isinstance(notes.texts, list)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A class of a notebook or a script
+
+
+PROGRAM = """
+import harmbench_vaccine as hbv
+from harmbench_vaccine.plugins.registry import DEFENSES
+SCALE = {scale}
+OTHER = 1
+def helper(x):
+    return {body}
+class Mine(hbv.Defense):
+    '''{doc}'''
+    def settings(self, stage, settings):
+        return helper(settings) if SCALE else settings
+print(Mine.fingerprint())
+"""
+
+
+def fingerprint(tmp_path: Path, *, notebook: bool = False, **changes: str) -> str:
+    text = PROGRAM.format(**{"scale": "1", "body": "x", "doc": "A defense.", **changes})
+    file = tmp_path / "program.py"
+    file.write_text(text, encoding="utf-8")
+    if notebook:  # a cell: its module has no file, and its lines are in linecache
+        code = (
+            "import linecache, sys; text = open(sys.argv[1]).read(); del globals()['__file__'] if '__file__' in "
+            "globals() else None; name = '<cell 1>'; linecache.cache[name] = (len(text), None, "
+            "text.splitlines(True), name); exec(compile(text, name, 'exec'), globals())"
+        ).replace("del globals()['__file__'] if '__file__' in globals() else None; ", "")
+        command = [sys.executable, "-c", code, str(file)]
+    else:
+        command = [sys.executable, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_fingerprint_of_a_cell_covers_what_it_uses(tmp_path: Path) -> None:
+    before = fingerprint(tmp_path)
+    assert fingerprint(tmp_path, notebook=True) == before
+    assert fingerprint(tmp_path, doc="Another text.") == before
+    assert len({before, fingerprint(tmp_path, scale="2"), fingerprint(tmp_path, body="(x)[0]")}) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command", "message"),
+    [
+        ({"defense": "vacine"}, ("--defense", "vacine"), "Did you mean 'vaccine'"),
+        ({"defense": "vaccine:rho=-1"}, ("--defense", "vaccine:rho=-1"), "rho=-1 is not allowed"),
+        ({"attack": "ratio="}, ("--attack", "ratio="), "no value after"),
+        ({"task": "sst3"}, ("--task", "sst3"), "Did you mean 'sst2'"),
+        ({"protocol": "testbet"}, ("--protocol", "testbet"), "Did you mean 'testbed'"),
+        ({"values": {"aling.rows": 8}}, ("--set", "aling.rows=8"), "aling"),
+        ({"data": {"sst3": "x"}}, ("--data", "sst3=x"), "sst3"),
+        ({"scorers": "beaver"}, ("--scorer", "beaver"), "Did you mean 'beaver_dam'"),
+        ({"device": "gpu"}, ("--device", "gpu"), "device"),
+        ({"report_to": "tensorbord"}, None, "Did you mean 'tensorboard'"),
+        ({"backend": "vlm"}, None, "backend is 'vlm'"),
+        ({"seed": -1}, None, "seed is -1"),
+        ({"seed": "0.5"}, None, "seed is '0.5'"),
+        ({"seed": []}, None, "seed is an empty list"),
+        ({"save_every": 2}, None, "save_every is 2; allowed: a number from 0.001 to 1"),
+        ({"gpu_memory": float("nan")}, None, "gpu_memory is nan"),
+        ({"defense": 5}, None, "5 is not a specification of a defense"),
+        ({"defense": TASKS.get("sst2")}, None, "is not a specification of a defense"),
+        ({"defense": [{"defence": "sft"}]}, None, "Did you mean 'defense'"),
+        ({"defense": [{}, "sft"]}, None, "'sft' is not a run"),
+        ({"out": ""}, None, "A path is empty"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: dict[str, Any], command: tuple[str, ...] | None, message: str, world: Path, own_home: Path
+) -> None:
+    arguments = {"protocol": world, **arguments, **QUIET}
+    with pytest.raises(hbv.BadInput, match=message) as raised:
+        hbv.run(**arguments)
+    assert "\n" not in str(raised.value)
+    if command:
+        options = () if "--protocol" in command else ("--protocol", world)
+        assert hbv_command("run", *options, *command, home=own_home).sentence == f"hbv: {raised.value}"
+    assert not own_home.exists()
+
+
+def test_class_with_the_name_of_another_plugin_is_refused() -> None:
+    other = type("Vaccine", (hbv.Defense,), {"__module__": __name__})
+    with pytest.raises(hbv.BadInput, match="that of defense 'vaccine': rename the class"):
+        parse_specification(other, DEFENSES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stored runs
+
+
+def test_results_are_a_table(stored: Path) -> None:
+    frame = hbv.results()
+    assert set(command_ids(stored).values()) <= set(frame["run"])
+    assert pd.api.types.is_bool_dtype(frame["collapsed"])
+    assert pd.api.types.is_float_dtype(frame["harmful_score"])
+    assert pd.api.types.is_integer_dtype(frame["seed"])
+    pd.testing.assert_frame_equal(hbv.results(stored / "results.csv"), frame)
+
+
+def test_no_results_are_an_empty_table(own_home: Path) -> None:
+    assert len(hbv.results()) == 0
+    assert {"run", "harmful_score"} <= set(hbv.results().columns)
+    with pytest.raises(hbv.BadInput, match="does not exist"):
+        hbv.results("nothing.csv")
+
+
+def test_answers_are_a_table(stored: Path) -> None:
+    run = command_ids(stored)["sft"]
+    result = json.loads((stored / "runs" / run / "result.json").read_text(encoding="utf-8"))
+    frame = hbv.answers(run)
+    harmful = frame[(frame["set"] == "harmful") & (frame["when"] == "after")]
+    assert 100 * harmful["flagged"].mean() == pytest.approx(result["harmful_score"])
+    assert frame.loc[frame["set"] == "task", "flagged"].isna().all()
+
+
+@pytest.mark.parametrize("form", [str, Path, hbv.Result, "prefix"])
+def test_runs_are_named_in_several_forms(form: Any, world: Path, stored: Path) -> None:
+    run = command_ids(stored)["sft"]
+    forms = {
+        str: run,
+        Path: stored / "runs" / run,
+        hbv.Result: hbv.run("sft", "ratio=0.1", protocol=world, **QUIET),
+        "prefix": "sft",
+    }
+    pd.testing.assert_frame_equal(hbv.answers(forms[form]), hbv.answers(run))
+
+
+def test_training_log_is_a_table(stored: Path) -> None:
+    log = hbv.training_log("sft")
+    stored_log = json.loads(next((stored / "store" / "align").glob("*/log.json")).read_text(encoding="utf-8"))
+    assert len(log[log["stage"] == "align"]) == len(stored_log)
+
+
+def test_load_model_gives_the_stored_answers(stored: Path) -> None:
+    """Greedy decoding of the loaded model repeats the answers that the run stored."""
+    model, tokenizer = hbv.load_model("vaccine")
+    answers = hbv.answers("vaccine")
+    for row in answers[(answers["set"] == "harmful") & (answers["when"] == "after")].head(3).itertuples():
+        inputs = tokenizer(row.prompt, return_tensors="pt")
+        with torch.no_grad():
+            output = model.generate(**inputs, max_new_tokens=int(row.tokens), do_sample=False)
+        text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert text.strip().startswith(row.answer)
+
+
+@pytest.mark.parametrize("call", [hbv.answers, hbv.training_log, hbv.load_model])
+def test_unknown_run_is_one_sentence(call: Any, stored: Path) -> None:
+    with pytest.raises(hbv.BadInput, match=r"Unknown run 'vacine'\. Did you mean 'vaccine-"):
+        call("vacine")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The package
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys; import harmbench_vaccine as hbv; dir(hbv); "
+        "print([name for name in ('torch', 'pandas', 'transformers', 'pydantic', 'rich') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_public_name_exists() -> None:
+    assert all(hasattr(hbv, name) for name in hbv.__all__)
+    assert set(dir(hbv)) >= {"run", "results", "answers", "load_model", "Result", "Defense", "Attack", "Task", "Scorer"}
+    with pytest.raises(AttributeError, match="has no attribute 'runs'"):
+        hbv.runs  # noqa: B018
+
+
+def test_readme_program_is_valid(world: Path) -> None:
+    from inspect import signature
+
+    for name in ("run", "results", "answers", "training_log", "load_model"):
+        assert "Args:" in getattr(hbv, name).__doc__
+        assert signature(getattr(hbv, name))
