@@ -313,7 +313,8 @@ def test_info_of_a_model() -> None:
     ("args", "parts"),
     [
         (("info", "tesbed"), ("Unknown name 'tesbed'", "Did you mean 'testbed'", "vaccine", "beaver_dam")),
-        (("info", "vaccine-"), ("'vaccine-' is", "hbv show")),
+        (("info", "vacc"), ("Unknown name 'vacc'", "Did you mean 'vaccine'")),
+        (("info", "vaccine-12"), ("'vaccine-12' is a stored run", "hbv show vaccine-12345678")),
         (("info", "no.yaml"), ("Protocol file 'no.yaml' does not exist",)),
         (("list", "defences"), ("Unknown command 'defences'", "Did you mean 'defenses'", "runs")),
         (("list", "tasks", "--limit", "3"), ("--limit",)),

@@ -345,6 +345,17 @@ def test_unknown_name_suggests_the_nearest() -> None:
     )
     assert str(unknown_name("task", "zzz", ["sst2"])) == "Unknown task 'zzz'. Allowed: sst2."
     assert str(unknown_name("run", "zzz", [])) == "Unknown run 'zzz'. Allowed: none."
+    assert str(unknown_name("attack", "sft", ["ratio"], other_kind="defense")) == (
+        "'sft' is a defense, not an attack. Allowed: ratio."
+    )
+
+
+def test_an_error_lists_only_the_nearest_of_many_names() -> None:
+    message = str(unknown_name("run", "sft-07", [f"sft-{number:02}" for number in range(60)] + ["other"]))
+    assert message.startswith("Unknown run 'sft-07'. Did you mean 'sft-07'?")
+    assert message.endswith(", and 49 more.")
+    assert "other" not in message
+    assert "more" not in str(unknown_name("run", "x", [f"sft-{number:02}" for number in range(60)]))
 
 
 @pytest.mark.parametrize(

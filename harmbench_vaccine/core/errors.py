@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_NAMES, NEAREST_NAMES = 60, 12
+"""The largest number of names that an error lists in full, and the number of names that it lists otherwise."""
+
 
 class HbvError(Exception):
     """A failure while running (disk, engine, network), described on one line. Exit code 1."""
@@ -44,7 +47,15 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "", oth
     problem = f"Unknown {kind} {name!r}{of and f' of {of}'}."
     if other_kind:
         problem = f"{name!r} is {_with_article(other_kind)}, not {_with_article(kind)}."
-    return BadInput(f"{problem}{guess} Allowed: {', '.join(names) or 'none'}.")
+    return BadInput(f"{problem}{guess} Allowed: {allowed_names(name, names)}.")
+
+
+def allowed_names(name: str, names: list[str]) -> str:
+    """Return the names for an error message: all, or of many only the nearest to `name` and the number of others."""
+    if len(names) <= MOST_NAMES:
+        return ", ".join(names) or "none"
+    nearest = difflib.get_close_matches(name, names, n=NEAREST_NAMES, cutoff=0)
+    return f"{', '.join(sorted(nearest))}, and {len(names) - len(nearest)} more"
 
 
 def _with_article(kind: str) -> str:

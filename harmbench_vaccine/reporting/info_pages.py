@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from rich.console import RenderableType
@@ -47,12 +49,12 @@ def describe_name(name: str, protocol: str | None = None) -> list[dict[str, Any]
 
 def _unknown(name: str, further: list[str]) -> BadInput:
     """Return the error for a name that nothing has; the id of a run has its own commands."""
-    try:
-        run = find_run(name, home() / "runs").name
-    except BadInput:
-        names = {known for registry in REGISTRIES for known in registry.entries()}
-        return unknown_name("name", name, {*names, *further})
-    return BadInput(f"{name!r} is a stored run; describe it with `hbv show {run}` or `hbv why {run}`.")
+    if re.search("-[0-9a-f]+$", name):
+        with suppress(BadInput):
+            run = find_run(name, home() / "runs").name
+            return BadInput(f"{name!r} is a stored run; describe it with `hbv show {run}` or `hbv why {run}`.")
+    names = {known for registry in REGISTRIES for known in registry.entries()}
+    return unknown_name("name", name, {*names, *further})
 
 
 def info_page(details: Mapping[str, Any]) -> RenderableType:

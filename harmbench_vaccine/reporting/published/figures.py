@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput, allowed_names
 
 from ..render import Column, VisibleText, dim_notes, number_column, numbers, render_table
 
@@ -79,7 +79,7 @@ def _known_value(rows: Sequence[Figure], column: str, name: str) -> str:
         return candidates[0]
     close = difflib.get_close_matches(name.casefold(), spellings, n=1, cutoff=0.4)
     guess = f" Did you mean {' or '.join(map(repr, spellings[close[0]]))}?" if close else ""
-    raise BadInput(f"Unknown {column} {name!r}.{guess} Allowed: {', '.join(values)}.")
+    raise BadInput(f"Unknown {column} {name!r}.{guess} Allowed: {allowed_names(name, values)}.")
 
 
 def summarize_figures(rows: Sequence[Figure], overhead: int) -> dict[str, Any]:
