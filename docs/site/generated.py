@@ -137,13 +137,10 @@ def _parameters(details: Mapping[str, Any]) -> Iterator[str]:
 
 def _published(name: str) -> Iterator[str]:
     """Yield the section of the published figures of a defense."""
-    figures = [
-        (protocol, matched)
-        for protocol in load_names().protocols
-        for matched in matched_figures(protocol)
-        if name in matched.defense
-    ]
-    if not figures:
+    figures = {
+        protocol: [m for m in matched_figures(protocol) if name in m.defense] for protocol in load_names().protocols
+    }
+    if not any(figures.values()):
         return
     yield "## Published figures"
     yield (
@@ -151,24 +148,30 @@ def _published(name: str) -> Iterator[str]:
         "attack; one in doubt may be for another setting. The page on [published figures](../published.md) explains "
         "the evidence."
     )
+    for protocol, matches in figures.items():
+        if matches:
+            yield f"### {protocol}"
+            yield _figure_table(matches)
+
+
+def _figure_table(matches: Sequence[MatchedFigure]) -> str:
+    """Return a table in which the harmful score and the accuracy of one experiment share a row."""
     rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for protocol, matched in figures:
-        rows.setdefault(_figure_setting(protocol, matched), {})[matched.score] = matched.figure["value"]
-    columns = ["protocol", "source", "model", "task", "defense", "p", "n", "evidence", "HS", "FA"]
+    for matched in matches:
+        rows.setdefault(_experiment_cells(matched), {})[matched.score] = matched.figure["value"]
+    columns = ["HS", "FA", "source", "model", "task", "p", "n", "defense", "evidence"]
     scores = ("harmful_score", "finetune_accuracy")
-    yield table(columns, [[*setting, *(values.get(score, "") for score in scores)] for setting, values in rows.items()])
+    return table(columns, [[*(values.get(score, "") for score in scores), *cells] for cells, values in rows.items()])
 
 
-def _figure_setting(protocol: str, matched: MatchedFigure) -> tuple[str, ...]:
-    """Return the cells that a harmful score and an accuracy of one experiment share."""
+def _experiment_cells(matched: MatchedFigure) -> tuple[str, ...]:
     figure = matched.figure
-    evidence = figure["evidence"] + (", in doubt" if matched.doubts else "")
-    cells = [protocol, f"{figure['paper']}, {figure['table']}", matched.model, matched.task]
-    cells += [_composition(matched.defense), f"{matched.ratio:g}", ", ".join(map(str, matched.samples)), evidence]
-    return tuple(map(escape_markdown, cells))
+    cells = [f"{figure['paper']}, {figure['table']}", matched.model.rpartition("/")[2], matched.task]
+    cells += [f"{matched.ratio:g}", ", ".join(map(str, matched.samples)), _composition(matched.defense)]
+    return tuple(map(escape_markdown, [*cells, figure["evidence"] + (", in doubt" if matched.doubts else "")]))
 
 
 def _composition(defense: Params) -> str:
-    """Return a defense as on the command line."""
-    parts = [(name, ",".join(f"{key}={value}" for key, value in params.items())) for name, params in defense.items()]
-    return "+".join(f"{name}:{params}" if params else name for name, params in parts)
+    """Return a defense as on the command line, with spaces at which the cell wraps."""
+    parts = [(name, ", ".join(f"{key}={value}" for key, value in params.items())) for name, params in defense.items()]
+    return " + ".join(f"{name}: {params}" if params else name for name, params in parts)
