@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from .core import distributed
-from .core.errors import BadInput
+from .core.errors import BadInput, HbvError
 from .core.hashing import canonical_json
 from .core.paths import check_writable, ensure_writable, home
 from .core.progress import SILENT, Progress
-from .core.store import Store
+from .core.stage_clock import ReportingStore, StageClock
+from .core.store import Artifact
 from .data.sources import TESTBED, check_testbed_part, is_available
 from .evaluation.measure import answer_rows, measure_result
 from .evaluation.records import save_run
@@ -27,6 +28,7 @@ from .inference.engine import GPU_MEMORY
 from .inference.loading import check_model, check_quantization
 from .inference.model_pool import ModelPool
 from .pipeline import answer_all, judge_all, run, train_models
+from .reporting.dry_run.plan import DryRunStore
 from .testbed import ensure_testbed
 from .training.trackers import Tracker, check_trackers
 
@@ -74,9 +76,12 @@ def run_all(
         ensure_testbed(progress)
     _check_rows(experiments, models)
     root, runs, csv = _check_outputs(out, table, ensure_writable)  # last: bad input creates no folder
-    context = RunContext(Store(root / "store", progress), models, progress, save_share, tuple(report_to))
+    clock = StageClock(_planned_artifacts(experiments, models, root / "store"))
+    title = "1 run" if len(experiments) == 1 else f"{len(experiments)} runs"
     results = []
-    with progress.bar("runs", len(experiments)) as advance, closing(models):
+    with progress.bar(title, len(clock)) as advance, closing(models):
+        store = ReportingStore(root / "store", progress, clock, advance)
+        context = RunContext(store, models, progress, save_share, tuple(report_to))
         if models.one_at_a_time() and len(experiments) > 1:
             _run_stage_by_stage(experiments, context)
         for experiment in experiments:
@@ -87,7 +92,6 @@ def run_all(
             results.append(result)
             if on_result:
                 on_result(result)
-            advance(1)
     return results
 
 
@@ -178,6 +182,15 @@ def _check_sharding(experiment: Experiment) -> None:
         reason = f"quantization {experiment.protocol.quantization!r} and sharding cannot be combined"
     if reason:
         raise BadInput(f"The base model cannot be sharded: {reason}.")
+
+
+def _planned_artifacts(experiments: Sequence[Experiment], models: ModelPool, root: Path) -> list[Artifact]:
+    """Return the artifacts of all stages, stored or not; rank 0 alone shows progress and needs them."""
+    store = DryRunStore(root)
+    for experiment in experiments if distributed.rank() == 0 else ():
+        with suppress(HbvError):  # the run itself reports it
+            run(experiment, RunContext(store, models))
+    return list(store.requested.values())
 
 
 def _run_stage_by_stage(experiments: Sequence[Experiment], context: RunContext) -> None:

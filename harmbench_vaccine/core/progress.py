@@ -34,7 +34,8 @@ class Advance(Protocol):
             steps: Number of steps since the last call. Those of the first call count as finished earlier, such as
                 the steps before the checkpoint of a resumed stage: the speed of the bar does not include them.
             detail: A short text about the work at this step, such as "loss 0.532".
-            seconds_left: Time until the end, if the caller knows it better than the speed of the bar does.
+            seconds_left: Time until the end, if the caller knows it better than the speed of the bar does; infinite if
+                it is unknown.
         """
         ...
 
