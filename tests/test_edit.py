@@ -133,7 +133,7 @@ def test_edit_reports_its_data_and_writes_a_card(double: Repairs, tmp_path: Path
     source = double.export(REPAIRS[1], "align")
     outcome = double.edit("antidote=0.5", source, tmp_path / "edited")
     data = double.protocol.parent / "data"
-    assert f"harmful rows of {data / 'beavertails'}" in outcome.out
+    assert f"harmful rows, from {data / 'beavertails'}" in outcome.out
     assert f"hf upload OWNER/NAME {tmp_path / 'edited'}" in outcome.out
     card = ModelCard.load(tmp_path / "edited" / "README.md")
     assert {"antidote", "lora"} <= set(card.data.tags)
@@ -388,6 +388,15 @@ def test_protocol_is_required_for_other_models(foreign: Path, tmp_path: Path) ->
     outcome = hbv("edit", "antidote", foreign, "--out", tmp_path / "edited")
     assert outcome.code == 2
     assert "add --protocol NAME; allowed: booster-paper, lisa-paper, testbed, vaccine-paper" in outcome.sentence
+
+
+def test_rows_that_are_too_long_for_the_model_are_refused(double: Repairs, foreign: Path, tmp_path: Path) -> None:
+    protocol = tmp_path / "long.yaml"
+    protocol.write_text(double.protocol.read_text().replace("max_length: 96", "max_length: 300"), encoding="utf-8")
+    outcome = double.edit("antidote", foreign, tmp_path / "edited", "--protocol", protocol)
+    assert outcome.code == 2
+    assert "reads rows of up to 300 tokens, but model" in outcome.sentence
+    assert "reads at most 256" in outcome.sentence
 
 
 def test_folder_that_is_not_empty_is_refused(double: Repairs, foreign: Path, tmp_path: Path) -> None:

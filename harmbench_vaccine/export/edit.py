@@ -15,6 +15,7 @@ from harmbench_vaccine.core.paths import ensure_writable, home
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.core.types import Pools
+from harmbench_vaccine.data.model_limits import position_limit
 from harmbench_vaccine.data.sources import TESTBED, check_testbed_part, local_path, testbed_folder
 from harmbench_vaccine.experiment.artifacts import ADAPTER, TrainedModel
 from harmbench_vaccine.experiment.context import RunContext
@@ -23,7 +24,12 @@ from harmbench_vaccine.experiment.protocol import protocol_models, protocol_name
 from harmbench_vaccine.experiment.rows import HARM_DATA
 from harmbench_vaccine.experiment.session import TrainingSession
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.inference.loading import check_model, check_quantization, readable_load_errors
+from harmbench_vaccine.inference.loading import (
+    check_model,
+    check_quantization,
+    load_tokenizer_and_config,
+    readable_load_errors,
+)
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
@@ -170,7 +176,11 @@ def _default_protocol(defense: str, base: str) -> str:
 
 
 def _check_locations(experiment: Experiment, base: str, progress: Progress) -> None:
-    """Check the base model and the data, and build the testbed if one of them is part of it."""
+    """Check the base model and the data, and build the testbed if one of them is part of it.
+
+    Raises:
+        BadInput: The base model does not exist, or it cannot read the rows of the defense.
+    """
     locations = [base, *_data(experiment).values()]
     for location in locations:
         check_testbed_part(location)
@@ -178,6 +188,13 @@ def _check_locations(experiment: Experiment, base: str, progress: Progress) -> N
         ensure_testbed(progress)
     check_quantization(experiment.protocol.quantization)
     check_model(base, protocol_models())
+    positions = position_limit(load_tokenizer_and_config(base, "Base model")[1])
+    length = experiment.stages["repair"].settings.max_length
+    if _rows(experiment) and positions and length > positions:
+        raise BadInput(
+            f"Defense {experiment.defense!r} reads rows of up to {length} tokens, but model {base!r} reads at most "
+            f"{positions}: choose a protocol whose finetune.settings.max_length is not larger."
+        )
 
 
 def _rows(experiment: Experiment) -> list[str]:

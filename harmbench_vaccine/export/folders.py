@@ -15,7 +15,7 @@ from harmbench_vaccine.core.durable import flush, flush_folder
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import check_writable, home
 from harmbench_vaccine.data.sources import name_and_revision
-from harmbench_vaccine.inference.loading import load_tokenizer_and_config
+from harmbench_vaccine.inference.loading import load_tokenizer_and_config, readable_load_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,12 +105,12 @@ def model_skeleton(base: str) -> PreTrainedModel:
     """Return the modules of a base model without their weights, which are not read.
 
     Raises:
-        HbvError: The configuration of the model cannot be loaded.
+        HbvError: The configuration of the model cannot be loaded, or it is not a language model.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = load_tokenizer_and_config(base, "Base model")[1]
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with readable_load_errors(base, "Base model"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model

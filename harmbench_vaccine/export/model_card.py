@@ -124,7 +124,7 @@ def edit_card(edit: AdapterEdit) -> ModelCard:
         f"{name}: {', '.join(f'{key}={value}' for key, value in values.items()) or 'none'}"
         for name, values in edit.params.items()
     ]
-    data = f"{', '.join(edit.rows)} of {', '.join(edit.data.values())}" if edit.rows else "none"
+    data = f"{', '.join(edit.rows)}, from {', '.join(edit.data.values())}" if edit.rows else "none"
     rows = [
         ("defense", edit.defense),
         ("parameters", "; ".join(params)),
