@@ -110,7 +110,7 @@ def user_update(adapter: Adapter, aligned: Adapter) -> Adapter:
 
 def _begins_with(adapter: Adapter, aligned: Adapter) -> bool:
     """Return whether the first factors of every module are those of the aligned adapter, or zeros where it has none."""
-    rank, scale = aligned.rank, aligned.scale / adapter.scale
+    rank, scale = aligned.rank, aligned.scale / (adapter.scale or 1.0)
     for module, (a, b) in adapter.factors.items():
         if module not in aligned.factors:
             if a[:rank].any() or b[:, :rank].any():
