@@ -150,6 +150,7 @@ def output_options(command: F) -> F:
             type=user_path,
             envvar="HBV_LOG_FILE",
             metavar="PATH",
+            is_eager=True,  # the log has the errors of other options
             expose_value=False,
             callback=_open_log_file,
             help="Append progress, warnings and errors with time stamps to this file. [env: HBV_LOG_FILE]",

@@ -120,19 +120,19 @@ class BarState:
             return None
         return end - self.clock()
 
+    def detail_and_time(self) -> str:
+        """Return the last detail and the remaining time, such as "loss 0.532, 2 min left"."""
+        left = self.seconds_left
+        return ", ".join(filter(None, [self.text, "" if left is None else f"{format_duration(left)} left"]))
+
     def line(self) -> str:
         """Return the position as one line: "finetune vaccine: step 120 of 400, loss 0.532, 2 min left"."""
         position = f"{self.title}: step {self.done} of {self.total}"
-        return ", ".join(filter(None, [position, self.text, format_left(self.seconds_left)]))
+        return ", ".join(filter(None, [position, self.detail_and_time()]))
 
     def summary(self) -> str:
         """Return the time that the finished bar took as one line: "finetune vaccine: done in 12 s, loss 0.532"."""
         return ", ".join(filter(None, [f"{self.title}: done in {format_duration(self.elapsed)}", self.text]))
-
-
-def format_left(seconds: float | None) -> str:
-    """Return a remaining time for people, such as "2 min left"; empty if it is unknown."""
-    return "" if seconds is None else f"{format_duration(seconds)} left"
 
 
 def format_duration(seconds: float) -> str:
@@ -301,23 +301,16 @@ def _columns(width: int) -> list[ProgressColumn]:
     from rich.text import Text
 
     class StateColumn(ProgressColumn):
-        """A text that is computed from the state of the bar."""
-
-        max_refresh = 0.5
-
-        def __init__(self, text: Callable[[BarState], str]) -> None:
-            super().__init__(Column(no_wrap=True, justify="right"))
-            self._text = text
+        """The detail of the last step, and the time left."""
 
         def render(self, task: Task) -> Text:
-            return Text(_one_line(self._text(task.fields["state"])))
+            return Text(_one_line(task.fields["state"].detail_and_time()))
 
     title = Column(ratio=1, min_width=8, no_wrap=True, overflow="ellipsis")
     return [
         TextColumn("{task.description}", markup=False, table_column=title),
         *([BarColumn(bar_width=min(30, width // 6))] if width >= 72 else []),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        StateColumn(lambda state: state.text),
         *([TimeElapsedColumn(table_column=Column(no_wrap=True))] if width >= 90 else []),
-        StateColumn(lambda state: format_left(state.seconds_left)),
+        StateColumn(Column(no_wrap=True, justify="right")),
     ]
