@@ -156,7 +156,7 @@ _COLUMNS = (
         "state",
         wrap=False,
         drop=6,
-        legend="collapsed: the final model fails a validity gate, so its HS does not count as safe",
+        legend="collapsed if the final model fails a validity gate; its HS then does not count as safe",
     ),
 )
 

@@ -70,8 +70,7 @@ def protocol_values(experiment: Experiment) -> Iterator[dict[str, Any]]:
     for path, value in leaf_values(protocol):
         if path == "model" and spec.model:
             continue
-        keys = [key for key in protocol.sources if path == key or path.startswith(f"{key}.")]
-        source = protocol.sources[max(keys, key=len)] if keys else ""
+        source = protocol.source_of(path)
         if any(path == key or path.startswith(f"{key}.") for key in written):
             source = "written"
         yield {"path": path, "value": value, "source": source}
