@@ -31,7 +31,7 @@ from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.training.adapters import Adapter, merge_adapter
 from support import tiny
-from support.cli import CommandResult, hbv
+from support.cli import CommandResult, finish, hbv, start_hbv
 from support.world import make_world
 
 ALIGN = {"lora_rank": 4, "lora_alpha": 8, "epochs": 1}
@@ -464,6 +464,19 @@ def test_failed_export_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(HbvError, match="the disk is full"):
         fill(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--merge"]])
+def test_full_disk_leaves_nothing(runs: Runs, options: list[str], tmp_path: Path) -> None:
+    before = sorted(path for path in runs.home.rglob("*") if path.suffix == ".safetensors")
+    outcome = finish(
+        start_hbv("export", runs.folders[DOUBLE], tmp_path / "out", *options, home=runs.home, limit=20_000)
+    )
+    assert outcome.code == 1
+    assert "a file grew over the size limit" in outcome.sentence
+    assert not list(tmp_path.iterdir())
+    assert sorted(path for path in runs.home.rglob("*") if path.suffix == ".safetensors") == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
