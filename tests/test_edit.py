@@ -350,6 +350,13 @@ def test_adapters_that_are_not_plain_lora_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_adapter_on_the_hub_has_to_be_downloaded(double: Repairs, tmp_path: Path) -> None:
+    outcome = double.edit("antidote", Path("owner/adapter"), tmp_path / "edited")
+    assert outcome.code == 2
+    assert "owner/adapter is not a folder" in outcome.sentence
+    assert "hf download OWNER/NAME --local-dir FOLDER" in outcome.sentence
+
+
 def test_settings_of_peft_that_are_read_exist() -> None:
     """A setting that peft renames would be refused for every adapter."""
     from harmbench_vaccine.export import peft_folders

@@ -92,6 +92,11 @@ def _read_config(folder: Path) -> LoraConfig:
     from peft import LoraConfig
 
     path = folder / CONFIG
+    if not folder.is_dir():
+        raise BadInput(
+            f"{folder} is not a folder; allowed: a folder with a LoRA adapter of peft. To edit an adapter of the Hub, "
+            "download it: hf download OWNER/NAME --local-dir FOLDER."
+        )
     if not path.is_file():
         raise BadInput(f"{folder} has no {CONFIG}; allowed: a folder with a LoRA adapter of peft.")
     try:
