@@ -265,13 +265,14 @@ def test_verbose_protocols_state_their_values() -> None:
         assert row["hash"] in shown
 
 
-def test_plain_protocols_and_models_are_names_and_descriptions() -> None:
+def test_protocols_and_models_are_listed_by_name(tmp_path: Path) -> None:
     protocols, models = hbv("list", "protocols"), hbv("list", "models")
     assert json.loads(hbv("list", "protocols", "--json").out) == protocol_names()
     assert all(name in protocols.out for name in protocol_names())
     names = json.loads(hbv("list", "models", "--json").out)
-    facts = json.loads(hbv("list", "models", "--verbose", "--json").out)
+    facts = json.loads(hbv("list", "models", "--verbose", "--json", home=tmp_path).out)
     assert names == [fact["name"] for fact in facts]
+    assert [fact["available"] for fact in facts if fact["name"] == "testbed:model"] == [False]
     lines = {line.split()[0]: line for line in models.out.splitlines()}
     assert "vaccine-paper" in lines["meta-llama/Llama-2-7b-hf"]
     assert {name for fact in facts for name in fact["default_of"]} == set(protocol_names())

@@ -125,17 +125,17 @@ def protocols(verbose: bool, as_json: bool) -> None:
 
 
 @list_.command()
-@_verbose("With --json, add the protocols of each.")
+@_verbose("Show which are on this machine; with --json also the protocols of each.")
 @_AS_JSON
 def models(verbose: bool, as_json: bool) -> None:
     """List the models of the built-in protocols.
 
     \b
-    Example: hbv list models
+    Example: hbv list models --verbose
     """
-    from harmbench_vaccine.reporting.protocol_pages import model_facts, model_table
+    from harmbench_vaccine.reporting.protocol_pages import locate_models, model_facts, model_table
 
-    facts = model_facts()
+    facts = locate_models(model_facts()) if verbose else model_facts()
     if as_json:
         print_json(facts if verbose else [model["name"] for model in facts])
     else:

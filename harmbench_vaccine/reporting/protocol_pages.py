@@ -161,10 +161,26 @@ def model_facts() -> list[dict[str, Any]]:
     return [models[name] for name in sorted(models)]
 
 
+def locate_models(models: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the facts of models, and whether each is `available` on this machine without a download."""
+    from harmbench_vaccine.data.sources import is_available  # loads the library of the Hub
+
+    return [{**facts, "available": is_available(facts["name"])} for facts in models]
+
+
 def model_table(models: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Build the list of models from their facts."""
-    rows = [[facts["name"], ", ".join(facts["default_of"]), ", ".join(facts["also_of"])] for facts in models]
-    return render_table([Column("model", wrap=False), "default of protocol", "also in the tables of"], rows)
+    """Build the list of models from their facts, with or without those of `locate_models`."""
+    rows = [
+        [
+            facts["name"],
+            {True: "yes", False: "no", None: ""}[facts.get("available")],
+            ", ".join(facts["default_of"]),
+            ", ".join(facts["also_of"]),
+        ]
+        for facts in models
+    ]
+    columns = [Column("model", wrap=False), Column("on this machine", wrap=False)]
+    return render_table([*columns, Column("default of protocol"), Column("also in the tables of")], rows)
 
 
 def model_page(facts: Mapping[str, Any]) -> RenderableType:
