@@ -169,17 +169,23 @@ def test_nested_training_stays_with_a_run_that_starts_from_its_model(shop: Shop)
     assert set(shop.command("gc", "--run", "a")["artifacts"]) == {*shop.needs["a"], f"nested/{nested}"}
 
 
-def test_base_model_in_the_store_and_the_testbed_stay(shop: Shop) -> None:
-    checkpoint = f"finetune/{shop.add('finetune', model={'base': 'b', 'align': shop.add('align', name='below')})}"
-    testbed = f"testbed/{shop.add('testbed', version=TESTBED_VERSION)}"
-    old = f"testbed/{shop.add('testbed', version=-1)}"
-    below = {name for name in shop.names() if name.startswith("align/")}
-    assert set(shop.command("gc")["artifacts"]) == {checkpoint, old, *below}
-    shop.run("a", align="other", model=str(shop.store.root / checkpoint / "model"))
-    assert shop.command("gc")["artifacts"] == [old]
-    shop.run("b", judge="testbed:judge")
+@pytest.mark.parametrize("place", ["{store}/{name}/model", "store/{name}/model", "/moved/store/{name}/model", "{link}"])
+def test_base_model_in_the_store_stays(place: str, shop: Shop, tmp_path: Path) -> None:
+    align = shop.add("align", name="below")
+    name = f"finetune/{shop.add('finetune', model={'base': 'b', 'align': align})}"
+    (tmp_path / "link").symlink_to(shop.store.root / name / "model")
+    assert set(shop.command("gc")["artifacts"]) == {name, f"align/{align}"}
+    shop.run("a", model=place.format(store=shop.store.root, name=name, link=tmp_path / "link"))
     assert shop.command("gc")["artifacts"] == []
-    assert testbed in shop.names()
+
+
+def test_testbed_stays(shop: Shop) -> None:
+    shop.add("testbed", version=TESTBED_VERSION)
+    old = f"testbed/{shop.add('testbed', version=-1)}"
+    shop.run("a")
+    assert shop.command("gc")["artifacts"] == [old]
+    shop.run("b", judge="testbed:judge")  # of an unknown version
+    assert shop.command("gc")["artifacts"] == []
 
 
 def test_a_link_to_a_shared_artifact_is_removed_without_its_target(shop: Shop, tmp_path: Path) -> None:
@@ -522,6 +528,7 @@ def test_kept_runs_are_complete_after_a_cleanup(world: Path, own_home: Path, tmp
     for name in ("sft", "vaccine"):
         assert hbv("why", runs[name]["run"]).code == 0
         assert hbv("show", runs[name]["run"]).code == 0
+        assert hbv("export", runs[name]["run"], tmp_path / name).code == 0
         assert all(stage["cached"] for stage in run(name)["stages"].values())
     assert all(stage["cached"] for stage in run("ewc", "--out", tmp_path / "out")["stages"].values())
     assert outside["run"] not in done["dropped"]

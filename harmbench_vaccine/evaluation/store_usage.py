@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ Grouping = Literal["stage", "run", "protocol", "age"]
 _MODELS, _ANSWERS = ("model", "aligned", "final"), "answers"
 """Inputs of an artifact that name other artifacts: a model by the stages that made it, and answers."""
 _MADE_MODELS = ("align", "finetune", "repair")
+_NAME = re.compile(r"[a-z]+/[0-9a-f]{20}(?![^/])")
 _AGES = {"up to 1 day": 1, "up to 7 days": 7, "up to 30 days": 30}
 
 
@@ -100,14 +102,11 @@ class StoreUsage:
             for record in result.stages.values()
             for artifact in record.artifacts.values()
         }
-        root = self.store.root.resolve()
         for text in set(_texts(result.to_json())):
             if text.startswith(TESTBED):
                 names |= {name for name, artifact in self.artifacts.items() if artifact.stage == "testbed"}
             elif os.sep in text:
-                with suppress(OSError, ValueError, RuntimeError):
-                    parts = Path(text).expanduser().resolve().relative_to(root).parts
-                    names |= {f"{parts[0]}/{parts[1]}"} & self.artifacts.keys() if len(parts) > 1 else set()
+                names |= _names_in(text) & self.artifacts.keys()
         needed = self.with_inputs(names)
         return needed | self.with_inputs(self._nested(needed))
 
@@ -220,6 +219,14 @@ def _grouped(runs: Iterable[StoredRun], key: Callable[[Result], str]) -> dict[st
 def _age_label(created: datetime) -> str:
     days = age_of(created) / timedelta(days=1)
     return next((label for label, limit in _AGES.items() if days <= limit), "older")
+
+
+def _names_in(path: str) -> set[str]:
+    """Return every `stage/key` in a path and where its links lead, also if it is relative or of a moved home."""
+    paths = [path]
+    with suppress(OSError, ValueError, RuntimeError):
+        paths.append(str(Path(path).expanduser().resolve()))
+    return {name for text in paths for name in _NAME.findall(text)}
 
 
 def _texts(value: Any) -> Iterator[str]:
