@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,20 @@ from support.world import make_world
 CLOSE = 1e-5
 
 
-def launched(words: Sequence[str], home: Path, count: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a command on several ranks of this machine."""
+def launch(words: Sequence[str], home: Path, count: int = 2) -> subprocess.Popen[str]:
+    """Start a command on several ranks of this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HBV_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parent)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def launched(words: Sequence[str], home: Path, count: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a command on several ranks of this machine."""
+    running = launch(words, home, count)
+    out, err = running.communicate(timeout=500)
+    return subprocess.CompletedProcess(running.args, running.returncode, out, err)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,6 +169,27 @@ def test_failure_on_one_rank_ends_all_and_is_reported_once(world: Path, tmp_path
     assert ran.stderr.count("hbv: The second rank is broken.") == 1
     assert ran.stderr.count("hbv:") == 1
     assert not ran.stdout
+
+
+@pytest.mark.slow
+def test_sigterm_ends_all_ranks_at_the_same_step(tmp_path: Path) -> None:
+    words = command(make_world(tmp_path / "world", {"align": {"settings": {"epochs": 10}}}), "--save-every", "0.1")
+    running = launch(words, tmp_path / "cut")
+    while not list(tmp_path.glob("cut/store/.work/align-*/checkpoint-*/whole")):
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate(timeout=100)
+    assert running.returncode != 0  # of the launcher
+    assert not out
+    assert err.count("hbv: interrupted by SIGTERM. Repeat the command to resume.") == 1
+    assert err.count("hbv:") == 1
+    (checkpoint,) = tmp_path.glob("cut/store/.work/align-*/checkpoint-*")
+    assert (checkpoint / "whole").exists()
+    resumed, uninterrupted = launched(words, tmp_path / "cut"), launched(words, tmp_path / "complete")
+    assert resumed.returncode == uninterrupted.returncode == 0, resumed.stderr[-3000:]
+    first, second = (list(tmp_path.glob(f"{home}/store/align/*/log.json")) for home in ("cut", "complete"))
+    assert json.loads(first[0].read_text()) == json.loads(second[0].read_text())
 
 
 @pytest.mark.slow

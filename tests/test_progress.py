@@ -248,7 +248,7 @@ with terminal_progress() as progress, progress.bar("8 runs", 88) as runs:
     with progress.bar("finetune vaccine+ewc:lam=3 in the stage of the user, seed 0", 4000) as advance:
         for step in range(4):
             advance(0 if step == 0 else 100, "loss 0.532")
-            time.sleep(0.4)
+            time.sleep(0.15)
     progress.note("a note")
 """
 
