@@ -26,6 +26,7 @@ _MODELS, _ANSWERS = ("model", "aligned", "final"), "answers"
 """Inputs of an artifact that name other artifacts: a model by the stages that made it, and answers."""
 _MADE_MODELS = ("align", "finetune", "repair")
 _NAME = re.compile(r"[a-z]+/[0-9a-f]{20}(?![^/])")
+"""`stage/key` inside a path."""
 _AGES = {"up to 1 day": 1, "up to 7 days": 7, "up to 30 days": 30}
 
 
