@@ -308,13 +308,19 @@ def _receiver(progress: bool | Progress) -> Iterator[Progress]:
         yield progress
     elif not progress:
         yield SILENT
-    elif "ipykernel" in sys.modules:
-        from .core.notebook_progress import NotebookBars
+    elif _in_notebook():
+        from .core.notebook_progress import notebook_bars
 
-        with NotebookBars() as bars:
-            yield bars
+        yield notebook_bars()
     elif sys.stderr.isatty():
         with Terminal() as terminal:
             yield terminal
     else:
         yield Lines(lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _in_notebook() -> bool:
+    """Return whether the output of this process is the cell of a notebook."""
+    from rich.console import Console
+
+    return Console().is_jupyter

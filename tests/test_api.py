@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,12 +16,14 @@ import pytest
 import torch
 
 import harmbench_vaccine as hbv
+from harmbench_vaccine.core.notebook_progress import NotebookBars
+from harmbench_vaccine.core.progress import Advance, Silent
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.plugins.python_specs import parse_specification
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, TASKS
 from support.cli import hbv as hbv_command
-from support.runs import Notes
+from support.results import collapsed, make_result
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -126,15 +130,30 @@ class HalfRows(hbv.Defense):
         return rows[: max(1, round(self.share * len(rows)))]
 
 
-def test_class_of_a_program_runs(world: Path, stored: Path) -> None:
-    result = hbv.run(HalfRows(share=0.25), "ratio=0.1", protocol=world, **QUIET)
+def test_class_of_a_program_runs(world: Path, stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = hbv.run(HalfRows(share=0.25), "ratio=0.1", protocol=world)
     assert (result.defense, result.counts.align.rows) == ("half_rows=0.25", 10)
+    printed = capsys.readouterr()
+    assert "align half_rows=0.25" in printed.err  # lines, as stderr is not a terminal
+    assert printed.out == ""
 
 
-def test_progress_is_reported(world: Path, stored: Path) -> None:
-    notes = Notes()
-    hbv.run("sft", "ratio=0.1", protocol=world, progress=notes)
-    assert isinstance(notes.texts, list)
+class Titles(Silent):
+    """A receiver of progress that records the titles of bars."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        self.titles.append(title)
+        return super().bar(title, total)
+
+
+def test_progress_can_be_an_own_receiver(world: Path, stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    titles = Titles()
+    hbv.run("sft", "ratio=0.1", protocol=world, progress=titles)
+    assert titles.titles
+    assert capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,9 +333,42 @@ def test_every_public_name_exists() -> None:
         hbv.runs  # noqa: B018
 
 
-def test_readme_program_is_valid(world: Path) -> None:
-    from inspect import signature
+# ---------------------------------------------------------------------------------------------------------------------
+# In a notebook
 
-    for name in ("run", "results", "answers", "training_log", "load_model"):
-        assert "Args:" in getattr(hbv, name).__doc__
-        assert signature(getattr(hbv, name))
+
+def test_result_is_a_table_in_a_notebook() -> None:
+    gates = collapsed("60% of answers are empty", "accuracy <50")
+    page = make_result(run="sft-1", harmful_score=12.34, harmful_score_ci=[8.0, 17.0], **gates)._repr_html_()
+    for text in ("sft-1", "12.3 [8.0, 17.0]", "aa11", "alignment loss", "60% of answers are empty; accuracy &lt;50"):
+        assert text in page
+    assert "COLLAPSED" not in make_result(run="sft-1")._repr_html_()
+
+
+def test_result_in_a_notebook_has_no_active_text() -> None:
+    attack = "<script>alert(1)</script>"
+    names = dict.fromkeys(("attack", "task", "protocol", "scorer"), attack)
+    page = make_result(run="sft-1", defense="a&b", **names)._repr_html_()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4
+    assert "a&amp;b" in page
+
+
+def test_bars_of_a_notebook() -> None:
+    pages: list[str] = []
+    now = [0.0]
+    bars = NotebookBars(pages.append, clock=lambda: now[0])
+    bars.note("testbed <b>")
+    with bars.bar("2 runs", 2), bars.bar("align", 10) as advance:
+        advance(1, "loss 1.0")
+        advance(1, "loss 0.9")  # at once: too early for an update
+        now[0] = 5.0
+        advance(1, "loss 0.8")
+    assert not any("loss 1.0" in page or "loss 0.9" in page for page in pages)
+    open_bars = next(page for page in pages if "loss 0.8" in page)
+    assert re.findall(r'value="(\d+)" max="(\d+)"', open_bars) == [("0", "2"), ("3", "10")]
+    assert re.findall(r"<div[^>]*>(.*?)</div>", pages[-1]) == [
+        "testbed &lt;b&gt;",
+        "align: done in 5 s, loss 0.8",
+        "2 runs: done in 5 s",
+    ]

@@ -357,6 +357,12 @@ class Result(_Record):
         """Time of all stages."""
         return sum(stage.seconds for stage in self.stages.values())
 
+    def _repr_html_(self) -> str:
+        """Return the table that a notebook shows."""
+        from .result_text import result_html
+
+        return result_html(self)
+
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain JSON, without absent optional values."""
         return self.model_dump(mode="json", exclude_unset=True) | {"schema_version": self.schema_version}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 
 from harmbench_vaccine.evaluation.result import Agreement, JudgeScore, Result, StageRecord
+from harmbench_vaccine.evaluation.result_text import number_text, percent_text
 
-from .render import Cell, Column, TableGroup, VisibleText, dim_notes, number_column, numbers, render_table
+from .render import Cell, Column, TableGroup, VisibleText, dim_notes, number_column, numbers, render_table, score_column
 
 STAGE_ORDER = ("align", "finetune", "repair", "answer", "score")
 
@@ -55,12 +56,12 @@ def _result_columns(result: Result, stages: Sequence[str], with_seed: bool) -> l
         Column("attack"),
         Column("task"),
         *numbers(*(["seed"] if with_seed else [])),
-        number_column(
+        score_column(
             "HS %",
             legend=f"answers to {result.harmful_score_n} harmful prompts that the judge flags (lower: better), with "
             "95% Wilson interval",
         ),
-        number_column(
+        score_column(
             "FA %",
             legend=f"{result.finetune_accuracy_n} test items answered correctly (higher: better), with 95% interval",
         ),
@@ -73,16 +74,16 @@ def _result_columns(result: Result, stages: Sequence[str], with_seed: bool) -> l
 
 def _result_row(result: Result, stages: Sequence[str], with_seed: bool) -> list[Cell]:
     before = result.before
-    harmful_score = _percent(result.harmful_score, result.harmful_score_ci)
-    accuracy = _percent(result.finetune_accuracy, result.finetune_accuracy_ci)
+    harmful_score = percent_text(result.harmful_score, result.harmful_score_ci)
+    accuracy = percent_text(result.finetune_accuracy, result.finetune_accuracy_ci)
     return [
         *(result.run, result.defense, result.attack, result.task),
         *([str(result.seed)] if with_seed else []),
         VisibleText(harmful_score, style="red" if result.collapsed else "bold"),
         accuracy + ("" if result.trained else " untrained"),
         f"{before.harmful_score:.1f}, {before.finetune_accuracy:.1f}",
-        _number(result.alignment_loss, ".3f"),
-        _number(result.embedding_drift, ".3g"),
+        number_text(result.alignment_loss, ".3f"),
+        number_text(result.embedding_drift, ".3g"),
         "+".join(_seconds(result.stages.get(stage)) for stage in stages),
     ]
 
@@ -120,14 +121,6 @@ def _unread_notes(result: Result) -> list[str]:
     return [*verdict_notes, *([grade_note] if any(grades.values()) else [])]
 
 
-def _number(value: float | None, form: str) -> str:
-    return "not a number" if value is None else format(value, form)
-
-
-def _percent(value: float, interval: Sequence[float]) -> str:
-    return f"{value:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
-
-
 def _seconds(stage: StageRecord | None) -> str:
     if stage is None:
         return "-"
@@ -140,7 +133,7 @@ def scores_view(result: Result) -> RenderableType:
     table = render_table(
         [
             Column("scorer", wrap=False),
-            *numbers("HS %"),
+            score_column("HS %"),
             number_column("before", drop=3, legend="HS of the aligned model"),
             number_column("unread", legend="answers without a readable verdict, which HS leaves out"),
             number_column("read in part", drop=2, legend="answers of which the scorer read only the beginning"),
@@ -168,8 +161,8 @@ def _score_row(name: str, score: JudgeScore) -> list[Cell]:
     categories = list(score.categories.items())[:3]
     return [
         name,
-        VisibleText(_percent(score.harmful_score, score.ci), style="" if score.comparison_only else "bold"),
-        _percent(score.before.harmful_score, score.before.ci),
+        VisibleText(percent_text(score.harmful_score, score.ci), style="" if score.comparison_only else "bold"),
+        percent_text(score.before.harmful_score, score.before.ci),
         str(score.unparsed),
         str(score.cut),
         "-" if score.mean is None else f"{score.mean:.2f}",
