@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
@@ -29,14 +30,21 @@ FOLDERS = {
 """Folder of the site -> the names of its pages."""
 
 
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """Import the modules that generate the pages."""
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "site"))
-    modules = {name: importlib.import_module(name) for name in ("equations", "generated", "hooks", "screenshots")}
-    for name in modules:
-        monkeypatch.delitem(sys.modules, name)
-    return modules
+@pytest.fixture(scope="module")
+def site() -> Iterator[dict[str, ModuleType]]:
+    """The modules that generate the pages."""
+    names = ("equations", "generated", "hooks", "screenshots")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs" / "site"))
+        yield {name: importlib.import_module(name) for name in names}
+    for name in names:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def pages(site: dict[str, ModuleType]) -> dict[tuple[str, str], str]:
+    """The generated pages: (folder, name) -> Markdown."""
+    return {(folder, name): page for folder, name, page in site["generated"].generated_pages()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,12 +83,8 @@ def test_formulas_are_rendered(site: dict[str, ModuleType], formula: str, expect
     assert shown(site["equations"].math(formula)).replace("^{+} V", "^{+}V") == expected
 
 
-def test_equations_of_every_docstring_are_valid_mathml(site: dict[str, ModuleType]) -> None:
-    tables = [
-        table
-        for _, _, page in site["generated"].generated_pages()
-        for table in re.findall(r"<table.*?</table>", page, re.S)
-    ]
+def test_equations_of_every_docstring_are_valid_mathml(pages: dict[tuple[str, str], str]) -> None:
+    tables = [table for page in pages.values() for table in re.findall(r"<table.*?</table>", page, re.DOTALL)]
     assert len(tables) > 20
     for table in tables:
         cells = ElementTree.fromstring(table).findall("./tr/td")
@@ -92,8 +96,7 @@ def test_equations_of_every_docstring_are_valid_mathml(site: dict[str, ModuleTyp
 # Pages
 
 
-def test_every_plugin_and_protocol_has_a_page(site: dict[str, ModuleType]) -> None:
-    pages = {(folder, name): page for folder, name, page in site["generated"].generated_pages()}
+def test_every_plugin_and_protocol_has_a_page(pages: dict[tuple[str, str], str]) -> None:
     assert set(pages) == {(folder, name) for folder, names in FOLDERS.items() for name in names}
     vaccine = pages["defenses", "vaccine"]
     for text in (
