@@ -88,7 +88,8 @@ def tables(draw: st.DrawFn) -> FittedTable:
         wrap = draw(st.booleans())
         drop = draw(st.one_of(st.none(), st.integers(1, 4)))
         legend = draw(st.sampled_from(["", f"legend of {number}"]))
-        columns.append(Column(f"title {number}", draw(st.booleans()), wrap, drop, draw(st.integers(1, 20)), legend))
+        right, fold_last, least = draw(st.booleans()), draw(st.booleans()), draw(st.integers(1, 20))
+        columns.append(Column(f"title {number}", right, wrap, fold_last, drop, least, legend))
         cells.append(draw(st.sampled_from([TEXTS, st.just("")])) if wrap else IDS)
     rows = draw(st.lists(st.tuples(*cells), min_size=1, max_size=4))
     return render_table(columns, rows, gap=draw(st.integers(1, 3)), lines=draw(st.booleans()))
@@ -349,6 +350,16 @@ def test_short_runs_are_a_table_at_80_columns() -> None:
     head, *rows = lines_at(results_table(runs), 80)[:3]
     assert head.split() == ["run", "defense", "attack", "task", "HS", "%", "FA", "%"]
     assert rows[1].split()[:4] == ["vaccine-0a1b2c3d", "vaccine", "ratio=0.1", "sst2"]
+
+
+def test_intervals_move_below_their_scores_before_rows_become_lists() -> None:
+    scores = {"harmful_score": 43.6, "harmful_score_ci": [37.6, 49.8]}
+    runs = [make_result(run="vaccine-ewc-f29e0c7b", defense="vaccine=3+ewc", **scores)]
+    head, first, second = lines_at(results_table(runs), 80)[:3]
+    assert head.split()[0] == "run"
+    assert first.split()[:2] == ["vaccine-ewc-f29e0c7b", "vaccine=3+ewc"]
+    assert "43.6" in first.split()
+    assert second.split() == ["[37.6,", "49.8]", "[0.0,", "100.0]"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

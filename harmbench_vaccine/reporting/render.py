@@ -4,7 +4,8 @@ Texts are never parsed as markup, so that `[` in a name, a question or an interv
 act on a terminal or hide text are escaped.
 
 A table that is too wide folds its texts, then leaves out columns in the order that they state (`Column.drop`), and
-names them below. If that is not enough, each row is printed as a list of fields, with all columns.
+names them below, then moves intervals below their scores. If that is not enough, each row is printed as a list of
+fields, with all columns.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ Cell = str | VisibleText
 # ---------------------------------------------------------------------------------------------------------------------
 # Lines
 
-_PARTS = tuple(map(re.compile, (r"\S+\s*|\s+", r"[^+,:/]+[+,:/]*|[+,:/]+", r".")))
-"""The parts of a line that stay together: words, else parts of a specification such as `vaccine:rho=5+ewc`, else
-characters."""
+_PARTS = tuple(map(re.compile, (r"(?:\[[-+\d., ]*\]|\S)+\s*|\s+", r"[^+,:/]+[+,:/]*|[+,:/]+", r".")))
+"""The parts of a line that stay together: words and intervals, else parts of a specification such as
+`vaccine:rho=5+ewc`, else characters."""
 _INDENT = 2
 
 
@@ -81,6 +82,11 @@ def _line_breaks(line: str, width: int) -> list[int]:
 
 def _text_width(text: str) -> int:
     return max(map(cell_len, text.split("\n")))
+
+
+def _longest_word(text: str) -> int:
+    """Return the width of the longest word or interval."""
+    return max((cell_len(word[0].strip()) for word in _PARTS[0].finditer(text)), default=0)
 
 
 def _longest_part(text: str) -> int:
@@ -168,6 +174,8 @@ class Column:
     """Align to the right, as numbers are."""
     wrap: bool = True
     """Fold long cells; False never folds them, as for ids and numbers."""
+    fold_last: bool = False
+    """Fold long cells only where leaving out columns is not enough, as scores with their intervals."""
     drop: int | None = None
     """Order in which columns are left out if the terminal is too narrow, 1 first; None: never."""
     least: int = 12
@@ -179,6 +187,11 @@ class Column:
 def number_column(title: str, drop: int | None = None, legend: str = "") -> Column:
     """Return a right-aligned column, whose cells are never folded."""
     return Column(title, right=True, wrap=False, drop=drop, legend=legend)
+
+
+def score_column(title: str, drop: int | None = None, legend: str = "") -> Column:
+    """Return a right-aligned column of scores; the interval of a score moves below it where nothing else fits."""
+    return Column(title, right=True, fold_last=True, drop=drop, legend=legend)
 
 
 def numbers(*titles: str) -> list[Column]:
@@ -210,6 +223,7 @@ class FittedTable:
         self.filled = [index for index in range(len(columns)) if any(row[index].plain.strip() for row in rows)]
         self._full = {index: self._full_width(index) for index in self.filled}
         self._least = {index: self._least_width(index) for index in self.filled}
+        self._folded = {index: self._least_width(index, fold_all=True) for index in self.filled}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield self.body(options.max_width)
@@ -229,9 +243,10 @@ class FittedTable:
     def _layout(self, width: int) -> _Layout:
         optional = [index for index in self.filled if self.columns[index].drop is not None]
         optional.sort(key=lambda index: (self.columns[index].drop, index))
-        for count in range(len(optional) + 1):
-            dropped = tuple(sorted(optional[:count]))
-            widths = {index: self._least[index] for index in self.filled if index not in dropped}
+        attempts = [(optional[:count], self._least) for count in range(len(optional) + 1)]
+        for left_out, least in [*attempts, (optional, self._folded)]:
+            dropped = tuple(sorted(left_out))
+            widths = {index: least[index] for index in self.filled if index not in dropped}
             spare = width - sum(widths.values()) - self._borders(len(widths))
             if spare >= 0:
                 self._widen(widths, spare)
@@ -252,11 +267,13 @@ class FittedTable:
     def _full_width(self, index: int) -> int:
         return max(cell_len(self.columns[index].title), *(_text_width(row[index].plain) for row in self.rows))
 
-    def _least_width(self, index: int) -> int:
+    def _least_width(self, index: int, fold_all: bool = False) -> int:
         column = self.columns[index]
         title = max(map(cell_len, column.title.split()), default=0)
-        if not column.wrap:
+        if not column.wrap or (column.fold_last and not fold_all):
             return max(title, *(_text_width(row[index].plain) for row in self.rows))
+        if column.fold_last:
+            return max(title, *(_longest_word(row[index].plain) for row in self.rows))
         parts = max(title, *(_longest_part(row[index].plain) for row in self.rows))
         return min(max(parts, column.least), self._full[index])
 

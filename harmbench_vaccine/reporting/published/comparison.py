@@ -221,7 +221,7 @@ def _run_protocol(result: Mapping[str, Any]) -> Protocol | None:
 _SETTING = ("model", "task", "attack", "defense")
 _COLUMNS = {
     "seeds": number_column("seeds", drop=2),
-    "measured %": Column("measured %", wrap=False),
+    "measured %": Column("measured %", fold_last=True),
     "published": Column("published", wrap=False),
     "diff.": number_column("diff."),
     "table": Column("table", drop=4, least=8),
