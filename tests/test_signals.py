@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from harmbench_vaccine.core.signals import (
     stop_if_interrupted,
 )
 from harmbench_vaccine.defenses.sft import SFT
+from harmbench_vaccine.inference import vllm_process
+from harmbench_vaccine.inference.chat_api import ChatJudge
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.training.trainer import train
 from support import tiny
@@ -208,3 +212,41 @@ def test_a_signal_ends_the_command_with_one_line(number: int, name: str, monkeyp
     assert (done.code, done.out) == (128 + number, "")
     assert done.sentence == f"hbv: interrupted by {name}. Repeat the command to resume."
     assert len(done.sentence) <= 60
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Waiting for others
+
+
+@contextmanager
+def sigterm_after(seconds: float) -> Iterator[None]:
+    """Send SIGTERM to this process later, while the block runs."""
+    with handled_signals():
+        threading.Timer(seconds, send, [signal.SIGTERM]).start()
+        yield
+
+
+def test_a_signal_ends_the_process_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr(vllm_process, "WORKER", worker)
+    process = vllm_process.VllmProcess("model", tmp_path)
+    with pytest.raises(Interrupted), sigterm_after(0.2), closing(process):
+        process.request("start")
+    assert process._child.poll() == -signal.SIGKILL
+
+
+def test_a_signal_does_not_wait_for_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> bytes:
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(ChatJudge, "_send", refuse)
+    judge = ChatJudge("judge", "http://localhost:1/v1", pause=100.0)
+    start = time.monotonic()
+    with pytest.raises(Interrupted), sigterm_after(0.2):
+        judge.ask(["a question"] * 20)
+    assert time.monotonic() - start < 20
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(20)
+            assert not thread.is_alive()

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from threading import Event
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -110,28 +110,29 @@ class ChatJudge:
 
     def _remote(self, conversations: Conversations, max_new_tokens: int, progress: Progress) -> list[str]:
         answers = []
-        with progress.bar("score: judge", len(conversations)) as advance, ThreadPoolExecutor(self.parallel) as pool:
-            futures = [pool.submit(self._request, messages, max_new_tokens) for messages in conversations]
-            try:
+        pool, ends = ThreadPoolExecutor(self.parallel), Event()
+        try:
+            with progress.bar("score: judge", len(conversations)) as advance:
+                futures = [pool.submit(self._request, messages, max_new_tokens, ends) for messages in conversations]
                 for future in futures:
                     answers.append(future.result())
                     advance(1)
-            except BaseException:  # the remaining requests would fail the same way
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        finally:  # after a failure the remaining requests would fail too, and after a signal nobody waits for them
+            ends.set()
+            pool.shutdown(wait=False, cancel_futures=True)
         return answers
 
-    def _request(self, messages: list[dict[str, str]], max_new_tokens: int) -> str:
+    def _request(self, messages: list[dict[str, str]], max_new_tokens: int, ends: Event) -> str:
         """Return the answer to one conversation, requested again with room for thoughts if the limit ends it."""
         shown = [{**message, "content": break_control_tokens(message["content"])} for message in messages]
-        reply = self._post(shown, max_new_tokens)
+        reply = self._post(shown, max_new_tokens, ends)
         if reply.cut:
             with suppress(_TooLong):  # the first part of the answer is then all that the server gives
-                reply = self._post(shown, max_new_tokens + THINKING_TOKENS)
+                reply = self._post(shown, max_new_tokens + THINKING_TOKENS, ends)
         return after_thinking(reply.text).strip()
 
-    def _post(self, messages: list[dict[str, str]], max_tokens: int) -> _Reply:
-        """Send one request, again after errors that may pass.
+    def _post(self, messages: list[dict[str, str]], max_tokens: int, ends: Event) -> _Reply:
+        """Send one request, again after errors that may pass, until `ends` is set.
 
         Raises:
             _TooLong: The server refuses this number of tokens.
@@ -165,7 +166,8 @@ class ChatJudge:
                     raise HbvError(self._message(text)) from error
             except ValueError as error:
                 raise HbvError(self._message(f"returns no chat completion, but: {error}")) from error
-            time.sleep(wait)
+            if ends.wait(wait):
+                raise HbvError(self._message("was not waited for"))
         raise HbvError(self._message("refuses the format of the request; allowed: an OpenAI-compatible server"))
 
     def _send(self, body: dict[str, Any]) -> bytes:
