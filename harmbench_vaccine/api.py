@@ -179,7 +179,7 @@ def results(path: str | Path | None = None) -> DataFrame:
         path: A CSV of results; None: `$HBV_HOME/results.csv`.
 
     Returns:
-        The columns of docs/results.md; percentages from 0 to 100. Without results, no rows.
+        The columns of docs/results.md; percentages from 0 to 100. Without results, no rows. Missing numbers are `NA`.
 
     Raises:
         BadInput: The file is not a CSV of results, or a row is damaged.
@@ -191,8 +191,8 @@ def results(path: str | Path | None = None) -> DataFrame:
     file = home() / "results.csv" if path is None else user_path(path)
     if path is not None and not file.exists():
         raise BadInput(f"The CSV of results {str(path)!r} does not exist.")
-    rows = [row.model_dump() for row in read_csv(file)]
-    return DataFrame(rows, columns=list(ResultRow.model_fields)).convert_dtypes()
+    types = {name: _column_type(schema) for name, schema in ResultRow.model_json_schema()["properties"].items()}
+    return DataFrame([row.model_dump() for row in read_csv(file)], columns=list(types)).astype(types)
 
 
 def answers(run: StoredRun) -> DataFrame:
@@ -251,6 +251,13 @@ def load_model(
 
     set_library_defaults()
     return cast(Any, load_stored_model(_folder(run), stage))
+
+
+def _column_type(schema: Mapping[str, Any]) -> str:
+    """Return the pandas type, one that can lack values, of a column with this JSON Schema."""
+    kinds = {kind.get("type") for kind in schema.get("anyOf", [schema])} - {"null"}
+    types = {"boolean": "boolean", "integer": "Int64", "number": "Float64", "string": "string"}
+    return types.get(kinds.pop(), "object")
 
 
 def _folder(run: StoredRun) -> Path:

@@ -18,12 +18,12 @@ import torch
 import harmbench_vaccine as hbv
 from harmbench_vaccine.core.notebook_progress import NotebookBars
 from harmbench_vaccine.core.progress import Advance, Silent
-from harmbench_vaccine.core.types import Example
+from harmbench_vaccine.core.types import Example, StageName
 from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.plugins.python_specs import parse_specification
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, TASKS
 from support.cli import hbv as hbv_command
-from support.results import collapsed, make_result
+from support.results import collapsed, make_result, write_csv
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -122,7 +122,7 @@ class HalfRows(hbv.Defense):
     """A defense of this file, as a student would write it."""
 
     citation: ClassVar[str] = "none"
-    stages: ClassVar[frozenset[str]] = frozenset({"align"})
+    stages: ClassVar[tuple[StageName, ...]] = ("align",)
 
     share: float = hbv.param(0.5, "share of the alignment rows", source="this test", gt=0, le=1, main=True)
 
@@ -259,7 +259,16 @@ def test_results_are_a_table(stored: Path) -> None:
     assert pd.api.types.is_bool_dtype(frame["collapsed"])
     assert pd.api.types.is_float_dtype(frame["harmful_score"])
     assert pd.api.types.is_integer_dtype(frame["seed"])
+    assert pd.api.types.is_string_dtype(frame["defense"])
+    assert isinstance(frame["attack_params"].iloc[0], dict)
     pd.testing.assert_frame_equal(hbv.results(stored / "results.csv"), frame)
+
+
+def test_types_of_columns_do_not_depend_on_values(tmp_path: Path) -> None:
+    whole = hbv.results(write_csv(tmp_path / "a.csv", make_result(harmful_score=50.0, alignment_loss=1.0)))
+    other = hbv.results(write_csv(tmp_path / "b.csv", make_result(harmful_score=50.5, alignment_loss=None)))
+    assert whole.dtypes.to_dict() == other.dtypes.to_dict() == hbv.results().dtypes.to_dict()
+    assert other["alignment_loss"].isna().all()
 
 
 def test_no_results_are_an_empty_table(own_home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
@@ -66,6 +67,11 @@ class NotebookBars:
 def notebook_bars() -> NotebookBars:
     """Return bars in the output of the current cell of a notebook."""
     from IPython.display import HTML, display
+
+    with warnings.catch_warnings():
+        # Other libraries import it. It asks for widgets that only its own bars need.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        import tqdm.auto  # noqa: F401
 
     output = display(HTML(""), display_id=True)
     return NotebookBars(lambda html: output.update(HTML(html)))
