@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"
 WIDTH, HEIGHT = 80, 44
 """Columns of the terminal, and the number of lines that a picture shows."""
+CELL = 12.2
+"""Width of a character in a picture of rich."""
 COMMANDS = {
     "run": "hbv run --defense sft --defense vaccine --attack ratio=0.1",
     "show": "hbv show vaccine-88 --limit 1",
@@ -85,11 +87,12 @@ def picture(name: str, output: str) -> str:
 
 
 def picture_text(svg: str) -> str:
-    """Return the text in an SVG of `picture`, line by line."""
-    rows: dict[float, list[str]] = {}
-    for y, text in re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*>(.*?)</text>', svg):
-        rows.setdefault(float(y), []).append(html.unescape(text).replace("\xa0", " "))
-    return "\n".join("".join(rows[y]).rstrip() for y in sorted(rows))
+    """Return the text in an SVG of `picture`, line by line; rich leaves out parts that are only spaces."""
+    rows: dict[float, str] = {}
+    for x, y, text in re.findall(r'<text [^>]*?x="([\d.]+)" y="([\d.]+)"[^>]*>(.*?)</text>', svg):
+        column = round(float(x) / CELL)
+        rows[float(y)] = rows.get(float(y), "").ljust(column) + html.unescape(text).replace("\xa0", " ")
+    return "\n".join(rows[y].rstrip() for y in sorted(rows))
 
 
 if __name__ == "__main__":
