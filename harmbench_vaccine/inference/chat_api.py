@@ -117,7 +117,7 @@ class ChatJudge:
                 for future in futures:
                     answers.append(future.result())
                     advance(1)
-        finally:  # after a failure the remaining requests would fail too, and after a signal nobody waits for them
+        finally:  # the remaining requests would fail too, or a signal ends the command
             ends.set()
             pool.shutdown(wait=False, cancel_futures=True)
         return answers
