@@ -241,7 +241,7 @@ def test_notes_and_details_are_visible_single_lines() -> None:
 
 PROGRAM = """
 import time
-from harmbench_vaccine.cli.console import terminal_progress
+from harmbench_vaccine.cli.console import print_json, terminal_progress
 
 with terminal_progress() as progress, progress.bar("8 runs", 88) as runs:
     runs(0, "over 3 h 5 min left", float("inf"))
@@ -250,6 +250,7 @@ with terminal_progress() as progress, progress.bar("8 runs", 88) as runs:
             advance(0 if step == 0 else 100, "loss 0.532")
             time.sleep(0.15)
     progress.note("a note")
+    print_json({"run": "result"})
 """
 
 
@@ -264,6 +265,12 @@ def test_bars_fit_the_terminal(width: int) -> None:
     assert any(re.search(r"^finetune vaccine.* 300/4000 .*loss 0\.532, \d+ s left *$", line) for line in lines), lines
     assert any(re.search(r"^8 runs .*0/88 .*over 3 h 5 min left *$", line) for line in lines), lines
     assert "a note" in lines
+
+
+def test_results_in_a_file_stay_out_of_the_terminal(tmp_path: Path) -> None:
+    shown = run_in_terminal([sys.executable, "-c", PROGRAM], 80, tmp_path / "results.jsonl")
+    assert (tmp_path / "results.jsonl").read_text() == '{"run": "result"}\n'
+    assert "result" not in shown
 
 
 def test_no_color() -> None:

@@ -180,6 +180,11 @@ def _open_log_file(context: click.Context, option: click.Parameter, value: Path 
             LOG.info("hbv %s", shlex.join(sys.argv[1:]))
 
 
+def is_verbose() -> bool:
+    """Return whether --verbose of `output_options` is set."""
+    return _is_set("verbose")
+
+
 def _is_set(flag: str, context: click.Context | None = None) -> bool:
     context = context or click.get_current_context(silent=True)
     return bool(context and context.meta.get(f"{__name__}.{flag}"))
@@ -191,21 +196,28 @@ def terminal_progress() -> Iterator[Progress]:
 
     Every rank but the first is silent.
     """
-    from rich.console import Console
-
     from harmbench_vaccine.core.progress import Lines, Receivers, Terminal
 
     receivers: list[Progress] = []
     verbose = _is_set("verbose")
     with ExitStack() as shown:
         if distributed.rank() == 0 and not _is_set("quiet"):
-            if sys.stderr.isatty() and Console(file=sys.stderr).is_interactive:  # False for TERM=dumb
+            if _stderr_shows_bars():
                 receivers.append(shown.enter_context(Terminal(verbose=verbose)))
             else:
                 receivers.append(Lines(lambda text: print_line(text, err=True), verbose=verbose))
         if distributed.rank() == 0 and has_log():
             receivers.append(Lines(LOG.info, verbose=verbose))
         yield Receivers(receivers)
+
+
+def _stderr_shows_bars() -> bool:
+    """Return whether stderr is a terminal with control codes, unlike that of TERM=dumb."""
+    if not sys.stderr.isatty():
+        return False
+    from rich.console import Console
+
+    return Console(file=sys.stderr).is_interactive
 
 
 def parse_assignments(option: str, form: str, items: tuple[str, ...]) -> dict[str, str]:

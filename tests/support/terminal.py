@@ -10,22 +10,20 @@ import struct
 import subprocess
 import termios
 from collections.abc import Sequence
+from pathlib import Path
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
-def run_in_terminal(command: Sequence[str], width: int, **environment: str) -> str:
-    """Run a command whose stderr is a terminal and whose stdout is not, and return what it writes to the terminal."""
+def run_in_terminal(command: Sequence[str], width: int, out: Path = Path(os.devnull), **environment: str) -> str:
+    """Run a command whose stderr is a terminal and whose stdout is a file; return its output to the terminal."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
     values = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
-    running = subprocess.Popen(
-        command,
-        stdin=follower,
-        stdout=subprocess.DEVNULL,
-        stderr=follower,
-        env={**values, "TERM": "xterm", **environment},
-    )
+    with out.open("wb") as file:
+        running = subprocess.Popen(
+            command, stdin=follower, stdout=file, stderr=follower, env={**values, "TERM": "xterm", **environment}
+        )
     os.close(follower)
     shown = b""
     try:
