@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.data.collate import IGNORED, Encoded
 from harmbench_vaccine.plugins import Attack, Example, Pools, param
-from harmbench_vaccine.training.adapters import untie_head
+from harmbench_vaccine.training.merging import untie_head
 from harmbench_vaccine.training.stage import TrainingStage
 from harmbench_vaccine.training.taps import Taps, decoder_layers
 

@@ -23,7 +23,8 @@ from transformers import (
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
-from harmbench_vaccine.training.adapters import STANDARD_TARGETS, Adapter, LoraStack, concatenate, merge_adapter
+from harmbench_vaccine.training.adapters import STANDARD_TARGETS, Adapter, LoraStack, concatenate
+from harmbench_vaccine.training.merging import merge_adapter
 from harmbench_vaccine.training.trainer import train
 from support import tiny
 from support.compare import close

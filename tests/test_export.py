@@ -29,7 +29,8 @@ from harmbench_vaccine.export.model_card import run_card
 from harmbench_vaccine.export.models import load_stored_model, stack_adapters, stored_spec
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 from harmbench_vaccine.plugins.registry import DEFENSES
-from harmbench_vaccine.training.adapters import Adapter, merge_adapter
+from harmbench_vaccine.training.adapters import Adapter
+from harmbench_vaccine.training.merging import merge_adapter
 from support import tiny
 from support.cli import CommandResult, finish, hbv, start_hbv
 from support.world import make_world

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
@@ -15,6 +14,9 @@ from harmbench_vaccine.core.types import Example
 from .chat import chat_prompt_ids, chat_response_ids, eos_token_id
 from .model_limits import embedding_rows
 from .prompts import Conversation, PromptTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """The label of a token without loss, as in torch's cross-entropy."""

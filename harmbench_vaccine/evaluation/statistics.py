@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy import stats
-
 
 def percentage(scores: Sequence[float]) -> float:
     """Return 100 * sum / N of scores from 0 to 1, with N the number of all of them; NaN for none."""
@@ -15,6 +13,8 @@ def percentage(scores: Sequence[float]) -> float:
 
 def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Return Wilson's score interval of a proportion, in percent (Wilson 1927)."""
+    from scipy import stats  # takes a second to import, and a plan needs no interval
+
     interval = stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
     return 100 * float(interval.low), 100 * float(interval.high)
 
@@ -54,4 +54,6 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
+    from scipy import stats
+
     return mean, float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * float(stats.sem(values))

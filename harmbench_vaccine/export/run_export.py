@@ -76,7 +76,7 @@ def export_run(run: Path, folder: Path, stage: str = "final", *, merge: bool = F
 
 
 def _save_merged(spec: ModelSpec, models: ModelPool, folder: Path) -> None:
-    from harmbench_vaccine.training.adapters import merge_adapter
+    from harmbench_vaccine.training.merging import merge_adapter
 
     model = models.merged(spec.on_top())
     if spec.adapters:

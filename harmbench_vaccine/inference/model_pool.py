@@ -170,7 +170,8 @@ class ModelPool:
         Raises:
             HbvError: The base is quantized or sharded.
         """
-        from harmbench_vaccine.training.adapters import Adapter, merge_adapter
+        from harmbench_vaccine.training.adapters import Adapter
+        from harmbench_vaccine.training.merging import merge_adapter
 
         self.acquire("training", self._unload_stack)
         self._unload_stack()

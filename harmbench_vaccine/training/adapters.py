@@ -13,18 +13,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from harmbench_vaccine.core.device import forked_rng
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.types import TrainSettings
+
+if TYPE_CHECKING:  # peft and transformers take seconds to import, and a plan of stored runs needs neither
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -67,6 +68,8 @@ class Adapter:
 
     def save(self, folder: Path) -> None:
         """Write a folder in peft's format, which peft and vLLM read."""
+        from peft import LoraConfig
+
         folder.mkdir(parents=True, exist_ok=True)
         config = LoraConfig(
             r=self.rank,
@@ -85,6 +88,8 @@ class Adapter:
     @classmethod
     def load(cls, folder: Path) -> Adapter:
         """Read a folder in peft's format."""
+        from peft import LoraConfig
+
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
         modules = sorted(
@@ -168,6 +173,8 @@ class LoraStack:
         Raises:
             BadInput: The base model has no module with the name of a target, or none of the requested standard targets.
         """
+        from peft import LoraConfig
+
         names = self._load(below)
         self.drop_trained()
         rank, alpha, targets = settings.lora_rank, settings.lora_alpha, list(settings.lora_targets)
@@ -201,7 +208,9 @@ class LoraStack:
 
     def trained(self) -> Adapter:
         """Return a copy of the adapter that is being trained, as plain tensors on the CPU."""
-        assert isinstance(self.model, PeftModel)
+        from peft import get_peft_model_state_dict
+
+        assert _has_adapters(self.model)
         tensors = get_peft_model_state_dict(self.model, adapter_name=self.TRAINED, save_embedding_layers=False)
         config = self.model.peft_config[self.TRAINED]
         factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -214,7 +223,7 @@ class LoraStack:
 
     def drop_trained(self) -> None:
         """Remove the adapter that is being trained."""
-        if isinstance(self.model, PeftModel) and self.TRAINED in self.model.peft_config:
+        if _has_adapters(self.model) and self.TRAINED in self.model.peft_config:
             self._delete(self.TRAINED)
 
     def train_all_weights(self) -> dict[str, nn.Parameter]:
@@ -250,6 +259,8 @@ class LoraStack:
 
     def _load(self, paths: Sequence[Path]) -> list[str]:
         """Load frozen adapters, without dropout: they are part of the model that the trained adapter builds on."""
+        from peft import LoraConfig
+
         for path in paths:
             name = self._names.pop(path, None)
             if name is None:
@@ -269,12 +280,14 @@ class LoraStack:
         return [self._names[path] for path in paths]
 
     def _add(self, name: str, config: LoraConfig) -> None:
+        from peft import get_peft_model
+
         problem = ""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft corrects it for every module
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merge_adapter` unties them
             try:
-                if isinstance(self.model, PeftModel):
+                if _has_adapters(self.model):
                     self.model.add_adapter(name, config)
                 else:
                     self.model = get_peft_model(self.base, config, adapter_name=name)
@@ -290,7 +303,7 @@ class LoraStack:
             raise BadInput(f"LoRA cannot adapt {type(self.base).__name__}: {problem}")
 
     def _delete(self, name: str) -> None:
-        assert isinstance(self.model, PeftModel)
+        assert _has_adapters(self.model)
         remaining = [adapter for adapter in self.model.peft_config if adapter != name]
         if remaining:  # peft must not refer to a deleted adapter
             self.model.set_adapter(remaining[0])
@@ -299,7 +312,9 @@ class LoraStack:
             self.model = self.model.unload()
 
     def _fill(self, name: str, adapter: Adapter) -> None:
-        assert isinstance(self.model, PeftModel)
+        from peft import set_peft_model_state_dict
+
+        assert _has_adapters(self.model)
         tensors = {}
         for module, (a, b) in adapter.factors.items():
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
@@ -313,7 +328,7 @@ class LoraStack:
 
     def _activate(self, names: Sequence[str]) -> None:
         self._active = list(names)
-        if not isinstance(self.model, PeftModel):
+        if not _has_adapters(self.model):
             return
         tuner: Any = self.model.base_model
         if names:
@@ -348,32 +363,18 @@ def available_targets(base: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    # Conv1D of GPT-2 is a linear layer with a transposed weight; peft keeps an adapted layer as `base_layer`.
-    return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "base_layer")
+    # peft keeps an adapted layer as `base_layer`
+    return isinstance(module, nn.Linear) or is_transposed(module) or hasattr(module, "base_layer")
 
 
-def untie_head(model: PreTrainedModel) -> None:
-    """Give the LM head weights of its own, equal to those that it shares with the embeddings; otherwise do nothing."""
-    head: Any = model.get_output_embeddings()
-    embeddings: Any = model.get_input_embeddings()
-    if head is not None and head.weight is embeddings.weight:
-        head.weight = nn.Parameter(embeddings.weight.detach().clone(), requires_grad=embeddings.weight.requires_grad)
-        text_config: Any = model.config.get_text_config(decoder=True)
-        model.config.tie_word_embeddings = text_config.tie_word_embeddings = False
+def is_transposed(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer with a transposed weight (inputs x outputs), as in GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
 
 
-def merge_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Add an adapter to the weights of a model, in place.
+def _has_adapters(model: PreTrainedModel | PeftModel) -> TypeGuard[PeftModel]:
+    from peft import PeftModel
 
-    An adapter of an LM head that shares its weights with the embeddings changes the head alone, so the head is untied.
-    """
-    head = model.get_output_embeddings()
-    if any(model.get_submodule(name) is head for name in adapter.factors):
-        untie_head(model)
-    with torch.no_grad():
-        for name in adapter.factors:
-            module = model.get_submodule(name)
-            weight, delta = cast("Tensor", module.weight), adapter.delta(name)
-            if isinstance(module, Conv1D):
-                delta = delta.T  # its weight is (inputs x outputs)
-            weight.copy_(weight.float() + delta.to(weight.device))
+    return isinstance(model, PeftModel)
