@@ -28,7 +28,7 @@ from .inference.engine import GPU_MEMORY
 from .inference.loading import check_model, check_quantization
 from .inference.model_pool import ModelPool
 from .pipeline import answer_all, judge_all, run, train_models
-from .reporting.dry_run.plan import DryRunStore
+from .reporting.dry_run.plan import DryRunStore, Plan, plan_runs
 from .testbed import ensure_testbed
 from .training.trackers import Tracker, check_trackers
 
@@ -95,29 +95,32 @@ def run_all(
     return results
 
 
-def check_all(
+def plan_all(
     specs: Sequence[RunSpec],
     *,
     out: Path | None = None,
     table: Path | None = None,
     shard: bool = False,
     report_to: Sequence[Tracker] = (),
-) -> list[Experiment]:
-    """Settle every spec and refuse what `run_all` refuses, without creating or downloading anything.
+) -> Plan:
+    """Plan the runs and refuse what `run_all` refuses, without creating or downloading anything.
 
-    Models and rows that are not on this machine are not checked. Arguments and errors are those of `run_all`.
+    Models and rows that are not on this machine are not checked, and neither are those of runs whose stages are all
+    stored. Arguments and errors are those of `run_all`.
     """
     experiments = [Experiment.settle(spec) for spec in specs]
     _check_outputs(out, table, check_writable)
     check_trackers(report_to)
     _check_locations(experiments, shard, is_available)
+    plan = plan_runs(experiments, home() / "store")
     available = [
         experiment
-        for experiment in experiments
-        if all(map(is_available, [experiment.model, *data_locations(experiment).values()]))
+        for index, experiment in enumerate(experiments)
+        if not plan.is_stored(index)
+        and all(map(is_available, [experiment.model, *data_locations(experiment).values()]))
     ]
     _check_rows(available, ModelPool())
-    return experiments
+    return plan
 
 
 def _check_outputs(out: Path | None, table: Path | None, check: Callable[[Path, str], Path]) -> tuple[Path, Path, Path]:
@@ -152,7 +155,9 @@ def _check_locations(
 
 def _check_rows(experiments: Sequence[Experiment], models: ModelPool) -> None:
     """Draw the rows of all experiments, and compare them with the limits of the models."""
-    from .experiment.limits import LimitCheck  # imports torch
+    if not experiments:
+        return
+    from .experiment.limits import LimitCheck  # imports torch and transformers
 
     limits: dict[str, LimitCheck] = {}
     for experiment in experiments:

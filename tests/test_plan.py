@@ -97,6 +97,7 @@ def test_models_and_data_sets_in_the_cache_of_the_hub_are_available(
         "tatsu-lab/alpaca",
         "anonymous4486/booster_dataset:beavertails_with_refusals_train.json",
     }
+    assert missing.pop("PKU-Alignment/beaver-dam-7b") == "about 12.6 GiB in 16 bits"
     assert set(missing.values()) == {"size unknown: HF_HUB_OFFLINE is set"}
     assert before.stages == []
     assert "not on this machine yet" in before.unknown
@@ -244,7 +245,18 @@ def test_dry_run_prints_the_plan_and_creates_nothing(world: Path, own_home: Path
     assert [stage["cached"] for stage in planned["stages"]] == [False] * len(planned["stages"])
     assert not (own_home / "store").exists()
     text = CliRunner().invoke(commands, [*arguments, "--dry-run"], catch_exceptions=False).output
-    for part in ("align.settings.lr", "written", "2F 2B per step", "total", "yes"):
+    assert [line.split()[0] for line in text.splitlines()[:6]] == [
+        "runs",
+        "stages",
+        "time",
+        "memory",
+        "downloads",
+        "disk",
+    ]
+    assert "2F 2B per step" in text
+    assert "align.settings.lr" not in text
+    text = CliRunner().invoke(commands, [*arguments, "--dry-run", "--verbose"], catch_exceptions=False).output
+    for part in ("align.settings.lr", "written", "yes"):
         assert part in text
 
 
@@ -268,4 +280,5 @@ def test_paper_protocol_is_planned_without_its_models_and_data(own_home: Path) -
     assert printed["protocol"]["hash"] == load_protocol("vaccine-paper").hash
     assert [entry["path"] for entry in printed["protocol"]["values"] if not entry["source"]] == ["name", "version"]
     assert not any(source["available"] for source in printed["sources"])
-    assert "'meta-llama/Llama-2-7b-hf' is not on this machine" in printed["experiments"][0]["no_estimate"]
+    assert printed["experiments"][0]["no_estimate"] == ""
+    assert not any(estimate["timed"] for estimate in printed["experiments"][0]["estimate"])

@@ -73,6 +73,7 @@ def test_every_check_can_fail(
         return [
             SimpleNamespace(
                 defense=spec.defense[0].name,
+                task=spec.task,
                 harmful_score=measured[spec.defense[0].name][float(str(spec.attack[0].params[""]))],
                 finetune_accuracy=measured["accuracy"][spec.task],
                 before=SimpleNamespace(finetune_accuracy=10.0),

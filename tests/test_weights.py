@@ -30,7 +30,7 @@ from harmbench_vaccine.inference import loading
 from harmbench_vaccine.inference.loading import check_model, load_judge, load_model, readable_load_errors
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmRunner
-from harmbench_vaccine.reporting.dry_run import estimate
+from harmbench_vaccine.reporting.dry_run import random_models
 from support import tiny
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_code_of_a_known_architecture_never_runs(folder: Path, tmp_path: Path, m
     attempts: list[Callable[[], Any]] = [
         lambda: load(folder),
         lambda: LimitCheck(str(folder), tiny.tokenizer(["a"]), config)._empty_stack,
-        lambda: estimate._random_model(config, "float32"),
+        lambda: random_models.random_model(config, "float32"),
     ]
     for attempt in attempts:
         with pytest.raises(BadInput, match="needs Python code"):
@@ -338,6 +338,7 @@ def test_every_call_of_a_loader_refuses_code() -> None:
         "**arguments",
         "trust_remote_code=False",
         "LoraConfig.from_pretrained",  # reads a JSON file
+        "PeftModel.from_pretrained",  # reads one, and tensors
     )
     assert not [call for call in calls if not any(text in call[1] for text in safe)]
     with readable_load_errors("org/model@" + "0" * 40) as source:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.training.trackers import TRACKERS, Tracker
 
@@ -16,6 +16,7 @@ from .console import (
     FiniteRange,
     GroupedCommand,
     SeedRange,
+    is_verbose,
     output_options,
     parse_assignments,
     print_json,
@@ -26,10 +27,10 @@ from .device import device_option
 
 if TYPE_CHECKING:
     from harmbench_vaccine.evaluation.result import Result
-    from harmbench_vaccine.experiment.experiment import Experiment
+    from harmbench_vaccine.reporting.dry_run.plan import Plan
 
 _OPTION_GROUPS = {
-    "What to run": ("defenses", "attacks", "tasks", "seeds", "dry_run"),
+    "What to run": ("defenses", "attacks", "tasks", "seeds", "dry_run", "device_name"),
     "Protocol": ("protocol", "model", "data", "values"),
     "Judge": ("scorers",),
     "Hardware": ("device", "backend", "gpu_memory", "gradient_checkpointing", "shard", "save_every"),
@@ -151,7 +152,15 @@ _OPTION_GROUPS = {
 )
 @click.option("--shard", is_flag=True, help="Spread the base model over the ranks of torchrun or accelerate launch.")
 @output_options
-@click.option("--dry-run", is_flag=True, help="Show the resolved protocol, the stages and their cost; run nothing.")
+@click.option("--dry-run", is_flag=True, help="Show time, memory, downloads and stages; run nothing.")
+@click.option(
+    "--on",
+    "device_name",
+    metavar="DEVICE",
+    default=None,
+    help="With --dry-run: estimate for h200-141gb, h100-80gb, a100-80gb, a100-40gb, l40s-48gb, rtx-4090-24gb or cpu. "
+    "[default: this machine]",
+)
 def run(
     defenses: tuple[str, ...],
     attacks: tuple[str, ...],
@@ -173,6 +182,7 @@ def run(
     gradient_checkpointing: bool,
     shard: bool,
     dry_run: bool,
+    device_name: str | None,
 ) -> None:
     """Run defenses against attacks and print their scores.
 
@@ -199,10 +209,13 @@ def run(
         values=parse_assignments("--set", "PATH=VALUE", values),
     )
     if dry_run:
-        from harmbench_vaccine.runner import check_all
+        from harmbench_vaccine.runner import plan_all
 
-        _print_dry_run(check_all(specs, out=out, table=table, shard=shard, report_to=report_to), as_json)
+        plan = plan_all(specs, out=out, table=table, shard=shard, report_to=report_to)
+        _print_dry_run(plan, device_name, gradient_checkpointing, as_json)
         return
+    if device_name:
+        raise BadInput("--on applies to --dry-run only: add --dry-run, or remove --on.")
     from harmbench_vaccine.runner import run_all
 
     print_result = _print_compared_result if published else _print_result
@@ -225,16 +238,19 @@ def run(
         print_view(results_table(results, published))
 
 
-def _print_dry_run(experiments: Sequence[Experiment], as_json: bool) -> None:
+def _print_dry_run(plan: Plan, device_name: str | None, gradient_checkpointing: bool, as_json: bool) -> None:
     from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.core.store import Store
-    from harmbench_vaccine.reporting.dry_run.view import dry_run_json, dry_run_view
+    from harmbench_vaccine.reporting.dry_run.devices import find_device
+    from harmbench_vaccine.reporting.dry_run.plan_json import dry_run_json
+    from harmbench_vaccine.reporting.dry_run.view import dry_run_view
 
-    plan = dry_run_json(experiments, Store(home() / "store"))
+    rates = find_device(device_name) if device_name else None
+    values = dry_run_json(plan, Store(home() / "store"), rates, gradient_checkpointing)
     if as_json:
-        print_json(plan)
+        print_json(values)
     else:
-        print_view(dry_run_view(plan))
+        print_view(dry_run_view(values, is_verbose()))
 
 
 def _print_result(result: Result) -> None:

@@ -233,5 +233,5 @@ def _save_tokenizer(source: Path, base: str, models: ModelPool, folder: Path) ->
     if not (source / "tokenizer_config.json").is_file():
         models.tokenizer_and_config(base)[0].save_pretrained(folder)
         return
-    with readable_load_errors(str(source), "Tokenizer") as options:
-        AutoTokenizer.from_pretrained(**options).save_pretrained(folder)
+    with readable_load_errors(str(source), "Tokenizer") as arguments:
+        AutoTokenizer.from_pretrained(**arguments).save_pretrained(folder)

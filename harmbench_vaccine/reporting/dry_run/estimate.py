@@ -1,21 +1,20 @@
-"""Estimate the cost of a run: memory on a model without storage, time from models with one and with two layers.
+"""Estimate the cost of a run: memory on a model without storage, and time by measurement or by the rates of a device.
 
-A decoder consists of equal layers, so the time of one layer is the difference between the two models, and the rest
-(embeddings, logits, call overhead) is the remainder. Both models have random weights and the shapes of the real run,
-and are timed on this machine; only the configuration of the model is downloaded.
+On this machine, models with one and with two layers are timed, with random weights and the shapes of the real run. A
+decoder consists of equal layers, so the time of one layer is the difference between the two models, and the rest
+(embeddings, logits, call overhead) is the remainder. For another device, and where that would take minutes, the time
+follows from the number of operations. Only the configuration of the model is needed.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from harmbench_vaccine.core.device import device, forked_rng
@@ -26,9 +25,14 @@ from harmbench_vaccine.experiment.rows import eval_sets, plugin_pools, user_rows
 from harmbench_vaccine.inference.loading import readable_load_errors
 from harmbench_vaccine.plugins import Defense
 
+from .devices import CPU, DeviceRates, fastest_call, find_device
+from .random_models import first_layers, layer_count, load_config, random_model, with_adapter
+
 if TYPE_CHECKING:
     from harmbench_vaccine.training.adapters import LoraStack
 
+ESTIMATED: tuple[str, ...] = ("align", "finetune", "answer")
+"""The stages that an estimate covers."""
 MEASUREMENT_SECONDS = 0.5
 """Minimum total time of repeated measurements."""
 CPU_LIMIT = 5e11
@@ -56,6 +60,8 @@ class TrainingMemory:
     """The adapter with its gradient and the two moments of the optimizer."""
     activations: int
     """Tensors that a forward pass keeps for the backward pass."""
+    matrices: int
+    """Numbers in the matrices of the layers and of the head; a token is multiplied with each of them once."""
 
     @property
     def peak(self) -> int:
@@ -68,19 +74,32 @@ class Estimate:
     """The cost of one stage."""
 
     stage: str
-    seconds: float | None
-    """None if a step would take minutes on this machine and is not timed."""
+    seconds: float
     memory: int
     """Peak memory in bytes."""
     detail: str
+    disk: int
+    """Bytes of the stored adapter and of two checkpoints, while one replaces the other."""
+    timed: bool
+    """Whether steps were timed on this machine; else the time follows from the rates of a device."""
 
 
-def estimate_costs(experiment: Experiment, *, read_rows: bool = True) -> list[Estimate]:
+def estimate_costs(
+    experiment: Experiment,
+    rates: DeviceRates | None = None,
+    *,
+    read_rows: bool = True,
+    gradient_checkpointing: bool = False,
+    stages: Collection[str] = ESTIMATED,
+) -> list[Estimate]:
     """Estimate the stages of an experiment that train or generate, as if none were stored.
 
     Args:
         experiment: The experiment.
+        rates: The device; None: this machine.
         read_rows: False: take the numbers of rows from the protocol, since to read the rows would download them.
+        gradient_checkpointing: Whether activations are computed again in the backward pass.
+        stages: The stages to estimate.
 
     Raises:
         HbvError: The configuration of the model cannot be read.
@@ -90,19 +109,40 @@ def estimate_costs(experiment: Experiment, *, read_rows: bool = True) -> list[Es
     names += ["finetune"] if experiment.user_trains else []
     estimates = []
     for name in names:
+        if name not in stages:
+            continue
         settings = experiment.stages[name].settings
         rows, width = _row_shape(experiment, name, settings, read_rows)
         steps = math.ceil(settings.micro_batches(rows) / settings.accumulation)
-        memory = count_memory(model, protocol.dtype, protocol.quantization, settings, width)
-        times = measure_seconds(model, protocol.dtype, settings, width)
+        memory = count_memory(model, protocol.dtype, protocol.quantization, settings, width, gradient_checkpointing)
+        measured = None if rates else measure_seconds(model, protocol.dtype, settings, width)
+        times = measured or _computed_seconds(rates or find_device(CPU), memory, settings, width)
         forward, backward = passes_per_step([defense.plugin for defense in experiment.acting(name)])
-        seconds = None
-        if times:
-            batch = forward * times.forward + backward * times.backward
-            seconds = steps * (settings.accumulation * batch + times.update)
+        forward += backward if gradient_checkpointing else 0
+        seconds = steps * (settings.accumulation * (forward * times.forward + backward * times.backward) + times.update)
         detail = f"{steps} steps of {settings.batch} rows of {width} tokens, {forward}F {backward}B per step"
-        estimates.append(Estimate(name, seconds, memory.peak, detail))
-    return [*estimates, _estimate_answers(experiment, read_rows)]
+        disk = memory.adapter // 4 * 7  # of 4 copies: the adapter, then it and its moments twice
+        estimates.append(Estimate(name, seconds, memory.peak, detail, disk, measured is not None))
+    if "answer" in stages:
+        estimates.append(_estimate_answers(experiment, rates, read_rows))
+    return estimates
+
+
+def _computed_seconds(
+    rates: DeviceRates, memory: TrainingMemory, settings: TrainSettings, width: int, generated: int = 0
+) -> BatchSeconds:
+    """Return the times of one batch by the number of operations: 2 per number of a matrix and token in each pass.
+
+    With every weight trained, the backward pass has products for the gradients of activations and of weights.
+    """
+    operations = 2.0 * memory.matrices
+    products = rates.product_seconds(operations * settings.batch * width)
+    return BatchSeconds(
+        forward=products,
+        backward=(2 if settings.full else 1) * products,
+        update=2 * memory.adapter / rates.bandwidth,
+        token=rates.token_seconds(memory.weights, operations * generated),
+    )
 
 
 def passes_per_step(defenses: Sequence[Defense]) -> tuple[int, int]:
@@ -141,15 +181,19 @@ def _row_shape(experiment: Experiment, name: StageName, settings: TrainSettings,
         return count, settings.max_length
 
 
-def _estimate_answers(experiment: Experiment, read_rows: bool, batch: int = 64) -> Estimate:
+def _estimate_answers(experiment: Experiment, rates: DeviceRates | None, read_rows: bool, batch: int = 64) -> Estimate:
     """Estimate the answers of both models to every question, at their maximum length: an upper bound."""
     protocol, settings = experiment.protocol, experiment.finetune.settings
     sets = _answer_sets(experiment, read_rows)
-    times = measure_seconds(experiment.model, protocol.dtype, settings, settings.max_length, batch)
-    seconds = 2 * sum(math.ceil(count / batch) * tokens * times.token for count, tokens in sets) if times else None
-    memory = count_memory(experiment.model, protocol.dtype, protocol.quantization, settings, 1).weights
+    memory = count_memory(experiment.model, protocol.dtype, protocol.quantization, settings, 1)
+    measured = (
+        None if rates else measure_seconds(experiment.model, protocol.dtype, settings, settings.max_length, batch)
+    )
+    times = measured or _computed_seconds(rates or find_device(CPU), memory, settings, 1, batch)
+    seconds = 2 * sum(math.ceil(count / batch) * tokens * times.token for count, tokens in sets)
     count = 2 * sum(count for count, _ in sets)
-    return Estimate("answer", seconds, memory, f"{count} answers at their maximum length, by transformers")
+    detail = f"{count} answers at their maximum length, by transformers"
+    return Estimate("answer", seconds, memory.weights, detail, 0, measured is not None)
 
 
 def _answer_sets(experiment: Experiment, read_rows: bool) -> list[tuple[int, int]]:
@@ -173,7 +217,14 @@ _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5}
 
 
 @lru_cache
-def count_memory(model: str, dtype: str, quantization: str, settings: TrainSettings, width: int) -> TrainingMemory:
+def count_memory(
+    model: str,
+    dtype: str,
+    quantization: str,
+    settings: TrainSettings,
+    width: int,
+    gradient_checkpointing: bool = False,
+) -> TrainingMemory:
     """Count the memory of a training step on `settings.batch` rows of `width` tokens.
 
     Raises:
@@ -181,14 +232,15 @@ def count_memory(model: str, dtype: str, quantization: str, settings: TrainSetti
     """
     import torch
 
-    config = _load_config(model)
+    config = load_config(model)
     with torch.device("meta"), forked_rng():
-        base = _random_model(config, dtype)
+        base = random_model(config, dtype)
         modules = base.get_decoder().modules()
         matrices = sum(module.weight.numel() for module in modules if isinstance(module, torch.nn.Linear))
+        head = base.get_output_embeddings().weight.numel()
         weights = sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
         weights -= round(matrices * (base.dtype.itemsize - _QUANTIZED_BYTES.get(quantization, base.dtype.itemsize)))
-        stack = _with_adapter(base, settings)
+        stack = with_adapter(base, settings)
         trained = sum(parameter.numel() for parameter in stack.model.parameters() if parameter.requires_grad)
         try:
             activations = _activation_bytes(stack, settings.batch, width)
@@ -197,11 +249,15 @@ def count_memory(model: str, dtype: str, quantization: str, settings: TrainSetti
     if activations is None:
         with forked_rng():
             first, second = (
-                _activation_bytes(_with_adapter(_random_model(_cut(config, layers), dtype), settings), 1, width)
+                _activation_bytes(with_adapter(random_model(first_layers(config, layers), dtype), settings), 1, width)
                 for layers in (1, 2)
             )
-        activations = settings.batch * (first + (_depth(config) - 1) * (second - first))
-    return TrainingMemory(weights, 16 * trained, activations)
+        activations = settings.batch * (first + (layer_count(config) - 1) * (second - first))
+    if gradient_checkpointing:  # the input of every layer, and the activations of one layer
+        text, layers = config.get_text_config(decoder=True), layer_count(config)
+        inputs = settings.batch * width * text.hidden_size * base.dtype.itemsize
+        activations = min(activations, layers * inputs + activations // layers)
+    return TrainingMemory(weights, 16 * trained, activations, matrices + head)
 
 
 def _activation_bytes(stack: LoraStack, rows: int, width: int) -> int:
@@ -250,14 +306,16 @@ def measure_seconds(
     """
     import torch
 
-    config = _load_config(model)
+    config = load_config(model)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in _random_model(_cut(config, 2), dtype).parameters())
+        size = sum(parameter.numel() for parameter in random_model(first_layers(config, 2), dtype).parameters())
     if device() == "cpu" and 6.0 * size * settings.batch * width > CPU_LIMIT:
         return None
     with forked_rng():
-        first, second = (_measure_batch(_cut(config, layers), dtype, settings, width, generated) for layers in (1, 2))
-    further = _depth(config) - 1
+        first, second = (
+            _measure_batch(first_layers(config, layers), dtype, settings, width, generated) for layers in (1, 2)
+        )
+    further = layer_count(config) - 1
     return BatchSeconds(
         *(
             getattr(first, name) + further * max(0.0, getattr(second, name) - getattr(first, name))
@@ -272,7 +330,8 @@ def _measure_batch(config: Any, dtype: str, settings: TrainSettings, width: int,
     from harmbench_vaccine.training.adapters import LoraStack
     from harmbench_vaccine.training.stage import TrainingStage
 
-    base = _random_model(config, dtype).to(device())
+    seconds_of = partial(fastest_call, least_seconds=MEASUREMENT_SECONDS)
+    base = random_model(config, dtype).to(device())
     ids = torch.randint(3, config.get_text_config(decoder=True).vocab_size, (generated or settings.batch, width))
     ids = ids.to(base.device)
     if generated:
@@ -284,74 +343,17 @@ def _measure_batch(config: Any, dtype: str, settings: TrainSettings, width: int,
             )
 
         with torch.inference_mode():
-            difference = _fastest(generate(many)) - _fastest(generate(few))
+            difference = seconds_of(generate(many)) - seconds_of(generate(few))
         return BatchSeconds(token=max(difference / (many - few), 0.0))
     stack = LoraStack(base)
     stage = TrainingStage("align", stack, stack.train((), settings, 0), 0, settings)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     stack.model.train()
-    _fastest(lambda: stage.gradient(batch))  # the first calls include one-time setup
-    forward = _fastest(lambda: stage.loss(batch))
-    both = _fastest(lambda: stage.gradient(batch))
+    seconds_of(lambda: stage.gradient(batch))  # the first calls include one-time setup
+    forward = seconds_of(lambda: stage.loss(batch))
+    both = seconds_of(lambda: stage.gradient(batch))
     parameters = list(stage.trainable.values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    return BatchSeconds(forward, max(both - forward, 0.0), _fastest(optimizer.step))
-
-
-def _fastest(call: Callable[[], object], least: int = 3) -> float:
-    """Return the seconds of the fastest of several calls; slower calls include other work on the machine."""
-    import torch
-
-    times: list[float] = []
-    while len(times) <= least or sum(times) < MEASUREMENT_SECONDS:
-        start = time.perf_counter()
-        call()
-        if device() == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Models with random weights
-
-
-def _load_config(model: str) -> Any:  # a configuration of transformers, of any architecture
-    from transformers import AutoConfig
-
-    with readable_load_errors(model) as arguments:
-        return AutoConfig.from_pretrained(**arguments)
-
-
-def _depth(config: Any) -> int:
-    return int(config.get_text_config(decoder=True).num_hidden_layers)
-
-
-def _random_model(config: Any, dtype: str) -> Any:  # a model of transformers, of any architecture
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with readable_load_errors(config.name_or_path):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=getattr(torch, dtype))
-
-
-def _with_adapter(base: Any, settings: TrainSettings) -> LoraStack:
-    """Return a model with a trainable adapter."""
-    from harmbench_vaccine.training.adapters import LoraStack
-
-    stack = LoraStack(base)
-    stack.train((), settings, 0)
-    stack.model.train()
-    return stack
-
-
-def _cut(config: Any, layers: int) -> Any:
-    """Return a configuration with fewer layers."""
-    small = copy.deepcopy(config)
-    text = small.get_text_config(decoder=True)
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return small
+    return BatchSeconds(forward, max(both - forward, 0.0), seconds_of(optimizer.step))

@@ -21,6 +21,8 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import data_locations
 from harmbench_vaccine.inference.model_pool import ModelPool
 
+from .random_models import model_shapes
+
 
 class DryRunStore(Store):
     """A store that returns stored artifacts, and an address without content for the others."""
@@ -57,11 +59,16 @@ class Source:
 class Plan:
     """The stages and sources of a list of experiments."""
 
+    experiments: Sequence[Experiment] = ()
     stages: list[list[Artifact]] = field(default_factory=list)
     """For every experiment, the artifacts that no earlier experiment requests; empty if they are unknown."""
     sources: list[Source] = field(default_factory=list)
     unknown: str = ""
     """The reason why some stages are unknown: they depend on data that is not on this machine."""
+
+    def is_stored(self, index: int) -> bool:
+        """Return whether all artifacts of an experiment are stored."""
+        return bool(self.stages) and not self.unknown and all(artifact.cached for artifact in self.stages[index])
 
 
 def plan_runs(experiments: Sequence[Experiment], root: Path) -> Plan:
@@ -79,8 +86,8 @@ def plan_runs(experiments: Sequence[Experiment], root: Path) -> Plan:
     is_built = DryRunStore(root).get_or_create("testbed", {"version": TESTBED_VERSION}, lambda *_: None).cached
     sources = [describe_source(what, name, is_built) for what, names in locations.items() for name in sorted(names)]
     if missing := [source.location for source in sources if not source.available and source.what != "judge"]:
-        return Plan(sources=sources, unknown=f"{missing[0]} is not on this machine yet")
-    plan = Plan(sources=sources)
+        return Plan(experiments, sources=sources, unknown=f"{missing[0]} is not on this machine yet")
+    plan = Plan(experiments, sources=sources)
     store = DryRunStore(root)
     for experiment in experiments:
         earlier = len(store.requested)
@@ -117,4 +124,6 @@ def describe_source(what: str, location: str, testbed_is_built: bool) -> Source:
         )
         if isinstance(refusal, BadInput):
             raise refusal from error
+        if shape := model_shapes().get(name.id):
+            return Source(what, location, False, f"about {2 * shape.parameters / 2**30:.1f} GiB in 16 bits")
         return Source(what, location, False, f"size unknown: {error}")

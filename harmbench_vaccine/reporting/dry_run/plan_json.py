@@ -1,0 +1,136 @@
+"""The plan of a dry run with its cost, as plain JSON: seconds and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.keys import run_id
+from harmbench_vaccine.experiment.protocol import leaf_values
+from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.plugins.composition import parse_plugins
+
+from .devices import HERE, DeviceRates, local_memory
+from .plan import Plan, plan_runs
+
+
+def dry_run_json(
+    plan: Plan, store: Store, rates: DeviceRates | None = None, gradient_checkpointing: bool = False
+) -> dict[str, Any]:
+    """Return a plan with the cost of the stages that are not stored.
+
+    Args:
+        plan: The plan.
+        store: The store, whose testbed run shows the error of estimates on this machine.
+        rates: The device to estimate for; None: this machine.
+        gradient_checkpointing: As in `hbv run`.
+    """
+    experiments = [
+        _experiment_json(plan, index, rates, gradient_checkpointing) for index in range(len(plan.experiments))
+    ]
+    estimates = [estimate for experiment in experiments for estimate in experiment["estimate"]]
+    first = plan.experiments[0]
+    return {
+        "device": _device_json(rates) if estimates or rates else None,
+        "protocol": {"hash": first.protocol.hash, "values": list(protocol_values(first))},
+        "experiments": experiments,
+        "sources": [vars(source) for source in plan.sources],
+        "unknown": plan.unknown,
+        "testbed": compare_testbed_estimate(store) if any(estimate["timed"] for estimate in estimates) else [],
+    }
+
+
+def _device_json(rates: DeviceRates | None) -> dict[str, Any]:
+    if rates:
+        return {"name": rates.name, "memory": rates.memory, "source": rates.source}
+    return {"name": HERE, "memory": local_memory(), "source": ""}
+
+
+def _experiment_json(plan: Plan, index: int, rates: DeviceRates | None, gradient_checkpointing: bool) -> dict[str, Any]:
+    experiment = plan.experiments[index]
+    artifacts = plan.stages[index] if plan.stages else []
+    missing = {artifact.stage for artifact in artifacts if not artifact.cached}
+    estimates, no_estimate = _estimates(experiment, missing if plan.stages else None, rates, gradient_checkpointing)
+    plugins = {
+        resolved.plugin.name: {key: [value, resolved.origins[key]] for key, value in resolved.params.items()}
+        for resolved in [*experiment.defenses, *experiment.attacks, experiment.task_plugin, *experiment.scorers]
+    }
+    return {
+        "run": run_id(experiment) if plan.stages else None,
+        "defense": experiment.defense,
+        "attack": experiment.attack,
+        "task": experiment.task.name,
+        "seed": experiment.spec.seed,
+        "plugins": plugins,
+        "stages": [
+            {"stage": artifact.stage, "key": artifact.key, "cached": artifact.cached, "seconds": artifact.seconds}
+            for artifact in artifacts
+        ],
+        "estimate": estimates,
+        "no_estimate": no_estimate,
+    }
+
+
+def _estimates(
+    experiment: Experiment, missing: Collection[str] | None, rates: DeviceRates | None, gradient_checkpointing: bool
+) -> tuple[list[dict[str, Any]], str]:
+    """Return the estimates of the missing stages (None: they are unknown, so all), or why there is none."""
+    if missing is not None and not missing:
+        return [], ""
+    from .estimate import ESTIMATED, estimate_costs
+
+    try:
+        costs = estimate_costs(
+            experiment,
+            rates,
+            read_rows=missing is not None,
+            gradient_checkpointing=gradient_checkpointing,
+            stages=ESTIMATED if missing is None else missing,
+        )
+    except HbvError as error:
+        if missing is not None and isinstance(error, BadInput):  # everything is on this machine: the run is refused too
+            raise
+        return [], str(error)
+    return [vars(estimate) for estimate in costs], ""
+
+
+def protocol_values(experiment: Experiment) -> Iterator[dict[str, Any]]:
+    """Yield every value of the resolved protocol: its dotted path, the value, and its source."""
+    protocol, spec = experiment.protocol, experiment.spec
+    written = {*spec.values, *(f"data.{name}" for name in spec.data)}
+    if spec.model:
+        yield {"path": "model", "value": experiment.model, "source": f"written, instead of {protocol.model}"}
+    for path, value in leaf_values(protocol):
+        if path == "model" and spec.model:
+            continue
+        source = protocol.source_of(path)
+        if any(path == key or path.startswith(f"{key}.") for key in written):
+            source = "written"
+        yield {"path": path, "value": value, "source": source}
+
+
+def compare_testbed_estimate(store: Store) -> list[dict[str, Any]]:
+    """Compare estimated and measured seconds for the stages of a testbed run that is stored on this machine.
+
+    Returns:
+        One entry per stage; empty if no such run is stored.
+    """
+    from .estimate import estimate_costs
+
+    for attack in ("ratio=0.1", "ratio=0"):
+        experiment = Experiment.settle(RunSpec(attack=parse_plugins(attack)))
+        stages = plan_runs([experiment], store.root).stages
+        measured: dict[str, float] = {}
+        for artifact in stages[0] if stages else []:
+            if artifact.cached:
+                measured[artifact.stage] = measured.get(artifact.stage, 0.0) + artifact.seconds
+        if "align" in measured:
+            return [
+                {"stage": estimate.stage, "estimated": estimate.seconds, "measured": measured[estimate.stage]}
+                for estimate in estimate_costs(experiment)
+                if estimate.stage in measured
+            ]
+    return []
