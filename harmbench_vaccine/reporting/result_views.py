@@ -32,6 +32,7 @@ def results_table(results: Sequence[Result], published: bool = False) -> Rendera
     table = render_table(
         _result_columns(results[0], stages, with_seed),
         [_result_row(result, stages, with_seed) for result in results],
+        gap=1,  # a run of the README then has one line at 80 columns
     )
     notes = [f"Protocol {results[0].protocol} {results[0].protocol_hash}."]
     for result in results:
