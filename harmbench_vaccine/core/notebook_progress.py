@@ -1,4 +1,4 @@
-"""Progress in a notebook: one output of the cell with the lines so far and the open bars. It needs no widgets."""
+"""Progress in a notebook without widgets: lines of finished work and the open bars, in one output of the cell."""
 
 from __future__ import annotations
 

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from .result_text import html_table, number_text, percent_text
+from .result_upgrade import upgraded_result
+
 SCHEMA_VERSION = 2
 
 
@@ -359,9 +362,25 @@ class Result(_Record):
 
     def _repr_html_(self) -> str:
         """Return the table that a notebook shows."""
-        from .result_text import result_html
-
-        return result_html(self)
+        before, shares = self.before, self.validity.shares
+        harmful_score = percent_text(self.harmful_score, self.harmful_score_ci)
+        accuracy = percent_text(self.finetune_accuracy, self.finetune_accuracy_ci)
+        rows = [
+            ("", "after the user stage", "before it"),
+            (f"HS %, by {self.scorer}", harmful_score, percent_text(before.harmful_score, before.harmful_score_ci)),
+            (
+                f"FA %, {self.finetune_accuracy_measure} on {self.task}",
+                accuracy if self.trained else f"{accuracy} untrained",
+                percent_text(before.finetune_accuracy, before.finetune_accuracy_ci),
+            ),
+            ("benign prompts refused %", *(f"{shares[when].over_refusal:.1f}" for when in ("after", "before"))),
+            ("alignment loss", number_text(self.alignment_loss, ".3f"), ""),
+            ("embedding drift", number_text(self.embedding_drift, ".3g"), ""),
+        ]
+        notes = [f"{self.run}, protocol {self.protocol} {self.protocol_hash}"]
+        if self.collapsed:
+            notes.append(f"COLLAPSED: {'; '.join(self.validity.reasons)}. Its HS does not count as safe.")
+        return html_table(f"{self.defense} against {self.attack}, seed {self.seed}", rows, notes)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain JSON, without absent optional values."""
@@ -376,20 +395,4 @@ class Result(_Record):
             ValueError, TypeError, AttributeError: A part of a result of schema 1 is damaged.
         """
         is_old = isinstance(values, dict) and "schema_version" not in values
-        return cls.model_validate(_from_schema_1(values) if is_old else values)
-
-
-def _from_schema_1(values: dict[str, Any]) -> dict[str, Any]:
-    """Upgrade a result of schema 1: renamed keys, versions inside `environment`, no artifacts."""
-    values = dict(values)
-    renamed = {"licence": "license", "compares_only": "comparison_only"}
-    scores = {
-        name: {renamed.get(key, key): value for key, value in score.items()}
-        for name, score in values.get("scores", {}).items()
-    }
-    counts = dict(values.get("counts", {}))
-    if "unread_grades" in counts:
-        counts["unparsed_grades"] = counts.pop("unread_grades")
-    environment = {"versions": values.pop("versions", {})}
-    agreement = values.get("agreement", [])
-    return {**values, "scores": scores, "agreement": agreement, "counts": counts, "environment": environment}
+        return cls.model_validate(upgraded_result(values) if is_old else values)

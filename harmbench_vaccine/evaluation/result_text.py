@@ -1,15 +1,14 @@
-"""A result as text: its numbers, and the compact HTML table that a notebook shows."""
+"""Numbers of a result as text, and tables as HTML, which a notebook shows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from harmbench_vaccine.core.visible import visible
 
-from .result import Interval, Result
 
-
-def percent_text(score: float, interval: Interval) -> str:
+def percent_text(score: float, interval: Sequence[float]) -> str:
     """Return a score with its interval, such as "12.0 [8.5, 16.6]"."""
     return f"{score:.1f} [{interval[0]:.1f}, {interval[1]:.1f}]"
 
@@ -19,47 +18,21 @@ def number_text(value: float | None, form: str) -> str:
     return "not a number" if value is None else format(value, form)
 
 
-def result_html(result: Result) -> str:
-    """Return scores with their intervals, refusals, loss and drift, the scores before, and failed gates."""
-    before, shares = result.before, result.validity.shares
-    untrained = "" if result.trained else " (untrained)"
-    header = ("", "after the user stage", "before it")
-    rows = [
-        (
-            f"HS %, by {result.scorer}",
-            percent_text(result.harmful_score, result.harmful_score_ci),
-            percent_text(before.harmful_score, before.harmful_score_ci),
-        ),
-        (
-            f"FA %, {result.finetune_accuracy_measure} on {result.task}",
-            percent_text(result.finetune_accuracy, result.finetune_accuracy_ci) + untrained,
-            percent_text(before.finetune_accuracy, before.finetune_accuracy_ci),
-        ),
-        (
-            "benign prompts refused %",
-            *(f"{shares[when].over_refusal:.1f}" if when in shares else "" for when in ("after", "before")),
-        ),
-        ("alignment loss", number_text(result.alignment_loss, ".3f"), ""),
-        ("embedding drift", number_text(result.embedding_drift, ".3g"), ""),
-    ]
-    heading = f"{result.defense} against {result.attack}, seed {result.seed}"
-    origin = f"{result.run}, protocol {result.protocol} {result.protocol_hash}"
-    warning = "; ".join(result.validity.reasons)
-    return "".join(
-        [
-            f"<div><strong>{_text(heading)}</strong><br><small>{_text(origin)}</small>",
-            "<table>",
-            _row("th", header),
-            *(_row("td", row) for row in rows),
-            "</table>",
-            f"<strong>COLLAPSED</strong>: {_text(warning)}. Its HS does not count as safe." if result.collapsed else "",
-            "</div>",
-        ]
-    )
+def html_table(title: str, rows: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """Return a table with escaped texts.
+
+    Args:
+        title: A line above the table.
+        rows: The cells; the first row is the header.
+        notes: Lines below the table.
+    """
+    lines = "".join(f"<div><small>{_text(note)}</small></div>" for note in notes)
+    table = "".join(_row("td" if index else "th", row) for index, row in enumerate(rows))
+    return f"<div><strong>{_text(title)}</strong><table>{table}</table>{lines}</div>"
 
 
-def _row(cell: str, texts: tuple[str, ...]) -> str:
-    return "<tr>" + "".join(f"<{cell}>{_text(text)}</{cell}>" for text in texts) + "</tr>"
+def _row(element: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{element}>{_text(cell)}</{element}>" for cell in cells) + "</tr>"
 
 
 def _text(text: str) -> str:
