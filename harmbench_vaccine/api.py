@@ -24,7 +24,7 @@ from .evaluation.records import find_run, load_run
 from .evaluation.result import Result
 from .experiment.spec import RunSpec
 from .experiment.spec_lists import combine_specs
-from .plugins.python_specs import PluginSpec
+from .plugins.python_specs import PluginSpec, check_class_names
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 StoredRun = str | Path | Result
 """A result, a run id, a unique prefix of one, or the folder of a run."""
 _AXES = ("defense", "attack", "task", "seed")
+_PLUGINS = ("defense", "attack", "task", "scorers")
 
 
 class RunOptions(TypedDict, total=False):
@@ -152,10 +153,7 @@ def run(
         from .core.device import select_device
 
         select_device(device)
-    if isinstance(defense, list) and any(isinstance(item, Mapping | RunSpec) for item in defense):
-        specs = [spec for item in defense for spec in _specs_of_run(item, {**arguments, "defense": "sft"})]
-    else:
-        specs = _specs(arguments)
+    specs = _specs(arguments)
     from .runner import run_all
 
     with _receiver(progress) as receiver:
@@ -268,18 +266,29 @@ def _folder(run: StoredRun) -> Path:
 # Arguments
 
 
-def _specs_of_run(item: Any, defaults: Mapping[str, Any]) -> list[RunSpec]:
+def _specs(arguments: Mapping[str, Any]) -> list[RunSpec]:
+    """Return the specifications of a call: of each run of a list, or of every combination."""
+    runs: list[Mapping[str, Any] | RunSpec] = [arguments]
+    first = arguments["defense"]
+    if isinstance(first, list) and any(isinstance(item, Mapping | RunSpec) for item in first):
+        runs = [_arguments_of_run(item, {**arguments, "defense": "sft"}) for item in first]
+    mappings = [run for run in runs if isinstance(run, Mapping)]
+    check_class_names(value for run in mappings for name in _PLUGINS for value in _as_list(run[name]))
+    return [spec for run in runs for spec in (_combinations(run) if isinstance(run, Mapping) else [run])]
+
+
+def _arguments_of_run(item: Any, defaults: Mapping[str, Any]) -> Mapping[str, Any] | RunSpec:
     if isinstance(item, RunSpec):
-        return [item]
+        return item
     if not isinstance(item, Mapping):
         raise BadInput(f"{shortened(repr(item))} is not a run; allowed: mappings, such as dict(defense='vaccine').")
     for name in item:
         if name not in defaults:
             raise unknown_name("argument of a run", str(name), defaults)
-    return _specs({**defaults, **item})
+    return {**defaults, **item}
 
 
-def _specs(arguments: Mapping[str, Any]) -> list[RunSpec]:
+def _combinations(arguments: Mapping[str, Any]) -> list[RunSpec]:
     axes = {name: _as_list(arguments[name]) for name in (*_AXES, "scorers")}
     for name in _AXES:
         if not axes[name]:

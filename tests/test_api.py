@@ -7,7 +7,8 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import _GeneratorContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,12 +17,14 @@ import pytest
 import torch
 
 import harmbench_vaccine as hbv
+from harmbench_vaccine.attacks.ratio import Ratio
 from harmbench_vaccine.core.notebook_progress import NotebookBars
 from harmbench_vaccine.core.progress import Advance, Silent
 from harmbench_vaccine.core.types import Example, StageName
 from harmbench_vaccine.defenses.vaccine import Vaccine
+from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.python_specs import parse_specification
-from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, TASKS
+from harmbench_vaccine.plugins.registry import DEFENSES, TASKS
 from support.cli import hbv as hbv_command
 from support.results import collapsed, make_result, write_csv
 
@@ -67,8 +70,8 @@ def test_run_returns_the_result_of_the_command_line(world: Path, stored: Path) -
     ("defense", "attack"),
     [
         (Vaccine(rho=5), "ratio=0.1"),
-        (Vaccine(rho=5.0), ATTACKS.get("ratio")(p=0.1)),
-        ((Vaccine(rho=5),), (ATTACKS.get("ratio")(p=0.1),)),
+        (Vaccine(rho=5.0), Ratio(p=0.1)),
+        ((Vaccine(rho=5),), (Ratio(p=0.1),)),
     ],
 )
 def test_objects_are_specifications(defense: Any, attack: Any, world: Path, stored: Path) -> None:
@@ -89,13 +92,24 @@ def test_lists_are_every_combination(world: Path, stored: Path) -> None:
     assert [result.run for result in results] == [command_ids(stored)[name] for name in ("sft", "vaccine=5")]
 
 
-def test_combinations_have_the_order_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    specs: list[Any] = []
-    monkeypatch.setattr("harmbench_vaccine.runner.run_all", lambda given, **options: specs.extend(given) or [None])
+@pytest.fixture
+def specs(monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
+    """The specifications that `hbv.run` receives, instead of running them."""
+    recorded: list[RunSpec] = []
+
+    def run_all(listed: list[RunSpec], **options: Any) -> list[None]:
+        recorded.extend(listed)
+        return [None]
+
+    monkeypatch.setattr("harmbench_vaccine.runner.run_all", run_all)
+    return recorded
+
+
+def test_combinations_have_the_order_of_the_table(specs: list[RunSpec]) -> None:
     hbv.run(["sft", "vaccine"], ["ratio=0", "ratio=0.1"], task=["sst2", "agnews"], seed=range(2), **QUIET)
-    seen = [(s.task, s.seed, s.attack[0].params[""], s.defense[0].name) for s in specs]
-    assert seen == sorted(seen, key=lambda row: (["sst2", "agnews"].index(row[0]), *row[1:]))
-    assert len(set(seen)) == 16
+    order = [(str(s.task), s.seed, str(s.attack[0].params[""]), s.defense[0].name) for s in specs]
+    assert order == sorted(order, key=lambda row: (["sst2", "agnews"].index(row[0]), *row[1:]))
+    assert len(set(order)) == 16
 
 
 def test_list_of_runs(world: Path, stored: Path) -> None:
@@ -105,9 +119,7 @@ def test_list_of_runs(world: Path, stored: Path) -> None:
     assert [result.run for result in results] == [command_ids(stored)[name] for name in ("vaccine=5", "sft")]
 
 
-def test_values_are_those_of_set(world: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    specs: list[Any] = []
-    monkeypatch.setattr("harmbench_vaccine.runner.run_all", lambda given, **options: specs.extend(given) or [None])
+def test_values_are_those_of_set(world: Path, specs: list[RunSpec]) -> None:
     values = {"align.settings.lr": 1e-5, "rows": "paper", "align.rows": 8, "answer.cut_at": "", "gates.neither": None}
     hbv.run(protocol=world, values=values, data={"sst2": Path("rows")}, model=Path("model"), **QUIET)
     from harmbench_vaccine.core.strict_yaml import read_yaml
@@ -132,6 +144,7 @@ class HalfRows(hbv.Defense):
 
 def test_class_of_a_program_runs(world: Path, stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = hbv.run(HalfRows(share=0.25), "ratio=0.1", protocol=world)
+    assert result.counts.align
     assert (result.defense, result.counts.align.rows) == ("half_rows=0.25", 10)
     printed = capsys.readouterr()
     assert "align half_rows=0.25" in printed.err  # lines, as stderr is not a terminal
@@ -144,7 +157,7 @@ class Titles(Silent):
     def __init__(self) -> None:
         self.titles: list[str] = []
 
-    def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
+    def bar(self, title: str, total: int) -> _GeneratorContextManager[Advance]:
         self.titles.append(title)
         return super().bar(title, total)
 
@@ -154,6 +167,34 @@ def test_progress_can_be_an_own_receiver(world: Path, stored: Path, capsys: pyte
     hbv.run("sft", "ratio=0.1", protocol=world, progress=titles)
     assert titles.titles
     assert capsys.readouterr().err == ""
+
+
+class Alignment(Silent):
+    """A receiver that records the steps of the alignment stage, and that can interrupt it, as a cell of a notebook."""
+
+    def __init__(self, interrupted_step: int | None = None) -> None:
+        self.steps: list[int] = []
+        self._interrupted_step = interrupted_step
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Advance]:
+        def advance(steps: int, detail: str = "", seconds_left: float | None = None) -> None:
+            if title.startswith("align"):
+                self.steps.append(steps)
+                if sum(self.steps) == self._interrupted_step:
+                    raise KeyboardInterrupt
+
+        yield advance
+
+
+def test_interrupted_cell_resumes(world: Path, stored: Path) -> None:
+    """The second call continues from the last checkpoint."""
+    receivers = Alignment(interrupted_step=10), Alignment()
+    with pytest.raises(KeyboardInterrupt):
+        hbv.run("vaccine:rho=3", "ratio=0.1", protocol=world, progress=receivers[0])
+    hbv.run("vaccine:rho=3", "ratio=0.1", protocol=world, progress=receivers[1])
+    assert 5 < receivers[1].steps[0] <= sum(receivers[0].steps) == 10  # the first report has the steps before it
+    assert sum(receivers[1].steps) == 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,6 +284,13 @@ def test_bad_input_is_one_sentence(
     assert not own_home.exists()
 
 
+def test_two_classes_of_one_name_are_refused(own_home: Path) -> None:
+    other = type("HalfRows", (HalfRows,), {"__module__": __name__})
+    with pytest.raises(hbv.BadInput, match="Two classes are named 'HalfRows'; rename one of them"):
+        hbv.run([HalfRows, (other, "ewc")], **QUIET)
+    assert not own_home.exists()
+
+
 def test_class_with_the_name_of_another_plugin_is_refused() -> None:
     other = type("Vaccine", (hbv.Defense,), {"__module__": __name__})
     with pytest.raises(hbv.BadInput, match="that of defense 'vaccine': rename the class"):
@@ -301,14 +349,20 @@ def test_runs_are_named_in_several_forms(form: Any, world: Path, stored: Path) -
 
 def test_training_log_is_a_table(stored: Path) -> None:
     log = hbv.training_log("sft")
-    stored_log = json.loads(next((stored / "store" / "align").glob("*/log.json")).read_text(encoding="utf-8"))
-    assert len(log[log["stage"] == "align"]) == len(stored_log)
+    result = json.loads((stored / "runs" / command_ids(stored)["sft"] / "result.json").read_text(encoding="utf-8"))
+    for stage in ("align", "finetune"):
+        artifact = Path(result["stages"][stage]["artifacts"][stage]["path"])
+        steps = json.loads((artifact / "log.json").read_text(encoding="utf-8"))
+        assert log[log["stage"] == stage]["loss"].tolist() == [step["loss"] for step in steps]
 
 
 def test_load_model_gives_the_stored_answers(stored: Path) -> None:
     """Greedy decoding of the loaded model repeats the answers that the run stored."""
-    model, tokenizer = hbv.load_model("vaccine")
-    answers = hbv.answers("vaccine")
+    model: Any
+    tokenizer: Any
+    run = command_ids(stored)["vaccine=5"]
+    model, tokenizer = hbv.load_model(run)
+    answers = hbv.answers(run)
     for row in answers[(answers["set"] == "harmful") & (answers["when"] == "after")].head(3).itertuples():
         inputs = tokenizer(row.prompt, return_tensors="pt")
         with torch.no_grad():

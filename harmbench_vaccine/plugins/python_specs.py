@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from harmbench_vaccine.core.errors import BadInput, shortened
@@ -41,6 +43,19 @@ def parse_specification(written: PluginSpec, registry: Registry[P]) -> Compositi
         )
     params = {} if inspect.isclass(written) else written.model_dump(exclude_unset=True)
     return (Component(name=registry.register(cls), params={key: _text(value) for key, value in params.items()}),)
+
+
+def check_class_names(specifications: Iterable[PluginSpec]) -> None:
+    """Check that no two classes have the same name: only the last one would be registered.
+
+    Raises:
+        BadInput: Two classes have the same name.
+    """
+    parts = [part for written in specifications for part in (written if isinstance(written, tuple) else (written,))]
+    classes = {part if inspect.isclass(part) else type(part) for part in parts}
+    for name, count in Counter(cls.__name__ for cls in classes).items():
+        if count > 1:
+            raise BadInput(f"Two classes are named {name!r}; rename one of them.")
 
 
 def _text(value: Any) -> str | int | float | bool:
