@@ -213,7 +213,7 @@ def terminal_progress() -> Iterator[Progress]:
 
 def _stderr_shows_bars() -> bool:
     """Return whether stderr is a terminal with control codes, unlike that of TERM=dumb."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # None: it is closed
         return False
     from rich.console import Console
 

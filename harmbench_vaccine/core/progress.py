@@ -223,7 +223,7 @@ class Terminal:
             console=self.console,
             expand=True,
             transient=True,
-            redirect_stdout=sys.stdout.isatty(),  # a redirected stdout keeps the results
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),  # a redirected stdout keeps the results
         )
 
     def __enter__(self) -> Terminal:
