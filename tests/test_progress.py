@@ -14,6 +14,7 @@ import pytest
 
 from harmbench_vaccine import runner
 from harmbench_vaccine.cli import log_file
+from harmbench_vaccine.cli.console import terminal_progress
 from harmbench_vaccine.core.progress import BarState, Lines, Progress, Receivers, Silent, format_duration
 from harmbench_vaccine.core.stage_clock import ReportingStore, StageClock
 from harmbench_vaccine.core.store import Artifact
@@ -285,6 +286,14 @@ def test_a_dumb_terminal_shows_lines() -> None:
     shown = show_bars(80, TERM="dumb")
     assert "\x1b" not in shown
     assert "8 runs: 88 steps" in shown.splitlines()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream(stream: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, stream, None)
+    with terminal_progress() as progress, progress.bar("x", 1) as advance:
+        advance(1)
+    assert capfd.readouterr().err == ("" if stream == "stderr" else "x: 1 step\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ def test_run_has_the_scores_of_its_judge(home: Path, world: Path) -> None:
 def test_score_adds_verdicts_next_to_the_stored_ones(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, rows_before = read(home)
     monkeypatch.setattr(SCORERS.get("beaver_dam"), "read", lambda *args: pytest.fail("it reads again"))
-    args = ("score", before["run"], "--scorer", "beaver_dam=0.9", "--scorer", "refusal_keywords", "--json")
+    args = ("score", "-q", before["run"], "--scorer", "beaver_dam=0.9", "--scorer", "refusal_keywords", "--json")
     done = hbv(*args, home=home)
     assert (done.code, done.err) == (0, "")
     values, rows = read(home)
@@ -412,7 +412,7 @@ def test_unread_verdicts_are_left_out_and_shown(home: Path, world: Path, tmp_pat
 
 def test_score_prints_a_table(home: Path) -> None:
     run = run_of(home).name
-    done = hbv("score", run[:6], "--scorer", "refusal_keywords", home=home)
+    done = hbv("score", "-q", run[:6], "--scorer", "refusal_keywords", home=home)
     assert (done.code, done.err) == (0, "")
     values, _ = read(home)
     score = values["scores"]["refusal_keywords"]
