@@ -20,6 +20,7 @@ import yaml
 
 from harmbench_vaccine import __version__
 from harmbench_vaccine.cli import commands
+from harmbench_vaccine.cli.log_file import close_log
 from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.evaluation.results_csv import COLUMNS
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -39,6 +40,14 @@ PAGES = sorted(
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PLACEHOLDERS = ("./", "my_", "mine", "surgery", "RUN", "NAME", "FILE", "ID", "SPEC")
 """Beginnings of names in examples that a reader replaces or creates."""
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Parse commands in an empty folder, because `--log-file` opens its file there."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    close_log()
 
 
 def page_id(path: Path) -> str:
