@@ -10,7 +10,6 @@ It makes the checks of the command line, and raises its messages as `BadInput` a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +99,7 @@ def run(
     csv: str | Path | None = None,
     report_to: Tracker | Sequence[Tracker] = (),
     progress: bool | Progress = True,
+    **unknown: Any,
 ) -> Result | list[Result]:
     """Run experiments and store their results, as `hbv run` does. Stored stages are reused.
 
@@ -128,6 +128,7 @@ def run(
         csv: CSV that the results are added to; None: `$HBV_HOME/results.csv`.
         report_to: Trackers that receive the steps of training stages: "tensorboard", "wandb", "mlflow".
         progress: Whether to show progress, or a receiver of it.
+        unknown: No other argument is allowed; the error names the nearest one.
 
     Returns:
         One result; or a list of results if an argument is a list.
@@ -136,6 +137,8 @@ def run(
         BadInput: An unknown name, or a value that is not allowed.
         HbvError: A failure while running. Call again to resume from the last checkpoint.
     """
+    for name in unknown:
+        raise unknown_name("argument", name, [*_AXES, *RunOptions.__annotations__])
     arguments: dict[str, Any] = {
         "defense": defense,
         "attack": attack,
@@ -320,23 +323,19 @@ def _checked_trackers(written: Tracker | Sequence[Tracker]) -> list[Tracker]:
 @contextmanager
 def _receiver(progress: bool | Progress) -> Iterator[Progress]:
     """Open the receiver of progress: bars in a notebook or a terminal, and lines on stderr elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
     if not isinstance(progress, bool):
         yield progress
     elif not progress:
         yield SILENT
-    elif _in_notebook():
+    elif console.is_jupyter:
         from .core.notebook_progress import notebook_bars
 
         yield notebook_bars()
-    elif sys.stderr.isatty():
+    elif console.is_interactive:
         with Terminal() as terminal:
             yield terminal
     else:
-        yield Lines(lambda line: print(line, file=sys.stderr, flush=True))
-
-
-def _in_notebook() -> bool:
-    """Return whether the output of this process is the cell of a notebook."""
-    from rich.console import Console
-
-    return Console().is_jupyter
+        yield Lines(lambda line: print(line, file=console.file, flush=True))

@@ -259,6 +259,8 @@ def test_fingerprint_of_a_cell_covers_what_it_uses(tmp_path: Path) -> None:
         ({"device": "gpu"}, ("--device", "gpu"), "device"),
         ({"report_to": "tensorbord"}, None, "Did you mean 'tensorboard'"),
         ({"backend": "vlm"}, None, "backend is 'vlm'"),
+        ({"defence": "sft"}, None, "Unknown argument 'defence'. Did you mean 'defense'"),
+        ({"scorer": "beaver_dam"}, None, "Unknown argument 'scorer'. Did you mean 'scorers'"),
         ({"seed": -1}, None, "seed is -1"),
         ({"seed": "0.5"}, None, "seed is '0.5'"),
         ({"seed": []}, None, "seed is an empty list"),
