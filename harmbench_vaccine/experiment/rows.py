@@ -19,8 +19,8 @@ from harmbench_vaccine.data.pools import (
     without_duplicates,
 )
 from harmbench_vaccine.data.prompts import EvalSet
-from harmbench_vaccine.data.sources import RowReader, fingerprint, parse_split, provenance
-from harmbench_vaccine.plugins import Task
+from harmbench_vaccine.data.sources import RowReader, fingerprint, provenance
+from harmbench_vaccine.plugins.task_rows import convert_rows, training_and_test_rows
 from harmbench_vaccine.plugins.teams import upload_rows
 
 from .experiment import Experiment, StageConfig
@@ -217,30 +217,7 @@ def _read_task(experiment: Experiment) -> _TaskRows:
     task, reader = experiment.task, RowReader()
 
     def examples(dataset: str, split: str) -> list[Example]:
-        converted = []
-        for row in reader.read(experiment.location(dataset), split, task.fields):
-            try:
-                example = task.example(f"{task.name}:{parse_split(split)[0]}:{row.number}", row.values)
-                _check_own_answer(task, example)
-            except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
-                raise BadInput(f"{row.place} is not a row of task {task.name!r}: {error}.") from error
-            converted.append(example)
-        return converted
+        return convert_rows(task, split, reader.read(experiment.location(dataset), split, task.fields))
 
-    rows, items = task.rows(examples)
+    rows, items = training_and_test_rows(task, examples)
     return _TaskRows(rows, items, reader.counts)
-
-
-def _check_own_answer(task: Task, example: Example) -> None:
-    """Refuse a row whose own answer is wrong by the rule of the task; a task that a judge grades has no rule.
-
-    Raises:
-        ValueError: The rule does not accept the answer.
-    """
-    if task.graded:
-        return
-    answer = example.response
-    item = {"instruction": example.instruction, "input": example.input, "target": example.target, "answer": answer}
-    if not task.scores("flexible", [item])[0]:
-        shown = answer if len(answer) <= 80 else f"... {answer[-80:]}"
-        raise ValueError(f"its answer {shown!r} is wrong by the rule of the task; the target is {example.target!r}")
