@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test fast slow coverage lint bench vllm clean
+.PHONY: run test fast slow coverage lint bench docs vllm clean
 
 run: $(VENV)/.installed
 	$(BIN)/hbv run --defense sft --defense vaccine --attack ratio=0.1
@@ -32,6 +32,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build --strict
 
 vllm: $(VENV)/.installed-vllm
 
