@@ -76,7 +76,7 @@ def test_notebook_runs(testbed_home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     pages = [output.data.get("text/html", "") for output in outputs]
     assert any("6 runs: done" in page for page in pages)
     assert any("vaccine=2 against ratio=0.3" in page for page in pages)
-    assert any("slow_user=0.5 against ratio=0.3" in page for page in pages)
+    assert any("slow_user=0.8 against ratio=0.3" in page for page in pages)
     assert any("image/png" in output.data for output in outputs)
 
 
@@ -89,6 +89,6 @@ def test_page_runs(testbed_home: Path, tmp_path: Path, monkeypatch: pytest.Monke
     script.write_text("\n".join(blocks()), encoding="utf-8")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for text in ("vaccine-", "slow_user=0.5", "Did you mean 'vaccine'"):
+    for text in ("vaccine-", "slow_user=0.8", "Did you mean 'vaccine'"):
         assert text in done.stdout
     assert "Traceback" not in done.stderr
