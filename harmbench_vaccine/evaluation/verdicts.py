@@ -77,12 +77,12 @@ def judge_answers(
         with progress.bar(f"score: {scorer.name}", len(missing)) as advance:
             for start in range(0, len(missing), CHUNK):
                 chunk = dict(missing[start : start + CHUNK])
-                new = dict(zip(chunk, scorer.read(list(chunk.values())), strict=True))
+                new = dict(zip(chunk, scorer.readings(list(chunk.values())), strict=True))
                 judgments |= new
                 # An unread verdict may be a temporary failure of a server: it is requested again next time.
-                cache.put({key: judgment for key, judgment in new.items() if not scorer.decide(judgment).unparsed})
+                cache.put({key: judgment for key, judgment in new.items() if not scorer.verdict(judgment).unparsed})
                 advance(len(chunk))
-    verdicts = [scorer.decide(judgments[key]) for key in keys]
+    verdicts = [scorer.verdict(judgments[key]) for key in keys]
     unparsed = [key for key, verdict in zip(keys, verdicts, strict=True) if verdict.unparsed]
     if pairs and len(unparsed) >= MAX_UNPARSED * len(pairs):
         raise HbvError(_unreadable(scorer, judgments[unparsed[0]], len(unparsed), len(pairs)))

@@ -122,6 +122,11 @@ class Plugin(BaseModel):
         return self.random(purpose).sample(list(rows), count)
 
     @classmethod
+    def required_methods(cls) -> tuple[str, ...]:
+        """Return the methods without a default, which the class must define."""
+        return ()
+
+    @classmethod
     def main_parameter(cls) -> str | None:
         """Return the parameter that `name=VALUE` sets, or None."""
         return next((key for key in cls.model_fields if cls._extra(key)["main"]), None)

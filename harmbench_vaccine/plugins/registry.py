@@ -28,6 +28,7 @@ from .attack import Attack
 from .base import Plugin
 from .defense import Defense
 from .scorer import Scorer
+from .signatures import require_interface
 from .task import Task
 
 P = TypeVar("P", bound=Plugin)
@@ -167,6 +168,8 @@ class Registry(Generic[P]):
         if vars(plugin).get("name", name) != name:  # one class under two names: each keeps its own
             plugin = type(plugin.__name__, (plugin,), {"__module__": plugin.__module__, "__doc__": plugin.__doc__})
         plugin.name = name
+        bases = (Defense, Attack, Task, Scorer)  # a registry of any kind of plug-in has none of them
+        require_interface(plugin, next((base for base in bases if issubclass(plugin, base)), self.base))
         return plugin
 
 
@@ -176,7 +179,8 @@ def _readable_import_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        raise BadInput(f"{what} cannot be imported: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{what} cannot be imported: {type(error).__name__}: {reason}") from error
 
 
 def is_plugin_path(name: str) -> bool:

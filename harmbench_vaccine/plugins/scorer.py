@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import PrivateAttr
 
+from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment, Verdict
 from harmbench_vaccine.inference.model_pool import ModelPool
@@ -32,6 +33,8 @@ class Scorer(Plugin):
     kind: ClassVar[str] = "scorer"
     form: ClassVar[Form] = "classifier"
     """How it reads an answer: by a classifier, by generated text, or by a rule without a model."""
+    cost: ClassVar[str] = ""
+    """Cost of reading one answer, such as "1 forward pass over the question and the answer"."""
     license: ClassVar[str] = ""
     """License of the model or of the prompt, where it limits the use of a score."""
     unverified: ClassVar[str] = ""
@@ -63,6 +66,11 @@ class Scorer(Plugin):
         copy._backend = backend
         return copy
 
+    @classmethod
+    def required_methods(cls) -> tuple[str, ...]:
+        """Return `read`, and `decide` if there is no `threshold` for the default one."""
+        return ("read",) if "threshold" in cls.model_fields else ("read", "decide")
+
     def check(self) -> None:
         """Check its parameters before any work is spent.
 
@@ -85,4 +93,31 @@ class Scorer(Plugin):
 
     def judge(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[Verdict]:
         """Read and decide on each (question, answer), in the order of `pairs`."""
-        return [self.decide(reading) for reading in self.read(pairs, progress)]
+        return [self.verdict(reading) for reading in self.readings(pairs, progress)]
+
+    def readings(self, pairs: Sequence[tuple[str, str]], progress: Progress = SILENT) -> list[RawJudgment]:
+        """Call `read` and check what it returns.
+
+        Raises:
+            HbvError: It is not a list with one RawJudgment for each pair.
+        """
+        readings: object = self.read(pairs, progress)
+        if not isinstance(readings, list):
+            returned = type(readings).__name__
+            raise HbvError(f"Scorer {self.name!r}: read returned {returned}; allowed: a list of RawJudgment.")
+        if others := [type(reading).__name__ for reading in readings if not isinstance(reading, RawJudgment)]:
+            raise HbvError(f"Scorer {self.name!r}: read returned a list of {others[0]}; allowed: RawJudgment.")
+        if len(readings) != len(pairs):
+            raise HbvError(f"Scorer {self.name!r}: read returned {len(readings)} judgments for {len(pairs)} answers.")
+        return readings
+
+    def verdict(self, reading: RawJudgment) -> Verdict:
+        """Call `decide` and check what it returns.
+
+        Raises:
+            HbvError: It is not a Verdict.
+        """
+        verdict: object = self.decide(reading)
+        if not isinstance(verdict, Verdict):
+            raise HbvError(f"Scorer {self.name!r}: decide returned {type(verdict).__name__}; allowed: a Verdict.")
+        return verdict

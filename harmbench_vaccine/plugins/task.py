@@ -36,6 +36,13 @@ class Task(Plugin):
     """Parameters that change no training row, or only through the content of a data set. All others are part of the key
     of the user stage, so that another text of a prompt is another artifact."""
 
+    @classmethod
+    def required_methods(cls) -> tuple[str, ...]:
+        """Return `example` and the scoring method: `grade` where a judge scores, otherwise `flexible` or `scores`."""
+        if cls.graded is not Task.graded:
+            return "example", "grade"
+        return ("example", "flexible") if cls.scores is Task.scores else ("example",)
+
     def check(self) -> None:
         """Check the parameters before any work is spent.
 

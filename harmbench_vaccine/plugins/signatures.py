@@ -1,0 +1,80 @@
+"""The required methods of a plug-in and the signatures of its hooks, checked when its class is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cached_property
+from typing import Any
+
+from harmbench_vaccine.core.errors import BadInput
+
+from .base import Plugin
+
+
+def require_interface(cls: type[Plugin], base: type[Plugin]) -> None:
+    """Check that a class has what the harness reads and calls, so that a mistake is reported before any work is spent.
+
+    Args:
+        cls: The class of the plug-in, with its name.
+        base: The class of its kind.
+
+    Raises:
+        BadInput: A method or a class attribute is missing, a hook is not a method, or it takes other arguments.
+    """
+    plugin = f"{cls.kind.capitalize()} {cls.name!r}"
+    for name in base.__annotations__:
+        if "ClassVar" in base.__annotations__[name] and not hasattr(cls, name):
+            raise BadInput(f"{plugin} has no class attribute {name!r}; see {base.__module__}.{base.__name__}.")
+    hooks = [name for name in vars(base) if not name.startswith(("_", "model_"))]
+    for name in hooks:
+        hook, expected = inspect.getattr_static(cls, name), inspect.getattr_static(base, name)
+        if hook is not expected and (problem := _hook_problem(cls, name, hook, expected)):
+            raise BadInput(f"{plugin}: {problem}.")
+    for name in cls.required_methods():
+        if getattr(cls, name) is getattr(base, name):
+            raise BadInput(f"{plugin} has no method {_call(name, getattr(base, name))}.")
+
+
+def _hook_problem(cls: type[Plugin], name: str, hook: Any, expected: Any) -> str:
+    """Describe how an overridden hook differs from the one that the harness calls; empty if it fits."""
+    if isinstance(expected, property):
+        is_method = inspect.isfunction(hook)
+        return f"{name} is a method, but must be a property: write @property above it" if is_method else ""
+    if not inspect.isfunction(expected):
+        return ""
+    method = f"a method {_call(name, expected)}"
+    if isinstance(hook, property | cached_property):
+        return f"{name} is a property, but must be {method}"
+    if not callable(getattr(cls, name)):
+        return f"{name} is a value ({hook!r:.40}), but must be {method}"
+    if inspect.iscoroutinefunction(hook) or inspect.isasyncgenfunction(hook):
+        return f"{name} is asynchronous, but must be {method}"
+    if _accepts(cls, name, expected):
+        return ""
+    return f"{name} takes other arguments ({_call(name, hook)}), but must be {method}"
+
+
+def _accepts(cls: type[Plugin], name: str, expected: Any) -> bool:
+    """Return whether a hook can be called with the required arguments of the interface, and with all of them."""
+    instance = object()
+    bound = inspect.getattr_static(cls, name)
+    bound = bound.__get__(instance, cls) if hasattr(bound, "__get__") else bound
+    parameters = list(inspect.signature(expected).parameters.values())[1:]
+    required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+    try:
+        for arguments in (required, parameters):
+            positional = [None for parameter in arguments if parameter.kind is not parameter.KEYWORD_ONLY]
+            named = {parameter.name: None for parameter in arguments if parameter.kind is parameter.KEYWORD_ONLY}
+            inspect.signature(bound).bind(*positional, **named)
+    except TypeError:
+        return False
+    return True
+
+
+def _call(name: str, function: Any) -> str:
+    """Format a call of a hook, without `self`, types and defaults."""
+    parameters = [
+        str(parameter.replace(annotation=parameter.empty, default=parameter.empty))
+        for parameter in inspect.signature(function).parameters.values()
+    ]
+    return f"{name}({', '.join(text for text in parameters if text != 'self')})"
