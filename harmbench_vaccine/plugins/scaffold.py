@@ -15,10 +15,10 @@ from . import registry
 
 
 def write_scaffold(kind: str, name: str, folder: str) -> str:
-    """Write a new defense or attack that runs unchanged.
+    """Write a new plug-in that runs unchanged.
 
     Args:
-        kind: `defense` or `attack`.
+        kind: Kind of plug-in with a file in `scaffolds`, such as `defense`.
         name: The name of the plug-in.
         folder: An existing folder.
 

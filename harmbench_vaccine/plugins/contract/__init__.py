@@ -1,7 +1,8 @@
 """Contract tests of a plug-in: its declarations, its return values, and the state that it must not change.
 
-A plug-in runs through the real trainer, adapters and teams in a tiny world with random weights: it takes seconds and
-downloads nothing. Equality to the bit holds on a CPU. The tests cannot check that the math is that of the paper.
+A defense or an attack runs through the real trainer, adapters and teams in a tiny world with random weights; a scorer
+judges a few answers, and a task reads and scores its rows. It takes seconds and downloads nothing. Equality to the bit holds on a CPU. The tests cannot check
+that the math is that of the paper.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.progress import SILENT, Progress
 
-from ..attack import Attack
 from ..base import Plugin, Resolved
 from ..composition import Component, canonical_name, parse_plugins, resolve_plugins
 from ..defense import Defense
-from ..registry import ATTACKS, DEFENSES, Registry, is_plugin_path
+from ..registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_plugin_path
+from ..scorer import Scorer
+from ..task import Task
 
 if TYPE_CHECKING:
     from .findings import Finding
 
 
+_CHECKED_REGISTRIES: tuple[Registry[Any], ...] = (DEFENSES, ATTACKS, SCORERS, TASKS)
 _COLUMN = 21
 """The column at which the requirement of a check begins."""
 
@@ -77,7 +81,7 @@ class ContractReport:
 
 
 def find_plugins(text: str) -> list[Resolved]:
-    """Find a defense or an attack by its name or file; a name of both kinds gives both.
+    """Find a plug-in by its name or file; a name of several kinds gives all of them.
 
     Args:
         text: A plug-in as on the command line, such as `vaccine:rho=5` or `./mine.py`.
@@ -94,35 +98,52 @@ def find_plugins(text: str) -> list[Resolved]:
     name = components[0].name
     registries: list[Registry[Any]] = [Registry(Plugin, "")]  # any kind, by the class in the file
     if not is_plugin_path(name):
-        registries = [registry for registry in (DEFENSES, ATTACKS) if name in registry.entries()]
+        registries = [registry for registry in _CHECKED_REGISTRIES if name in registry.entries()]
         if not registries:
-            raise unknown_name("defense or attack", name, {*DEFENSES.entries(), *ATTACKS.entries()})
+            raise unknown_name(
+                "plug-in", name, sorted({*chain.from_iterable(r.entries() for r in _CHECKED_REGISTRIES)})
+            )
     plugins = [resolve_plugins(components, registry, {}, "")[0] for registry in registries]
     for resolved in plugins:
-        if not isinstance(resolved.plugin, Defense | Attack):
-            raise BadInput(f"{name!r} is a {resolved.plugin.kind}, but hbv check takes only defenses and attacks.")
+        if not isinstance(resolved.plugin, tuple(registry.base for registry in _CHECKED_REGISTRIES)):
+            raise BadInput(f"{name!r} is a {resolved.plugin.kind}, which hbv check does not take.")
     return plugins
 
 
 def run_contract(resolved: Resolved, progress: Progress = SILENT) -> ContractReport:
     """Run all contract tests on one plug-in; the process-wide random generators keep their states."""
-    from .attack_checks import ATTACK_CHECKS, AttackSubject
-    from .defense_hooks import HOOK_CHECKS
-    from .defense_outcomes import OUTCOME_CHECKS
-    from .defense_subject import DefenseSubject
-    from .findings import Checks
     from .observation import preserved_random_states
+
+    with tempfile.TemporaryDirectory() as folder, preserved_random_states(), _frozen_garbage():
+        findings = _findings(resolved, Path(folder), progress)
+    return ContractReport(resolved.plugin.kind, canonical_name([resolved]), findings)
+
+
+def _findings(resolved: Resolved, folder: Path, progress: Progress) -> list[Finding]:
+    """Run the checks of one kind of plug-in."""
+    from .findings import Checks
     from .world import TinyWorld
 
-    cls: Any = type(resolved.plugin)  # a class of Defense or of Attack, which the branch below decides
-    with tempfile.TemporaryDirectory() as folder, preserved_random_states(), _frozen_garbage():
-        world = TinyWorld(Path(folder))
-        if isinstance(resolved.plugin, Defense):
-            checks = Checks([*HOOK_CHECKS.all, *OUTCOME_CHECKS.all])
-            findings = checks.examine(DefenseSubject(cls, resolved.params, world), progress)
-        else:
-            findings = ATTACK_CHECKS.examine(AttackSubject(cls, resolved.params, world), progress)
-    return ContractReport(cls.kind, canonical_name([resolved]), findings)
+    cls: Any = type(resolved.plugin)  # a class of the kind that a branch below selects
+    if isinstance(resolved.plugin, Defense):
+        from .defense_hooks import HOOK_CHECKS
+        from .defense_outcomes import OUTCOME_CHECKS
+        from .defense_subject import DefenseSubject
+
+        checks = Checks([*HOOK_CHECKS.all, *OUTCOME_CHECKS.all])
+        return checks.examine(DefenseSubject(cls, resolved.params, TinyWorld(folder)), progress)
+    if isinstance(resolved.plugin, Scorer):
+        from .scorer_checks import SCORER_CHECKS, ScorerSubject
+
+        return SCORER_CHECKS.examine(ScorerSubject(cls, resolved.params), progress)
+    if isinstance(resolved.plugin, Task):
+        from .task_checks import TASK_CHECKS
+        from .task_subject import TaskSubject
+
+        return TASK_CHECKS.examine(TaskSubject(cls, resolved.params), progress)
+    from .attack_checks import ATTACK_CHECKS, AttackSubject
+
+    return ATTACK_CHECKS.examine(AttackSubject(cls, resolved.params, TinyWorld(folder)), progress)
 
 
 @contextmanager

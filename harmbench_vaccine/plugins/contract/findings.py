@@ -14,9 +14,12 @@ from harmbench_vaccine.core.progress import Progress
 from ..attack import Attack
 from ..base import Plugin
 from ..defense import Defense
+from ..scorer import Scorer
+from ..task import Task
 
 S = TypeVar("S", bound="Subject")
 Outcome = Literal["ok", "fails", "n/a"]
+_BASES: tuple[type[Plugin], ...] = (Defense, Attack, Scorer, Task)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Subject:
     @property
     def base(self) -> type[Plugin]:
         """The class whose hooks the plug-in may override."""
-        return Defense if issubclass(self.cls, Defense) else Attack
+        return next(base for base in _BASES if issubclass(self.cls, base))
 
     def is_neutral(self) -> bool:
         """Return whether the parameters are the declared neutral setting."""
