@@ -53,7 +53,7 @@ class RunOptions(TypedDict, total=False):
     save_every: float
     out: str | Path | None
     csv: str | Path | None
-    report_to: Tracker | Sequence[Tracker]
+    report_to: Tracker | Sequence[Tracker] | None
     progress: bool | Progress
 
 
@@ -97,7 +97,7 @@ def run(
     save_every: float = 0.1,
     out: str | Path | None = None,
     csv: str | Path | None = None,
-    report_to: Tracker | Sequence[Tracker] = (),
+    report_to: Tracker | Sequence[Tracker] | None = None,
     progress: bool | Progress = True,
     **unknown: Any,
 ) -> Result | list[Result]:
@@ -155,7 +155,7 @@ def run(
     if device is not None:
         from .core.device import select_device
 
-        select_device(device)
+        select_device(str(device))
     specs = _specs(arguments)
     from .runner import run_all
 
@@ -189,7 +189,7 @@ def results(path: str | Path | None = None) -> DataFrame:
 
     from .evaluation.results_csv import ResultRow, read_csv
 
-    file = home() / "results.csv" if path is None else user_path(path)
+    file = home() / "results.csv" if path is None else user_path(str(path))
     if path is not None and not file.exists():
         raise BadInput(f"The CSV of results {str(path)!r} does not exist.")
     types = {name: _column_type(schema) for name, schema in ResultRow.model_json_schema()["properties"].items()}
@@ -296,6 +296,9 @@ def _combinations(arguments: Mapping[str, Any]) -> list[RunSpec]:
     for name in _AXES:
         if not axes[name]:
             raise BadInput(f"Argument {name} is an empty list; give at least one value, or leave it out.")
+    for name in ("data", "values"):
+        if not isinstance(arguments[name], Mapping | None):
+            raise BadInput(f"Argument {name} is {shortened(repr(arguments[name]))}; allowed: a mapping by name.")
     settings = {name: value for name, value in arguments.items() if name not in _AXES}
     return combine_specs(*(axes[name] for name in _AXES), **{**settings, "scorers": axes["scorers"]})
 
@@ -305,15 +308,15 @@ def _as_list(written: Any) -> list[Any]:
 
 
 def _checked_share(name: str, value: float, least: float) -> float:
-    if not (isinstance(value, int | float) and least <= value <= 1):
+    if isinstance(value, bool) or not (isinstance(value, int | float) and least <= value <= 1):
         raise BadInput(f"Argument {name} is {shortened(repr(value))}; allowed: a number from {least} to 1.")
     return value
 
 
-def _checked_trackers(written: Tracker | Sequence[Tracker]) -> list[Tracker]:
+def _checked_trackers(written: Tracker | Sequence[Tracker] | None) -> list[Tracker]:
     from .training.trackers import TRACKERS
 
-    names = [written] if isinstance(written, str) else list(written)
+    names = [written] if isinstance(written, str) else list(written or ())
     for name in names:
         if name not in TRACKERS:
             raise unknown_name("tracker", str(name), TRACKERS)

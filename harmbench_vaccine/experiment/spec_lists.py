@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput, shortened
 from harmbench_vaccine.inference.engine import Backend
 from harmbench_vaccine.plugins.composition import Component
 from harmbench_vaccine.plugins.python_specs import PluginSpec, parse_specification
@@ -74,9 +74,19 @@ def combine_specs(
 
 
 def _yaml_text(value: Any) -> str:
-    """Return a value as `--set` takes it."""
+    """Return a value as `--set` takes it.
+
+    Raises:
+        BadInput: YAML does not have such values.
+    """
     if isinstance(value, str):
         return value
     import yaml
 
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    try:
+        text = yaml.safe_dump(value, default_flow_style=True, width=10**6)
+    except yaml.YAMLError as error:
+        raise BadInput(
+            f"Argument values contains {shortened(repr(value))}; allowed: numbers, texts, lists, mappings and None."
+        ) from error
+    return text.removesuffix("\n...\n").strip()

@@ -29,11 +29,13 @@ def parse_specification(written: PluginSpec, registry: Registry[P]) -> Compositi
         registry: The registry of its kind; it receives classes that it does not have, such as one of a notebook.
 
     Raises:
-        BadInput: The text does not follow the grammar, or an object is not a plug-in of this kind.
+        BadInput: The text does not follow the grammar, an object is not a plug-in of this kind, or a tuple is empty.
     """
     if isinstance(written, str):
         return parse_plugins(written)
     if isinstance(written, tuple):
+        if not written:
+            raise BadInput(f"A tuple that composes {registry.base.kind} plug-ins is empty; give at least one.")
         return tuple(component for part in written for component in parse_specification(part, registry))
     cls = written if inspect.isclass(written) else type(written)
     if not issubclass(cls, registry.base):
