@@ -1,8 +1,8 @@
 """Contract tests of a plug-in: its declarations, its return values, and the state that it must not change.
 
 A defense or an attack runs through the real trainer, adapters and teams in a tiny world with random weights; a scorer
-judges a few answers, and a task reads and scores its rows. It takes seconds and downloads nothing. Equality to the bit holds on a CPU. The tests cannot check
-that the math is that of the paper.
+judges a few answers, and a task reads and scores its rows. It takes seconds and downloads nothing. Equality to the bit
+holds on a CPU. The tests cannot check that the math is that of the paper.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.inference.model_pool import ModelPool
 
 from ..base import Plugin, Resolved
 from ..composition import Component, canonical_name, parse_plugins, resolve_plugins
 from ..defense import Defense
-from ..registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_plugin_path
+from ..registry import REGISTRIES, Registry, is_plugin_path
 from ..scorer import Scorer
 from ..task import Task
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .findings import Finding
 
 
-_CHECKED_REGISTRIES: tuple[Registry[Any], ...] = (DEFENSES, ATTACKS, SCORERS, TASKS)
 _COLUMN = 21
 """The column at which the requirement of a check begins."""
 
@@ -98,15 +98,15 @@ def find_plugins(text: str) -> list[Resolved]:
     name = components[0].name
     registries: list[Registry[Any]] = [Registry(Plugin, "")]  # any kind, by the class in the file
     if not is_plugin_path(name):
-        registries = [registry for registry in _CHECKED_REGISTRIES if name in registry.entries()]
+        registries = [registry for registry in REGISTRIES if name in registry.entries()]
         if not registries:
-            raise unknown_name(
-                "plug-in", name, sorted({*chain.from_iterable(r.entries() for r in _CHECKED_REGISTRIES)})
-            )
+            raise unknown_name("plug-in", name, {*chain.from_iterable(kind.entries() for kind in REGISTRIES)})
     plugins = [resolve_plugins(components, registry, {}, "")[0] for registry in registries]
     for resolved in plugins:
-        if not isinstance(resolved.plugin, tuple(registry.base for registry in _CHECKED_REGISTRIES)):
+        if not isinstance(resolved.plugin, tuple(registry.base for registry in REGISTRIES)):
             raise BadInput(f"{name!r} is a {resolved.plugin.kind}, which hbv check does not take.")
+        if isinstance(resolved.plugin, Task):
+            resolved.plugin.check()
     return plugins
 
 
@@ -135,7 +135,8 @@ def _findings(resolved: Resolved, folder: Path, progress: Progress) -> list[Find
     if isinstance(resolved.plugin, Scorer):
         from .scorer_checks import SCORER_CHECKS, ScorerSubject
 
-        return SCORER_CHECKS.examine(ScorerSubject(cls, resolved.params), progress)
+        with closing(ModelPool()) as models:
+            return SCORER_CHECKS.examine(ScorerSubject(cls, resolved.params, models), progress)
     if isinstance(resolved.plugin, Task):
         from .task_checks import TASK_CHECKS
         from .task_subject import TaskSubject
