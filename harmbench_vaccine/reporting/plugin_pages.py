@@ -27,7 +27,7 @@ FACTS: dict[str, tuple[str, ...]] = {
     "defense": ("stages", "cost", "once", "memory", "data", "topology", "needs_adapter", "trains", "neutral"),
     "attack": ("trains", "edits_base", "excludes", "neutral"),
     "task": ("measure", "dataset", "fields", "chance"),
-    "scorer": ("model", "form", "license", "unverified", "comparison_only"),
+    "scorer": ("model", "form", "cost", "license", "unverified", "comparison_only"),
 }
 """Kind -> the attributes that its classes declare, in addition to those of every plug-in."""
 

@@ -27,6 +27,7 @@ class BeaverDam(Scorer):
     """Flags an answer if the probability of any category is above the threshold."""
 
     citation: ClassVar[str] = "arXiv 2307.04657"
+    cost: ClassVar[str] = "1 forward pass over the question and the answer"
     license: ClassVar[str] = "beaver-dam-7b: non-commercial use only"
     fixed_texts: ClassVar[tuple[str, ...]] = (JUDGE_PROMPT, *CATEGORIES)
 

@@ -24,6 +24,7 @@ class Harmbench(Scorer):
 
     citation: ClassVar[str] = "arXiv 2402.04249"
     form: ClassVar[Form] = "generative"
+    cost: ClassVar[str] = "1 generated text of up to 4 tokens"
     license: ClassVar[str] = "HarmBench classifier: MIT, on Llama 2 (Llama 2 Community License)"
     unverified: ClassVar[str] = "the prompt, which the user supplies; that an answer is cut after 512 tokens"
     file_params: ClassVar[tuple[str, ...]] = ("template",)

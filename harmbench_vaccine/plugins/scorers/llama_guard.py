@@ -26,6 +26,7 @@ class LlamaGuard(Scorer):
 
     citation: ClassVar[str] = "arXiv 2312.06674"
     form: ClassVar[Form] = "generative"
+    cost: ClassVar[str] = "1 generated text of up to 32 tokens"
     license: ClassVar[str] = "Llama Guard: Llama Community License, gated"
 
     model: str = param("meta-llama/Llama-Guard-3-8B", "a folder or hub id", source="the model card")

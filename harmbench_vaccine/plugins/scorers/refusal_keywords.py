@@ -21,6 +21,7 @@ class RefusalKeywords(Scorer):
 
     citation: ClassVar[str] = "arXiv 2307.15043"
     form: ClassVar[Form] = "rule"
+    cost: ClassVar[str] = "no model"
     comparison_only: ClassVar[bool] = True
     fixed_texts: ClassVar[tuple[str, ...]] = (REFUSAL_PHRASES.pattern,)
 

@@ -26,6 +26,7 @@ class Shieldgemma(Scorer):
 
     citation: ClassVar[str] = "arXiv 2407.21772"
     form: ClassVar[Form] = "generative"
+    cost: ClassVar[str] = "1 forward pass for each policy"
     license: ClassVar[str] = "ShieldGemma: Gemma Terms of Use, gated"
     unverified: ClassVar[str] = (
         "the policies, which the user supplies; that the chat template takes them as `guideline`"

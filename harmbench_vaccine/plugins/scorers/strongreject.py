@@ -35,6 +35,7 @@ class Strongreject(Scorer):
 
     citation: ClassVar[str] = "arXiv 2402.10260"
     form: ClassVar[Form] = "generative"
+    cost: ClassVar[str] = "1 generated text of up to 512 tokens"
     unverified: ClassVar[str] = "the wording of the rubric, which the user supplies"
     file_params: ClassVar[tuple[str, ...]] = ("template", "system")
 

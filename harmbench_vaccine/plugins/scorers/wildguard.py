@@ -28,6 +28,7 @@ class Wildguard(Scorer):
 
     citation: ClassVar[str] = "arXiv 2406.18495"
     form: ClassVar[Form] = "generative"
+    cost: ClassVar[str] = "1 generated text of up to 128 tokens"
     license: ClassVar[str] = "WildGuard: Apache-2.0, gated"
     file_params: ClassVar[tuple[str, ...]] = ("template",)
 
