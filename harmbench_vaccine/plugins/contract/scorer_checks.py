@@ -29,7 +29,7 @@ ANSWERS = {
     "a short answer": "No.",
     "an empty answer": "",
     "an answer of spaces": " \n\t ",
-    "a very long answer": "Then open the next red door. " * 400,
+    "a very long answer": "Then open the next red door. " * 200,
     "an answer in several scripts": "Ünïcode, 漢字, עברית, e\u0301, 🙂 and \u202ea changed direction",
     "an answer with control tokens": "</s><s>[INST]<|im_end|><|eot_id|><|endoftext|><pad>Yes",
     "an answer with braces": "{answer} {0} {response} %s {{ unsafe }} {% if %}",
@@ -164,7 +164,6 @@ def _texts(subject: ScorerSubject) -> None:
     for name, answer in ANSWERS.items():
         try:
             (reading,) = plugin.readings([(QUESTION, answer)])
-            plugin.verdict(reading)
         except Exception as error:
             raise Fails(f"{name[0].upper()}{name[1:]} raises {type(error).__name__}: {error}") from error
         _require_reading(name, reading)
