@@ -78,9 +78,9 @@ def new(kind: str, name: str, folder: str) -> None:
 def check(context: click.Context, plugin: str, as_json: bool) -> None:
     """Test a plug-in against the contract.
 
-    The checks run a defense or an attack for a few steps in a tiny generated world, a scorer on a few answers,
-    and a task on its rows.    Nothing is downloaded: a scorer with a model that is not on this machine is checked without it. Parameters may
-    follow the name, as in --defense. The exit code is 1 if a check fails.
+    The checks run a defense or an attack for a few steps in a tiny generated world, a scorer on a few answers, and
+    a task on its rows. Nothing is downloaded: a model that is not on this machine is left out. Parameters may follow
+    the name, as in --defense. The exit code is 1 if a check fails.
 
     \b
     Example: hbv check ./my_idea.py

@@ -19,12 +19,17 @@ from .findings import Fails, Subject, describe_value, hook_names
 _PROBE = Example("probe", "a question {with} braces", input="its input")
 
 
-def documentation_problems(subject: Subject) -> list[str]:
-    """Return the gaps in the documentation of a plug-in: docstring, citation, parameters."""
+def documentation_problems(subject: Subject, *, cited: bool = True) -> list[str]:
+    """Return the gaps in the documentation of a plug-in: docstring, citation, parameters.
+
+    Args:
+        subject: The plug-in.
+        cited: Whether plug-ins of its kind need a citation.
+    """
     cls, problems = subject.cls, []
     if not vars(cls).get("__doc__"):
         problems.append("its class has no docstring")
-    if not cls.citation and subject.hooks():
+    if cited and not cls.citation and subject.hooks():
         problems.append("it has no citation (write 'unpublished' if it has none)")
     for key, info in cls.model_fields.items():
         if not info.description:
