@@ -321,6 +321,17 @@ def test_artifacts_of_a_running_process_stay_until_it_ends(
     assert not list((shop.store.root / ".use").glob("*.marks"))
 
 
+def test_a_plan_leaves_the_marks_that_a_process_is_about_to_lock(shop: Shop) -> None:
+    marks = shop.store.root / ".use" / "0123.marks"  # as between the creation of the file and its lock
+    marks.parent.mkdir(parents=True)
+    marks.touch()
+    unused = shop.add("align", number=1)
+    assert shop.command("gc")["artifacts"] == [f"align/{unused}"]
+    assert marks.exists()
+    shop.command("gc", "--yes")  # which no process marks meanwhile
+    assert not marks.exists()
+
+
 def test_unfinished_work_of_a_running_process_stays(
     shop: Shop, process: Callable[[str], subprocess.Popen[str]]
 ) -> None:

@@ -48,16 +48,26 @@ class ArtifactUse:
 
     def marked(self) -> set[str]:
         """Return the artifacts that running processes use, as `stage/key`."""
-        return {name for path in self._folder.glob("*.marks") for name in _marks_of_running_process(path)}
+        names: set[str] = set()
+        for path in filter(_is_locked, self._folder.glob("*.marks")):
+            with suppress(FileNotFoundError):  # the process has ended meanwhile
+                names.update(path.read_text(encoding="utf-8").split())
+        return names
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Let other processes wait before they mark another artifact, until the end of the block.
 
+        Files of ended processes are removed. Elsewhere, a file without a lock may be that of a process that is about to
+        lock it.
+
         Raises:
             OSError: The store cannot be locked.
         """
         with self._guard(fcntl.LOCK_EX):
+            for path in self._folder.glob("*.marks"):
+                if not _is_locked(path):
+                    path.unlink(missing_ok=True)
             yield
 
     @contextmanager
@@ -71,15 +81,14 @@ class ArtifactUse:
             os.close(descriptor)
 
 
-def _marks_of_running_process(path: Path) -> list[str]:
-    """Return the marks in a file, or remove it if the process that wrote it has ended."""
+def _is_locked(path: Path) -> bool:
+    """Return whether the process that wrote a file of marks is running."""
     with suppress(FileNotFoundError), path.open(encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return file.read().split()
-        path.unlink()
-    return []
+            return True
+    return False
 
 
 def _close(path: Path, file: IO[str], owner: int) -> None:
