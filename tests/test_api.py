@@ -208,16 +208,22 @@ SCALE = {scale}
 OTHER = 1
 def helper(x):
     return {body}
+def cube(x):
+    return {cube}
+factorial = lambda n: factorial(n - 1) if n else {one}
+NAMES = {{"one", "two", "three", "four", "five"}}
+TABLE = {{"cube": cube, "factorial": [factorial, NAMES]}}
 class Mine(hbv.Defense):
     '''{doc}'''
     def settings(self, stage, settings):
-        return helper(settings) if SCALE else settings
+        return helper(settings) if SCALE else TABLE["cube"](settings)
 print(Mine.fingerprint())
 """
+VALUES = {"scale": "1", "body": "x", "cube": "x**3", "one": "1", "doc": "A defense."}
 
 
 def fingerprint(tmp_path: Path, *, notebook: bool = False, **changes: str) -> str:
-    text = PROGRAM.format(**{"scale": "1", "body": "x", "doc": "A defense.", **changes})
+    text = PROGRAM.format(**{**VALUES, **changes})
     file = tmp_path / "program.py"
     file.write_text(text, encoding="utf-8")
     if notebook:  # a cell: its module has no file, and its lines are in linecache
@@ -238,7 +244,13 @@ def test_fingerprint_of_a_cell_covers_what_it_uses(tmp_path: Path) -> None:
     before = fingerprint(tmp_path)
     assert fingerprint(tmp_path, notebook=True) == before
     assert fingerprint(tmp_path, doc="Another text.") == before
-    assert len({before, fingerprint(tmp_path, scale="2"), fingerprint(tmp_path, body="(x)[0]")}) == 3
+    edits = ({"scale": "2"}, {"body": "(x)[0]"}, {"cube": "x * x * x"}, {"one": "2"})  # the last two are in a table
+    assert len({before, *(fingerprint(tmp_path, **edit) for edit in edits)}) == 5
+
+
+def test_fingerprint_needs_whole_statements(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="The code of '<lambda>' is not available: write it with `def`"):
+        fingerprint(tmp_path, scale='{\n "twice": lambda x: 2 * x,\n}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,25 +43,56 @@ def code_of_modules(modules: Mapping[str, Path]) -> str:
 def code_of_definitions(definitions: Iterable[type]) -> str:
     """Return the code of classes of a script or a notebook, and of everything in their module that it uses.
 
-    These are functions, classes and plain values of the module, at any depth; modules that they import are left out.
+    These are functions, classes, plain values and containers of these, at any depth; modules that they import and
+    other objects are left out.
 
     Raises:
-        BadInput: The code of a class is not available.
+        BadInput: The code of a class or a function is not available.
     """
     unread: list[Any] = list(definitions)
-    covered: dict[str, str] = {}
+    read: set[int] = set()
+    texts: set[str] = set()
     while unread:
         definition = unread.pop()
-        tree = ast.parse(textwrap.dedent(_source(definition)))
-        covered[definition.__qualname__] = ast.unparse(_CodeOnly().visit(tree))
+        if id(definition) in read:
+            continue
+        read.add(id(definition))
+        tree = _tree(definition)
+        texts.add(f"{definition.__qualname__}: {ast.unparse(_CodeOnly().visit(tree))}")
         module = vars(sys.modules[definition.__module__])
-        for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & module.keys() - covered.keys():
-            value = module[name]
-            if inspect.isfunction(value) or inspect.isclass(value):
-                unread += [value] if value.__module__ == definition.__module__ else []
-            elif isinstance(value, str | int | float | bool | tuple | list | dict | frozenset | None):
-                covered[name] = repr(value)
-    return "\n".join(f"{name}: {code}" for name, code in sorted(covered.items()))
+        for name in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & module.keys():
+            text, used = _value_text(module[name], definition.__module__)
+            unread += used
+            texts |= {f"{name}: {text}"} if text else set()
+    return "\n".join(sorted(texts))
+
+
+def _value_text(value: Any, module: str) -> tuple[str, list[Any]]:
+    """Return a text that is equal in every process, and the functions and classes of the module that the value has.
+
+    The text of other objects, whose `repr` may have an address, is empty.
+    """
+    if inspect.isfunction(value) or inspect.isclass(value):
+        return value.__qualname__, [value] if value.__module__ == module else []
+    if isinstance(value, dict | tuple | list | set | frozenset):
+        parts = [_value_text(item, module) for item in (value.items() if isinstance(value, dict) else value)]
+        texts = [text for text, _ in parts]
+        if isinstance(value, set | frozenset):
+            texts.sort()
+        return f"{type(value).__name__}({', '.join(texts)})", [item for _, used in parts for item in used]
+    return (repr(value) if isinstance(value, str | int | float | bool | None) else ""), []
+
+
+def _tree(definition: Any) -> ast.Module:
+    """Parse the source of a function or a class.
+
+    Raises:
+        BadInput: It is not available, or it is a part of a statement, as that of a lambda in a dictionary.
+    """
+    try:
+        return ast.parse(textwrap.dedent(_source(definition)))
+    except SyntaxError as error:
+        raise BadInput(f"The code of {definition.__qualname__!r} is not available: write it with `def`.") from error
 
 
 def _source(definition: Any) -> str:
