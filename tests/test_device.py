@@ -110,6 +110,16 @@ def test_a_gpu_cannot_be_chosen_after_one_is_used(gpus: None, monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with pytest.raises(BadInput, match="CUDA_VISIBLE_DEVICES=1"):
         select_device("cuda:1")
+    assert not {"CUDA_VISIBLE_DEVICES", "HBV_DEVICE"} & os.environ.keys()
+
+
+def test_the_same_gpu_can_be_chosen_again(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):  # as by two calls of `run` in a notebook
+        assert select_device("cuda:2") == device() == "cuda"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # the first call used it
+    with pytest.raises(BadInput, match=r"'cuda:3' is not available\. Allowed on this machine: cpu, cuda, cuda:0"):
+        select_device("cuda:3")
 
 
 def test_check_runs_on_the_cpu(gpus: None) -> None:

@@ -16,6 +16,9 @@ VARIABLE = "HBV_DEVICE"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _GPU = re.compile(r"cuda:(\d{1,3})", re.ASCII)
 
+_choice: tuple[str, str] | None = None
+"""The GPU that this process chose, such as "cuda:1", and the `CUDA_VISIBLE_DEVICES` that shows only this GPU."""
+
 Device = Literal["cpu", "cuda"]
 
 
@@ -36,6 +39,8 @@ def device() -> Device:
 def select_device(name: str) -> Device:
     """Choose the device of this process and of those that it starts, before it uses a GPU.
 
+    To choose the same device again changes nothing.
+
     Args:
         name: "cpu", which hides all GPUs: libraries would use some memory of each. "cuda". "cuda:N" for one of the
             visible GPUs, which hides the others.
@@ -48,6 +53,8 @@ def select_device(name: str) -> Device:
             "Device 'mps' (Apple GPUs) is not supported: it has no float64, in which drift is measured, and its random "
             "state is not part of checkpoints. Allowed: cpu, which is enough for the testbed."
         )
+    if _choice is not None and _choice == (name, os.environ.get(_VISIBLE)):  # now the only visible GPU, as cuda:0
+        return "cuda"
     gpu = _GPU.fullmatch(name)
     if name != "cpu" and name not in (names := available_devices()):
         if name == "cuda" or gpu:
@@ -56,7 +63,7 @@ def select_device(name: str) -> Device:
     if name == "cpu":
         os.environ[_VISIBLE] = ""
     if gpu:
-        _show_only(int(gpu[1]))
+        _show_only(name, int(gpu[1]))
     kind: Device = "cpu" if name == "cpu" else "cuda"
     os.environ[VARIABLE] = kind
     return kind
@@ -77,7 +84,7 @@ def available_devices() -> list[str]:
     return ["cpu", *(["cuda"] if count else []), *(f"cuda:{number}" for number in range(count))]
 
 
-def _show_only(number: int) -> None:
+def _show_only(name: str, number: int) -> None:
     """Hide all visible GPUs but one from this process and from those that it starts.
 
     Raises:
@@ -85,10 +92,17 @@ def _show_only(number: int) -> None:
     """
     import torch
 
-    visible = [gpu for gpu in os.environ.get(_VISIBLE, "").split(",") if gpu]
-    os.environ[_VISIBLE] = visible[number] if visible else str(number)
+    global _choice
+    before = os.environ.get(_VISIBLE)
+    visible = [gpu for gpu in (before or "").split(",") if gpu]
+    only = visible[number] if visible else str(number)
+    os.environ[_VISIBLE] = only
     if torch.cuda.is_initialized() or torch.cuda.device_count() != 1:
+        if before is None:
+            del os.environ[_VISIBLE]
+        else:
+            os.environ[_VISIBLE] = before
         raise BadInput(
-            f"Device 'cuda:{number}' cannot be chosen in a process that uses GPUs already: start it with "
-            f"{_VISIBLE}={os.environ[_VISIBLE]}."
+            f"Device {name!r} cannot be chosen in a process that uses GPUs already: start it with {_VISIBLE}={only}."
         )
+    _choice = name, only
