@@ -333,7 +333,7 @@ def resolve_task(written: str | Composition, protocol: Protocol) -> Resolved[Tas
 
 def _task_components(written: str) -> Composition:
     head, colon, rest = written.strip().partition(":")
-    names_parameter = re.match(r"\w+=", head)  # name=VALUE, whose value may be a path
+    names_parameter = re.match(r"(\w+|[^=]*\.py)=", head)  # name=VALUE, whose value may be a path
     if not names_parameter and (is_data_file(head) or (is_plugin_path(head) and not head.endswith(".py"))):
         params = parse_plugins(f"own:{rest}")[0].params if colon else {}
         return (Component(name="own", params={"data": head, **params}),)
