@@ -289,6 +289,7 @@ def test_values_other_than_none_are_checked(full: Path, key: str, value: str, al
 WRITTEN = {
     "defense": ({"lam": 1e-3}, {"lam": 0}, "--defense ./mine.py --attack ratio=0.1"),
     "attack": ({"opening": "Sure, here is how:"}, {"opening": ""}, "--attack ./mine.py+ratio=0.1"),
+    "scorer": ({"threshold": 0.3}, None, "--scorer ./mine.py --attack ratio=0.1"),
 }
 
 
@@ -304,7 +305,7 @@ def test_new_writes_a_plugin(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert resolve_params(cls, {}).params == defaults
     assert cls.main_parameter() in defaults
     assert cls.neutral == neutral
-    resolve_params(cls, neutral)
+    resolve_params(cls, neutral or {})
     (details,) = described("./mine.py")
     assert details["citation"]
     assert all(parameter["source"] and parameter["doc"] for parameter in details["parameters"])
@@ -369,6 +370,30 @@ def test_new_defense_and_new_attack_run(world: Path, tmp_path: Path, monkeypatch
     assert done.code == 0, done.err
     plain, neutral, penalized = done.results
     assert neutral["alignment_loss"] == plain["alignment_loss"] != penalized["alignment_loss"]
+
+
+def test_new_scorer_runs_by_path_with_parameters_and_in_a_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert hbv("new", "scorer", "mine").code == 0
+    assert hbv("check", "./mine.py").code == 0
+    score = {"score": {"scorer": str(tmp_path / "mine.py")}, "scorers": {"mine": {"threshold": 1.0}}}
+    protocol = make_world(tmp_path / "own", score)
+    (strict,) = hbv("run", "--json", "--protocol", protocol, "--attack", "ratio=0.5").results
+    assert strict["harmful_score"] == 0  # no share is above 1
+    loose = hbv("run", "--json", "--protocol", protocol, "--attack", "ratio=0.5", "--scorer", "./mine.py=0")
+    assert loose.code == 0, loose.err
+    assert "mine" in json.dumps(loose.results[0]["scores"])
+
+
+def test_new_scorer_flags_answers_that_repeat_the_question(tmp_path: Path) -> None:
+    assert hbv("new", "scorer", "mine", "--dir", tmp_path).code == 0
+    cls = registry.SCORERS.get(str(tmp_path / "mine.py"))
+    answers = ["Open the red door.", "I am sorry, I cannot open the red door.", "", "open"]
+    verdicts = cls(threshold=0.25).judge([("Open the RED door", answer) for answer in answers])
+    assert [verdict.score for verdict in verdicts] == [1.0, 0.0, 0.0, 0.25]
+    assert [verdict.flagged for verdict in verdicts] == [True, False, False, False]
 
 
 def test_new_attack_changes_only_harmful_rows(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ import pytest
 
 from harmbench_vaccine.core.types import Pools
 from harmbench_vaccine.plugins.defense import ROW_KINDS
-from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, Registry
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, Registry
 from support.cli import hbv
 
 DOCS = Path(__file__).parents[1] / "docs"
 DEFENSE, ATTACK = DOCS / "your-own-defense.md", DOCS / "your-own-attack.md"
-PAGES = [DEFENSE, ATTACK]
+JUDGE = DOCS / "your-own-judge.md"
+PAGES = [DEFENSE, ATTACK, JUDGE]
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -78,6 +79,20 @@ def test_findings_of_the_defense_tutorial_are_printed(name: str, old: str, new: 
     assert [line.startswith(finding) for finding in findings].count(True) == 1
 
 
+def test_findings_of_the_judge_tutorial_are_printed(tmp_path: Path) -> None:
+    finding, refusal = (text.strip() for language, text in blocks(JUDGE) if language == "text")
+    path = tmp_path / "echo.py"
+    code = files(JUDGE)["echo.py"]
+    path.write_text(code.replace("value > self", "value < self"), encoding="utf-8")
+    (line,) = (line for line in hbv("check", path).out.splitlines() if line.startswith("FAILS"))
+    assert line.startswith(finding)
+    (tmp_path / "other").mkdir()
+    path = tmp_path / "other" / "echo.py"
+    path.write_text(code.replace("def read(", "def red("), encoding="utf-8")
+    done = hbv("check", path)
+    assert (done.code, done.sentence) == (2, f"hbv: {refusal}")
+
+
 def test_defense_tutorial_names_every_pool_and_every_kind_of_rows() -> None:
     table = DEFENSE.read_text(encoding="utf-8").partition("\n## 7. Rows\n")[2].partition("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("| `pools.")]
@@ -85,7 +100,9 @@ def test_defense_tutorial_names_every_pool_and_every_kind_of_rows() -> None:
     assert {span for row in rows for span in re.findall(r"`([a-z ]+)`", row)} == {*ROW_KINDS}
 
 
-@pytest.mark.parametrize(("page", "registry"), [(DEFENSE, DEFENSES), (ATTACK, ATTACKS)], ids=["defense", "attack"])
+@pytest.mark.parametrize(
+    ("page", "registry"), [(DEFENSE, DEFENSES), (ATTACK, ATTACKS), (JUDGE, SCORERS)], ids=["defense", "attack", "judge"]
+)
 def test_entry_point_of_a_tutorial_has_the_group_that_is_searched(page: Path, registry: Registry[Any]) -> None:
     (text,) = (text for language, text in blocks(page) if language == "toml")
     ((group, points),) = tomllib.loads(text)["project"]["entry-points"].items()
@@ -120,3 +137,15 @@ def test_attack_tutorial_produces_leaderboard_rows(
     rows = [(row["defense"], row["attack"]) for row in rows_of(tmp_path / "novel.csv")]
     assert rows == [("sft", "novel"), ("vaccine", "novel"), ("sft", "dilute+ratio=0.1"), ("sft", "quiet")]
     assert "vaccine" in (tmp_path / "board" / "leaderboard.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_judge_tutorial_produces_scores(tmp_path: Path, testbed_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outputs = follow(JUDGE, tmp_path, testbed_home)
+    (echo,) = rows_of(tmp_path / "echo.csv")
+    (opening,) = rows_of(tmp_path / "opening.csv")
+    assert 0 < float(opening["harmful_score"]) <= 100
+    assert float(echo["harmful_score"]) >= 0
+    assert " fail" in outputs["hbv check echo.py"]
