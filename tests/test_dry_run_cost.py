@@ -85,6 +85,27 @@ def test_estimate_is_the_calculation_by_hand(defense: str, passes: int, own_home
     assert align["seconds"] == pytest.approx(20_000 * step_seconds("h200-141gb", passes), rel=0.01)
 
 
+def seconds_by_stage(*command: object, attacks: int) -> list[dict[str, float]]:
+    """Return stage -> seconds of each experiment of a dry run."""
+    options = [f"--attack=ratio=0.{number}" for number in range(1, attacks + 1)]
+    printed = json.loads(hbv(*command, *options, "--dry-run", "--on", "h200-141gb", "--json").out)
+    return [{entry["stage"]: entry["seconds"] for entry in each["estimate"]} for each in printed["experiments"]]
+
+
+def test_shared_stages_cost_once(world: Path, own_home: Path) -> None:
+    """Attacks share the aligned model and its answers, also where models and data are not on this machine."""
+    for protocol in ("vaccine-paper", world):
+        first, second = seconds_by_stage("run", "--protocol", protocol, "--defense", "vaccine", attacks=2)
+        assert first.keys() == {"align", "finetune", "answer"}
+        assert second == {
+            "finetune": pytest.approx(first["finetune"], rel=0.1),
+            "answer": pytest.approx(first["answer"] / 2),
+        }
+    command = ("run", "--protocol", "vaccine-paper", "--defense", "sft", "--defense", "safe_lora")
+    tuned, repaired = seconds_by_stage(*command, attacks=1)
+    assert repaired == {"answer": pytest.approx(tuned["answer"] / 2)}
+
+
 def test_memory_is_near_the_measured_one() -> None:
     """24.5 GB were measured; the note of the command states what is estimated."""
     settings = replace(load_protocol("vaccine-paper").align.settings, batch=5)

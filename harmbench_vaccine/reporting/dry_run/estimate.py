@@ -82,6 +82,8 @@ class Estimate:
     """Bytes of the stored adapter and of two checkpoints, while one replaces the other."""
     timed: bool
     """Whether steps were timed on this machine; else the time follows from the rates of a device."""
+    artifacts: int = 1
+    """Number of artifacts that the stage creates."""
 
 
 def estimate_costs(
@@ -193,7 +195,7 @@ def _estimate_answers(experiment: Experiment, rates: DeviceRates | None, read_ro
     seconds = 2 * sum(math.ceil(count / batch) * tokens * times.token for count, tokens in sets)
     count = 2 * sum(count for count, _ in sets)
     detail = f"{count} answers at their maximum length, by transformers"
-    return Estimate("answer", seconds, memory.weights, detail, 0, measured is not None)
+    return Estimate("answer", seconds, memory.weights, detail, 0, measured is not None, 2 * len(sets))
 
 
 def _answer_sets(experiment: Experiment, read_rows: bool) -> list[tuple[int, int]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Store
+from harmbench_vaccine.core.types import STAGES
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.protocol import leaf_values
@@ -52,8 +55,9 @@ def _device_json(rates: DeviceRates | None) -> dict[str, Any]:
 def _experiment_json(plan: Plan, index: int, rates: DeviceRates | None, gradient_checkpointing: bool) -> dict[str, Any]:
     experiment = plan.experiments[index]
     artifacts = plan.stages[index] if plan.stages else []
-    missing = {artifact.stage for artifact in artifacts if not artifact.cached}
-    estimates, no_estimate = _estimates(experiment, missing if plan.stages else None, rates, gradient_checkpointing)
+    missing = Counter(artifact.stage for artifact in artifacts if not artifact.cached) if plan.stages else None
+    earlier = plan.experiments[:index]
+    estimates, no_estimate = _estimates(experiment, earlier, missing, rates, gradient_checkpointing)
     plugins = {
         resolved.plugin.name: {key: [value, resolved.origins[key]] for key, value in resolved.params.items()}
         for resolved in [*experiment.defenses, *experiment.attacks, experiment.task_plugin, *experiment.scorers]
@@ -75,26 +79,66 @@ def _experiment_json(plan: Plan, index: int, rates: DeviceRates | None, gradient
 
 
 def _estimates(
-    experiment: Experiment, missing: Collection[str] | None, rates: DeviceRates | None, gradient_checkpointing: bool
+    experiment: Experiment,
+    earlier: Sequence[Experiment],
+    missing: Mapping[str, int] | None,
+    rates: DeviceRates | None,
+    gradient_checkpointing: bool,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Return the estimates of the missing stages (None: they are unknown, so all), or why there is none."""
+    """Return the estimates of the missing artifacts, or why there is none.
+
+    Args:
+        experiment: The experiment.
+        earlier: The experiments before it, which create the artifacts that it shares with them.
+        missing: Stage -> number of missing artifacts; None: they are unknown, so all that no earlier experiment has.
+        rates: As in `dry_run_json`.
+        gradient_checkpointing: As in `dry_run_json`.
+    """
     if missing is not None and not missing:
         return [], ""
     from .estimate import ESTIMATED, estimate_costs
 
+    shares = _unshared(experiment, earlier)
     try:
         costs = estimate_costs(
             experiment,
             rates,
             read_rows=missing is not None,
             gradient_checkpointing=gradient_checkpointing,
-            stages=ESTIMATED if missing is None else missing,
+            stages=[stage for stage in ESTIMATED if (shares[stage] if missing is None else stage in missing)],
         )
     except HbvError as error:
         if missing is not None and isinstance(error, BadInput):  # everything is on this machine: the run is refused too
             raise
         return [], str(error)
-    return [vars(estimate) for estimate in costs], ""
+    if missing is not None:
+        shares = {cost.stage: missing[cost.stage] / cost.artifacts for cost in costs}
+    return [vars(replace(cost, seconds=cost.seconds * shares[cost.stage])) for cost in costs], ""
+
+
+def _unshared(experiment: Experiment, earlier: Sequence[Experiment]) -> dict[str, float]:
+    """Return stage -> share of its artifacts that no earlier experiment has, without reading rows or models."""
+    models = _model_inputs(experiment)
+    shared = [_model_inputs(other) for other in earlier]
+    shares = {stage: float(all(models[stage] != other[stage] for other in shared)) for stage in STAGES}
+    answered = [other for other, run in zip(shared, earlier, strict=True) if run.task_name == experiment.task_name]
+    before, after = (all(models[stage] != other[stage] for other in answered) for stage in ("align", "repair"))
+    return {**shares, "answer": (before + after) / 2}
+
+
+def _model_inputs(experiment: Experiment) -> dict[str, list[Any]]:
+    """Return stage -> everything that its model depends on, except what all runs of a command share."""
+    inputs: list[Any] = [experiment.spec.seed]
+    models = {}
+    for stage in STAGES:
+        config = experiment.stages[stage]
+        defenses = [defense.identity for defense in experiment.acting(stage) if not defense.plugin.is_plain]
+        inputs = [*inputs, config.defenses.runs, defenses, config.settings]
+        if stage == "finetune":
+            attacks = [attack.identity for attack in experiment.attacks]
+            inputs += [config.topology, attacks, experiment.task_plugin.identity]
+        models[stage] = inputs
+    return models
 
 
 def protocol_values(experiment: Experiment) -> Iterator[dict[str, Any]]:

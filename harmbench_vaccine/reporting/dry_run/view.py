@@ -51,14 +51,7 @@ def _summary(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _seconds(experiments: Sequence[Mapping[str, Any]]) -> float:
     """Return the time of everything that is missing."""
-    seconds = 0.0
-    for experiment in experiments:
-        groups = _artifact_groups(experiment)
-        seconds += sum(
-            estimate["seconds"] * _missing_share(groups.get(estimate["stage"], []))
-            for estimate in experiment["estimate"]
-        )
-    return seconds
+    return sum(estimate["seconds"] for experiment in experiments for estimate in experiment["estimate"])
 
 
 def _memory(plan: Mapping[str, Any]) -> str:
@@ -175,8 +168,7 @@ def _stage_rows(experiment: Mapping[str, Any]) -> list[list[str]]:
         missing = sum(not artifact["cached"] for artifact in group) if group else 1
         cost = ["", "", ""]
         if missing and (estimate := estimates.get(stage)):
-            seconds = estimate["seconds"] * _missing_share(group)
-            cost = [readable_time(seconds), readable_size(estimate["memory"]), estimate["detail"]]
+            cost = [readable_time(estimate["seconds"]), readable_size(estimate["memory"]), estimate["detail"]]
         rows.append([stage, _to_do(missing, len(group)), *cost])
     return rows
 
@@ -187,10 +179,6 @@ def _artifact_groups(experiment: Mapping[str, Any]) -> dict[str, list[Mapping[st
     for artifact in experiment["stages"]:
         groups.setdefault(artifact["stage"], []).append(artifact)
     return groups
-
-
-def _missing_share(group: Sequence[Mapping[str, Any]]) -> float:
-    return sum(not artifact["cached"] for artifact in group) / len(group) if group else 1.0
 
 
 def _to_do(missing: int, count: int) -> str:
