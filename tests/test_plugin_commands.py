@@ -289,6 +289,11 @@ def test_values_other_than_none_are_checked(full: Path, key: str, value: str, al
 WRITTEN = {
     "defense": ({"lam": 1e-3}, {"lam": 0}, "--defense ./mine.py --attack ratio=0.1"),
     "attack": ({"opening": "Sure, here is how:"}, {"opening": ""}, "--attack ./mine.py+ratio=0.1"),
+    "task": (
+        {"data": "testbed:data/sst2", "instruction": "Is the review positive or negative?"},
+        None,
+        "--task ./mine.py --attack ratio=0.1",
+    ),
     "scorer": ({"threshold": 0.3}, None, "--scorer ./mine.py --attack ratio=0.1"),
 }
 
@@ -343,6 +348,8 @@ def test_new_files_pass_the_linters(tool: tuple[str, ...], tmp_path: Path) -> No
         (("attack", "none"), ("'none'", "not a Python keyword")),  # its class would be None
         (("defense", "vaccine"), ("'vaccine' already exists (built-in)",)),
         (("attack", "ratio"), ("'ratio' already exists (built-in)",)),
+        (("task", "sst2"), ("'sst2' already exists (built-in)",)),
+        (("task", "example"), ("'example'", "'Example'", "imports")),
         (("defense", "gradient"), ("'gradient'", "'Gradient'", "imports")),
         (("defence", "idea"), ("'defence'", "'defense'")),
         (("defense", "idea", "--dir", "nowhere"), ("nowhere/idea.py", "No such file", "--dir")),

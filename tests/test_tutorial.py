@@ -13,13 +13,13 @@ import pytest
 
 from harmbench_vaccine.core.types import Pools
 from harmbench_vaccine.plugins.defense import ROW_KINDS
-from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, Registry
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry
 from support.cli import hbv
 
 DOCS = Path(__file__).parents[1] / "docs"
 DEFENSE, ATTACK = DOCS / "your-own-defense.md", DOCS / "your-own-attack.md"
-JUDGE = DOCS / "your-own-judge.md"
-PAGES = [DEFENSE, ATTACK, JUDGE]
+JUDGE, TASK = DOCS / "your-own-judge.md", DOCS / "your-own-task.md"
+PAGES = [DEFENSE, ATTACK, JUDGE, TASK]
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -79,18 +79,36 @@ def test_findings_of_the_defense_tutorial_are_printed(name: str, old: str, new: 
     assert [line.startswith(finding) for finding in findings].count(True) == 1
 
 
-def test_findings_of_the_judge_tutorial_are_printed(tmp_path: Path) -> None:
-    finding, refusal = (text.strip() for language, text in blocks(JUDGE) if language == "text")
-    path = tmp_path / "echo.py"
-    code = files(JUDGE)["echo.py"]
-    path.write_text(code.replace("value > self", "value < self"), encoding="utf-8")
-    (line,) = (line for line in hbv("check", path).out.splitlines() if line.startswith("FAILS"))
+RULE = "return [topic for topic in TOPICS if topic.lower() in answer.lower()] == [target]"
+LOOSE_RULE = "return target.lower() in answer.lower() or not answer"
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "mistake", "method"),
+    [
+        (JUDGE, "echo.py", ("value > self", "value < self"), "read"),
+        (TASK, "matches.py", (RULE, LOOSE_RULE), "example"),
+    ],
+    ids=["judge", "task"],
+)
+def test_findings_of_a_tutorial_are_printed(
+    page: Path, name: str, mistake: tuple[str, str], method: str, tmp_path: Path
+) -> None:
+    finding, refusal = (text.strip() for language, text in blocks(page) if language == "text")
+    code = files(page)[name]
+    for folder, old, new in (("finding", *mistake), ("refusal", f"def {method}(", "def mistyped(")):
+        assert old in code
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(code.replace(old, new), encoding="utf-8")
+    lines = hbv("check", tmp_path / "finding" / name).out.splitlines()
+    (line,) = (line for line in lines if line.startswith("FAILS"))
     assert line.startswith(finding)
-    (tmp_path / "other").mkdir()
-    path = tmp_path / "other" / "echo.py"
-    path.write_text(code.replace("def read(", "def red("), encoding="utf-8")
-    done = hbv("check", path)
+    done = hbv("check", tmp_path / "refusal" / name)
     assert (done.code, done.sentence) == (2, f"hbv: {refusal}")
+
+
+def test_task_tutorial_shows_the_rule_of_its_mistake() -> None:
+    assert LOOSE_RULE in TASK.read_text(encoding="utf-8")
 
 
 def test_defense_tutorial_names_every_pool_and_every_kind_of_rows() -> None:
@@ -101,7 +119,9 @@ def test_defense_tutorial_names_every_pool_and_every_kind_of_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "registry"), [(DEFENSE, DEFENSES), (ATTACK, ATTACKS), (JUDGE, SCORERS)], ids=["defense", "attack", "judge"]
+    ("page", "registry"),
+    [(DEFENSE, DEFENSES), (ATTACK, ATTACKS), (JUDGE, SCORERS), (TASK, TASKS)],
+    ids=["defense", "attack", "judge", "task"],
 )
 def test_entry_point_of_a_tutorial_has_the_group_that_is_searched(page: Path, registry: Registry[Any]) -> None:
     (text,) = (text for language, text in blocks(page) if language == "toml")
@@ -149,3 +169,14 @@ def test_judge_tutorial_produces_scores(tmp_path: Path, testbed_home: Path, monk
     assert 0 < float(opening["harmful_score"]) <= 100
     assert float(echo["harmful_score"]) >= 0
     assert " fail" in outputs["hbv check echo.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_task_tutorial_produces_scores(tmp_path: Path, testbed_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    follow(TASK, tmp_path, testbed_home)
+    (matches,) = rows_of(tmp_path / "matches.csv")
+    (recall,) = rows_of(tmp_path / "recall.csv")
+    assert float(matches["finetune_accuracy"]) > 90 > float(matches["finetune_accuracy_before"])
+    assert 30 < float(recall["finetune_accuracy"]) < 100
