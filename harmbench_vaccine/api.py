@@ -162,10 +162,10 @@ def run(
     with _receiver(progress) as receiver:
         results = run_all(
             specs,
-            out=None if out is None else user_path(out),
-            table=None if csv is None else user_path(csv),
+            out=_checked_path("out", out),
+            table=_checked_path("csv", csv),
             save_share=_checked_share("save_every", save_every, 0.001),
-            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing=_checked_flag("gradient_checkpointing", gradient_checkpointing),
             gpu_memory=None if gpu_memory is None else _checked_share("gpu_memory", gpu_memory, 0.05),
             report_to=_checked_trackers(report_to),
             progress=receiver,
@@ -313,9 +313,23 @@ def _checked_share(name: str, value: float, least: float) -> float:
     return value
 
 
+def _checked_path(name: str, path: str | Path | None) -> Path | None:
+    if not isinstance(path, str | Path | None):
+        raise BadInput(f"Argument {name} is {shortened(repr(path))}; allowed: a path.")
+    return None if path is None else user_path(path)
+
+
+def _checked_flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise BadInput(f"Argument {name} is {shortened(repr(value))}; allowed: True, False.")
+    return value
+
+
 def _checked_trackers(written: Tracker | Sequence[Tracker] | None) -> list[Tracker]:
     from .training.trackers import TRACKERS
 
+    if not isinstance(written, str | Sequence | None):
+        raise BadInput(f"Argument report_to is {shortened(repr(written))}; allowed: a tracker, or a list of trackers.")
     names = [written] if isinstance(written, str) else list(written or ())
     for name in names:
         if name not in TRACKERS:
@@ -330,6 +344,8 @@ def _receiver(progress: bool | Progress) -> Iterator[Progress]:
 
     console = Console(stderr=True)
     if not isinstance(progress, bool):
+        if not hasattr(progress, "bar"):
+            raise BadInput(f"Argument progress is {shortened(repr(progress))}; allowed: True, False, a receiver.")
         yield progress
     elif not progress:
         yield SILENT

@@ -270,6 +270,11 @@ def test_fingerprint_needs_whole_statements(tmp_path: Path) -> None:
         ({"scorers": "beaver"}, ("--scorer", "beaver"), "Did you mean 'beaver_dam'"),
         ({"device": "gpu"}, ("--device", "gpu"), "device"),
         ({"report_to": "tensorbord"}, None, "Did you mean 'tensorboard'"),
+        ({"report_to": True}, None, "report_to is True; allowed: a tracker"),
+        ({"out": 5}, None, "out is 5; allowed: a path"),
+        ({"csv": 0.5}, None, "csv is 0.5; allowed: a path"),
+        ({"gradient_checkpointing": "no"}, None, "gradient_checkpointing is 'no'; allowed: True, False"),
+        ({"progress": None}, None, "progress is None; allowed: True, False, a receiver"),
         ({"backend": "vlm"}, None, "backend is 'vlm'"),
         ({"defence": "sft"}, None, "Unknown argument 'defence'. Did you mean 'defense'"),
         ({"scorer": "beaver_dam"}, None, "Unknown argument 'scorer'. Did you mean 'scorers'"),
@@ -284,8 +289,8 @@ def test_fingerprint_needs_whole_statements(tmp_path: Path) -> None:
         ({"seed": []}, None, "seed is an empty list"),
         ({"save_every": 2}, None, "save_every is 2; allowed: a number from 0.001 to 1"),
         ({"gpu_memory": float("nan")}, None, "gpu_memory is nan"),
-        ({"defense": 5}, None, "5 is not a specification of a defense"),
-        ({"defense": TASKS.get("sst2")}, None, "is not a specification of a defense"),
+        ({"defense": 5}, None, "5 specifies no defense"),
+        ({"defense": TASKS.get("sst2")}, None, "specifies no defense"),
         ({"defense": [{"defence": "sft"}]}, None, "Did you mean 'defense'"),
         ({"defense": [{}, "sft"]}, None, "'sft' is not a run"),
         ({"out": ""}, None, "A path is empty"),
@@ -294,7 +299,7 @@ def test_fingerprint_needs_whole_statements(tmp_path: Path) -> None:
 def test_bad_input_is_one_sentence(
     arguments: dict[str, Any], command: tuple[str, ...] | None, message: str, world: Path, own_home: Path
 ) -> None:
-    arguments = {"protocol": world, **arguments, **QUIET}
+    arguments = {"protocol": world, **QUIET, **arguments}
     with pytest.raises(hbv.BadInput, match=message) as raised:
         hbv.run(**arguments)
     assert "\n" not in str(raised.value)

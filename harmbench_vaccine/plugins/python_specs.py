@@ -40,7 +40,7 @@ def parse_specification(written: PluginSpec, registry: Registry[P]) -> Compositi
     cls = written if inspect.isclass(written) else type(written)
     if not issubclass(cls, registry.base):
         raise BadInput(
-            f"{shortened(repr(written))} is not a specification of a {registry.base.kind}; allowed: a text such as "
+            f"{shortened(repr(written))} specifies no {registry.base.kind}; allowed: a text such as "
             f"'name:key=value', a subclass of {registry.base.__name__}, an object of one, or a tuple of these."
         )
     params = {} if inspect.isclass(written) else written.model_dump(exclude_unset=True)
