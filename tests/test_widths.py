@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,7 @@ from harmbench_vaccine.reporting.why_view import why_view
 from support.cli import HBV, hbv
 from support.examples import examples
 from support.results import collapsed, make_result, write_csv
+from support.terminal import run_in_terminal
 
 WIDTHS = (60, 80, 100, 140)
 
@@ -409,3 +411,10 @@ def test_colors_can_be_switched_off(tmp_path: Path) -> None:
     dumb = on_a_terminal(*command, **home, TERM="dumb")
     assert "\x1b" not in dumb
     assert RUN in dumb
+
+
+def test_an_error_breaks_between_words() -> None:
+    command = f"{shlex.join(HBV)} list runs --defense vacine; true"
+    lines = [line.rstrip() for line in run_in_terminal(["sh", "-c", command], 60).splitlines()]
+    assert max(map(len, lines)) <= 60 < len(" ".join(lines))
+    assert " ".join(lines) == hbv("list", "runs", "--defense", "vacine").sentence

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -96,11 +97,11 @@ class SeedRange(click.IntRange):
         return "0<=x<2**63"  # click prints 19 digits
 
 
-def terminal_width() -> int | None:
-    """Return the number of columns of the terminal; None if the output is not a terminal."""
+def terminal_width(*, err: bool = False) -> int | None:
+    """Return the number of columns of the terminal; None if stdout, or stderr, is not a terminal."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(stderr=err)
     return console.width if console.is_terminal else None
 
 
@@ -114,6 +115,12 @@ def print_view(view: RenderableType) -> None:
 def print_line(text: str, *, err: bool = False) -> None:
     """Print a line, or several, on stdout or stderr."""
     click.echo(visible(text), err=err)
+
+
+def _print_sentence(text: str) -> None:
+    """Print a sentence on stderr; on a terminal its lines end between words."""
+    width = terminal_width(err=True)
+    print_line(textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False) if width else text, err=True)
 
 
 def print_json(values: Any, indent: int | None = None) -> None:
@@ -241,11 +248,11 @@ def print_warning(text: str) -> None:
         line = f"hbv: warning: {' '.join(text.split())}"
         LOG.warning("%s", line)
         if not _is_set("quiet"):
-            print_line(line, err=True)
+            _print_sentence(line)
 
 
 def exit_with_error(message: str, code: int) -> NoReturn:
-    """Print one line on stderr and exit; of several ranks only the first that fails prints.
+    """Print one sentence on stderr and exit; of several ranks only the first that fails prints.
 
     Long words, such as a value that the user wrote, are shortened.
     """
@@ -253,5 +260,5 @@ def exit_with_error(message: str, code: int) -> NoReturn:
         words = [shortened(word, LONGEST_WORD) for word in message.split()]
         line = f"hbv: {shortened(' '.join(words), LONGEST_MESSAGE)}"
         LOG.error("%s", line)
-        print_line(line, err=True)
+        _print_sentence(line)
     sys.exit(code)
