@@ -42,7 +42,7 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "", oth
     """
     names = sorted(allowed)
     name = shortened(name)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6 if other_kind else 0.4)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6 if other_kind else 0.5)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     problem = f"Unknown {kind} {name!r}{of and f' of {of}'}."
     if other_kind:
