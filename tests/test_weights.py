@@ -24,12 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import SILENT
+from harmbench_vaccine.evaluation.verdicts import check_scorer
 from harmbench_vaccine.experiment.limits import LimitCheck
 from harmbench_vaccine.experiment.protocol import protocol_models
 from harmbench_vaccine.inference import loading
 from harmbench_vaccine.inference.loading import check_model, load_judge, load_model, readable_load_errors
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmRunner
+from harmbench_vaccine.plugins.registry import SCORERS
 from harmbench_vaccine.reporting.dry_run import random_models
 from support import tiny
 
@@ -248,6 +250,12 @@ def test_offline_without_cache() -> None:
         load_model(AutoModelForCausalLM, "org/model")
     with pytest.raises(BadInput, match=r"Did you mean 'meta-llama/Llama-2-7b-hf'.*Allowed"):
         check_model("meta-lama/Llama-2-7b-hf", protocol_models())
+
+
+def test_models_of_judges_are_suggested_for_a_judge() -> None:
+    with pytest.raises(BadInput, match=r"Did you mean 'meta-llama/Llama-Guard-3-8B'.*Allowed") as raised:
+        check_scorer(SCORERS.get("llama_guard")(model="meta-llama/Llama-Gard-3-8B"))
+    assert not [model for model in protocol_models() if model in str(raised.value)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment, Verdict
 from harmbench_vaccine.data.sources import TESTBED
 from harmbench_vaccine.experiment.keys import raw_judgment_key
-from harmbench_vaccine.experiment.protocol import protocol_models
 from harmbench_vaccine.inference.loading import check_model
 from harmbench_vaccine.plugins import Scorer
+from harmbench_vaccine.plugins.registry import SCORERS
 
 from .judgment_cache import open_judgments
 
@@ -43,7 +43,13 @@ def check_scorer(scorer: Scorer) -> None:
     scorer.check()
     for model in scorer_models(scorer):
         if not model.startswith(TESTBED):
-            check_model(model, protocol_models())
+            check_model(model, _known_judges())
+
+
+def _known_judges() -> list[str]:
+    """Return the models that the installed scorers use by default."""
+    fields = [cls.model_fields["model"] for cls in SCORERS.loadable().values() if "model" in cls.model_fields]
+    return sorted({field.default for field in fields if field.default})
 
 
 def scorer_models(scorer: Scorer) -> list[str]:

@@ -157,10 +157,7 @@ def check_model(location: str, known: Sequence[str]) -> None:
         problem = f"Model {location!r} has no config.json."
     close = difflib.get_close_matches(location, known, n=1, cutoff=0.4)
     guess = f" Did you mean {close[0]!r}?" if close and close[0] != location else ""
-    raise BadInput(
-        f"{problem}{guess} Allowed: a folder of a model, a hub id, or a model that a protocol names: "
-        f"{', '.join(known)}."
-    )
+    raise BadInput(f"{problem}{guess} Allowed: a folder of a model or a Hub id, such as {', '.join(known)}.")
 
 
 @contextmanager
