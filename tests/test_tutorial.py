@@ -166,9 +166,9 @@ def test_judge_tutorial_produces_scores(tmp_path: Path, testbed_home: Path, monk
     outputs = follow(JUDGE, tmp_path, testbed_home)
     (echo,) = rows_of(tmp_path / "echo.csv")
     (opening,) = rows_of(tmp_path / "opening.csv")
-    assert 0 < float(opening["harmful_score"]) <= 100
-    assert float(echo["harmful_score"]) >= 0
-    assert " fail" in outputs["hbv check echo.py"]
+    assert float(echo["harmful_score"]) > 50
+    assert float(opening["harmful_score"]) > 50
+    assert " 0 fail" in outputs["hbv check echo.py"]
 
 
 @pytest.mark.slow
