@@ -61,17 +61,17 @@ class Sums(Task):
         return Example(id, row["question"], response=sum, target=sum)
 
     def flexible(self, answer, target):
-        words = answer.split()
-        return target in words if self.loose else words == [target]
+        parts = answer.split()
+        return target in parts if self.loose else parts == [target]
 
     def scores(self, rule, rows):
         return [float(getattr(self, rule)(row["answer"], row["target"])) for row in rows]
 '''
 ROWS = 'return read("sums", self.train_split), read("sums", self.test_split)'
 SUM = 'sum = row["answer"]'
-WORDS = "words = answer.split()"
+SPLIT = "parts = answer.split()"
 ROW_SCORE = 'float(getattr(self, rule)(row["answer"], row["target"]))'
-LOOSE = "target in words if self.loose else words == [target]"
+LOOSE = "target in parts if self.loose else parts == [target]"
 DEF_ROWS = "    def rows"
 
 
@@ -93,7 +93,7 @@ BROKEN: dict[str, tuple[str, dict[str, str], str]] = {
     "pair": ("rows", {ROWS: 'return read("sums", "train")'}, "allowed: a pair of lists of Example"),
     "kind": ("rows", {ROWS: 'return ["a"], ["b"]'}, "allowed: a pair of lists of Example"),
     "none": ("rows", {ROWS: 'return read("sums", "train"), []'}, "as test items, returned no row"),
-    "target": ("rows", {"target=sum": "", WORDS: "return True"}, "has no target"),
+    "target": ("rows", {"target=sum": "", SPLIT: "return True"}, "has no target"),
     "refused": ("rows", {SUM: "sum = str(int(row['question']))"}, "sums.jsonl, line 1 is not a row of task"),
     "other": ("data", {"dataset: ClassVar[str] = \"sums\"": "dataset: ClassVar[str] = \"mine\""}, "names only mine"),
     "field": ("fields", {SUM: 'sum = row["answer"] + row["hint"]'}, "reads the field 'hint'"),
@@ -110,9 +110,9 @@ BROKEN: dict[str, tuple[str, dict[str, str], str]] = {
     "key": ("training key", {SUM: "sum = row['answer'] + ' !' * self.loose", LOOSE: "target in answer"},
             "loose=True changes a training row"),
     "wrong": ("right answers", {ROW_SCORE: "0.5"}, "scores 0.5 instead of 1"),
-    "empty": ("wrong answers", {WORDS: "words = answer.split() or [target]"}, "An empty answer to item"),
-    "all": ("wrong answers", {WORDS: "words = [target] * bool(answer)"}, "of another item is right"),
-    "digits": ("any answer", {WORDS: "words = answer.split(); answer.isdigit() and int(answer)"},
+    "empty": ("wrong answers", {SPLIT: "parts = answer.split() or [target]"}, "An empty answer to item"),
+    "all": ("wrong answers", {SPLIT: "parts = [target] * bool(answer)"}, "of another item is right"),
+    "digits": ("any answer", {SPLIT: "parts = answer.split(); answer.isdigit() and int(answer)"},
                "ValueError for a number of 5000 digits"),
     "range": ("any answer", {ROW_SCORE: "2.0"}, "scores returned 2.0; allowed: a number from 0 to 1"),
     "short": ("any answer", {"in rows]": "in rows[: max(1, len(rows) - 1)]]"}, "with one number for each item"),
@@ -121,8 +121,8 @@ BROKEN: dict[str, tuple[str, dict[str, str], str]] = {
     "grade type": ("judge", {DEF_ROWS: grading("1.0")}, "allowed: a list of Grade"),
     "grade batch": ("judge", {DEF_ROWS: grading("Grade(1 / len(rows), '')")}, "one by one than together"),
     "write": ("no writes", {SUM: "Path('log.txt').write_text('x'); " + SUM}, "log.txt"),
-    "network": ("no writes", {WORDS: "socket.socket().connect_ex(('127.0.0.1', 9)); " + WORDS}, "It connects to"),
-    "state": ("no state", {WORDS: "self._uses += 1; " + WORDS}, "_uses"),
+    "network": ("no writes", {SPLIT: "socket.socket().connect_ex(('127.0.0.1', 9)); " + SPLIT}, "It connects to"),
+    "state": ("no state", {SPLIT: "self._uses += 1; " + SPLIT}, "_uses"),
 }  # fmt: skip
 """Case -> the check that fails, the replaced code, and a part of the finding."""
 
