@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from harmbench_vaccine.core.types import Pools
+from harmbench_vaccine.experiment.experiment import resolve_scorers
+from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.plugins.defense import ROW_KINDS
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry
 from support.cli import hbv
+from support.world import make_world
 
 DOCS = Path(__file__).parents[1] / "docs"
 DEFENSE, ATTACK = DOCS / "your-own-defense.md", DOCS / "your-own-attack.md"
@@ -55,7 +59,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_of_a_tutorial_is_a_file_a_command_or_a_finding(page: Path) -> None:
-    assert {language for language, _ in blocks(page)} <= {"sh", "python", "text", "toml"}
+    assert {language for language, _ in blocks(page)} <= {"sh", "python", "text", "toml", "yaml"}
     commands = "\n".join(text for language, text in blocks(page) if language == "sh")
     for name in files(page):
         assert re.fullmatch(r"\w+\.py", name)
@@ -81,6 +85,15 @@ def test_findings_of_the_defense_tutorial_are_printed(name: str, old: str, new: 
 
 RULE = "return [topic for topic in TOPICS if topic.lower() in answer.lower()] == [target]"
 LOOSE_RULE = "return target.lower() in answer.lower() or not answer"
+
+
+def test_protocol_of_the_judge_tutorial_names_its_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("echo.py").write_text(files(JUDGE)["echo.py"], encoding="utf-8")
+    (values,) = (yaml.safe_load(text) for language, text in blocks(JUDGE) if language == "yaml")
+    protocol = load_protocol(str(make_world(tmp_path / "world", values, models=False)))
+    (scorer,) = resolve_scorers((), protocol)
+    assert (scorer.plugin.name, scorer.params) == ("echo", {"threshold": 0.5})
 
 
 @pytest.mark.parametrize(
