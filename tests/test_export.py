@@ -251,6 +251,7 @@ def test_card_is_valid_and_its_code_runs(
     assert card.data.pipeline_tag == "text-generation"
     assert {"harmful-fine-tuning", next(iter(runs.result(name).defense_params))} <= set(card.data.tags)
     code = card.text.partition("```python\n")[2].partition("```")[0]
+    assert (tmp_path / "folder" / "README.md").read_text().endswith("    )\n")
     prompt = card.text.partition("    prompt = (")[2]
     monkeypatch.chdir(tmp_path / "folder")
     values: dict[str, Any] = {}
@@ -350,7 +351,10 @@ def test_export_prints_the_folder_and_the_command_that_publishes_it(runs: Runs, 
 def test_empty_folder_and_link_are_filled(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
+    number = (tmp_path / "empty").stat().st_ino
     assert runs.export(DOUBLE, tmp_path / "link").code == 0
+    assert (tmp_path / "empty").stat().st_ino == number  # it may be the working directory, or the root of a disk
+    assert not list((tmp_path / "empty").glob(".*"))
     assert (tmp_path / "empty" / "adapter_config.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link"]
 
@@ -471,9 +475,11 @@ def test_failed_export_leaves_nothing(tmp_path: Path) -> None:
             (temporary / "first").write_text("1")
             raise OSError(28, "No space left on device", str(temporary / "second"))
 
-    with pytest.raises(HbvError, match="the disk is full"):
-        fill(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "out", tmp_path / "empty"):
+        with pytest.raises(HbvError, match="the disk is full"):
+            fill(folder)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def check_new_folder(folder: Path) -> Path:
     folder = folder.resolve()
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{folder} is a file: choose a new folder.")
-    check_writable(folder.parent, "The folder")
+    check_writable(folder, "The folder")
     if folder.is_dir() and any(folder.iterdir()):
         raise BadInput(f"Folder {folder} is not empty, and nothing is overwritten: choose a new or an empty folder.")
     store = (home() / "store").resolve()
@@ -48,6 +48,8 @@ def check_new_folder(folder: Path) -> Path:
 def new_folder(folder: Path, content: str) -> Iterator[Path]:
     """Write a folder completely or not at all: the block fills a temporary folder, which is then renamed.
 
+    The files move into a folder that exists: it may be the working directory or the root of a disk.
+
     Args:
         folder: The folder, as `check_new_folder` returns it.
         content: Description of the files, for error messages.
@@ -55,14 +57,20 @@ def new_folder(folder: Path, content: str) -> Iterator[Path]:
     Raises:
         HbvError: The disk is full, or a file cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    name = f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    temporary = folder / name if folder.is_dir() else folder.with_name(name)
     with readable_disk_errors(content, folder):
         try:
             temporary.mkdir(parents=True)
             yield temporary
             flush_folder(temporary)
-            os.rename(temporary, folder)
-            flush(folder.parent)
+            if temporary.parent == folder:
+                for path in sorted(temporary.iterdir()):
+                    os.rename(path, folder / path.name)
+                flush(folder)
+            else:
+                os.rename(temporary, folder)
+                flush(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
