@@ -259,9 +259,9 @@ def test_data_that_does_not_exist_is_one_sentence(tmp_path: Path, monkeypatch: p
 
 
 def test_new_task_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its path on the command line and with a parameter, and by its path in a protocol."""
+    """By its path, with a parameter of the command line and one of the protocol."""
     monkeypatch.chdir(tmp_path)
-    world = make_world(tmp_path / "world")
+    world = make_world(tmp_path / "world", {"tasks": {"mine": {"instruction": "Is it good?"}}})
     assert hbv("new", "task", "mine").code == 0
     assert examined("./mine.py").holds
     rows = tmp_path / "world" / "data" / "sst2" / "train.jsonl"
@@ -269,6 +269,7 @@ def test_new_task_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.code == 0, done.err
     (result,) = done.results
     assert result["finetune_accuracy"] is not None
+    assert result["task_params"] == {"data": str(rows), "instruction": "Is it good?"}
 
 
 def test_new_task_refuses_answers_with_both_labels(tmp_path: Path) -> None:
