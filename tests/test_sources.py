@@ -19,6 +19,7 @@ from pyarrow import parquet
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.data import hub
+from harmbench_vaccine.data.hub import Kind, hub_access_error
 from harmbench_vaccine.data.sources import (
     RowReader,
     fingerprint,
@@ -473,6 +474,19 @@ def test_data_set_is_loaded_by_name_configuration_split_and_commit(
 def test_uncached_data_set_is_reported_offline(cache: Path) -> None:
     with pytest.raises(HbvError, match="'owner/nothing' is not on this machine, and the Hub cannot be reached"):
         read_rows("owner/nothing", "train", FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "location", "command"),
+    [
+        ("model", "owner/name", "hf download owner/name"),
+        ("model", "owner/name@v2", "hf download owner/name --revision v2"),
+        ("dataset", "owner/name:main", "hf download owner/name --repo-type dataset"),
+    ],
+)
+def test_offline_error_has_the_command_that_downloads(kind: Kind, location: str, command: str) -> None:
+    offline = ConnectionError("Couldn't reach it (OfflineModeIsEnabled)")
+    assert f"download it first ({command}), or" in str(hub_access_error("It", kind, location, offline, "wait"))
 
 
 def test_reader_counts_rows(tmp_path: Path) -> None:

@@ -281,11 +281,22 @@ def hub_access_error(what: str, kind: Kind, location: str, error: BaseException,
     if kinds & (_UNREACHABLE | {"LocalEntryNotFoundError", "OfflineModeIsEnabled"}):
         return HbvError(
             f"{what} is not on this machine, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
-            f"{_other_commits(kind, location)}download it first, or {otherwise}."
+            f"{_other_commits(kind, location)}download it first{_download_command(kind, location)}, or {otherwise}."
         )
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"}:
         return BadInput(f"{what} does not exist on the Hub, or it is private: check the name, or set HF_TOKEN.")
     return None
+
+
+def _download_command(kind: Kind, location: str) -> str:
+    """Return the command that downloads a location, in parentheses; empty if it is not a name on the Hub."""
+    name = parse_hub_name(location)
+    if name is None:
+        return ""
+    options = (" --repo-type dataset" if kind == "dataset" else "") + (
+        f" --revision {name.revision}" if name.revision else ""
+    )
+    return f" (hf download {name.id}{options})"
 
 
 def _other_commits(kind: Kind, location: str) -> str:
