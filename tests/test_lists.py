@@ -17,7 +17,7 @@ from harmbench_vaccine.evaluation.records import write_run
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.experiment.protocol import load_protocol, protocol_names
 from harmbench_vaccine.plugins.declarations import read_declarations
-from harmbench_vaccine.plugins.registry import REGISTRIES, Registry
+from harmbench_vaccine.plugins.registry import REGISTRIES, TASKS, Registry
 from harmbench_vaccine.reporting.run_list import parse_since
 from support.cli import hbv
 from support.results import collapsed, make_result
@@ -332,3 +332,8 @@ def test_names_of_another_kind_are_refused(args: tuple[str, ...], parts: tuple[s
     done = hbv(*args, home=tmp_path)
     assert (done.code, done.out) == (2, "")
     assert all(part in done.sentence for part in parts), done.err
+
+
+def test_list_of_tasks_names_the_way_to_your_own_rows() -> None:
+    assert "--task ./rows.jsonl" in hbv("list", "tasks").out
+    assert json.loads(hbv("list", "tasks", "--json").out) == sorted(TASKS.entries())

@@ -71,6 +71,8 @@ def tasks(verbose: bool, as_json: bool) -> None:
     from harmbench_vaccine.plugins.registry import TASKS
 
     _print_plugins(TASKS, verbose, as_json)
+    if not as_json:
+        print_view("Your own rows: --task ./rows.jsonl, with the fields instruction and output; see hbv info own.")
 
 
 @list_.command()
