@@ -244,7 +244,7 @@ def _percent(value: float, interval: Interval) -> tuple[str, str]:
 def _python_text(text: str) -> str:
     """Return a text as an indented block with a Python expression, one line for each line of the text."""
     lines = [f"        {visible_json(line)}" for line in text.splitlines(keepends=True)]
-    return "\n".join(["    prompt = (", *lines, "    )"])
+    return "\n".join(["    prompt = (", *lines, "    )", ""])
 
 
 def _table(heading: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
