@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 import sys
@@ -126,7 +127,7 @@ class Registry(Generic[P]):
     def _installed(self, name: str) -> type[P]:
         entries = self.entries()
         if name not in entries:
-            raise unknown_plugin(self.base.kind, name, entries)
+            raise missing_plugin(self.base.kind, name, entries)
         entry = entries[name].entry
         with _readable_import_errors(f"{self.base.kind} {name!r}"):
             loaded = importlib.import_module(entry) if isinstance(entry, str) else entry.load()
@@ -197,6 +198,13 @@ ATTACKS = Registry(Attack, "harmbench_vaccine.attacks")
 TASKS = Registry(Task, "harmbench_vaccine.tasks", "harmbench_vaccine.plugins.tasks")
 SCORERS = Registry(Scorer, "harmbench_vaccine.scorers", "harmbench_vaccine.plugins.scorers")
 REGISTRIES: tuple[Registry[Any], ...] = (DEFENSES, ATTACKS, TASKS, SCORERS)
+
+
+def missing_plugin(kind: str, name: str, installed: Iterable[str]) -> BadInput:
+    """Return the error for a name that no installed plug-in has; a file of that name is written with its path."""
+    if os.path.isfile(f"{name}.py"):
+        return BadInput(f"Unknown {kind} {name!r}; to use the file {name}.py, write './{name}.py'.")
+    return unknown_plugin(kind, name, installed)
 
 
 def unknown_plugin(kind: str, name: str, allowed: Iterable[str]) -> BadInput:
