@@ -1137,6 +1137,11 @@ def test_command_names_the_hook_and_the_exception(tmp_path: Path) -> None:
     assert done.code == 1
     assert "FAILS edit           edit raised LookupError: nothing here" in done.out.splitlines()
     assert "Traceback" not in done.out + done.err
+    blocked, summary = done.out.splitlines()[-2:]
+    assert blocked.startswith("not checked          After a failure: ")
+    examined = sum(line.startswith(("ok ", "FAILS ", "n/a ")) for line in done.out.splitlines())
+    assert summary.endswith(f" {len(DEFENSE_CHECKS.all) - examined} not checked")
+    assert len(blocked.split(", ")) == len(DEFENSE_CHECKS.all) - examined > 1
     as_json = hbv("check", path, "--json")
     assert as_json.code == 1
     (report,) = json.loads(as_json.out)
@@ -1151,6 +1156,15 @@ def test_command_names_the_hook_and_the_exception(tmp_path: Path) -> None:
         "blocked_by": "",
     }
     assert findings["frozen"]["blocked_by"] == "edit"
+
+
+def test_attribute_without_an_underscore_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(GOOD.replace("return adapter.scaled(self.factor)", "self.start = adapter; return adapter"))
+    (line,) = (line for line in hbv("check", path).out.splitlines() if line.startswith("FAILS edit "))
+    assert line.endswith(
+        '"Good" object has no field "start". Begin the names of attributes that are not parameters with an underscore.'
+    )
 
 
 def test_parameters_follow_the_name(tmp_path: Path) -> None:
@@ -1183,6 +1197,7 @@ def test_name_of_both_kinds_is_checked_as_both(monkeypatch: pytest.MonkeyPatch) 
         ("vaccine:rho=-1", "'vaccine': rho=-1 is not allowed; allowed: a number >= 0"),
         ("vaccine:rh=1", "Unknown parameter 'rh' of defense 'vaccine'. Did you mean 'rho'?"),
         ("not a name", "'not a name' cannot be parsed"),
+        ("empty", "Unknown plug-in 'empty'; to use the file empty.py, write './empty.py'."),
     ],
 )
 def test_invalid_plugin_is_refused_in_one_sentence(

@@ -11,6 +11,7 @@ import gc
 import os
 import tempfile
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -18,14 +19,14 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harmbench_vaccine.core.errors import BadInput, unknown_name
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.inference.model_pool import ModelPool
 
 from ..base import Plugin, Resolved
 from ..composition import Component, canonical_name, parse_plugins, resolve_plugins
 from ..defense import Defense
-from ..registry import REGISTRIES, Registry, is_plugin_path
+from ..registry import REGISTRIES, Registry, is_plugin_path, missing_plugin
 from ..scorer import Scorer
 from ..task import Task
 
@@ -63,15 +64,21 @@ class ContractReport:
     def lines(self, width: int | None = None) -> list[str]:
         """Return one line for each check: its outcome, its name, and its requirement or the reason of its outcome.
 
+        The checks that a failure prevents share one line.
+
         Args:
             width: Columns at which a line is wrapped; None: it is not wrapped.
         """
-        counts = {outcome: sum(f.outcome == outcome for f in self.findings) for outcome in ("ok", "fails", "n/a")}
+        examined = [finding for finding in self.findings if not finding.blocked_by]
+        counts = Counter(finding.outcome for finding in examined)
         checks = [
             f"{'FAILS' if f.outcome == 'fails' else f.outcome:<6}{f.check:<{_COLUMN - 6}}{f.reason or f.demand}"
-            for f in self.findings
+            for f in examined
         ]
         summary = f"{counts['ok']} ok, {counts['fails']} fail, {counts['n/a']} do not apply"
+        if blocked := [finding.check for finding in self.findings if finding.blocked_by]:
+            checks.append(f"{'not checked':<{_COLUMN}}After a failure: {', '.join(blocked)}.")
+            summary += f", {len(blocked)} not checked"
         if width:
             wrap = textwrap.TextWrapper(
                 width, subsequent_indent=" " * _COLUMN, break_long_words=False, break_on_hyphens=False
@@ -100,7 +107,7 @@ def find_plugins(text: str) -> list[Resolved]:
     if not is_plugin_path(name):
         registries = [registry for registry in REGISTRIES if name in registry.entries()]
         if not registries:
-            raise unknown_name("plug-in", name, {*chain.from_iterable(kind.entries() for kind in REGISTRIES)})
+            raise missing_plugin("plug-in", name, {*chain.from_iterable(kind.entries() for kind in REGISTRIES)})
     plugins = [resolve_plugins(components, registry, {}, "")[0] for registry in registries]
     for resolved in plugins:
         if not isinstance(resolved.plugin, tuple(registry.base for registry in REGISTRIES)):

@@ -166,4 +166,6 @@ def _exception_reason(subject: Subject, error: Exception) -> str:
     text = f"{hook} raised {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
     if isinstance(error, BadInput):
         text += " (The checks run in a small world: NAME:key=value sets a parameter for them.)"
+    if "object has no field" in text:  # pydantic's message for an attribute that is not a parameter
+        text += ". Begin the names of attributes that are not parameters with an underscore."
     return text
