@@ -36,8 +36,8 @@ def write_scaffold(kind: str, name: str, folder: str) -> str:
     entries = getattr(registry, f"{kind.upper()}S").entries()
     if name in entries:
         raise BadInput(
-            f"The {kind} {name!r} already exists ({entries[name].origin}); choose another name than "
-            f"{', '.join(entries)}."
+            f"The {kind} {name!r} already exists ({entries[name].origin}); choose a name that `hbv list {kind}s` "
+            "does not print."
         )
     template = (Path(__file__).parent / "scaffolds" / f"{kind}.py.txt").read_text(encoding="utf-8")
     if re.search(rf"^from .* import .*\b{title}\b", template, re.MULTILINE):
