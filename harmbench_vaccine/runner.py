@@ -18,7 +18,7 @@ from .evaluation.measure import answer_rows, measure_result
 from .evaluation.records import save_run
 from .evaluation.result import Result
 from .evaluation.results_csv import check_csv
-from .evaluation.verdicts import scorer_models
+from .evaluation.verdicts import known_judges, scorer_models
 from .experiment.context import RunContext
 from .experiment.experiment import Experiment
 from .experiment.protocol import protocol_models
@@ -150,7 +150,7 @@ def _check_locations(
     judges = {model for scorer in scorers.values() for model in scorer_models(scorer.plugin)}
     for model in sorted(judges | {experiment.model for experiment in experiments}):
         if is_readable(model) and not model.startswith(TESTBED):
-            check_model(model, protocol_models())
+            check_model(model, known_judges() if model in judges else protocol_models())
 
 
 def _check_rows(experiments: Sequence[Experiment], models: ModelPool) -> None:

@@ -34,6 +34,7 @@ from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmRunner
 from harmbench_vaccine.plugins.registry import SCORERS
 from harmbench_vaccine.reporting.dry_run import random_models
 from support import tiny
+from support.cli import hbv
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
@@ -256,6 +257,12 @@ def test_models_of_judges_are_suggested_for_a_judge() -> None:
     with pytest.raises(BadInput, match=r"Did you mean 'meta-llama/Llama-Guard-3-8B'.*Allowed") as raised:
         check_scorer(SCORERS.get("llama_guard")(model="meta-llama/Llama-Gard-3-8B"))
     assert not [model for model in protocol_models() if model in str(raised.value)]
+
+
+def test_run_suggests_models_of_judges_for_a_judge(own_home: Path) -> None:
+    done = hbv("run", "--defense", "sft", "--scorer", "llama_guard:model=meta-llama/Llama-Gard-3-8B", home=own_home)
+    assert done.code == 2
+    assert "Did you mean 'meta-llama/Llama-Guard-3-8B'?" in done.sentence
 
 
 # ---------------------------------------------------------------------------------------------------------------------

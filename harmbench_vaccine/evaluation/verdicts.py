@@ -43,10 +43,10 @@ def check_scorer(scorer: Scorer) -> None:
     scorer.check()
     for model in scorer_models(scorer):
         if not model.startswith(TESTBED):
-            check_model(model, _known_judges())
+            check_model(model, known_judges())
 
 
-def _known_judges() -> list[str]:
+def known_judges() -> list[str]:
     """Return the models that the installed scorers use by default."""
     fields = [cls.model_fields["model"] for cls in SCORERS.loadable().values() if "model" in cls.model_fields]
     return sorted({field.default for field in fields if field.default})
