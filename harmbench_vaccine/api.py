@@ -19,8 +19,9 @@ from .core.errors import BadInput, shortened, unknown_name
 from .core.library_settings import set_library_defaults
 from .core.paths import home, user_path
 from .core.progress import SILENT, Lines, Progress, Terminal
-from .evaluation.records import find_run, load_run
+from .evaluation.records import RESULT, find_run, load_run
 from .evaluation.result import Result
+from .evaluation.run_registry import run_folders
 from .experiment.spec import RunSpec
 from .experiment.spec_lists import combine_specs
 from .plugins.python_specs import PluginSpec, check_class_names
@@ -262,7 +263,13 @@ def _column_type(schema: Mapping[str, Any]) -> str:
 
 
 def _folder(run: StoredRun) -> Path:
-    return find_run(run.run if isinstance(run, Result) else str(run), home() / "runs")
+    """Return the folder of a run; that of a result may be in any folder of `out`, and the newest one counts."""
+    if not isinstance(run, Result):
+        return find_run(str(run), home() / "runs")
+    files = [folder / run.run / RESULT for folder in run_folders(home() / "store")]
+    if stored := [file for file in files if file.is_file()]:
+        return max(stored, key=lambda file: file.stat().st_mtime).parent
+    return find_run(run.run, home() / "runs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

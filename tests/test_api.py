@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from harmbench_vaccine.core.notebook_progress import NotebookBars
 from harmbench_vaccine.core.progress import Advance, Silent
 from harmbench_vaccine.core.types import Example, StageName
 from harmbench_vaccine.defenses.vaccine import Vaccine
+from harmbench_vaccine.evaluation.records import save_run
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.python_specs import parse_specification
 from harmbench_vaccine.plugins.registry import DEFENSES, TASKS
@@ -358,6 +360,17 @@ def test_answers_are_a_table(stored: Path) -> None:
     harmful = frame[(frame["set"] == "harmful") & (frame["when"] == "after")]
     assert 100 * harmful["flagged"].mean() == pytest.approx(result["harmful_score"])
     assert frame.loc[frame["set"] == "task", "flagged"].isna().all()
+
+
+def test_result_of_another_folder_is_found(own_home: Path, tmp_path: Path) -> None:
+    result = make_result(run="sft-0123")
+    for folder, text in ((own_home / "runs", "first"), (tmp_path / "out", "second")):
+        row = {"when": "after", "set": "harmful", "id": "1", "instruction": "a", "input": "", "target": ""}
+        save_run(result, [{**row, "answer": text}], folder, own_home / "results.csv")
+    assert list(hbv.answers("sft-0123")["answer"]) == ["first"]
+    assert list(hbv.answers(result)["answer"]) == ["second"]  # the newest
+    shutil.rmtree(tmp_path / "out")
+    assert list(hbv.answers(result)["answer"]) == ["first"]
 
 
 @pytest.mark.parametrize("form", [str, Path, hbv.Result, "prefix"])
