@@ -421,6 +421,13 @@ def test_alignment_adapter_has_to_fit(double: Repairs, foreign: Path, tmp_path: 
     assert f"Adapter {tmp_path / 'aligned'} does not fit" in outcome.sentence
 
 
+def test_alignment_adapter_cannot_be_the_edited_one(double: Repairs, foreign: Path, tmp_path: Path) -> None:
+    outcome = double.edit("safe_lora", foreign, tmp_path / "edited", "--aligned", foreign)
+    assert outcome.code == 2
+    assert "are the same adapter" in outcome.sentence
+    assert not (tmp_path / "edited").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The testbed
 

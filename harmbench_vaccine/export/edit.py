@@ -73,6 +73,11 @@ def edit_adapter_folder(request: EditRequest, folder: Path, progress: Progress =
     for path, peft_folder in ((request.source, source), (request.aligned, aligned)):
         if path and peft_folder:
             check_fit(peft_folder.adapter, base, path)
+    if aligned and source.adapter.rank == aligned.adapter.rank and _begins_with(source.adapter, aligned.adapter):
+        raise BadInput(
+            f"{request.source} and {request.aligned} are the same adapter: nothing was added after the alignment. "
+            "Allowed for --aligned: the adapter of the alignment alone (hbv export RUN FOLDER --stage align)."
+        )
     store = Store(ensure_writable(home() / "store", "The store"), progress)
     context = RunContext(store, ModelPool(progress), progress)
     edit = _description(request, experiment, folder)
