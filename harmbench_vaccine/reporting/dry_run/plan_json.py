@@ -120,7 +120,9 @@ def _unshared(experiment: Experiment, earlier: Sequence[Experiment]) -> dict[str
     """Return stage -> share of its artifacts that no earlier experiment has, without reading rows or models."""
     models = _model_inputs(experiment)
     shared = [_model_inputs(other) for other in earlier]
-    shares = {stage: float(all(models[stage] != other[stage] for other in shared)) for stage in STAGES}
+    shares: dict[str, float] = {
+        stage: float(all(models[stage] != other[stage] for other in shared)) for stage in STAGES
+    }
     answered = [other for other, run in zip(shared, earlier, strict=True) if run.task_name == experiment.task_name]
     before, after = (all(models[stage] != other[stage] for other in answered) for stage in ("align", "repair"))
     return {**shares, "answer": (before + after) / 2}
@@ -129,7 +131,7 @@ def _unshared(experiment: Experiment, earlier: Sequence[Experiment]) -> dict[str
 def _model_inputs(experiment: Experiment) -> dict[str, list[Any]]:
     """Return stage -> everything that its model depends on, except what all runs of a command share."""
     inputs: list[Any] = [experiment.spec.seed]
-    models = {}
+    models: dict[str, list[Any]] = {}
     for stage in STAGES:
         config = experiment.stages[stage]
         defenses = [defense.identity for defense in experiment.acting(stage) if not defense.plugin.is_plain]
