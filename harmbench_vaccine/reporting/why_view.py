@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 
 from harmbench_vaccine.evaluation.result import Result
-from harmbench_vaccine.evaluation.why import Explanation
+from harmbench_vaccine.evaluation.why import Difference, Explanation
 
 from .render import Column, VisibleText, render_table
 
+_KEY = re.compile("[0-9a-f]{20}")
+"""The key of an artifact; a reader learns nothing from its digits, and --json has them."""
 _LEGEND = "the inputs that differ from those of the nearest earlier artifact: new value (earlier value)"
 
 
@@ -32,11 +35,15 @@ def _reason(explanation: Explanation) -> str:
         return "its inputs are unknown: the artifact was deleted from the store"
     if explanation.nearest is None:
         return "the first artifact of its stage"
-    shown = [
-        f"{change.field} = {_short(change.value)} ({_short(change.earlier)})" for change in explanation.differences[:4]
-    ]
+    shown = [_describe(change) for change in explanation.differences[:4]]
     more = len(explanation.differences) - len(shown)
     return "; ".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+
+
+def _describe(change: Difference) -> str:
+    if all(_KEY.fullmatch(str(value)) for value in (change.value, change.earlier)):
+        return f"{change.field} is another artifact"
+    return f"{change.field} = {_short(change.value)} ({_short(change.earlier)})"
 
 
 def _short(value: Any) -> str:
