@@ -85,6 +85,14 @@ def test_filters_select_runs(home: Path, args: tuple[str, ...], runs: list[str])
     assert listed(home, *args) == runs
 
 
+@pytest.mark.parametrize("task", ["own=./rows.csv", "own:data=./rows.csv,rule=number"])
+def test_a_task_is_found_by_its_file(tmp_path: Path, task: str) -> None:
+    store(tmp_path, make_result(run="own-1", task=task))
+    store(tmp_path, make_result(run="own-2", task="own=./other.csv"))
+    assert listed(tmp_path, "--task", "./rows.csv") == ["own-1"]
+    assert set(listed(tmp_path, "--task", "own")) == {"own-1", "own-2"}
+
+
 def test_the_list_shows_identity_scores_and_collapse(home: Path) -> None:
     done = hbv("list", "runs", home=home)
     assert (done.code, done.err) == (0, "")

@@ -110,7 +110,7 @@ def _installed_names(kind: str) -> list[str]:
 
 
 def _names(kind: str, overview: RunOverview) -> Iterator[str]:
-    """Yield the names that find a run: its text, a plug-in of a composition, a model without its owner."""
+    """Yield the names that find a run: its text, a plug-in of a composition, a model without its owner, a data file."""
     text = getattr(overview, kind)
     if text is None:
         return
@@ -119,7 +119,10 @@ def _names(kind: str, overview: RunOverview) -> Iterator[str]:
         yield text.rpartition("/")[2]
     elif kind != "protocol":
         with suppress(BadInput):  # a text that no version of hbv writes
-            yield from (component.name for component in parse_plugins(text))
+            for component in parse_plugins(text):
+                yield component.name
+                if component.name == "own":
+                    yield str(component.params.get("data", component.params.get("", "own")))
 
 
 def parse_since(text: str, now: datetime) -> datetime:
