@@ -160,7 +160,7 @@ def run(
     specs = _specs(arguments)
     from .runner import run_all
 
-    with _receiver(progress) as receiver:
+    with _restored_random_states(), _receiver(progress) as receiver:
         results = run_all(
             specs,
             out=_checked_path("out", out),
@@ -342,6 +342,23 @@ def _checked_trackers(written: Tracker | Sequence[Tracker] | None) -> list[Track
         if name not in TRACKERS:
             raise unknown_name("tracker", str(name), TRACKERS)
     return names
+
+
+@contextmanager
+def _restored_random_states() -> Iterator[None]:
+    """Restore the random states of the caller after the block: training seeds the generators of the process."""
+    import random
+
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 @contextmanager

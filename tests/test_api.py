@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -13,11 +14,14 @@ from contextlib import _GeneratorContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 
 import harmbench_vaccine as hbv
+from harmbench_vaccine import runner
 from harmbench_vaccine.attacks.ratio import Ratio
 from harmbench_vaccine.core.notebook_progress import NotebookBars
 from harmbench_vaccine.core.progress import Advance, Silent
@@ -197,6 +201,23 @@ def test_interrupted_cell_resumes(world: Path, stored: Path) -> None:
     hbv.run("vaccine:rho=3", "ratio=0.1", protocol=world, progress=receivers[1])
     assert 5 < receivers[1].steps[0] <= sum(receivers[0].steps) == 10  # the first report has the steps before it
     assert sum(receivers[1].steps) == 20
+
+
+def test_run_restores_the_random_states_of_the_program(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draws() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    def seed_all(*arguments: Any, **options: Any) -> list[hbv.Result]:  # as the training of a stage does
+        transformers.set_seed(0)
+        return [make_result()]
+
+    monkeypatch.setattr(runner, "run_all", seed_all)
+    transformers.set_seed(1)
+    expected = draws(), draws()
+    transformers.set_seed(1)
+    assert draws() == expected[0]
+    hbv.run(protocol=world, **QUIET)
+    assert draws() == expected[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
