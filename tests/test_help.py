@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,13 @@ def help_text(name: tuple[str, ...]) -> str:
 @pytest.mark.parametrize("name", COMMANDS, ids=" ".join)
 def test_help_fits_80_columns(name: tuple[str, ...]) -> None:
     assert not [line for line in help_text(name).splitlines() if len(line) > 80]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if not isinstance(COMMANDS[name], click.Group)], ids=" ".join
+)
+def test_help_names_the_values_of_options(name: tuple[str, ...]) -> None:
+    assert not re.search("TEXT|INTEGER|FLOAT", help_text(name))  # click's types say less than N, NAME or FILE
 
 
 @pytest.mark.parametrize(

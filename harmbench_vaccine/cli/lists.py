@@ -159,7 +159,9 @@ def _name_filter(column: str, **options: Any) -> Callable[[F], F]:
     "--since", default=None, metavar="DATE", help="Only runs since a date (2026-01-31) or an age (12h, 7d, 2w)."
 )
 @click.option("--collapsed", is_flag=True, help="Only runs whose final model fails a validity gate.")
-@click.option("--limit", type=click.IntRange(1), default=None, help="Number of runs. [default: 20; with --json all]")
+@click.option(
+    "--limit", type=click.IntRange(1), default=None, metavar="N", help="Number of runs. [default: 20; with --json all]"
+)
 @_AS_JSON
 def runs(since: str | None, collapsed: bool, limit: int | None, as_json: bool, **filters: tuple[str, ...]) -> None:
     """List the stored runs in $HBV_HOME/runs, the newest first.

@@ -27,7 +27,13 @@ def _filter_options(command: F) -> F:
 @_filter_options
 @click.option("--check", is_flag=True, help="Recompute the printed averages, and list those that do not match.")
 @click.option("--deviations", is_flag=True, help="List how the papers differ from runs of our protocols.")
-@click.option("--limit", type=click.IntRange(1), default=None, help="Number of figures. [default: 40; with --json all]")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=None,
+    metavar="N",
+    help="Number of figures. [default: 40; with --json all]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list of figures; without a filter an object.")
 def published(check: bool, deviations: bool, limit: int | None, as_json: bool, **filters: tuple[str, ...]) -> None:
     """List the figures that papers print.

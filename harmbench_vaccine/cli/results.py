@@ -20,6 +20,7 @@ from .device import device_option
     "set_name",
     default="harmful",
     show_default=True,
+    metavar="NAME",
     help="Evaluation set: harmful, benign, task, or a set that a plug-in adds.",
 )
 @click.option(
@@ -29,7 +30,11 @@ from .device import device_option
     help="Only questions whose answer after the user stage has this verdict.",
 )
 @click.option(
-    "--limit", type=click.IntRange(1), default=None, help="Number of questions. [default: 10; with --json all]"
+    "--limit",
+    type=click.IntRange(1),
+    default=None,
+    metavar="N",
+    help="Number of questions. [default: 10; with --json all]",
 )
 @click.option(
     "--curves",
