@@ -51,8 +51,8 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, curves: P
     one, or a folder.
 
     \b
-    Example: hbv show vaccine-88 --only flagged
-    Curves: hbv show vaccine-88 --curves curves.svg
+    Example: hbv show vaccine-84 --only flagged
+    Curves: hbv show vaccine-84 --curves curves.svg
     """
     from harmbench_vaccine.core.errors import unknown_name
     from harmbench_vaccine.evaluation.records import by_question, find_run, load_overview
@@ -116,7 +116,7 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
     to the stored ones, and the headline HS does not change. Stored judgments of the same answers are reused.
 
     \b
-    Example: hbv score vaccine-88 --scorer llama_guard --scorer beaver_dam=0.4
+    Example: hbv score vaccine-84 --scorer llama_guard --scorer beaver_dam=0.4
     """
     from harmbench_vaccine.evaluation.records import find_run
     from harmbench_vaccine.evaluation.rescoring import rescore
