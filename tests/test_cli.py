@@ -83,7 +83,8 @@ def test_lists(kind: str, expected: set[str]) -> None:
     assert (plain.code, plain.err) == (0, "")
     assert expected <= set(json.loads(as_json.out))
     names = json.loads(as_json.out)
-    assert [line.split()[0] for line in plain.out.splitlines()][: len(names) + 1] == ["name", *names]
+    heading = "model" if kind == "models" else "name"
+    assert [line.split()[0] for line in plain.out.splitlines()][: len(names) + 1] == [heading, *names]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_every_command_has_help_with_an_example(command: tuple[str, ...], flag: 
 
 
 def test_group_without_a_command_shows_its_help() -> None:
-    for args in ((), ("testbed",)):
+    for args in ((), ("testbed",), ("list",), ("store",)):
         done = hbv(*args)
         assert (done.code, done.out) == (2, "")
         assert done.err.startswith("Usage:")
@@ -127,8 +128,9 @@ def test_broken_package_is_listed_and_fails_only_when_used(tmp_path: Path) -> No
     (info / "entry_points.txt").write_text("[harmbench_vaccine.defenses]\nforeign = no_such_module:Foreign\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HBV_HOME": str(tmp_path / "home")}
     listed = subprocess.run([*HBV, "list", "defenses"], capture_output=True, text=True, check=True, env=environment)
-    assert "foreign  (package)" in listed.stdout.splitlines()
-    assert "vaccine" in listed.stdout.splitlines()
+    rows = {line.split()[0]: line for line in listed.stdout.splitlines()}
+    assert rows["foreign"].endswith("cannot be imported")
+    assert "vaccine" in rows
     used = subprocess.run(
         [*HBV, "run", "--defense", "foreign"], capture_output=True, text=True, check=False, env=environment
     )
@@ -159,11 +161,10 @@ def test_testbed_is_located_after_the_build(tmp_path: Path, monkeypatch: pytest.
 FILE = "<regular file>"  # a placeholder for the path of a file
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # name: arguments, parts of the message
-    "command": (("rn",), ("Unknown command 'rn'", "Did you mean 'run'", "check, doctor, info, leaderboard")),
+    "command": (("rn",), ("Unknown command 'rn'", "Did you mean 'run'", "check, doctor, edit, export, info, leaderboard")),
     "subcommand": (("testbed", "bild"), ("'bild'", "'build'", "build, path, report")),
     "option": (("run", "--defence", "sft"), ("--defence", "--defense")),
-    "kind": (("list", "defence"), ("'defence'", "'defenses'", "'attacks'")),
-    "no kind": (("list",), ("Missing argument",)),
+    "kind": (("list", "defence"), ("'defence'", "'defenses'", "attacks, ")),
     "no value": (("run", "--defense"), ("--defense",)),
     "defense": (("run", "--defense", "vacine"), ("Unknown defense 'vacine'", "'vaccine'", "antidote, backdoor_align")),
     "second defense": (("run", "--defense", "sft", "--defense", "stf"), ("Unknown defense 'stf'", "'sft'")),
