@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 MOST_NAMES, NEAREST_NAMES = 60, 12
@@ -30,6 +31,9 @@ def shortened(text: object, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
+_HASH = re.compile(r"-[0-9a-f]{8}$")
+
+
 def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "", other_kind: str = "") -> BadInput:
     """Return the error for an unknown name, with the nearest valid name and all valid names.
 
@@ -42,8 +46,9 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "", oth
     """
     names = sorted(allowed)
     name = shortened(name)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6 if other_kind else 0.5)
-    guess = f" Did you mean {close[0]!r}?" if close else ""
+    without_hash = {_HASH.sub("", candidate): candidate for candidate in names}  # of the id of a run
+    close = difflib.get_close_matches(name, without_hash, n=1, cutoff=0.6 if other_kind else 0.5)
+    guess = f" Did you mean {without_hash[close[0]]!r}?" if close else ""
     problem = f"Unknown {kind} {name!r}{of and f' of {of}'}."
     if other_kind:
         problem = f"{name!r} is {_with_article(other_kind)}, not {_with_article(kind)}."

@@ -16,7 +16,7 @@ from .registry import Registry
 P = TypeVar("P", bound=Plugin)
 
 PluginSpec = str | type[Plugin] | Plugin | tuple[str | type[Plugin] | Plugin, ...]
-"""`"vaccine:rho=5"`, `Vaccine`, `Vaccine(rho=5)`, or `(Vaccine(rho=5), "ewc")` for a composition."""
+"""A text such as "name:key=5", a class, an object such as `Name(key=5)`, or a tuple that composes several of them."""
 
 
 def parse_specification(written: PluginSpec, registry: Registry[P]) -> Composition:
