@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,26 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     home = tmp_path / "home"
     monkeypatch.setenv("HBV_HOME", str(home))
     return home
+
+
+@pytest.fixture(autouse=True)
+def own_device() -> Iterator[None]:
+    """Restore the choice of a device, which a command stores in the environment of its process."""
+    names = ("HBV_DEVICE", "CUDA_VISIBLE_DEVICES")
+    before = {name: os.environ.pop(name, None) if name == "HBV_DEVICE" else os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def own_interrupts() -> Iterator[None]:
+    """Handle Ctrl-C also where a shell started the tests in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -161,7 +161,10 @@ def test_testbed_is_located_after_the_build(tmp_path: Path, monkeypatch: pytest.
 FILE = "<regular file>"  # a placeholder for the path of a file
 BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # name: arguments, parts of the message
-    "command": (("rn",), ("Unknown command 'rn'", "Did you mean 'run'", "check, doctor, edit, export, info, leaderboard")),
+    "command": (
+        ("rn",),
+        ("Unknown command 'rn'", "Did you mean 'run'", "check, doctor, edit, export, info, leaderboard"),
+    ),
     "subcommand": (("testbed", "bild"), ("'bild'", "'build'", "build, path, report")),
     "option": (("run", "--defence", "sft"), ("--defence", "--defense")),
     "kind": (("list", "defence"), ("'defence'", "'defenses'", "attacks, ")),

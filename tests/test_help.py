@@ -43,7 +43,7 @@ def test_help_fits_80_columns(name: tuple[str, ...]) -> None:
     "name", [name for name in COMMANDS if not isinstance(COMMANDS[name], click.Group)], ids=" ".join
 )
 def test_help_names_the_values_of_options(name: tuple[str, ...]) -> None:
-    assert not re.search("TEXT|INTEGER|FLOAT", help_text(name))  # click's types say less than N, NAME or FILE
+    assert not re.search("TEXT|INTEGER|FLOAT", help_text(name))  # less clear than N, NAME or FILE
 
 
 @pytest.mark.parametrize(
