@@ -227,7 +227,7 @@ def test_settings_that_a_defense_changes_have_the_same_ranges(setting: str, mess
         (("--seed", NINES), ("--seed",)),
         (("--gpu-memory", "nan"), ("--gpu-memory",)),
         (("--save-every", "nan"), ("--save-every",)),
-        (("--backend", "vlm"), ("'vlm'", "vllm")),
+        (("--backend", "vlm"), ("Unknown value 'vlm' of --backend. Did you mean 'vllm'?",)),
         (("--attack", "samples=0"), ("n=0", ">= 1")),
         (("--defense", f"vaccine:rho={NINES}"), ("rho=999",)),
         (("--defense", "x" * 100_000), ("xxx",)),

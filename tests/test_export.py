@@ -364,7 +364,11 @@ def test_empty_folder_and_link_are_filled(runs: Runs, tmp_path: Path) -> None:
     [
         (lambda folder: (folder / "file").mkdir(parents=True), [], "is not empty, and nothing is overwritten"),
         (lambda folder: folder.write_text(""), [], "is a file: choose a new folder"),
-        (lambda folder: None, ["--stage", "repair"], "'repair' is not one of 'align', 'finetune', 'final'"),
+        (
+            lambda folder: None,
+            ["--stage", "repair"],
+            "value 'repair' of --stage. Allowed: align, final, finetune.",
+        ),
     ],
 )
 def test_bad_targets_are_refused(

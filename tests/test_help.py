@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from harmbench_vaccine.cli import commands
 from harmbench_vaccine.cli.console import GroupedCommand
+from support.cli import hbv
 
 
 def every_command(group: click.Group = commands, *parents: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -110,3 +111,25 @@ def test_names_are_completed(words: list[str], names: list[str], own_home: Path)
     (own_home / "runs" / "vaccine-0123" / "result.json").write_text("{}", encoding="utf-8")
     completions = ShellComplete(commands, {}, "hbv", "_HBV_COMPLETE").get_completions(words[:-1], words[-1])
     assert [item.value for item in completions] == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ("new", "defence", "x"),
+            "Unknown kind 'defence'. Did you mean 'defense'? Allowed: attack, ",
+        ),
+        (("show", "x", "--only", "flaged"), "Unknown value 'flaged' of --only. Did you mean 'flagged'?"),
+        (("store", "du", "--by", "satge"), "Unknown value 'satge' of --by. Did you mean 'stage'?"),
+        (
+            ("run", "--report-to", "tensorbord"),
+            "'tensorbord' of --report-to. Did you mean 'tensorboard'?",
+        ),
+    ],
+)
+def test_choices_suggest_the_nearest_text(arguments: tuple[str, ...], sentence: str, own_home: Path) -> None:
+    refused = hbv(*arguments)
+    assert refused.code == 2
+    assert sentence in refused.sentence
+    assert not own_home.exists()

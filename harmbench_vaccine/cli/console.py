@@ -87,6 +87,21 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+class SuggestingChoice(click.Choice[str]):
+    """A choice of texts that suggests the nearest one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the choice.
+
+        Raises:
+            BadInput: The text is not one of the choices.
+        """
+        if value not in self.choices:
+            kind, of = ("value", param.opts[0]) if isinstance(param, click.Option) else ("kind", "")
+            raise unknown_name(kind, str(value), self.choices, of)
+        return super().convert(value, param, ctx)
+
+
 class SeedRange(click.IntRange):
     """The numbers that are seeds."""
 

@@ -11,7 +11,14 @@ import click
 from harmbench_vaccine.core.paths import home, user_path
 
 from .completion import plugin_names, protocol_name, stored_run
-from .console import SeedRange, output_options, print_json, print_line, terminal_progress
+from .console import (
+    SeedRange,
+    SuggestingChoice,
+    output_options,
+    print_json,
+    print_line,
+    terminal_progress,
+)
 from .device import device_option
 
 
@@ -20,7 +27,7 @@ from .device import device_option
 @click.argument("folder", type=user_path, metavar="DIR")
 @click.option(
     "--stage",
-    type=click.Choice(["align", "finetune", "final"]),
+    type=SuggestingChoice(["align", "finetune", "final"]),
     default="final",
     show_default=True,
     help="The model after alignment, after the user stage, or after the repair.",

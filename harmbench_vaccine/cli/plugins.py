@@ -7,7 +7,15 @@ from shlex import quote
 import click
 
 from .completion import described_name, plugin_names, protocol_name
-from .console import output_options, print_json, print_line, print_view, terminal_progress, terminal_width
+from .console import (
+    SuggestingChoice,
+    output_options,
+    print_json,
+    print_line,
+    print_view,
+    terminal_progress,
+    terminal_width,
+)
 from .device import device_option
 
 
@@ -51,7 +59,7 @@ _RUN_OPTIONS = {
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(list(_RUN_OPTIONS)))
+@click.argument("kind", type=SuggestingChoice(list(_RUN_OPTIONS)))
 @click.argument("name")
 @click.option("--dir", "folder", default=".", show_default=True, metavar="DIR", help="Folder of the new file.")
 def new(kind: str, name: str, folder: str) -> None:

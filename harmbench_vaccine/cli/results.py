@@ -9,7 +9,15 @@ import click
 from harmbench_vaccine.core.paths import home, user_path
 
 from .completion import plugin_names, stored_run
-from .console import FiniteRange, output_options, print_json, print_line, print_view, terminal_progress
+from .console import (
+    FiniteRange,
+    SuggestingChoice,
+    output_options,
+    print_json,
+    print_line,
+    print_view,
+    terminal_progress,
+)
 from .device import device_option
 
 
@@ -25,7 +33,7 @@ from .device import device_option
 )
 @click.option(
     "--only",
-    type=click.Choice(["flagged", "unflagged", "unread"]),
+    type=SuggestingChoice(["flagged", "unflagged", "unread"]),
     default=None,
     help="Only questions whose answer after the user stage has this verdict.",
 )

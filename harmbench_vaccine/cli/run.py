@@ -16,6 +16,7 @@ from .console import (
     FiniteRange,
     GroupedCommand,
     SeedRange,
+    SuggestingChoice,
     is_verbose,
     output_options,
     parse_assignments,
@@ -103,7 +104,7 @@ _OPTION_GROUPS = {
 @device_option()
 @click.option(
     "--backend",
-    type=click.Choice(["transformers", "vllm"]),
+    type=SuggestingChoice(["transformers", "vllm"]),
     default=None,
     help="Engine that generates answers. [default: vllm if it is installed and a GPU is available]",
 )
@@ -135,7 +136,7 @@ _OPTION_GROUPS = {
 @click.option("--json", "as_json", is_flag=True, help="Print only the results on stdout: one JSON object per run.")
 @click.option(
     "--report-to",
-    type=click.Choice(TRACKERS),
+    type=SuggestingChoice(TRACKERS),
     multiple=True,
     help="Report the steps of training stages to this tracker. Repeatable.",
 )

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .completion import stored_run
-from .console import SuggestingGroup, output_options, print_json, print_view, terminal_progress
+from .console import (
+    SuggestingChoice,
+    SuggestingGroup,
+    output_options,
+    print_json,
+    print_view,
+    terminal_progress,
+)
 
 if TYPE_CHECKING:
     from harmbench_vaccine.core.store import Store
@@ -57,7 +64,7 @@ def store() -> None:
 @click.option(
     "--by",
     "grouping",
-    type=click.Choice(["stage", "run", "protocol", "age"]),
+    type=SuggestingChoice(["stage", "run", "protocol", "age"]),
     default="stage",
     show_default=True,
     help="Group artifacts by this.",
