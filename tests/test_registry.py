@@ -302,3 +302,19 @@ def test_malformed_entry_point_is_skipped_with_a_warning(defenses: Registry[Defe
         classes = defenses.loadable()
     assert "vaccine" in classes
     assert not {"foreign", "no_object"} & set(classes)
+
+
+def test_edited_file_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defenses: Registry[Defense]
+) -> None:
+    """Two folders may have a file of one name, and a file may change between two cells of a notebook."""
+    code = "from harmbench_vaccine.plugins import Defense\n\n\nclass Mine(Defense):\n    citation = {citation!r}\n"
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        Path("mine.py").write_text(code.format(citation=folder), encoding="utf-8")
+        assert defenses.get("./mine.py").citation == folder
+    unchanged = defenses.get("./mine.py")
+    assert defenses.get(str(tmp_path / "second" / "mine.py")) is unchanged
+    Path("mine.py").write_text(code.format(citation="a longer citation"), encoding="utf-8")
+    assert defenses.get("./mine.py").citation == "a longer citation"

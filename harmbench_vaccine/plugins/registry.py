@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, Literal, TypeVar
 
@@ -63,6 +64,7 @@ class Registry(Generic[P]):
         self.group = group
         self.package = package or group
         self._classes: dict[str, type[P]] = {}
+        self._files: dict[Path, tuple[bytes, type[P]]] = {}  # file -> its content and its class
 
     def entries(self) -> dict[str, PluginEntry]:
         """Return every installed plug-in by name, in alphabetical order; a third party cannot replace a built-in."""
@@ -89,8 +91,10 @@ class Registry(Generic[P]):
         Raises:
             BadInput: The name is unknown, or the plug-in cannot be imported.
         """
+        if is_plugin_path(name):
+            return self._file(name)
         if name not in self._classes:
-            self._classes[name] = self._file(name) if is_plugin_path(name) else self._installed(_canonical(name))
+            self._classes[name] = self._installed(_canonical(name))
         return self._classes[name]
 
     def register(self, cls: type[P]) -> str:
@@ -103,7 +107,8 @@ class Registry(Generic[P]):
             module = entry.entry if isinstance(entry.entry, str) else entry.entry.module
             if module == cls.__module__ and issubclass(self.get(entry.name), cls):
                 return entry.name
-        for name, known in self._classes.items():
+        named = [*self._classes.items(), *((str(path), known) for path, (_, known) in self._files.items())]
+        for name, known in named:
             if known is cls:
                 return name
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
@@ -134,11 +139,15 @@ class Registry(Generic[P]):
         return self._class(loaded, name)
 
     def _file(self, name: str) -> type[P]:
+        """Return the class of a file, which is read again if it was edited, as between two cells of a notebook."""
         path = user_path(name).resolve()
         if not path.is_file():
             raise BadInput(f"The {self.base.kind} file {name!r} does not exist.")
         if path.stat().st_size > MAX_FILE_SIZE:
             raise BadInput(f"{name!r} is larger than {MAX_FILE_SIZE // 2**20} MiB, so it is not a plug-in file.")
+        content = path.read_bytes()
+        if path in self._files and self._files[path][0] == content:
+            return self._files[path][1]
         module_name = f"hbv_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None:
@@ -147,7 +156,8 @@ class Registry(Generic[P]):
         sys.modules[module_name] = module
         with _readable_import_errors(repr(name)):
             spec.loader.exec_module(module)
-        return self._class(module, _canonical(path.stem))
+        self._files[path] = content, self._class(module, _canonical(path.stem))
+        return self._files[path][1]
 
     def _class(self, loaded: ModuleType | type, name: str) -> type[P]:
         if isinstance(loaded, ModuleType):
