@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
-import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,13 +182,13 @@ def test_output_of_nvidia_smi() -> None:
 
 
 def test_processes_have_their_user_and_command() -> None:
-    (gpu,) = parse_gpus(
-        GPUS.splitlines()[0], f"GPU-11111111-2222-3333-4444-555555555555, {os.getpid()}, 2048\n", describe=True
-    )
+    with subprocess.Popen(["sleep", "60"]) as running:
+        line = f"GPU-11111111-2222-3333-4444-555555555555, {running.pid}, 2048\n"
+        (gpu,) = parse_gpus(GPUS.splitlines()[0], line, describe=True)
+        running.kill()
     (process,) = gpu.processes
-    assert process.user == getpass.getuser()
-    assert "pytest" in process.command
-    assert doctor._holder(process).startswith(f"\npid {os.getpid()} has 2.0 GiB ({process.user}: ")
+    assert (process.user, process.command) == (getpass.getuser(), "sleep 60")
+    assert doctor._holder(process) == f"\npid {running.pid} has 2.0 GiB ({process.user}: sleep 60)"
     (gpu,) = parse_gpus(
         GPUS.splitlines()[0], "GPU-11111111-2222-3333-4444-555555555555, 99999999, [N/A]\n", describe=True
     )

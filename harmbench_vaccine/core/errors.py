@@ -46,9 +46,9 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str], of: str = "", oth
     """
     names = sorted(allowed)
     name = shortened(name)
-    without_hash = {_HASH.sub("", candidate): candidate for candidate in names}  # of the id of a run
-    close = difflib.get_close_matches(name, without_hash, n=1, cutoff=0.6 if other_kind else 0.5)
-    guess = f" Did you mean {without_hash[close[0]]!r}?" if close else ""
+    known = {_HASH.sub("", full): full for full in names} | {full: full for full in names}  # also runs without a hash
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if other_kind else 0.5)
+    guess = f" Did you mean {known[close[0]]!r}?" if close else ""
     problem = f"Unknown {kind} {name!r}{of and f' of {of}'}."
     if other_kind:
         problem = f"{name!r} is {_with_article(other_kind)}, not {_with_article(kind)}."
