@@ -249,7 +249,7 @@ def test_nothing_is_removed_if_the_needs_of_a_run_are_not_known(shop: Shop) -> N
         (("gc", "--older-than", "-1d"), ("'-1d' is not an age",)),
         (("ls", "--stage", "finetun"), ("Unknown stage 'finetun'", "Did you mean 'finetune'?")),
         (("ls", "--protocol", "x"), ("Unknown protocol 'x'", "tiny")),
-        (("du", "--by", "size"), ("'size'", "'stage', 'run', 'protocol', 'age'")),
+        (("du", "--by", "size"), ("Unknown value 'size' of --by", "age, protocol, run, stage")),
         (("dux",), ("Unknown command 'dux'", "Did you mean 'du'?")),
     ],
 )
