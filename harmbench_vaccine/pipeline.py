@@ -50,7 +50,8 @@ def run(experiment: Experiment, context: RunContext) -> Measurements:
     verdicts = judge_all(experiment, context, answers)
     grades = {}
     if experiment.task.graded:
-        grades = {when: grade(experiment, context, answers[f"{when}/task"]) for when in ("before", "after")}
+        names = {when: f"{when}/task" for when in ("before", "after")}
+        grades = {when: grade(experiment, _labeled(context, name), answers[name]) for when, name in names.items()}
     return Measurements(aligned, final, answers, verdicts, drift(experiment, context, aligned, final), grades)
 
 
@@ -71,7 +72,7 @@ def answer_all(
     """
     sets = eval_sets(experiment)
     return {
-        f"{when}/{eval_set.name}": answer(experiment, context, model, eval_set)
+        f"{when}/{eval_set.name}": answer(experiment, _labeled(context, f"{when}/{eval_set.name}"), model, eval_set)
         for when, model in (("before", aligned), ("after", final))
         for eval_set in sets
     }
@@ -87,9 +88,17 @@ def judge_all(
     """
     names = [f"{when}/{eval_set.name}" for when in ("before", "after") for eval_set in harmful_sets(experiment)]
     return {
-        canonical_name([scorer]): {name: score(experiment, context, answers[name], scorer) for name in names}
+        canonical_name([scorer]): {
+            name: score(experiment, _labeled(context, name), answers[name], scorer) for name in names
+        }
         for scorer in experiment.scorers
     }
+
+
+def _labeled(context: RunContext, name: str) -> RunContext:
+    """Name the prompts and the model of `before/SET` or `after/SET` in the titles of the bars."""
+    when, _, eval_set = name.partition("/")
+    return context.labeled(f"{eval_set} prompts, {'aligned' if when == 'before' else 'final'} model")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 from harmbench_vaccine import runner
 from harmbench_vaccine.cli import log_file
 from harmbench_vaccine.cli.console import terminal_progress
-from harmbench_vaccine.core.progress import BarState, Lines, Progress, Receivers, Silent, format_duration
+from harmbench_vaccine.core.progress import BarState, Labeled, Lines, Progress, Receivers, Silent, format_duration
 from harmbench_vaccine.core.stage_clock import ReportingStore, StageClock
 from harmbench_vaccine.core.store import Artifact
 from support.cli import PROGRESS_LINE, hbv
@@ -237,6 +237,17 @@ def test_notes_and_details_are_visible_single_lines() -> None:
     assert lines == ["a b\\x1b[0m", "a b\\x1b[0m", "reused"]
 
 
+def test_a_label_follows_the_title_of_a_bar_only(clock: Clock) -> None:
+    lines: list[str] = []
+    progress = Labeled(Lines(lines.append, verbose=True, clock=clock), "task prompts, final model")
+    with progress.bar("answer", 2) as advance:
+        progress.note("a note")
+        progress.detail("a detail")
+        advance(2)
+    title = "answer: task prompts, final model"
+    assert lines == [f"{title}: 2 steps", "a note", "a detail", f"{title}: step 2 of 2"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A terminal
 
@@ -407,3 +418,9 @@ def test_a_piped_run_writes_lines_of_progress(world: Path, tmp_path: Path) -> No
     count = int(lines[0].split()[2])
     assert sum(line.startswith("1 run: step ") for line in lines) == count
     assert any(line.startswith(f"1 run: step {count} of {count}") for line in lines)
+    answered = {line.rpartition(": ")[0] for line in lines if re.match(r"answer.* steps?$", line)}
+    assert answered == {
+        f"answer: {prompts} prompts, {model} model"
+        for prompts in ("harmful", "benign", "task")
+        for model in ("aligned", "final")
+    }

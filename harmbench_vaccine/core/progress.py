@@ -237,7 +237,7 @@ class Terminal:
     def bar(self, title: str, total: int) -> Iterator[Advance]:
         """Show a bar, and a line at its end if it took a second."""
         state = BarState(title, total)
-        task = self._bars.add_task(_one_line(title), total=total, state=state)
+        task = self._bars.add_task(_one_line(title), total=total, visible=total > 0, state=state)
 
         def advance(steps: int, detail: str = "", seconds_left: float | None = None) -> None:
             state.advance(steps, detail, seconds_left)
@@ -288,6 +288,25 @@ class Receivers:
         """Send a detail to every receiver."""
         for receiver in self._receivers:
             receiver.detail(text)
+
+
+class Labeled:
+    """A receiver that adds a label to the title of each bar, such as the prompts that a bar of answers counts."""
+
+    def __init__(self, receiver: Progress, label: str) -> None:
+        self._receiver, self._label = receiver, label
+
+    def bar(self, title: str, total: int) -> AbstractContextManager[Advance]:
+        """Open a bar whose title ends with the label."""
+        return self._receiver.bar(f"{title}: {self._label}", total)
+
+    def note(self, text: str) -> None:
+        """Send the note without the label."""
+        self._receiver.note(text)
+
+    def detail(self, text: str) -> None:
+        """Send the detail without the label."""
+        self._receiver.detail(text)
 
 
 def _one_line(text: str) -> str:

@@ -80,7 +80,7 @@ def judge_answers(
     with open_judgments(root, progress) as cache:
         judgments = cache.get(keys)
         missing = list({key: pair for key, pair in zip(keys, pairs, strict=True) if key not in judgments}.items())
-        with progress.bar(f"score: {scorer.name}", len(missing)) as advance:
+        with progress.bar(f"score {scorer.name}", len(missing)) as advance:
             for start in range(0, len(missing), CHUNK):
                 chunk = dict(missing[start : start + CHUNK])
                 new = dict(zip(chunk, scorer.readings(list(chunk.values())), strict=True))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.core.progress import SILENT, Labeled, Progress
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.training.trackers import Tracker
@@ -21,3 +21,7 @@ class RunContext:
     """Share of the steps of a training stage between two checkpoints."""
     trackers: tuple[Tracker, ...] = ()
     """Where the steps of the training stages are reported."""
+
+    def labeled(self, label: str) -> RunContext:
+        """Return this context with a label on the title of each bar."""
+        return replace(self, progress=Labeled(self.progress, label))

@@ -112,7 +112,7 @@ class ChatJudge:
         answers = []
         pool, ends = ThreadPoolExecutor(self.parallel), Event()
         try:
-            with progress.bar("score: judge", len(conversations)) as advance:
+            with progress.bar("judge", len(conversations)) as advance:
                 futures = [pool.submit(self._request, messages, max_new_tokens, ends) for messages in conversations]
                 for future in futures:
                     answers.append(future.result())

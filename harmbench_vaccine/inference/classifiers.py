@@ -58,7 +58,7 @@ class TransformersClassifier:
         batch = self._batch if pad is not None and pad < embedding_rows(model.config) else 1
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
         logits: dict[int, list[float]] = {}
-        with progress.bar("score: judge", len(order)) as advance, torch.inference_mode():
+        with progress.bar("judge", len(order)) as advance, torch.inference_mode():
             for start in range(0, len(order), batch):
                 numbers = order[start : start + batch]
                 width = max(len(texts[number]) for number in numbers)

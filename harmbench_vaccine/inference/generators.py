@@ -70,7 +70,7 @@ class TransformersGenerator:
 
         from .generation import generate_greedy
 
-        with progress.bar("score: judge", len(prompts)) as advance:
+        with progress.bar("judge", len(prompts)) as advance:
             rows = generate_greedy(
                 self.model,
                 prompts,
@@ -112,7 +112,7 @@ class VllmGenerator:
         if not prompts:
             return []
         self._runner.start(EngineShape(self._model, 0, max(map(len, prompts)) + max_new_tokens), 0, progress)
-        with progress.bar("score: judge", len(prompts)) as advance:
+        with progress.bar("judge", len(prompts)) as advance:
             rows = self._runner.generate(prompts, max_new_tokens, self._ends, advance, watched)
         return [_decode_continuation(self.tokenizer, row, watched) for row in rows]
 

@@ -187,7 +187,7 @@ class VllmRunner:
         if not rows:
             return []
         self.start(EngineShape(location, 0, max(map(len, rows))), 0, progress)
-        with progress.bar("score: judge", len(rows)) as advance:
+        with progress.bar("judge", len(rows)) as advance:
             logits: list[list[float]] = self.request("classify", advance, rows=[list(row) for row in rows])["rows"]
         return logits
 
