@@ -244,7 +244,7 @@ def test_classifier_logits_are_raw_and_equal_those_of_transformers(pool: ModelPo
     repeated = pool.judge_classifier(str(tmp_path / "judge"), "vllm")(rows[:2], progress)
     assert torch.allclose(torch.tensor(repeated), expected[:2], rtol=0, atol=1e-4)
     assert workers() == [process]
-    assert progress.steps["score: judge"] == len(rows) + 2
+    assert progress.steps["judge"] == len(rows) + 2
     assert progress.notes == []
     pool.evict("judge classifier")
     assert workers() == []
