@@ -15,9 +15,10 @@ from transformers import AutoConfig
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.experiment.protocol import load_protocol, protocol_models
+from harmbench_vaccine.inference import engine
 from harmbench_vaccine.plugins.registry import SCORERS
-from harmbench_vaccine.reporting.dry_run import estimate
 from harmbench_vaccine.reporting.dry_run.devices import DeviceRates, device_table, find_device
+from harmbench_vaccine.reporting.dry_run.memory import count_memory
 from harmbench_vaccine.reporting.dry_run.random_models import load_config, model_shapes, random_model
 from support.cli import hbv
 
@@ -104,22 +105,28 @@ def test_shared_stages_cost_once(world: Path, own_home: Path) -> None:
     """Attacks share the aligned model and its answers, also where models and data are not on this machine."""
     for protocol in ("vaccine-paper", world):
         first, second = seconds_by_stage("run", "--protocol", protocol, "--defense", "vaccine", attacks=2)
-        assert first.keys() == {"align", "finetune", "answer"}
+        assert first.keys() == {"align", "finetune", "answer", "score", "drift"}
         assert second == {
             "finetune": pytest.approx(first["finetune"], rel=0.1),
             "answer": pytest.approx(first["answer"] / 2),
+            "score": pytest.approx(first["score"] / 2),
+            "drift": pytest.approx(first["drift"]),
         }
     command = ("run", "--protocol", "vaccine-paper", "--defense", "sft", "--defense", "safe_lora")
     tuned, repaired = seconds_by_stage(*command, attacks=1)
-    assert repaired == {"answer": pytest.approx(tuned["answer"] / 2)}
+    assert repaired == {
+        "answer": pytest.approx(tuned["answer"] / 2),
+        "score": pytest.approx(tuned["score"] / 2),
+        "drift": pytest.approx(tuned["drift"]),
+    }
 
 
 def test_memory_is_near_the_measured_one() -> None:
     """24.5 GB were measured; the note of the command states what is estimated."""
     settings = replace(load_protocol("vaccine-paper").align.settings, batch=5)
-    memory = estimate.count_memory(LLAMA, "bfloat16", "none", settings, 200)
+    memory = count_memory(LLAMA, "bfloat16", "none", settings, 200)
     assert memory.peak == pytest.approx(28.5e9, rel=0.01)
-    less = estimate.count_memory(LLAMA, "bfloat16", "none", settings, 200, gradient_checkpointing=True)
+    less = count_memory(LLAMA, "bfloat16", "none", settings, 200, gradient_checkpointing=True)
     layer_inputs = 32 * 5 * 200 * 4096 * 2
     assert less.activations == pytest.approx(layer_inputs + memory.activations / 32, rel=0.01)
 
@@ -131,7 +138,9 @@ def test_devices_have_what_their_names_state() -> None:
 
 
 def test_generation_waits_for_weights_or_for_products() -> None:
-    rates = DeviceRates(name="x", memory=1, peak=100, bandwidth=10, training=0.5, generation=0.5, source="test")
+    rates = DeviceRates(
+        name="x", memory=1, peak=100, peak_float32=20, bandwidth=10, training=0.5, generation=0.5, source="test"
+    )
     assert rates.token_seconds(weights=100, operations=100) == 20  # 100 bytes at 5 a second
     assert rates.token_seconds(weights=1, operations=100) == 2  # 100 operations at 50 a second
 
@@ -153,17 +162,28 @@ def summary(text: str) -> dict[str, str]:
 
 def test_answer_comes_first(own_home: Path) -> None:
     answer = summary(hbv(*PAPER, "--on", "h100-80gb").out)
-    assert list(answer) == ["runs", "stages", "time", "memory", "downloads", "disk"]
+    assert list(answer) == ["runs", "stages", "time", "memory", "downloads", "access", "disk"]
     assert answer["time"].endswith(" h on h100-80gb")
     assert answer["memory"].endswith(": fits")
-    assert "meta-llama/Llama-2-7b-hf, " in answer["downloads"] or "meta-llama/Llama-2-7b-hf (" in answer["downloads"]
-    assert "about 12.6 GiB in 16 bits" in answer["downloads"]
+    assert "meta-llama/Llama-2-7b-hf (about 12.6 GiB in 16 bits, gated)" in answer["downloads"]
+    assert "PKU-Alignment/beaver-dam-7b (about 12.6 GiB in 16 bits)" in answer["downloads"]
+    assert answer["access"].startswith("meta-llama/Llama-2-7b-hf: accept the license on the Hub page")
+    assert answer["access"].endswith("hf auth login")
 
 
-def test_memory_that_does_not_fit_has_advice(own_home: Path) -> None:
-    answer = summary(hbv(*PAPER, "--on", "rtx-4090-24gb").out)
-    assert "does not fit; try fewer rows per batch" in answer["memory"]
-    assert "fits" in summary(hbv(*PAPER, "--on", "rtx-4090-24gb", "--gradient-checkpointing").out)["memory"]
+def test_memory_that_does_not_fit_has_advice(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage that does not fit has its advice, and with all advice the run fits."""
+    monkeypatch.setattr(engine, "find_spec", lambda name: name)  # vLLM may be missing here
+    small = (*PAPER, "--on", "rtx-4090-24gb")
+    memory = summary(hbv(*small).out)["memory"]
+    assert "(stage score): does not fit; try fewer rows per batch" in memory
+    assert "--backend vllm" in memory
+    assert "--scorer beaver_dam:dtype=bfloat16" in memory
+    half = ("--gradient-checkpointing", "--backend", "vllm")
+    memory = summary(hbv(*small, *half).out)["memory"]
+    assert "does not fit; try a smaller judge" in memory
+    assert "vllm" not in memory
+    assert summary(hbv(*small, *half, "--scorer", "beaver_dam:dtype=bfloat16").out)["memory"].endswith(": fits")
 
 
 def test_error_of_the_estimate_is_stated(own_home: Path) -> None:
@@ -173,6 +193,15 @@ def test_error_of_the_estimate_is_stated(own_home: Path) -> None:
     assert f"{step_seconds('h200-141gb', 2):.2f}" == "0.24"
     assert f"{step_seconds('h200-141gb', 4):.2f}" == "0.49"
     assert "The speed of l40s-48gb: assumed." in text
+
+
+@pytest.mark.parametrize("device", device_table())
+def test_assumed_rates_are_named_only_where_they_are_used(device: str, own_home: Path) -> None:
+    text = " ".join(hbv(*PAPER, "--on", device).out.split())
+    source = device_table()[device].source
+    assert ("assumed" in source) is (device != "h200-141gb")
+    assert (f"The speed of {device}: {source}." in text) is ("assumed" in source)
+    assert text.count("The speed of") == ("assumed" in source)
 
 
 @pytest.mark.parametrize("width", ["60", "80", "100", "140"])

@@ -25,7 +25,8 @@ from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.pipeline import run
 from harmbench_vaccine.plugins import Defense
 from harmbench_vaccine.plugins.composition import parse_plugins
-from harmbench_vaccine.reporting.dry_run import estimate, plan
+from harmbench_vaccine.reporting.dry_run import estimate, memory, plan, timing
+from harmbench_vaccine.reporting.dry_run.costs import BatchSeconds
 from support import tiny
 from support.runs import run_context
 
@@ -33,8 +34,9 @@ from support.runs import run_context
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure times for a short while only: no test depends on their precision."""
-    monkeypatch.setattr(estimate, "MEASUREMENT_SECONDS", 0.01)
-    estimate.measure_seconds.cache_clear()
+    monkeypatch.setattr(timing, "MEASUREMENT_SECONDS", 0.01)
+    timing.measure_training.cache_clear()
+    timing.measure_inference.cache_clear()
 
 
 def settle(world: Path, defense: str = "sft", **changes: Any) -> Experiment:
@@ -155,21 +157,21 @@ def test_memory_equals_that_of_a_real_model(architecture: str, tmp_path: Path) -
     model = tiny.model(architecture)
     model.config.save_pretrained(tmp_path)
     settings = tiny.settings()
-    memory = estimate.count_memory(str(tmp_path), "float32", "none", settings, 12)
-    assert memory.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
+    counted = memory.count_memory(str(tmp_path), "float32", "none", settings, 12)
+    assert counted.weights == 4 * sum(parameter.numel() for parameter in model.parameters())
     matrices = [
         module.weight.numel()
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name
     ]
     stage, _ = tiny.stage(model)
-    assert memory.adapter == 16 * sum(p.numel() for p in stage.trainable.values())  # weights, gradient, two moments
-    assert memory.activations == pytest.approx(
+    assert counted.adapter == 16 * sum(p.numel() for p in stage.trainable.values())  # weights, gradient, two moments
+    assert counted.activations == pytest.approx(
         activation_bytes(stage.model.train(), 4, 12), rel=0.05
     )  # masks may differ
-    half = estimate.count_memory(str(tmp_path), "bfloat16", "none", settings, 12)
-    assert half.weights == memory.weights / 2
-    quarter = estimate.count_memory(str(tmp_path), "bfloat16", "4bit", settings, 12)
+    half = memory.count_memory(str(tmp_path), "bfloat16", "none", settings, 12)
+    assert half.weights == counted.weights / 2
+    quarter = memory.count_memory(str(tmp_path), "bfloat16", "4bit", settings, 12)
     assert quarter.weights == half.weights - 1.5 * sum(matrices)  # half a byte per number instead of two
 
 
@@ -178,12 +180,12 @@ def test_time_is_extrapolated_over_layers(monkeypatch: pytest.MonkeyPatch, tmp_p
     config = AutoConfig.from_pretrained(tmp_path)
     config.num_hidden_layers = 7
     config.save_pretrained(tmp_path)
-    times = {1: estimate.BatchSeconds(1.0, 2.0, 0.5), 2: estimate.BatchSeconds(1.25, 2.5, 0.5)}
-    monkeypatch.setattr(estimate, "_measure_batch", lambda small, *_: times[small.num_hidden_layers])
-    seconds = estimate.measure_seconds(str(tmp_path), "float32", tiny.settings(), 12)
-    assert seconds == estimate.BatchSeconds(1.0 + 6 * 0.25, 2.0 + 6 * 0.5, 0.5)
-    monkeypatch.setattr(estimate, "CPU_LIMIT", 1.0)
-    assert estimate.measure_seconds(str(tmp_path), "float32", tiny.settings(), 13) is None or torch.cuda.is_available()
+    times = {1: BatchSeconds(1.0, 2.0, 0.5), 2: BatchSeconds(1.25, 2.5, 0.5)}
+    monkeypatch.setattr(timing, "_measure_training", lambda small, *_: times[small.num_hidden_layers])
+    seconds = timing.measure_training(str(tmp_path), "float32", tiny.settings(), 12)
+    assert seconds == BatchSeconds(1.0 + 6 * 0.25, 2.0 + 6 * 0.5, 0.5)
+    monkeypatch.setattr(timing, "CPU_LIMIT", 1.0)
+    assert timing.measure_training(str(tmp_path), "float32", tiny.settings(), 13) is None or torch.cuda.is_available()
 
 
 def test_llama_2_7b_is_counted_without_its_weights(tmp_path: Path) -> None:
@@ -192,10 +194,10 @@ def test_llama_2_7b_is_counted_without_its_weights(tmp_path: Path) -> None:
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     ).save_pretrained(tmp_path)
     settings = load_protocol("vaccine-paper").align.settings
-    memory = estimate.count_memory(str(tmp_path), "bfloat16", "none", settings, 200)
-    assert memory.weights == 2 * 6_738_415_616
-    assert memory.adapter == 16 * 19_988_480
-    assert 5e9 < memory.activations < 2e10
+    counted = memory.count_memory(str(tmp_path), "bfloat16", "none", settings, 200)
+    assert counted.weights == 2 * 6_738_415_616
+    assert counted.adapter == 16 * 19_988_480
+    assert 5e9 < counted.activations < 2e10
 
 
 def test_passes_per_step_are_those_of_the_most_expensive_defense() -> None:
@@ -216,7 +218,7 @@ def test_estimate_of_steps_and_widths(world: Path) -> None:
     larger = {entry.stage: entry for entry in estimate.estimate_costs(settle(world, values={"finetune.samples": "80"}))}
     assert larger["finetune"].detail.startswith("40 steps")
     untrained = [entry.stage for entry in estimate.estimate_costs(settle(world, "none"))]
-    assert untrained == ["finetune", "answer"]
+    assert untrained == ["finetune", "answer", "score", "drift"]
 
 
 def test_missing_rows_are_estimated_at_the_maximum_width(world: Path, tmp_path: Path) -> None:

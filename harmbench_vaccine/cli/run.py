@@ -213,7 +213,7 @@ def run(
         from harmbench_vaccine.runner import plan_all
 
         plan = plan_all(specs, out=out, table=table, shard=shard, report_to=report_to)
-        _print_dry_run(plan, device_name, gradient_checkpointing, as_json)
+        _print_dry_run(plan, device_name, gpu_memory, gradient_checkpointing, as_json)
         return
     if device_name:
         raise BadInput("--on applies to --dry-run only: add --dry-run, or remove --on.")
@@ -239,15 +239,18 @@ def run(
         print_view(results_table(results, published))
 
 
-def _print_dry_run(plan: Plan, device_name: str | None, gradient_checkpointing: bool, as_json: bool) -> None:
+def _print_dry_run(
+    plan: Plan, device_name: str | None, gpu_memory: float | None, gradient_checkpointing: bool, as_json: bool
+) -> None:
     from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.core.store import Store
-    from harmbench_vaccine.reporting.dry_run.devices import find_device
+    from harmbench_vaccine.inference.engine import GPU_MEMORY
+    from harmbench_vaccine.reporting.dry_run.devices import Target, find_device
     from harmbench_vaccine.reporting.dry_run.plan_json import dry_run_json
     from harmbench_vaccine.reporting.dry_run.view import dry_run_view
 
-    rates = find_device(device_name) if device_name else None
-    values = dry_run_json(plan, Store(home() / "store"), rates, gradient_checkpointing)
+    target = Target(find_device(device_name) if device_name else None, gpu_memory or GPU_MEMORY)
+    values = dry_run_json(plan, Store(home() / "store"), target, gradient_checkpointing)
     if as_json:
         print_json(values)
     else:

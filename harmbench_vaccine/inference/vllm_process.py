@@ -18,6 +18,9 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 PATIENCE = 5.0
 """Seconds that an idle process has to end by itself before it is killed."""
 
+CPU_CACHE = 1
+"""GiB that vLLM reserves for keys and values on a CPU; by default it takes most of the memory of the machine."""
+
 _OVERRIDES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the worker: ending the worker ends everything
     "PYTHONUNBUFFERED": "1",
@@ -25,7 +28,7 @@ _OVERRIDES = {
 _DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes most of the machine's memory
+    "VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.errors import unknown_name
+from harmbench_vaccine.inference.engine import GPU_MEMORY
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 CPU, HERE = "cpu", "this machine"
+READING: Share = 0.5
+"""Share of the peak that a judge is assumed to reach; no device was measured."""
 
 
 class DeviceRates(BaseModel):
@@ -29,7 +33,9 @@ class DeviceRates(BaseModel):
     memory: Rate
     """Bytes."""
     peak: Rate
-    """Floating point operations per second of dense matrix products."""
+    """Floating point operations per second of dense matrix products in 16 bits."""
+    peak_float32: Rate
+    """The same in float32, without tensor cores, as torch multiplies by default."""
     bandwidth: Rate
     """Bytes per second of the memory."""
     training: Share
@@ -42,6 +48,10 @@ class DeviceRates(BaseModel):
     def product_seconds(self, operations: float) -> float:
         """Return the time of matrix products in a training step."""
         return operations / (self.peak * self.training)
+
+    def reading_seconds(self, operations: float, dtype: str) -> float:
+        """Return the time of matrix products of a judge, which reads batches of thousands of tokens."""
+        return operations / ((self.peak_float32 if dtype == "float32" else self.peak) * READING)
 
     def token_seconds(self, weights: float, operations: float) -> float:
         """Return the time of one generated token of every row of a batch: reading the weights, or the products."""
@@ -69,6 +79,33 @@ def find_device(name: str) -> DeviceRates:
     return devices[name]
 
 
+@dataclass(frozen=True)
+class Target:
+    """The device that costs are estimated for."""
+
+    rates: DeviceRates | None = None
+    """A device of the table; None: this machine, where batches are timed."""
+    gpu_memory: float = GPU_MEMORY
+    """Share of the memory of a GPU that a vLLM engine reserves."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes of memory."""
+        return self.rates.memory if self.rates else local_memory()
+
+    @property
+    def is_cpu(self) -> bool:
+        """True if models run on a CPU."""
+        return self.rates.name == CPU if self.rates else device() == "cpu"
+
+    def table_rates(self) -> DeviceRates:
+        """Return the rates to compute with; those of the CPU where timing on this machine would take minutes."""
+        return self.rates or find_device(CPU)
+
+
+THIS_MACHINE = Target()
+
+
 def local_memory() -> float:
     """Return the memory of the device that models run on here, in bytes."""
     if device() == "cuda":
@@ -85,10 +122,12 @@ def _measured_cpu() -> DeviceRates:
 
     matrix = torch.rand(1024, 1024)
     copied = torch.empty(2**25)
+    peak = 2 * 1024**3 / fastest_call(lambda: matrix @ matrix)
     return DeviceRates(
         name=CPU,
         memory=float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
-        peak=2 * 1024**3 / fastest_call(lambda: matrix @ matrix),
+        peak=peak,
+        peak_float32=peak,
         bandwidth=2 * copied.nbytes / fastest_call(copied.clone),
         training=0.5,
         generation=0.5,

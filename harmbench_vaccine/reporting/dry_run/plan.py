@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import data_locations
 from harmbench_vaccine.inference.model_pool import ModelPool
 
-from .random_models import model_shapes
+from .random_models import gated_models, model_shapes
 
 
 class DryRunStore(Store):
@@ -53,6 +54,8 @@ class Source:
     available: bool
     """Whether it is on this machine: a file, a part of the testbed, or a file in the Hub's cache."""
     detail: str = ""
+    gated: bool = False
+    """Whether its license has to be accepted on the Hub before it can be downloaded."""
 
 
 @dataclass
@@ -115,8 +118,9 @@ def describe_source(what: str, location: str, testbed_is_built: bool) -> Source:
     assert name is not None  # `local_path` refuses every other form
     if hub.is_cached(kind, name):
         return Source(what, location, True, "in the cache of the Hub")
+    missing = partial(Source, what, location, available=False, gated=name.id in gated_models())
     try:
-        return Source(what, location, False, f"{hub.download_size(kind, name) / 2**30:.1f} GiB")
+        return missing(detail=f"{hub.download_size(kind, name) / 2**30:.1f} GiB")
     except HbvError as error:
         label = "Data set" if what == "data" else "Model"
         refusal = error.__cause__ and hub.hub_access_error(
@@ -125,5 +129,5 @@ def describe_source(what: str, location: str, testbed_is_built: bool) -> Source:
         if isinstance(refusal, BadInput):
             raise refusal from error
         if shape := model_shapes().get(name.id):
-            return Source(what, location, False, f"about {2 * shape.parameters / 2**30:.1f} GiB in 16 bits")
-        return Source(what, location, False, f"size unknown: {error}")
+            return missing(detail=f"about {2 * shape.parameters / 2**30:.1f} GiB in 16 bits")
+        return missing(detail=f"size unknown: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
@@ -16,28 +17,28 @@ from harmbench_vaccine.experiment.protocol import leaf_values
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 
-from .devices import HERE, DeviceRates, local_memory
+from .devices import HERE, THIS_MACHINE, Target
 from .plan import Plan, plan_runs
 
 
 def dry_run_json(
-    plan: Plan, store: Store, rates: DeviceRates | None = None, gradient_checkpointing: bool = False
+    plan: Plan, store: Store, target: Target = THIS_MACHINE, gradient_checkpointing: bool = False
 ) -> dict[str, Any]:
     """Return a plan with the cost of the stages that are not stored.
 
     Args:
         plan: The plan.
         store: The store, whose testbed run shows the error of estimates on this machine.
-        rates: The device to estimate for; None: this machine.
+        target: The device to estimate for.
         gradient_checkpointing: As in `hbv run`.
     """
     experiments = [
-        _experiment_json(plan, index, rates, gradient_checkpointing) for index in range(len(plan.experiments))
+        _experiment_json(plan, index, target, gradient_checkpointing) for index in range(len(plan.experiments))
     ]
     estimates = [estimate for experiment in experiments for estimate in experiment["estimate"]]
     first = plan.experiments[0]
     return {
-        "device": _device_json(rates) if estimates or rates else None,
+        "device": _device_json(target) if estimates or target.rates else None,
         "protocol": {"hash": first.protocol.hash, "values": list(protocol_values(first))},
         "experiments": experiments,
         "sources": [vars(source) for source in plan.sources],
@@ -46,18 +47,21 @@ def dry_run_json(
     }
 
 
-def _device_json(rates: DeviceRates | None) -> dict[str, Any]:
-    if rates:
-        return {"name": rates.name, "memory": rates.memory, "source": rates.source}
-    return {"name": HERE, "memory": local_memory(), "source": ""}
+def _device_json(target: Target) -> dict[str, Any]:
+    rates = target.rates
+    return {
+        "name": rates.name if rates else HERE,
+        "memory": target.memory,
+        "source": rates.source if rates else "",
+    }
 
 
-def _experiment_json(plan: Plan, index: int, rates: DeviceRates | None, gradient_checkpointing: bool) -> dict[str, Any]:
+def _experiment_json(plan: Plan, index: int, target: Target, gradient_checkpointing: bool) -> dict[str, Any]:
     experiment = plan.experiments[index]
     artifacts = plan.stages[index] if plan.stages else []
     missing = Counter(artifact.stage for artifact in artifacts if not artifact.cached) if plan.stages else None
     earlier = plan.experiments[:index]
-    estimates, no_estimate = _estimates(experiment, earlier, missing, rates, gradient_checkpointing)
+    estimates, no_estimate = _estimates(experiment, earlier, missing, target, gradient_checkpointing)
     plugins = {
         resolved.plugin.name: {key: [value, resolved.origins[key]] for key, value in resolved.params.items()}
         for resolved in [*experiment.defenses, *experiment.attacks, experiment.task_plugin, *experiment.scorers]
@@ -68,6 +72,7 @@ def _experiment_json(plan: Plan, index: int, rates: DeviceRates | None, gradient
         "attack": experiment.attack,
         "task": experiment.task.name,
         "seed": experiment.spec.seed,
+        "backend": experiment.backend,
         "plugins": plugins,
         "stages": [
             {"stage": artifact.stage, "key": artifact.key, "cached": artifact.cached, "seconds": artifact.seconds}
@@ -82,7 +87,7 @@ def _estimates(
     experiment: Experiment,
     earlier: Sequence[Experiment],
     missing: Mapping[str, int] | None,
-    rates: DeviceRates | None,
+    target: Target,
     gradient_checkpointing: bool,
 ) -> tuple[list[dict[str, Any]], str]:
     """Return the estimates of the missing artifacts, or why there is none.
@@ -91,7 +96,7 @@ def _estimates(
         experiment: The experiment.
         earlier: The experiments before it, which create the artifacts that it shares with them.
         missing: Stage -> number of missing artifacts; None: they are unknown, so all that no earlier experiment has.
-        rates: As in `dry_run_json`.
+        target: As in `dry_run_json`.
         gradient_checkpointing: As in `dry_run_json`.
     """
     if missing is not None and not missing:
@@ -99,21 +104,30 @@ def _estimates(
     from .estimate import ESTIMATED, estimate_costs
 
     shares = _unshared(experiment, earlier)
+    needed = [stage for stage in ESTIMATED if (shares[stage] if missing is None else stage in missing)]
+    estimate = partial(
+        estimate_costs,
+        experiment,
+        target,
+        read_rows=missing is not None,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    problem = ""
     try:
-        costs = estimate_costs(
-            experiment,
-            rates,
-            read_rows=missing is not None,
-            gradient_checkpointing=gradient_checkpointing,
-            stages=[stage for stage in ESTIMATED if (shares[stage] if missing is None else stage in missing)],
-        )
+        costs = estimate(stages=[stage for stage in needed if stage != "score"])
     except HbvError as error:
         if missing is not None and isinstance(error, BadInput):  # everything is on this machine: the run is refused too
             raise
         return [], str(error)
+    try:
+        costs += estimate(stages=[stage for stage in needed if stage == "score"])
+    except HbvError as error:  # the configuration of a judge is not on this machine
+        problem = str(error)
+    costs.sort(key=lambda cost: ESTIMATED.index(cost.stage))
     if missing is not None:
         shares = {cost.stage: missing[cost.stage] / cost.artifacts for cost in costs}
-    return [vars(replace(cost, seconds=cost.seconds * shares[cost.stage])) for cost in costs], ""
+    costs = [replace(cost, seconds=cost.seconds * shares[cost.stage]) for cost in costs]
+    return [vars(cost) for cost in costs], problem
 
 
 def _unshared(experiment: Experiment, earlier: Sequence[Experiment]) -> dict[str, float]:
@@ -125,7 +139,8 @@ def _unshared(experiment: Experiment, earlier: Sequence[Experiment]) -> dict[str
     }
     answered = [other for other, run in zip(shared, earlier, strict=True) if run.task_name == experiment.task_name]
     before, after = (all(models[stage] != other[stage] for other in answered) for stage in ("align", "repair"))
-    return {**shares, "answer": (before + after) / 2}
+    judged = (shares["align"] + shares["repair"]) / 2  # the harmful prompts are those of every task
+    return {**shares, "answer": (before + after) / 2, "score": judged, "drift": shares["repair"]}
 
 
 def _model_inputs(experiment: Experiment) -> dict[str, list[Any]]:

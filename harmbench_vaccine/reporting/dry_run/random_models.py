@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.data import hub
 from harmbench_vaccine.data.sources import local_path
-from harmbench_vaccine.inference.loading import readable_load_errors
+from harmbench_vaccine.inference.loading import JudgeHead, readable_load_errors
 
 if TYPE_CHECKING:
     from harmbench_vaccine.training.adapters import LoraStack
@@ -40,6 +40,13 @@ def model_shapes() -> dict[str, ModelShape]:
     return {name: shape for shape in shapes for name in shape.models}
 
 
+@lru_cache
+def gated_models() -> frozenset[str]:
+    """Return the Hub ids of models whose license has to be accepted before a download."""
+    text = Path(__file__).with_name("gated_models.yaml").read_text(encoding="utf-8")
+    return frozenset(TypeAdapter(list[str]).validate_python(yaml.safe_load(text)))
+
+
 def load_config(model: str) -> Any:  # a configuration of transformers, of any architecture
     """Return the configuration of a model: from its folder or the cache, else from the package, else from the Hub.
 
@@ -60,13 +67,16 @@ def layer_count(config: Any) -> int:
     return int(config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def random_model(config: Any, dtype: str) -> Any:  # a model of transformers, of any architecture
+def random_model(
+    config: Any, dtype: str, head: JudgeHead = "generator"
+) -> Any:  # a model of transformers, of any architecture
     """Return a model with random weights, on the default device of torch."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    kind: Any = AutoModelForSequenceClassification if head == "classifier" else AutoModelForCausalLM
     with readable_load_errors(config.name_or_path):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=getattr(torch, dtype))
+        return kind.from_config(config, trust_remote_code=False, dtype=getattr(torch, dtype))
 
 
 def with_adapter(base: Any, settings: TrainSettings) -> LoraStack:

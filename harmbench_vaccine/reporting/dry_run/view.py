@@ -47,7 +47,8 @@ def _summary(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     if estimates:
         summary.append(("time", f"{readable_time(_seconds(experiments))} on {device['name']}"))
         summary.append(("memory", _memory(plan)))
-    return [*summary, ("downloads", _downloads(plan["sources"])), *_disk(estimates)]
+    sources = plan["sources"]
+    return [*summary, ("downloads", _downloads(sources)), *_access(sources), *_disk(estimates)]
 
 
 def _seconds(experiments: Sequence[Mapping[str, Any]]) -> float:
@@ -55,14 +56,33 @@ def _seconds(experiments: Sequence[Mapping[str, Any]]) -> float:
     return sum(estimate["seconds"] for experiment in experiments for estimate in experiment["estimate"])
 
 
+_LESS_TRAINING = ("fewer rows per batch with more accumulation steps", "--gradient-checkpointing")
+_LESS_MEMORY = {
+    "align": (*_LESS_TRAINING, "--set quantization=4bit"),
+    "finetune": (*_LESS_TRAINING, "--set quantization=4bit"),
+    "answer": ("--backend vllm", "--set quantization=4bit"),
+    "score": ("a smaller judge", "a judge in 16 bits (--scorer beaver_dam:dtype=bfloat16)"),
+    "drift": ("--set score.drift_batch=1", "--set quantization=4bit"),
+}
+"""Stage -> what makes it need less memory."""
+
+
 def _memory(plan: Mapping[str, Any]) -> str:
-    """Return the peak memory, whether it fits, and what would make it fit."""
-    device = plan["device"]
-    peak = max(estimate["memory"] for experiment in plan["experiments"] for estimate in experiment["estimate"])
-    text = f"{readable_size(peak)} of {readable_size(device['memory'])}"
-    if peak <= device["memory"]:
+    """Return the peak memory with its stage, whether it fits, and what would make it fit."""
+    device, experiments = plan["device"], plan["experiments"]
+    estimates = [estimate for experiment in experiments for estimate in experiment["estimate"]]
+    largest = max(estimates, key=lambda estimate: estimate["memory"])
+    text = f"{readable_size(largest['memory'])} of {readable_size(device['memory'])} (stage {largest['stage']})"
+    if largest["memory"] <= device["memory"]:
         return f"{text}: fits"
-    advice = "fewer rows per batch with more accumulation steps, --gradient-checkpointing, --set quantization=4bit"
+    options = dict.fromkeys(
+        option
+        for estimate in estimates
+        if estimate["memory"] > device["memory"]
+        for option in _LESS_MEMORY[estimate["stage"]]
+    )
+    written = {f"--backend {experiment['backend']}" for experiment in experiments}
+    advice = ", ".join(option for option in options if option not in written)
     return f"{text}: does not fit; try {advice}, or a larger device"
 
 
@@ -71,9 +91,22 @@ def _downloads(sources: Sequence[Mapping[str, Any]]) -> str:
     groups: dict[str, list[str]] = {}
     for source in sources:
         if not source["available"]:
-            groups.setdefault(source["detail"], []).append(source["location"])
+            groups.setdefault(_missing_detail(source), []).append(source["location"])
     texts = [", ".join(names) + (f" ({detail})" if detail else "") for detail, names in groups.items()]
     return "; ".join(texts) or "none"
+
+
+def _missing_detail(source: Mapping[str, Any]) -> str:
+    return f"{source['detail']}, gated" if source["gated"] else str(source["detail"])
+
+
+def _access(sources: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return what to do before the download of gated models."""
+    names = [source["location"] for source in sources if source["gated"]]
+    if not names:
+        return []
+    steps = "accept the license on the Hub page of each model that is gated, then log in: hf auth login"
+    return [("access", f"{', '.join(names)}: {steps}")]
 
 
 def _disk(estimates: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -85,11 +118,19 @@ def _notes(plan: Mapping[str, Any], verbose: bool) -> list[str]:
     experiments, device = plan["experiments"], plan["device"]
     estimates = [estimate for entry in experiments for estimate in entry["estimate"]]
     notes = [f"The stored answers and scores are unknown: {plan['unknown']}."] if plan["unknown"] else []
-    notes += sorted({f"No estimate: {entry['no_estimate']}" for entry in experiments if entry["no_estimate"]})
+    notes += sorted(
+        {
+            f"No estimate{' of judging' if entry['estimate'] else ''}: {entry['no_estimate']}"
+            for entry in experiments
+            if entry["no_estimate"]
+        }
+    )
     if estimates:
-        notes.append("The estimates assume answers of maximum length. They exclude judging, drift and downloads.")
+        notes.append("The estimates assume answers of maximum length. They exclude downloads and the judge of a task.")
     if any(not estimate["timed"] for estimate in estimates):
         notes.append(f"Time by the number of operations. {_MEASURED_STEPS}")
+        if any(estimate["stage"] == "score" and estimate["seconds"] for estimate in estimates):
+            notes.append("A judge is assumed to reach half of the peak rate.")
         if device["name"] == HERE:
             notes.append("This CPU is too slow to time steps of this model: --on NAME estimates for another device.")
         elif device["source"] != "measured":
@@ -144,7 +185,7 @@ def _source_table(sources: Sequence[Mapping[str, Any]]) -> RenderableType:
         state = "yes" if source["available"] else "to be downloaded"
         if source["location"].startswith("testbed:") and not source["available"]:
             state = "to be built"
-        detail = f" ({source['detail']})" if source["detail"] else ""
+        detail = f" ({_missing_detail(source)})" if source["detail"] else ""
         rows.append([source["what"], source["location"], f"{state}{detail}"])
     return render_table(["reads", "location", "on this machine"], rows)
 
