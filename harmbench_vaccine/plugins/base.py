@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -71,6 +72,18 @@ class Plugin(BaseModel):
     _seed: int = PrivateAttr(0)
     _in_order: bool = PrivateAttr(False)
     _models: ModelPool | None = PrivateAttr(None)
+
+    def __init__(self, /, **params: Any) -> None:
+        """Create a plug-in; a parameter that is left out has its default.
+
+        Raises:
+            BadInput: A parameter does not exist, or a value is outside its range.
+        """
+        type(self).require_parameters(params)
+        try:
+            super().__init__(**params)
+        except ValidationError as error:
+            raise self._refused_value(params, error) from error
 
     def seeded(self, seed: int, in_order: bool = False) -> Self:
         """Return a copy that draws rows with the seed of the run.
@@ -156,6 +169,35 @@ class Plugin(BaseModel):
         return f"{values}, or none" if optional else values
 
     @classmethod
+    def require_parameters(cls, names: Iterable[str]) -> None:
+        """Check that the class has parameters of these names.
+
+        Raises:
+            BadInput: One does not exist.
+        """
+        for name in names:
+            if name not in cls.model_fields:
+                raise unknown_name("parameter", name, cls.model_fields, of=cls._kind_and_name())
+
+    @classmethod
+    def _refused_value(cls, params: Mapping[str, Any], error: ValidationError) -> BadInput:
+        """Return the error for the first value that pydantic refuses."""
+        problem = error.errors()[0]
+        if not problem["loc"]:  # a validator of the class compares several parameters
+            return BadInput(f"{cls._kind_and_name()}: {problem['msg'].removeprefix('Value error, ')}.")
+        key = str(problem["loc"][0])
+        value = shortened(params.get(key, problem["input"]))
+        return BadInput(f"{cls._kind_and_name()}: {key}={value} is not allowed; allowed: {cls.range_of(key)}.")
+
+    @classmethod
+    def _kind_and_name(cls) -> str:
+        """Return the kind and the name for an error, also of a class that no registry has named yet."""
+        package, _, file_name = cls.__module__.rpartition(".")
+        is_built_in = package.startswith(f"{__name__.partition('.')[0]}.")
+        name = vars(cls).get("name") or (file_name if is_built_in else name_of_class(cls))
+        return f"{cls.kind} {name!r}"
+
+    @classmethod
     def _extra(cls, key: str) -> dict[str, Any]:
         extra = cls.model_fields[key].json_schema_extra
         return {"source": "", "main": False, **(extra if isinstance(extra, dict) else {})}
@@ -174,6 +216,11 @@ class Plugin(BaseModel):
         text = code_of_modules(modules) + code_of_definitions(definitions)
         code = hashlib.sha256(text.encode()).hexdigest()[:16]
         return digest([code, *cls.fixed_texts], 16) if cls.fixed_texts else code
+
+
+def name_of_class(cls: type[Plugin]) -> str:
+    """Return the name of a plug-in that is not from a file or a package, such as `my_defense` of `MyDefense`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
 
 @dataclass(frozen=True)
@@ -206,24 +253,12 @@ def resolve_params(
         BadInput: A parameter does not exist, or a value is outside its range.
     """
     protocol = protocol or {}
-    for key in [*protocol, *written]:
-        if key not in cls.model_fields:
-            raise unknown_name("parameter", key, cls.model_fields, of=f"{cls.kind} {cls.name!r}")
+    cls.require_parameters([*protocol, *written])
     written = {  # the command line has no other way to write None
         key: None if value == "none" and type(None) in get_args(cls.model_fields[key].annotation) else value
         for key, value in written.items()
     }
-    values = {**protocol, **written}
-    try:
-        plugin = cls(**values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        if not problem["loc"]:  # a validator of the class compares several parameters
-            raise BadInput(f"{cls.kind} {cls.name!r}: {problem['msg'].removeprefix('Value error, ')}.") from error
-        key = str(problem["loc"][0])
-        raise BadInput(
-            f"{cls.kind} {cls.name!r}: {key}={shortened(values.get(key))} is not allowed; allowed: {cls.range_of(key)}."
-        ) from error
+    plugin = cls(**{**protocol, **written})
 
     def origin(key: str) -> str:
         if key in written:

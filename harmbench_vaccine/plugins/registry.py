@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import os
 import pkgutil
-import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,7 +26,7 @@ from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.paths import user_path
 
 from .attack import Attack
-from .base import Plugin
+from .base import Plugin, name_of_class
 from .defense import Defense
 from .scorer import Scorer
 from .signatures import require_interface
@@ -111,7 +110,7 @@ class Registry(Generic[P]):
         for name, known in named:
             if known is cls:
                 return name
-        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        name = name_of_class(cls)
         if name in self.entries():
             raise BadInput(
                 f"The name of class {cls.__name__!r} is that of {self.base.kind} {name!r}: rename the class."

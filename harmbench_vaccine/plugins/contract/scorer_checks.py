@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import ValidationError
-
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import RawJudgment, Verdict
 from harmbench_vaccine.data.sources import is_available
@@ -100,7 +98,7 @@ class ScorerSubject(Subject):
         for threshold in THRESHOLDS:
             try:
                 yield self.plugin(threshold=threshold)
-            except ValidationError:  # outside the range of the parameter
+            except BadInput:  # outside the range of the parameter
                 continue
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import ValidationError
-
 from harmbench_vaccine.core.errors import BadInput, HbvError, shortened
 from harmbench_vaccine.core.types import Example, Grade
 from harmbench_vaccine.data.pools import question_key, question_keys
@@ -67,7 +65,7 @@ def _parameters(subject: TaskSubject) -> None:
     for name in subject.cls.model_fields:
         try:
             subject.plugin(**{name: object()})
-        except ValidationError:
+        except BadInput:
             continue
         raise Fails(f"Parameter {name!r} accepts any value: annotate it with a type, such as str or float.")
 
