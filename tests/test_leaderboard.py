@@ -97,13 +97,13 @@ def test_one_seed_has_a_difference_without_an_interval(tmp_path: Path) -> None:
     assert row["harmful_score_difference"] == -20
     assert math.isnan(row["harmful_score_sd"])
     assert math.isnan(row["harmful_score_difference_low"])
-    assert "| 1 | vaccine | 1 | 60.0 ± - | -20.0 [-] | 95.0 ± - | -1.0 [-] |" in rankings_markdown([ranking])
+    assert "| 1 | vaccine | 1 | 60.0 | -20.0 | 95.0 | -1.0 |" in rankings_markdown([ranking])
 
 
 def test_no_shared_seed_has_no_difference(tmp_path: Path) -> None:
     ranking = only(tmp_path, SFT[0], EWC[2])
     assert math.isnan(by_defense(ranking)["ewc"]["harmful_score_difference"])
-    assert "| 5.0 ± - | - [-] |" in rankings_markdown([ranking])
+    assert "| 5.0 | - |" in rankings_markdown([ranking])
 
 
 def test_baseline_has_no_difference_to_itself(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_terminal(mixed: Path, tmp_path: Path) -> None:
     assert [lines[number].partition(",")[0] for number in titles] == ["ablate on sst2", *["ratio=0.1 on sst2"] * 2]
     assert ["bb22" in lines[number] for number in titles] == [False, False, True]
     first, second, third = lines[: titles[1]], lines[titles[1] : titles[2]], lines[titles[2] :]
-    assert sum("11.5 ± - untrained" in line for line in first) == 2
+    assert sum("11.5 untrained" in line for line in first) == 2
     assert not any("untrained" in line for line in [*second, *third])
     ranked = [line.split()[:3] for line in second if line.split()[1:2] in (["sft"], ["vaccine"], ["broken"])]
     assert ranked == [["1", "vaccine", "3"], ["2", "sft", "3"], ["collapsed", "broken", "1"]]
@@ -332,7 +332,7 @@ def test_files(mixed: Path, tmp_path: Path) -> None:
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert len(tables) == 3 * 2 + 6
     assert len({line.count("|") for line in tables}) == 1
-    assert text.count("11.5 ± - untrained") == 2
+    assert text.count("11.5 untrained") == 2
     assert "| collapsed | broken | 1 |" in text
     assert "\n- COLLAPSED broken, 1 of 1 runs: seed 0: 60% of answers are empty" in text
 

@@ -139,15 +139,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _mean(row: dict[str, Any], score: str) -> str:
-    return f"{row[score]:.1f} ± {_number(row[f'{score}_sd'], '.1f')}"
+    mean, deviation = row[score], row[f"{score}_sd"]
+    return f"{mean:.1f}" if math.isnan(deviation) else f"{mean:.1f} ± {deviation:.1f}"
 
 
 def _difference(row: dict[str, Any], score: str) -> str:
     if row["baseline"] is None or row["defense"] == row["baseline"]:
         return ""
     low, high = row[f"{score}_difference_low"], row[f"{score}_difference_high"]
-    interval = "-" if math.isnan(low) else f"{low:+.1f}, {high:+.1f}"
-    return f"{_number(row[f'{score}_difference'], '+.1f')} [{interval}]"
+    difference = _number(row[f"{score}_difference"], "+.1f")
+    return difference if math.isnan(low) else f"{difference} [{low:+.1f}, {high:+.1f}]"
 
 
 def _number(value: float, form: str) -> str:
