@@ -51,9 +51,8 @@ def test_a_working_machine(own_home: Path) -> None:
 
 
 def test_the_view_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harmbench_vaccine.cli.console.WIDTH_OF_A_FILE", 80)
     monkeypatch.setattr(doctor, "list_gpus", lambda: parse_gpus(GPUS, PROCESSES))
-    done = hbv("doctor")
+    done = hbv("doctor", COLUMNS="80")
     assert max(map(len, done.out.splitlines())) <= 80
     assert "pid 4242 has 40.0 GiB" in done.out
 

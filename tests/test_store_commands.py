@@ -456,13 +456,12 @@ def test_list_filters(shop: Shop) -> None:
     assert hbv("store", "ls", "--protocol", "p", "--older-than", "1d").out == "No artifact matches.\n"
 
 
-def test_views_fit_80_columns(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harmbench_vaccine.cli.console.WIDTH_OF_A_FILE", 80)
+def test_views_fit_80_columns(shop: Shop) -> None:
     for number in range(6):
         shop.run(f"constrained_sft+random_vaccine-{number:08x}", align=str(number % 2))
     shop.add("align", number=1)
     for command in ("du", "du --by run", "ls", "gc", "verify"):
-        text = hbv("store", *command.split()).out
+        text = hbv("store", *command.split(), COLUMNS="80").out
         assert max(map(len, text.splitlines())) <= 80, text
         assert all(name.split("/")[1] in text for name in shop.names() if command == "ls"), text
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 
-from harmbench_vaccine.cli.console import WIDTH_OF_A_FILE
+from harmbench_vaccine.cli.console import WIDTH_WITHOUT_TERMINAL
 from harmbench_vaccine.evaluation.records import RunOverview
 from harmbench_vaccine.evaluation.why import Difference, Explanation
 from harmbench_vaccine.experiment.protocol import protocol_names
@@ -177,6 +177,12 @@ def test_long_notes_are_indented_and_legends_are_printed_once() -> None:
     assert lines[4].startswith("word word")
     assert all(line.startswith("  word") for line in lines[5:-1])
     assert lines[-1] == "b: the same legend"
+
+
+def test_columns_with_the_same_legend_share_a_note() -> None:
+    columns = [Column(title, legend="a legend" if title != "b" else "another") for title in "abc"]
+    lines = lines_at(render_table(columns, [["1", "2", "3"]]), 40)
+    assert lines[2:] == ["a, c: a legend", "b: another"]
 
 
 def test_fields_keep_their_values_next_to_their_names() -> None:
@@ -389,11 +395,32 @@ def on_a_terminal(*args: str, **environment: str) -> str:
     return b"".join(chunks).decode()
 
 
-def test_a_file_has_the_width_of_a_file() -> None:
-    done = hbv("list", "defenses", COLUMNS="60")
-    lines = done.out.splitlines()
-    assert 60 < max(map(len, lines)) <= WIDTH_OF_A_FILE
-    assert len(lines) == 1 + len(REGISTRIES[0].entries())
+LONG_COMMAND = ("info", "testbed")
+"""Its paragraphs fill the width."""
+
+
+def longest_line(text: str) -> int:
+    return max(len(line.rstrip()) for line in text.splitlines())
+
+
+def test_a_pipe_has_the_width_of_the_terminal() -> None:
+    command = f"{shlex.join([*HBV, *LONG_COMMAND])} | cat >&2"
+    assert 45 < longest_line(run_in_terminal(["sh", "-c", command], 60)) <= 60
+    assert 100 < longest_line(run_in_terminal(["sh", "-c", command], 120)) <= 120
+
+
+@pytest.mark.parametrize("columns", ["", "0", "-5", "wide"])
+def test_output_without_a_terminal_has_100_columns(columns: str) -> None:
+    assert 80 < longest_line(hbv(*LONG_COMMAND, COLUMNS=columns).out) <= 100 == WIDTH_WITHOUT_TERMINAL
+
+
+def test_an_environment_variable_sets_the_width(tmp_path: Path) -> None:
+    csv = write_csv(tmp_path / "results.csv", make_result(defense="sft"), make_result(defense="vaccine"))
+    narrow, wide = (hbv("leaderboard", csv, COLUMNS=columns).out for columns in ("70", "200"))
+    assert longest_line(narrow) <= 70
+    assert " ".join(narrow.split()).partition("Not shown at this width: ")[2].endswith("use --json or COLUMNS=200.")
+    assert "Not shown" not in wide
+    assert longest_line(wide) > 100
 
 
 COLOR = re.compile(r"\x1b\[[\d;]*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[\d;]*)?m")

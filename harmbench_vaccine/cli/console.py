@@ -6,6 +6,7 @@ Characters that act on a terminal or hide text are escaped in everything that is
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import sys
 import textwrap
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])  # any function, as click.option takes it
 
-WIDTH_OF_A_FILE = 170
-"""Width of tables where the output is not a terminal."""
+WIDTH_WITHOUT_TERMINAL = 100
+"""Columns of tables in the output of a command that no terminal shows, such as a batch job."""
 LONGEST_WORD, LONGEST_MESSAGE = 300, 5000
 """Letters of an error message, and of a word in it, such as a path."""
 
@@ -120,11 +121,19 @@ def terminal_width(*, err: bool = False) -> int | None:
     return console.width if console.is_terminal else None
 
 
+def view_width() -> int:
+    """Return the number of columns of tables: `COLUMNS`, else those of the terminal, also of a pipe to a pager on it."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    return terminal_width() or terminal_width(err=True) or WIDTH_WITHOUT_TERMINAL
+
+
 def print_view(view: RenderableType) -> None:
     """Print a table or a page."""
     from rich.console import Console
 
-    Console(width=terminal_width() or WIDTH_OF_A_FILE).print(view, crop=False)  # long ids stay whole
+    Console(width=view_width()).print(view, crop=False)  # long ids stay whole
 
 
 def print_line(text: str, *, err: bool = False) -> None:

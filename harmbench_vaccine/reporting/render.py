@@ -227,7 +227,7 @@ class FittedTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield self.body(options.max_width)
-        yield from dim_notes(_column_notes([self], options.max_width))
+        yield from dim_notes(_column_notes([self], options.max_width, console.is_terminal))
 
     def body(self, width: int) -> RenderableType:
         """Return the rows at a width, without the notes on columns."""
@@ -312,17 +312,20 @@ class TableGroup:
         for part in self.parts:
             yield part.body(options.max_width) if isinstance(part, FittedTable) else part
         tables = [part for part in self.parts if isinstance(part, FittedTable)]
-        yield from dim_notes(_column_notes(tables, options.max_width))
+        yield from dim_notes(_column_notes(tables, options.max_width, console.is_terminal))
 
 
-def _column_notes(tables: Sequence[FittedTable], width: int) -> list[str]:
+def _column_notes(tables: Sequence[FittedTable], width: int, is_terminal: bool) -> list[str]:
     """Return the legends of the columns that are shown, and one note that names the columns that are not."""
     layouts = [table.shown_columns(width) for table in tables]
-    legends = {column.title: column.legend for shown, _ in layouts for column in shown if column.legend}
-    notes = [f"{title}: {legend}" for title, legend in legends.items()]
+    titles: dict[str, dict[str, None]] = {}  # legend -> titles of its columns, in their order
+    for column in (column for shown, _ in layouts for column in shown if column.legend):
+        titles.setdefault(column.legend, {})[column.title] = None
+    notes = [f"{', '.join(columns)}: {legend}" for legend, columns in titles.items()]
     dropped = dict.fromkeys(column.title for _, left_out in layouts for column in left_out)
     if dropped:
-        notes.append(f"Not shown at this width: {', '.join(dropped)}; use --json or a wider terminal.")
+        wider = "a wider terminal" if is_terminal else "COLUMNS=200"
+        notes.append(f"Not shown at this width: {', '.join(dropped)}; use --json or {wider}.")
     return notes
 
 
