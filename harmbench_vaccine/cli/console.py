@@ -122,7 +122,7 @@ def terminal_width(*, err: bool = False) -> int | None:
 
 
 def view_width() -> int:
-    """Return the number of columns of tables: `COLUMNS`, else those of the terminal, also of a pipe to a pager on it."""
+    """Return the number of columns of tables: `COLUMNS`, else those of the terminal of stdout or stderr, else 100."""
     columns = os.environ.get("COLUMNS", "")
     if columns.isdecimal() and int(columns):
         return int(columns)
