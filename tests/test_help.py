@@ -29,8 +29,8 @@ def every_command(group: click.Group = commands, *parents: str) -> Iterator[tupl
 COMMANDS = dict(every_command())
 
 
-def help_text(name: tuple[str, ...]) -> str:
-    result = CliRunner().invoke(commands, [*name, "--help"], env={"COLUMNS": "80"}, terminal_width=80)
+def help_text(name: tuple[str, ...], width: int = 80) -> str:
+    result = CliRunner().invoke(commands, [*name, "--help"], env={"COLUMNS": str(width)}, terminal_width=width)
     assert result.exit_code == 0
     return result.output
 
@@ -47,11 +47,18 @@ def test_help_names_the_values_of_options(name: tuple[str, ...]) -> None:
     assert not re.search("TEXT|INTEGER|FLOAT", help_text(name))  # less clear than N, NAME or FILE
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in COMMANDS if not isinstance(COMMANDS[name], click.Group)], ids=" ".join
-)
+@pytest.mark.parametrize("name", [(), *COMMANDS], ids=" ".join)
 def test_help_has_an_example(name: tuple[str, ...]) -> None:
-    assert f"hbv {' '.join(name)}" in help_text(name).partition("Example: ")[2]
+    assert " ".join(["hbv", *name]) in help_text(name).partition("Example: ")[2]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_help_of_a_group_has_whole_sentences(width: int) -> None:
+    for name, group in {(): commands, **COMMANDS}.items():
+        if isinstance(group, click.Group):
+            section = help_text(name, width).partition("Commands:\n")[2]
+            sentences = [str(command.help).split(".")[0] for command in group.commands.values()]
+            assert all(" ".join(f"{text}.".split()) in " ".join(section.split()) for text in sentences), section
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,14 @@ class SuggestingGroup(click.Group):
             raise unknown_name("command", args[0], self.list_commands(context))
         return super().resolve_command(context, args)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the section of commands, with whole first sentences; click cuts those that need a second line."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, command.get_short_help_str(LONGEST_MESSAGE)) for name, command in commands.items() if command]
+            )
+
 
 class GroupedCommand(click.Command):
     """A command whose help shows the options under headings.

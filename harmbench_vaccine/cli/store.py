@@ -53,10 +53,13 @@ def _json_object(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.group(cls=SuggestingGroup)
 def store() -> None:
-    """Show, clean and check the store of artifacts in $HBV_HOME/store.
+    """Show, clean and check the store of artifacts.
 
-    Artifacts are the results of stages: adapters, answers, verdicts. Runs with the same inputs of a stage share its
-    artifact.
+    Artifacts are the results of stages: adapters, answers, verdicts. They are in $HBV_HOME/store. Runs with the same
+    inputs of a stage share its artifact.
+
+    \b
+    Example: hbv store du --by run
     """
 
 

@@ -12,6 +12,9 @@ def testbed() -> None:
     """Build and measure the embedded testbed.
 
     It has a small model, its data and its judge.
+
+    \b
+    Example: hbv testbed build
     """
 
 

@@ -14,7 +14,7 @@ from .console import print_json, print_view
 @click.argument("run", shell_complete=stored_run)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object per artifact.")
 def why(run: str, as_json: bool) -> None:
-    """Explain which stages of a run were reused, and why the others were created.
+    """Explain why each stage of a run was reused or created.
 
     A created artifact is compared with the earlier artifact of its stage that differs in the fewest fields. RUN is a
     run id, a unique prefix of one, or a folder.
