@@ -87,12 +87,18 @@ def _distance(differences: list[Difference]) -> tuple[int, int, int]:
 
 
 def compare_inputs(inputs: Inputs, earlier: Inputs) -> list[Difference]:
-    """Return the fields in which two inputs differ, in their order."""
+    """Return the fields in which two inputs differ, in their order.
+
+    An empty list or mapping is left out if the fields of the other one are differences.
+    """
     new, old = dict(_leaves(inputs)), dict(_leaves(earlier))
+    fields = dict.fromkeys([*new, *old])
+    empty = [field for field, value in [*new.items(), *old.items()] if value in ([], {})]
+    replaced = {field for field in empty if any(other.startswith(f"{field}.") for other in fields)}
     return [
         Difference(field, new.get(field), old.get(field))
-        for field in dict.fromkeys([*new, *old])
-        if field not in new or field not in old or new[field] != old[field]
+        for field in fields
+        if field not in replaced and (field not in new or field not in old or new[field] != old[field])
     ]
 
 

@@ -20,8 +20,9 @@ _LEGEND = "the inputs that differ from those of the nearest earlier artifact: ne
 
 def why_view(result: Result, explanations: Sequence[Explanation]) -> RenderableType:
     """Show whether each artifact of a run was reused or created, and its inputs that differ from an earlier one."""
+    legend = _LEGEND if any(entry.differences for entry in explanations) else ""
     table = render_table(
-        ["stage", Column("artifact", least=16), "state", Column("because", least=24, legend=_LEGEND)],
+        ["stage", Column("artifact", least=16), "state", Column("because", least=24, legend=legend)],
         [[entry.stage, entry.name, entry.state, _reason(entry)] for entry in explanations],
     )
     title = f"{result.run}: {result.defense} under {result.attack}"
@@ -42,10 +43,11 @@ def _reason(explanation: Explanation) -> str:
 
 def _describe(change: Difference) -> str:
     if all(_KEY.fullmatch(str(value)) for value in (change.value, change.earlier)):
-        return f"{change.field} is another artifact"
-    return f"{change.field} = {_short(change.value)} ({_short(change.earlier)})"
+        return f"{change.field}: another artifact"
+    relation = "is" if change.value in (None, [], {}) else "="
+    return f"{change.field} {relation} {_short(change.value)} ({_short(change.earlier)})"
 
 
 def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
+    text = "absent" if value is None else "empty" if value in ([], {}) else str(value)
     return text if len(text) <= 24 else f"{text[:21]}..."
