@@ -1,5 +1,9 @@
 """A task of the user, from a file with `instruction`, `output` and optionally `input`.
 
+A line of mine.jsonl, and commands that use the file:
+
+    {"instruction": "What is 2 plus 3?", "output": "5"}
+
     hbv run --task ./mine.jsonl                                 # exact answers; a fifth of the rows is held out
     hbv run --task own:data=./mine.jsonl,rule=number
     hbv run --task own:data=./mine.jsonl,test=./held_out.jsonl,rule=judge,model=gpt-4o-mini,base_url=https://HOST/v1
