@@ -179,6 +179,16 @@ def test_long_notes_are_indented_and_legends_are_printed_once() -> None:
     assert lines[-1] == "b: the same legend"
 
 
+def test_the_comment_of_a_protocol_keeps_paragraphs_and_indents() -> None:
+    lines = lines_at(protocol_page(protocol_details("testbed")), 60)
+    steps = next(number for number, line in enumerate(lines) if line.startswith("  steps "))
+    assert lines[steps + 1].startswith("  20 in the user stage")
+    assert lines[steps + 2] == "  of steps inside a stage"
+    prose = next(number for number, line in enumerate(lines) if line.startswith("Every number of rows"))
+    assert lines[prose - 1] == ""
+    assert all(len(line) > 40 for line in lines[prose : prose + 2])
+
+
 def test_columns_with_the_same_legend_share_a_note() -> None:
     columns = [Column(title, legend="a legend" if title != "b" else "another") for title in "abc"]
     lines = lines_at(render_table(columns, [["1", "2", "3"]]), 40)

@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 
 from harmbench_vaccine.data.text_files import read_text
 from harmbench_vaccine.experiment.protocol import Protocol, leaf_values, load_protocol, protocol_file, protocol_names
@@ -67,14 +68,29 @@ def protocol_details(name: str) -> dict[str, Any]:
 
 
 def _paragraphs(name: str) -> list[str]:
-    """Return the paragraphs of the comment at the top of a protocol file, the first one on one line."""
+    """Return the paragraphs of the comment at the top of a protocol file; only indented lines begin a new line."""
     lines = []
     for line in read_text(protocol_file(name)).splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").removeprefix(" "))
-    first, *further = "\n".join(lines).strip().split("\n\n")
-    return [" ".join(first.split()), *further]
+    return list(map(_join_lines, "\n".join(lines).strip("\n").split("\n\n")))
+
+
+def _join_lines(paragraph: str) -> str:
+    """Join the lines of prose, and each indented line with the further indented ones below it."""
+    joined: list[str] = []
+    for line in paragraph.splitlines():
+        before, here = (_indent(text) for text in (joined[-1] if joined else "", line))
+        if joined and (here == before == 0 or here > before > 0):
+            joined[-1] += f" {line.strip()}"
+        else:
+            joined.append(line.rstrip())
+    return "\n".join(joined)
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
 
 
 def _values(protocol: Protocol) -> list[dict[str, Any]]:
@@ -115,10 +131,16 @@ def protocol_page(details: Mapping[str, Any]) -> RenderableType:
     title = VisibleText(f"protocol {details['name']}: {details['description']}", style="bold")
     facts = render_fields((text, value_text(details[key])) for key, text in _FACTS.items())
     _, _, doc = details["doc"].partition("\n\n")
-    parts: list[RenderableType] = [title, *([VisibleText(doc)] if doc else []), facts]
+    parts: list[RenderableType] = [title, *([_comment(doc)] if doc else []), facts]
     parts += [_section(list(values)) for _, values in groupby(details["values"], _section_of)]
     notes = dim_notes(["--set PATH=VALUE of hbv run overrides a value: --set align.settings.lr=1e-4."])
     return Group(*[line for part in parts for line in (part, VisibleText())], *notes)
+
+
+def _comment(text: str) -> RenderableType:
+    """Build the paragraphs of a comment; where a line is folded, all its parts have its indent."""
+    lines = text.split("\n")
+    return Group(*(Padding(VisibleText(line.strip() or " "), (0, 0, 0, _indent(line)), expand=False) for line in lines))
 
 
 def _section(values: Sequence[Mapping[str, Any]]) -> RenderableType:
