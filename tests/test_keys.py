@@ -269,7 +269,7 @@ def test_why_prints_a_table(two_runs: tuple[Path, Path]) -> None:
     _, home = two_runs
     text = " ".join(hbv("why", run_of(home, "vaccine"), home=home).out.split())
     assert "defense.0.name = vaccine (absent)" in text
-    assert "model.align is another artifact" in text
+    assert "model.align: another artifact" in text
     assert not re.search("[0-9a-f]{20}", text)  # the keys of artifacts are in --json
 
 
