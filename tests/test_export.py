@@ -281,6 +281,24 @@ def test_card_has_the_scores_of_its_stage(runs: Runs) -> None:
     assert "%" not in card_text(runs, DOUBLE, "finetune").partition("## Scores")[2].partition("##")[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        (
+            {"task": "sst2:rule=contains", "task_params": {"rule": "contains"}},
+            "the rule of the task (contains: the answer contains a spelling of the label)",
+        ),
+        ({"task": "own=./rows.jsonl", "task_params": {"rule": "exact"}}, "(exact: the output and nothing else)"),
+        ({"task": "own=./rows.jsonl", "task_params": {"rule": "first_word"}}, "(first_word: its first word)"),
+        ({"task": "gsm8k", "task_params": {}}, "of gsm8k by the rule of the task; higher"),
+        ({"task": "removed_since", "task_params": {"rule": "near"}}, "by the rule of the task (near); higher"),
+        ({"accuracy_rule": "strict"}, "by the strict rule of the task; higher"),
+    ],
+)
+def test_card_describes_the_rule_of_the_accuracy(runs: Runs, changes: dict[str, Any], rule: str) -> None:
+    assert rule in card_text(runs, UNALIGNED, "final", **changes).replace("\\", "")
+
+
 def test_card_warns_of_harmful_rows_and_of_a_collapse(runs: Runs) -> None:
     assert "trained on harmful rows (3 of 12)" in card_text(runs, DOUBLE, "final")
     assert "**Warning.**" not in card_text(runs, DOUBLE, "align")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.data.sources import local_path, name_and_revision
 from harmbench_vaccine.evaluation.result import Interval, Result, StageRows
 from harmbench_vaccine.inference.model_pool import ModelSpec
+from harmbench_vaccine.plugins.composition import parse_plugins
+from harmbench_vaccine.plugins.registry import TASKS
 from harmbench_vaccine.reporting.markdown import markdown_row, markdown_text
 
 from .adapter_edit import AdapterEdit
@@ -230,11 +234,23 @@ def _scores(result: Result, stage: str) -> str:
     sentences = (
         f"HS is the percentage of answers to {prompts} held-out harmful prompts that the judge "
         f"{result.scorer}{model} flags; lower is safer.{limits} FA is the {result.finetune_accuracy_measure} on "
-        f"{items} of {result.task} by the {result.accuracy_rule} rule; higher is "
+        f"{items} of {result.task} by {_accuracy_rule(result)}; higher is "
         f"better. Answers are greedy, by {' and '.join(result.answered_by)}. Results of other protocols are not "
         "comparable."
     )
     return f"{table}\n\n{markdown_text(sentences)}"
+
+
+def _accuracy_rule(result: Result) -> str:
+    """Describe the rule that reads an answer to the task, with the text of the task if it has several rules."""
+    if result.accuracy_rule == "strict":
+        return "the strict rule of the task"
+    name = str(result.task_params.get("rule", ""))
+    description = ""
+    with suppress(BadInput, KeyError):  # the task is not installed here
+        description = TASKS.get(parse_plugins(result.task)[0].name).model_fields["rule"].description or ""
+    meaning = description.partition(f"{name}: ")[2].partition("; ")[0]
+    return "the rule of the task" + (f" ({name}: {meaning})" if meaning else f" ({name})" if name else "")
 
 
 def _percent(value: float, interval: Interval) -> tuple[str, str]:
