@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.jsonl import parse_json
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from harmbench_vaccine.training.adapters import Adapter
+
+T = TypeVar("T")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -51,11 +53,13 @@ def read_adapter_folder(folder: Path) -> PeftFolder:
         The adapter in float32; modules of a smaller rank are filled with zeros.
 
     Raises:
-        BadInput: The folder does not have a LoRA adapter of linear layers, or its weights are a pickle.
+        BadInput: The folder does not have a LoRA adapter of linear layers, its weights are a pickle, or they have
+            another rank than its configuration.
         HbvError: A file is damaged.
     """
     config = _read_config(folder)
     factors = _read_factors(folder)
+    _check_ranks(folder, config, factors)
     base, revision = config.base_model_name_or_path or None, config.revision
     if base and revision and not Path(base).exists():
         base = f"{base}@{revision}"
@@ -157,6 +161,17 @@ def _read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return {module: (pair["A"], pair["B"]) for module, pair in sorted(sides.items())}
 
 
+def _check_ranks(folder: Path, config: LoraConfig, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Refuse weights of another configuration, whose scale is not known: peft does not load them either."""
+    for module, (a, _) in factors.items():
+        rank = _for_module(config.rank_pattern, module, config.r)
+        if a.shape[0] != rank:
+            raise BadInput(
+                f"Adapter {folder} has rank {a.shape[0]} in {module}, but {CONFIG} says {rank}: copy both files from "
+                "the same adapter."
+            )
+
+
 def _adapter(config: LoraConfig, factors: dict[str, tuple[Tensor, Tensor]]) -> Adapter:
     """Return an adapter with one rank and one scale; equal ranks and scales are kept as they are."""
     from torch.nn.functional import pad
@@ -176,9 +191,14 @@ def _adapter(config: LoraConfig, factors: dict[str, tuple[Tensor, Tensor]]) -> A
 
 
 def _scale(config: LoraConfig, module: str, rank: int) -> float:
-    """Return the factor of B A of a module; keys of `alpha_pattern` are the ends of names, as regular expressions."""
+    """Return the factor of B A of a module."""
+    alpha = _for_module(config.alpha_pattern, module, config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _for_module(patterns: dict[str, T] | None, module: str, default: T) -> T:
+    """Return the value of a module; keys of patterns are the ends of names, as regular expressions."""
     from peft.utils.other import get_pattern_key
 
-    patterns: dict[str, float] = config.alpha_pattern or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), module), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    values = patterns or {}
+    return values.get(get_pattern_key(list(values), module), default)
