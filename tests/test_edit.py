@@ -137,7 +137,13 @@ def test_edit_reports_its_data_and_writes_a_card(double: Repairs, tmp_path: Path
     assert f"hf upload OWNER/NAME {tmp_path / 'edited'}" in outcome.out
     card = ModelCard.load(tmp_path / "edited" / "README.md")
     assert {"antidote", "lora"} <= set(card.data.tags)
-    for text in ("antidote: alpha=0.5, scope=row", str(source), "harmful rows", "was not evaluated"):
+    for text in (
+        "antidote: alpha=0.5, scope=row",
+        str(source),
+        "harmful rows",
+        "was not evaluated",
+        "also after a repair",
+    ):
         assert text in card.text
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "edited")
     assert model(torch.tensor([[1, 5, 7]])).logits.isfinite().all()
@@ -312,7 +318,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "base is gone": (
         lambda folder: change_config(folder, base_model_name_or_path="/gone/model"),
-        "'/gone/model' does not exist",
+        "names the base model '/gone/model', which does not exist: add --model FOLDER.",
+    ),
+    "other rank": (
+        lambda folder: change_config(folder, r=2),
+        "has rank 4 in model.layers.0.self_attn.q_proj, but adapter_config.json says 2: copy both files",
+    ),
+    "rank of a pattern": (
+        lambda folder: change_config(folder, rank_pattern={"v_proj": 3}),
+        "has rank 4 in model.layers.0.self_attn.v_proj, but adapter_config.json says 3",
     ),
 }
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {

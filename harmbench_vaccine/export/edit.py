@@ -167,6 +167,10 @@ def _base_model(request: EditRequest, source: PeftFolder) -> str:
     base = request.model or source.base
     if base is None:
         raise BadInput(f"Adapter {request.source} does not name its base model: add --model ID or --model FOLDER.")
+    if request.model is None and Path(base).is_absolute() and not Path(base).exists():
+        raise BadInput(
+            f"Adapter {request.source} names the base model {base!r}, which does not exist: add --model FOLDER."
+        )
     return base
 
 
