@@ -1,8 +1,9 @@
-"""Time `hbv run --dry-run` where everything is stored, next to the same `hbv run` and to the import of torch alone.
+"""Time `hbv run --dry-run` next to the import of torch in the same environment: median seconds and their ratio.
 
     python benchmarks/dry_run.py
 
-A plan needs no model: it should take little longer than the import of torch, which defenses import.
+Every call is a new process. Calls of all commands take turns, so that other work on the machine slows all of them. With
+everything stored, a plan needs no model: it should take little longer than the import of torch, which defenses import.
 """
 
 from __future__ import annotations
@@ -12,34 +13,52 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parents[1]
 REPEATS = 5
+BASELINE = "import torch"
 
 
-def fastest(command: list[str], environment: dict[str, str]) -> float:
-    """Return the wall time of the fastest of several calls, in seconds."""
-    times = []
+def median_seconds(cases: Mapping[str, tuple[Sequence[str], Mapping[str, str]]]) -> dict[str, float]:
+    """Return name -> median wall time of a command and its environment, in seconds."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(REPEATS):
-        start = time.perf_counter()
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for name, (command, environment) in cases.items():
+            start = time.perf_counter()
+            subprocess.run(command, env=environment, check=True, capture_output=True)
+            times[name].append(time.perf_counter() - start)
+    return {name: median(seconds) for name, seconds in times.items()}
 
 
 def main() -> None:
     """Print the times and their ratios."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "HBV_HOME": folder, "PYTHONPATH": str(ROOT / "tests")}
+        stored = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HBV_HOME": f"{folder}/stored",
+            "PYTHONPATH": str(ROOT / "tests"),
+        }
+        empty = {**stored, "HBV_HOME": f"{folder}/empty", "HF_HOME": f"{folder}/hub"}
         make_world = [sys.executable, "-m", "support.world", f"{folder}/world"]
-        world = subprocess.run(make_world, env=environment, check=True, capture_output=True, text=True).stdout.strip()
-        run = [sys.executable, "-m", "harmbench_vaccine", "run", "--protocol", world, "--defense", "vaccine"]
-        subprocess.run(run, env=environment, check=True, capture_output=True)
-        dry_run, whole = fastest([*run, "--dry-run"], environment), fastest(run, environment)
-        torch = fastest([sys.executable, "-c", "import torch"], environment)
-    print(f"import torch {torch:.2f} s, dry run {dry_run:.2f} s, run {whole:.2f} s, everything stored")
-    print(f"dry run / import torch: {dry_run / torch:.2f}; dry run / run: {dry_run / whole:.2f}")
+        world = subprocess.run(make_world, env=stored, check=True, capture_output=True, text=True).stdout.strip()
+        hbv = [sys.executable, "-m", "harmbench_vaccine", "run", "--defense", "vaccine"]
+        run, paper = [*hbv, "--protocol", world], [*hbv, "--protocol", "vaccine-paper"]
+        subprocess.run(run, env=stored, check=True, capture_output=True)
+        cases = {
+            BASELINE: ([sys.executable, "-c", "import torch"], stored),
+            "dry run, everything stored": ([*run, "--dry-run"], stored),
+            "run, everything stored": (run, stored),
+            "dry run, no stage stored": ([*run, "--dry-run"], empty),
+            "dry run, no model or data, --on": ([*paper, "--dry-run", "--on", "h200-141gb"], empty),
+        }
+        seconds = median_seconds(cases)
+    print(f"{'median of ' + str(REPEATS):32} {'seconds':>8} {'ratio to ' + BASELINE:>21}")
+    for name, value in seconds.items():
+        print(f"{name:32} {value:8.2f} {value / seconds[BASELINE]:21.2f}")
 
 
 if __name__ == "__main__":
