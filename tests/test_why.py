@@ -12,8 +12,9 @@ from harmbench_vaccine.reporting.why_view import why_view
 from support.results import make_result
 
 
-def test_empty_input_is_no_difference_next_to_the_fields_of_the_other() -> None:
-    none, one = {"defense": [], "data": {}}, {"defense": [{"name": "vaccine"}], "data": {"sst2": "folder"}}
+def test_empty_input_is_left_out_next_to_the_fields_of_the_other() -> None:
+    none: dict[str, Any] = {"defense": [], "data": {}}
+    one = {"defense": [{"name": "vaccine"}], "data": {"sst2": "folder"}}
     assert compare_inputs(one, none) == [
         Difference("defense.0.name", "vaccine", None),
         Difference("data.sst2", "folder", None),
