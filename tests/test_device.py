@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from harmbench_vaccine.core.device import available_devices, device, forked_rng, select_device
+from harmbench_vaccine.core.device import available_devices, device, forked_rng, restored_random_states, select_device
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.evaluation.environment import current_environment
 from support.cli import hbv
@@ -72,7 +75,9 @@ def test_cpu_on_a_machine_with_gpus(gpus: None) -> None:
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("gpu", ("Unknown device 'gpu'", "cpu, cuda, cuda:0, cuda:1, cuda:2, cuda:3")),
+        ("gpu", ("Unknown device 'gpu'. Did you mean 'cuda'?", "cpu, cuda, cuda:0, cuda:1, cuda:2, cuda:3")),
+        ("GPU:1", ("Unknown device 'GPU:1'. Did you mean 'cuda:1'?",)),
+        ("gpus", ("Unknown device 'gpus'", "cpu, cuda, cuda:0")),
         ("cuda:4", ("'cuda:4' is not available", "cuda:3")),
         ("cuda:-1", ("Unknown device 'cuda:-1'",)),
         ("cpu:1", ("Unknown device 'cpu:1'", "Did you mean 'cpu'?")),
@@ -94,6 +99,62 @@ def test_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("cuda", "cuda:0"):
         with pytest.raises(BadInput, match=f"Device '{name}' is not available. Allowed on this machine: cpu."):
             select_device(name)
+
+
+def test_another_name_of_a_gpu_on_a_machine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(BadInput) as refused:
+        select_device("gpu")
+    assert str(refused.value) == "Unknown device 'gpu'. Did you mean 'cuda'? Allowed on this machine: cpu."
+
+
+class TwoGpus:
+    """A substitute for the random generators of `torch.cuda`, which draw from the last seed at their first use."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.generators: list[random.Random] = []
+        self.seed = torch.default_generator.initial_seed()
+        for name in ("is_initialized", "get_rng_state_all", "set_rng_state_all", "manual_seed_all"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def is_initialized(self) -> bool:
+        return bool(self.generators)
+
+    def get_rng_state_all(self) -> list[object]:
+        return [generator.getstate() for generator in self.generators]
+
+    def set_rng_state_all(self, states: list[tuple[Any, ...]]) -> None:
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.setstate(state)
+
+    def manual_seed_all(self, seed: int) -> None:
+        self.seed = seed
+        for generator in self.generators:
+            generator.seed(seed)
+
+    def draw(self) -> list[float]:
+        if not self.generators:
+            self.generators = [random.Random(self.seed), random.Random(self.seed)]
+        return [generator.random() for generator in self.generators]
+
+
+@pytest.mark.parametrize("used_before", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_random_states_of_gpus_are_restored(used_before: bool, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    draws = []
+    for has_block in (False, True):
+        gpus = TwoGpus(monkeypatch)
+        torch.manual_seed(1)  # which seeds the GPUs too
+        if used_before:
+            gpus.draw()
+        if has_block:
+            with suppress(KeyError), restored_random_states():
+                torch.manual_seed(2)
+                gpus.draw()
+                if fails:
+                    raise KeyError
+        draws.append([gpus.draw(), torch.rand(2).tolist()])
+    assert draws[0] == draws[1]
 
 
 def test_random_states_of_other_gpus_are_not_touched(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:

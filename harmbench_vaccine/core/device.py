@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 from .errors import BadInput, unknown_name
@@ -15,6 +16,7 @@ from .errors import BadInput, unknown_name
 VARIABLE = "HBV_DEVICE"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _GPU = re.compile(r"cuda:(\d{1,3})", re.ASCII)
+_OTHER_GPU_NAME = re.compile(r"(gpu|nvidia)(:\d{1,3})?", re.ASCII | re.IGNORECASE)
 
 _choice: tuple[str, str] | None = None
 """The GPU that this process chose, such as "cuda:1", and the `CUDA_VISIBLE_DEVICES` that shows only this GPU."""
@@ -57,8 +59,11 @@ def select_device(name: str) -> Device:
         return "cuda"
     gpu = _GPU.fullmatch(name)
     if name != "cpu" and name not in (names := available_devices()):
+        allowed = f"Allowed on this machine: {', '.join(names)}."
         if name == "cuda" or gpu:
-            raise BadInput(f"Device {name!r} is not available. Allowed on this machine: {', '.join(names)}.")
+            raise BadInput(f"Device {name!r} is not available. {allowed}")
+        if other := _OTHER_GPU_NAME.fullmatch(name):
+            raise BadInput(f"Unknown device {name!r}. Did you mean 'cuda{other[2] or ''}'? {allowed}")
         raise unknown_name("device", name, names)
     if name == "cpu":
         os.environ[_VISIBLE] = ""
@@ -74,6 +79,31 @@ def forked_rng() -> AbstractContextManager[None]:
     import torch
 
     return torch.random.fork_rng([torch.cuda.current_device()] if device() == "cuda" else [])
+
+
+@contextmanager
+def restored_random_states() -> Iterator[None]:
+    """Restore the random states of Python, numpy, the CPU and all GPUs after the block.
+
+    GPUs that the program had not used before are seeded with the seed of the CPU, as at their first use.
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpus is None:
+            torch.cuda.manual_seed_all(torch.initial_seed())
+        else:
+            torch.cuda.set_rng_state_all(gpus)
 
 
 def available_devices() -> list[str]:

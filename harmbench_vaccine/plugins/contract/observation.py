@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harmbench_vaccine.core.device import forked_rng
+from harmbench_vaccine.core.device import restored_random_states
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.taps import decoder_layers
@@ -37,17 +37,12 @@ def shared_random_states() -> dict[str, Any]:
 @contextmanager
 def preserved_random_states(seed: int | None = None) -> Iterator[None]:
     """Seed the process-wide random generators (None: leave them as they are), and restore them on exit."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with forked_rng():
+    with restored_random_states():
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield
 
 
 @contextmanager
