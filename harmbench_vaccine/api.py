@@ -15,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast, overload
 
+from .core.device import restored_random_states, select_device
 from .core.errors import BadInput, shortened, unknown_name
-from .core.library_settings import set_library_defaults
+from .core.library_settings import library_defaults
 from .core.paths import home, user_path
 from .core.progress import SILENT, Lines, Progress, Terminal
 from .evaluation.records import RESULT, find_run, load_run
@@ -152,25 +153,23 @@ def run(
         "values": values,
         "backend": backend,
     }
-    set_library_defaults()
-    if device is not None:
-        from .core.device import select_device
+    with library_defaults():
+        if device is not None:
+            select_device(str(device))
+        specs = _specs(arguments)
+        from .runner import run_all
 
-        select_device(str(device))
-    specs = _specs(arguments)
-    from .runner import run_all
-
-    with _restored_random_states(), _receiver(progress) as receiver:
-        results = run_all(
-            specs,
-            out=_checked_path("out", out),
-            table=_checked_path("csv", csv),
-            save_share=_checked_share("save_every", save_every, 0.001),
-            gradient_checkpointing=_checked_flag("gradient_checkpointing", gradient_checkpointing),
-            gpu_memory=None if gpu_memory is None else _checked_share("gpu_memory", gpu_memory, 0.05),
-            report_to=_checked_trackers(report_to),
-            progress=receiver,
-        )
+        with restored_random_states(), _receiver(progress) as receiver:
+            results = run_all(
+                specs,
+                out=_checked_path("out", out),
+                table=_checked_path("csv", csv),
+                save_share=_checked_share("save_every", save_every, 0.001),
+                gradient_checkpointing=_checked_flag("gradient_checkpointing", gradient_checkpointing),
+                gpu_memory=None if gpu_memory is None else _checked_share("gpu_memory", gpu_memory, 0.05),
+                report_to=_checked_trackers(report_to),
+                progress=receiver,
+            )
     return results if any(isinstance(arguments[name], list | range) for name in _AXES) else results[0]
 
 
@@ -251,8 +250,8 @@ def load_model(
     """
     from .export.models import load_stored_model
 
-    set_library_defaults()
-    return cast(Any, load_stored_model(_folder(run), stage))
+    with library_defaults():
+        return cast(Any, load_stored_model(_folder(run), stage))
 
 
 def _column_type(schema: Mapping[str, Any]) -> str:
@@ -342,23 +341,6 @@ def _checked_trackers(written: Tracker | Sequence[Tracker] | None) -> list[Track
         if name not in TRACKERS:
             raise unknown_name("tracker", str(name), TRACKERS)
     return names
-
-
-@contextmanager
-def _restored_random_states() -> Iterator[None]:
-    """Restore the random states of the caller after the block: training seeds the generators of the process."""
-    import random
-
-    import numpy as np
-    import torch
-
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import _GeneratorContextManager, contextmanager
+from contextlib import _GeneratorContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -218,6 +219,26 @@ def test_run_restores_the_random_states_of_the_program(world: Path, monkeypatch:
     assert draws() == expected[0]
     hbv.run(protocol=world, **QUIET)
     assert draws() == expected[1]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_run_restores_the_environment_of_the_program(fails: bool, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_VERBOSITY", "debug")
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    environment: dict[str, str] = {}
+
+    def record(*arguments: Any, **options: Any) -> list[hbv.Result]:
+        environment.update(os.environ)
+        if fails:
+            raise KeyboardInterrupt
+        return [make_result()]
+
+    monkeypatch.setattr(runner, "run_all", record)
+    before = dict(os.environ)
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        hbv.run(protocol=world, **QUIET)
+    assert (environment["HF_HUB_VERBOSITY"], environment["TOKENIZERS_PARALLELISM"]) == ("debug", "false")
+    assert dict(os.environ) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
