@@ -94,6 +94,14 @@ def test_vllm_whose_share_is_too_small_does_not_fit() -> None:
     assert cost_of("answer", "rtx-4090-24gb", 0.85, "vllm").memory == pytest.approx(0.85 * 24e9)
 
 
+def test_vllm_on_a_cpu_reserves_a_fixed_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    for written, size in ((None, 1), ("3", 3)):
+        if written:
+            monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", written)
+        answer = cost_of("answer", "cpu", backend="vllm")
+        assert answer.memory == 2 * 6_738_415_616 + size * 2**30
+
+
 def test_share_is_an_option_of_the_dry_run(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "find_spec", lambda name: name)  # vLLM may be missing here
     options = ("--protocol", "vaccine-paper", "--on", "a100-80gb", "--backend", "vllm", "--gpu-memory", "0.5")
