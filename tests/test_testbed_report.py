@@ -16,6 +16,7 @@ from harmbench_vaccine.core.progress import Progress
 from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.reporting import testbed_report
+from support.runs import Notes
 
 
 @pytest.mark.slow
@@ -86,7 +87,9 @@ def test_every_check_can_fail(
 
     (tmp_path / "testbed.json").write_text(json.dumps({"judge_held_out": {"flag": {"f1": measured["judge"]}}}))
     monkeypatch.setattr(testbed_report, "ensure_testbed", built_testbed)
-    report = testbed_report.measure_testbed(run, quick=True)
+    notes = Notes()
+    report = testbed_report.measure_testbed(run, quick=True, progress=notes)
+    assert notes.texts == ["6 runs: about 4 min on 2 CPU cores if none of their stages is stored."]
     assert [check.requirement for check in report.checks if not check.holds] == [
         check.requirement for check in report.checks if failing and failing in check.requirement
     ]

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 from rich.console import Group, RenderableType
 
-from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.core.progress import SILENT, Progress, format_duration
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.statistics import mean_interval
 from harmbench_vaccine.experiment.spec import RunSpec
@@ -50,6 +50,8 @@ class ReportSuite(BaseModel):
     baseline: str
     """The defense that aligns it by supervised fine-tuning."""
     compared_defenses: list[str]
+    seconds_of_a_run: float
+    """Time of one run on 2 CPU cores, with an aligned model."""
     full: ReportSize
     quick: ReportSize
     attack_ratio: float
@@ -121,12 +123,14 @@ def measure_testbed(
     Args:
         run: Executes runs and returns their results in the same order; stored runs are not repeated.
         quick: Whether to use the quick size instead of the full size.
-        progress: Reports the build of the testbed.
+        progress: Reports the expected time, and the build of the testbed.
     """
     text = Path(__file__).with_name("testbed_report.yaml").read_text(encoding="utf-8")
     suite = ReportSuite.model_validate(yaml.safe_load(text))
     size = suite.quick if quick else suite.full
     specs = _report_specs(suite, size)
+    time = format_duration(len(specs) * suite.seconds_of_a_run)
+    progress.note(f"{len(specs)} runs: about {time} on 2 CPU cores if none of their stages is stored.")
     scores: dict[str, dict[float, list[float]]] = {}
     accuracies: dict[str, dict[str, list[float]]] = {}
     for spec, result in zip(specs, run(specs), strict=True):
@@ -251,8 +255,10 @@ def testbed_view(report: TestbedReport) -> RenderableType:
             for check in report.checks
         ],
     )
+    several = any(point.n > 1 for points in report.harmful.values() for point in points.values())
+    seeds = "mean ± half of the 95% t-interval over seeds" if several else "one seed"
     tables = {
-        "Harmful score (HS, %) by harmful ratio p: mean ± half of the 95% t-interval over seeds": curves,
+        f"Harmful score (HS, %) by harmful ratio p: {seeds}": curves,
         "Accuracy (FA, %) after SFT alignment": accuracies,
         "Checks": checks,
     }
