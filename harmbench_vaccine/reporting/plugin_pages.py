@@ -241,7 +241,7 @@ def _fact_text(fact: Any) -> str:
     if isinstance(fact, Mapping):
         return ", ".join(f"{key}={parameter_text(value)}" for key, value in fact.items()) or "none"
     if isinstance(fact, Sequence) and not isinstance(fact, str):
-        return ", ".join(map(str, fact)) or "none"
+        return "all others" if tuple(fact) == ("*",) else ", ".join(map(str, fact)) or "none"
     return "none" if fact == "" else parameter_text(fact)
 
 
