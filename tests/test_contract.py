@@ -268,7 +268,6 @@ class Undescribed(Sound):
 class Misdeclared(Sound):
     """Declares invalid facts."""
 
-    stages = ("align", "later")
     cost = "two passes"
     neutral: ClassVar[Mapping[str, Any] | None] = {"strength": -1.0}
 
@@ -451,13 +450,13 @@ BROKEN: dict[type[Plugin], tuple[str, str]] = {
     Undescribed: (
         "described",
         "Its class has no docstring; it has no citation (write 'unpublished' if it has none); parameter 'strength' has "
-        "no doc; parameter 'strength' has no source (where its default comes from).",
+        "no description: declare it with param(DEFAULT, DESCRIPTION, source=...); parameter 'strength' has no source "
+        "(where its default comes from).",
     ),
     Misdeclared: (
         "facts",
         "Its neutral setting is not valid: defense 'misdeclared': strength=-1.0 is not allowed; allowed: a number "
-        ">= 0; stage 'later' is unknown, allowed: align, finetune, repair; cost 'two passes' is not valid, "
-        "allowed: none, or the passes of a step such as '2F 1B'.",
+        ">= 0; cost 'two passes' is not valid, allowed: none, or the passes of a step such as '2F 1B'.",
     ),
     TupleOfRows: ("train_on", "train_on returned a tuple; allowed: a list of Example."),
     NoSettings: ("settings", "settings returned a NoneType; allowed: TrainSettings, for example dataclasses.replace"),
@@ -760,7 +759,6 @@ def every_step(self: Any, stage: TrainingStage) -> None:
 ROW = Example("id", "question", "answer")
 MORE_BROKEN: list[tuple[type[Plugin], str, str]] = [
     (broken(Sound, "stages", ()), "facts", "It declares no stage."),
-    (broken(Sound, "topology", "triple"), "facts", "Topology 'triple' is unknown, allowed: double, single, or None."),
     (
         broken(Sound, "data", ("safe rows",)),
         "facts",

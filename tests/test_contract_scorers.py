@@ -260,7 +260,20 @@ INCOMPLETE = [
     ("Task", TASK + "\n    def graded(self): ...", "Task 'mine': graded is a method, but must be a property"),
     ("Defense", "def gradient(self, stage): ...", "Defense 'mine': gradient takes other arguments (gradient(stage))"),
     ("Attack", "def upload(self, rows, pools, more): ...", "Attack 'mine': upload takes other arguments"),
-    ("Attack", "level = 3", "'mine.py' cannot be imported: PydanticUserError: A non-annotated attribute"),
+    ("Defense", "stages = ('align')", "Defense 'mine': stages is a text, but must be a tuple: write ('align',) with"),
+    (
+        "Defense",
+        "data = 'harmful rows'",
+        "Defense 'mine': data is a text, but must be a tuple: write ('harmful rows',)",
+    ),
+    (
+        "Defense",
+        "stages = ('alignment',)",
+        "Unknown stages value 'alignment' of defense 'mine'. Did you mean 'align'? Allowed: align, finetune, repair.",
+    ),
+    ("Defense", "topology = 'singel'", "Unknown topology value 'singel' of defense 'mine'. Did you mean 'single'?"),
+    ("Scorer", "form = 'rules'", "Unknown form value 'rules' of scorer 'mine'. Did you mean 'rule'?"),
+    ("Attack", "level = 3", "'mine.py' cannot be imported: attribute 'level' has no type: write level: float = param("),
 ]
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, Literal, TypeVar
 
+from pydantic import PydanticUserError
+
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.paths import user_path
 
@@ -189,8 +191,18 @@ def _readable_import_errors(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split())
-        raise BadInput(f"{what} cannot be imported: {type(error).__name__}: {reason}") from error
+        raise BadInput(f"{what} cannot be imported: {_import_problem(error)}") from error
+
+
+def _import_problem(error: BaseException) -> str:
+    """Describe why the code of a plug-in cannot be imported."""
+    if isinstance(error, PydanticUserError) and error.code == "model-field-missing-annotation":
+        name = error.message.partition("`")[2].partition(" ")[0]
+        return (
+            f"attribute {name!r} has no type: write {name}: float = param(...) for a parameter, or "
+            f"{name}: ClassVar[float] = ... for a constant."
+        )
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def is_plugin_path(name: str) -> bool:

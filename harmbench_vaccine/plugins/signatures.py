@@ -1,12 +1,12 @@
-"""The required methods of a plug-in and the signatures of its hooks, checked when its class is loaded."""
+"""The class attributes, required methods and signatures of a plug-in, checked when its class is loaded."""
 
 from __future__ import annotations
 
 import inspect
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput, unknown_name
 
 from .base import Plugin
 
@@ -19,12 +19,16 @@ def require_interface(cls: type[Plugin], base: type[Plugin]) -> None:
         base: The class of its kind.
 
     Raises:
-        BadInput: A method or a class attribute is missing, a hook is not a method, or it takes other arguments.
+        BadInput: A method or a class attribute is missing, an attribute has a value that is not allowed, a hook is not
+            a method, or it takes other arguments.
     """
     plugin = f"{cls.kind.capitalize()} {cls.name!r}"
+    types = get_type_hints(base)
     for name in base.__annotations__:
-        if "ClassVar" in base.__annotations__[name] and not hasattr(cls, name):
-            raise BadInput(f"{plugin} has no class attribute {name!r}; see {base.__module__}.{base.__name__}.")
+        if "ClassVar" in base.__annotations__[name]:
+            if not hasattr(cls, name):
+                raise BadInput(f"{plugin} has no class attribute {name!r}; see {base.__module__}.{base.__name__}.")
+            _require_allowed(cls, name, types[name])
     hooks = [name for name in vars(base) if not name.startswith(("_", "model_"))]
     for name in hooks:
         hook, expected = inspect.getattr_static(cls, name), inspect.getattr_static(base, name)
@@ -33,6 +37,29 @@ def require_interface(cls: type[Plugin], base: type[Plugin]) -> None:
     for name in cls.required_methods():
         if getattr(cls, name) is getattr(base, name):
             raise BadInput(f"{plugin} has no method {_call(name, getattr(base, name))}.")
+
+
+def _require_allowed(cls: type[Plugin], name: str, declared: Any) -> None:
+    """Check a class attribute where a wrong value would have no effect, or that of its letters.
+
+    Raises:
+        BadInput: It is a text instead of a tuple, or its type lists other values.
+    """
+    value = getattr(cls, name)
+    if isinstance(value, str) and any(get_origin(kind) is tuple for kind in get_args(declared)):
+        plugin = f"{cls.kind.capitalize()} {cls.name!r}"
+        raise BadInput(f"{plugin}: {name} is a text, but must be a tuple: write ({value!r},) with the comma.")
+    if choices := _listed_values(declared):
+        for item in value if isinstance(value, tuple | list) else [value]:
+            if item is not None and item not in choices:
+                raise unknown_name(f"{name} value", str(item), choices, of=f"{cls.kind} {cls.name!r}")
+
+
+def _listed_values(declared: Any) -> tuple[str, ...]:
+    """Return the values of a Literal, also of one inside a tuple or an optional type; empty without a Literal."""
+    if get_origin(declared) is Literal:
+        return get_args(declared)
+    return tuple(value for part in get_args(declared) for value in _listed_values(part))
 
 
 def _hook_problem(cls: type[Plugin], name: str, hook: Any, expected: Any) -> str:

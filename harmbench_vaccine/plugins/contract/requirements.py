@@ -33,7 +33,9 @@ def documentation_problems(subject: Subject, *, cited: bool = True) -> list[str]
         problems.append("it has no citation (write 'unpublished' if it has none)")
     for key, info in cls.model_fields.items():
         if not info.description:
-            problems.append(f"parameter {key!r} has no doc")
+            problems.append(
+                f"parameter {key!r} has no description: declare it with param(DEFAULT, DESCRIPTION, source=...)"
+            )
         if not cls.source_of(key):
             problems.append(f"parameter {key!r} has no source (where its default comes from)")
     return problems
