@@ -322,11 +322,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other rank": (
         lambda folder: change_config(folder, r=2),
-        "has rank 4 in model.layers.0.self_attn.q_proj, but adapter_config.json says 2: copy both files",
+        "has rank 4 in model.layers.0.self_attn.q_proj, but rank 2 in adapter_config.json: copy both files",
     ),
     "rank of a pattern": (
         lambda folder: change_config(folder, rank_pattern={"v_proj": 3}),
-        "has rank 4 in model.layers.0.self_attn.v_proj, but adapter_config.json says 3",
+        "has rank 4 in model.layers.0.self_attn.v_proj, but rank 3 in adapter_config.json",
     ),
 }
 DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -167,7 +167,7 @@ def _check_ranks(folder: Path, config: LoraConfig, factors: dict[str, tuple[Tens
         rank = _for_module(config.rank_pattern, module, config.r)
         if a.shape[0] != rank:
             raise BadInput(
-                f"Adapter {folder} has rank {a.shape[0]} in {module}, but {CONFIG} says {rank}: copy both files from "
+                f"Adapter {folder} has rank {a.shape[0]} in {module}, but rank {rank} in {CONFIG}: copy both files from "
                 "the same adapter."
             )
 
