@@ -523,9 +523,9 @@ def test_full_disk_leaves_nothing(runs: Runs, options: list[str], tmp_path: Path
 PAGE = Path(__file__).parents[1] / "docs" / "adapters.md"
 
 
-def blocks(language: str) -> list[str]:
-    """Return the fenced blocks of the page."""
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def blocks() -> list[tuple[str, str]]:
+    """Return the language and the text of each fenced block of the page."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def test_page_lists_the_defenses_that_repair() -> None:
@@ -539,13 +539,16 @@ def test_page_lists_the_defenses_that_repair() -> None:
 
 
 @pytest.mark.slow
-def test_commands_of_the_page_run(testbed_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_the_page_run(testbed_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for line in "".join(blocks("sh")).splitlines():
-        outcome = hbv(*shlex.split(line)[1:], home=testbed_home)
-        assert outcome.code == 0, (line, outcome.err)
     values: dict[str, Any] = {}
-    exec(blocks("python")[0], values)
+    for language, text in blocks():
+        if language == "python":
+            exec(text, values)
+            continue
+        for line in text.splitlines():
+            outcome = hbv(*shlex.split(line)[1:], home=testbed_home)
+            assert outcome.code == 0, (line, outcome.err)
     assert values["tokenizer"]("a lamp")["input_ids"]
     folders = ("my-adapter", "my-alignment", "my-model", "pruned")
     assert all((tmp_path / folder / "README.md").is_file() for folder in folders)
