@@ -189,6 +189,14 @@ def test_the_comment_of_a_protocol_keeps_paragraphs_and_indents() -> None:
     assert all(len(line) > 40 for line in lines[prose : prose + 2])
 
 
+def test_a_column_that_only_some_tables_show_is_named_as_such() -> None:
+    columns = [Column("run", wrap=False), Column("loss", wrap=False, drop=1), Column("drift", wrap=False, drop=2)]
+    tables = [render_table(columns, [[run, "1" * 50, "2" * 10]]) for run in ("a", "a" * 30)]  # the second has no room
+    text = " ".join(" ".join(lines_at(TableGroup(*tables), 40)).split())
+    assert text.endswith("Not shown at this width: loss, drift (in some tables); use --json or COLUMNS=200.")
+    assert text.count("2" * 10) == 1
+
+
 def test_columns_with_the_same_legend_share_a_note() -> None:
     columns = [Column(title, legend="a legend" if title != "b" else "another") for title in "abc"]
     lines = lines_at(render_table(columns, [["1", "2", "3"]]), 40)

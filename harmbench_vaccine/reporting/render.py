@@ -322,7 +322,12 @@ def _column_notes(tables: Sequence[FittedTable], width: int, is_terminal: bool) 
     for column in (column for shown, _ in layouts for column in shown if column.legend):
         titles.setdefault(column.legend, {})[column.title] = None
     notes = [f"{', '.join(columns)}: {legend}" for legend, columns in titles.items()]
-    dropped = dict.fromkeys(column.title for _, left_out in layouts for column in left_out)
+    elsewhere = {column.title for shown, _ in layouts for column in shown}
+    dropped = dict.fromkeys(
+        f"{column.title} (in some tables)" if column.title in elsewhere else column.title
+        for _, left_out in layouts
+        for column in left_out
+    )
     if dropped:
         wider = "a wider terminal" if is_terminal else "COLUMNS=200"
         notes.append(f"Not shown at this width: {', '.join(dropped)}; use --json or {wider}.")
