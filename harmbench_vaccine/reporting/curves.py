@@ -33,7 +33,7 @@ def check_plot_path(path: Path) -> None:
 def plot_curves(log: DataFrame, title: str, path: Path) -> None:
     """Write a picture with one column for each stage.
 
-    Thin lines are the values of single steps, thick lines the average of the last 20. The loss is the mean over
+    Thin lines are the values of single steps, thick lines the average of the last 20 steps. The loss is the mean over
     micro-batches, the gradient norm is the one before clipping.
 
     Args:
@@ -60,6 +60,6 @@ def plot_curves(log: DataFrame, title: str, path: Path) -> None:
             if column == 0:
                 panel.set_ylabel(label, fontsize=9)
         axes[0][column].set_title(f"{stage}: {len(rows)} steps", fontsize=10)
-        axes[-1][column].set_xlabel("optimizer step", fontsize=9)
+    figure.supxlabel(f"optimizer step; thick lines: average of the last {_WINDOW} steps", fontsize=9)
     ensure_writable(path.resolve().parent, "The folder of the plot")
     figure.savefig(path)
