@@ -19,7 +19,7 @@ from torch import Tensor
 
 from harmbench_vaccine.core.durable import seal
 from harmbench_vaccine.core.errors import HbvError
-from harmbench_vaccine.core.progress import Silent
+from harmbench_vaccine.core.progress import Lines, Silent
 from harmbench_vaccine.data.collate import collate
 from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
 from harmbench_vaccine.defenses.sft import SFT
@@ -325,8 +325,9 @@ def test_stage_resumes_from_the_last_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path, interrupting(SFT(), "before_step", 10), settings)
     assert checkpoints(tmp_path) == ["checkpoint-8"]  # 10% of 15 steps: every second step
-    recorder = Recorder()
-    run_stage(tmp_path, recorder, settings)
+    recorder, lines = Recorder(), list[str]()
+    run_stage(tmp_path, recorder, settings, progress=Lines(lines.append))
+    assert lines[0] == "align: resumed after step 8"
     assert recorder._calls[0] == ("before_step", 9)  # `before` is not called again
     assert recorder._calls[-1] == ("after_step", 15)
 

@@ -82,6 +82,8 @@ def train(
     checkpoint = distributed.from_rank0(lambda: newest_checkpoint(checkpoints, progress, ranks))
     if distributed.rank() == 0:
         check_space(checkpoints, stage.trainable.values(), (stage.steps - 1) // save_steps, stage.name)
+        if checkpoint:
+            progress.note(f"{title or stage.name}: resumed after step {Path(checkpoint).name.rpartition('-')[2]}")
     if checkpoint is None:
         with stage.isolated("before"):
             hooks.before(stage)
