@@ -87,9 +87,15 @@ def test_equations_of_every_docstring_are_valid_mathml(pages: dict[tuple[str, st
     tables = [table for page in pages.values() for table in re.findall(r"<table.*?</table>", page, re.DOTALL)]
     assert len(tables) > 20
     for table in tables:
-        cells = ElementTree.fromstring(table).findall("./tr/td")
-        assert len(cells) % 2 == 0
-        assert not any(mark in "".join(cell.itertext()) for cell in cells[::2] for mark in ("<-", "_", "||", "`"))
+        for row in ElementTree.fromstring(table).findall("./tr"):
+            cells = row.findall("./td")
+            assert sum(int(cell.get("colspan", "1")) for cell in cells) == 2
+            assert not any(mark in "".join(cells[0].itertext()) for mark in ("<-", "_", "||", "`"))
+
+
+def test_formula_without_a_note_does_not_widen_the_column_of_the_others(site: dict[str, ModuleType]) -> None:
+    table = ElementTree.fromstring(site["equations"].equation_table(["w <- w - g        a note", "v = w", "x = v"]))
+    assert [len(row.findall("./td")) for row in table.findall("./tr")] == [2, 1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ _TOKEN = re.compile(
 
 
 def equation_table(lines: Sequence[str]) -> str:
-    """Return the HTML of an equation block: a table with a formula and a note in each row.
+    """Return the HTML of an equation block: a table with a formula and a note, if it has one, in each row.
 
     Args:
         lines: The lines of an indented block, without the common indent.
@@ -52,7 +52,9 @@ def equation_table(lines: Sequence[str]) -> str:
     for line in lines:
         formula, note = split_note(line)
         cell = math(formula) if _MATH.search(formula) else escape(formula.replace("`", ""))
-        rows.append(f"<tr><td>{cell}</td><td>{escape(note)}</td></tr>")
+        rows.append(
+            f"<tr><td>{cell}</td><td>{escape(note)}</td></tr>" if note else f'<tr><td colspan="2">{cell}</td></tr>'
+        )
     return f'<table class="equations">\n{chr(10).join(rows)}\n</table>'
 
 
