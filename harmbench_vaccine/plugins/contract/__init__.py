@@ -75,7 +75,8 @@ class ContractReport:
             f"{'FAILS' if f.outcome == 'fails' else f.outcome:<6}{f.check:<{_COLUMN - 6}}{f.reason or f.demand}"
             for f in examined
         ]
-        summary = f"{counts['ok']} ok, {counts['fails']} fail, {counts['n/a']} do not apply"
+        verb = "does" if counts["n/a"] == 1 else "do"
+        summary = f"{counts['ok']} ok, {counts['fails']} fail, {counts['n/a']} {verb} not apply"
         if blocked := [finding.check for finding in self.findings if finding.blocked_by]:
             checks.append(f"{'not checked':<{_COLUMN}}After a failure: {', '.join(blocked)}.")
             summary += f", {len(blocked)} not checked"
