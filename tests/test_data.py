@@ -334,9 +334,17 @@ def test_experiment_seed_determines_every_draw(make_experiment: Callable[..., Ex
 @pytest.mark.parametrize(
     ("changes", "attack", "message"),
     [
-        ({}, "samples=401", "Requested 401 task rows, but only 400 are available"),
+        (
+            {},
+            "samples=401",
+            "but only 400 are available: lower `samples` of the attack, as in --attack ratio=0.1,samples=N.",
+        ),
         ({}, "ratio=1,samples=81", "Requested 81 harmful rows, but only 80 are available"),
-        ({"align": {"rows": 81}}, "ratio", "Requested 81 alignment rows, but only 80 are available"),
+        (
+            {"align": {"rows": 81}},
+            "ratio",
+            "81 alignment rows, but only 80 are available: lower align.rows, as in --set",
+        ),
         (
             {"answer": {"harmful": {"prompts": 21}}},
             "ratio",

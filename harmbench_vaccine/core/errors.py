@@ -67,7 +67,7 @@ def _with_article(kind: str) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
-def too_few_rows(count: int, what: str, available: int, by: str = "") -> BadInput:
+def too_few_rows(count: int, what: str, available: int, by: str = "", fix: str = "") -> BadInput:
     """Return the error for a request of more rows than are available.
 
     Args:
@@ -75,6 +75,7 @@ def too_few_rows(count: int, what: str, available: int, by: str = "") -> BadInpu
         what: Description of the rows, such as "task rows".
         available: The available number of rows.
         by: The plug-in that requests the rows.
+        fix: What the user can change, such as "lower align.rows".
     """
     request = f"{by!r} requested" if by else "Requested"
-    return BadInput(f"{request} {count} {what}, but only {available} are available.")
+    return BadInput(f"{request} {count} {what}, but only {available} are available{f': {fix}' if fix else ''}.")

@@ -217,7 +217,9 @@ def load_instructions(reader: RowReader, location: str, split: str) -> list[Exam
     ]
 
 
-def draw_rows(rows: Sequence[T], count: int, what: str, seed: int, *purpose: object, in_order: bool = False) -> list[T]:
+def draw_rows(
+    rows: Sequence[T], count: int, what: str, seed: int, *purpose: object, in_order: bool = False, fix: str = ""
+) -> list[T]:
     """Draw rows without replacement, in random order.
 
     Args:
@@ -227,12 +229,13 @@ def draw_rows(rows: Sequence[T], count: int, what: str, seed: int, *purpose: obj
         seed: Seed of the run.
         *purpose: Words that name the random stream.
         in_order: Return the first `count` rows instead.
+        fix: What the user can change if there are too few, for the error message.
 
     Raises:
         BadInput: Fewer than `count` rows are available.
     """
     if count > len(rows):
-        raise too_few_rows(count, what, len(rows))
+        raise too_few_rows(count, what, len(rows), fix=fix)
     if in_order:
         return list(rows[:count])
     return random_stream(seed, *purpose).sample(list(rows), count)

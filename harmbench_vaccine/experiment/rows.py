@@ -63,6 +63,7 @@ def plugin_pools(experiment: Experiment) -> Pools:
         experiment.spec.seed,
         "alignment rows",
         in_order=experiment.in_order,
+        fix="lower align.rows, as in --set align.rows=N",
     )
     return Pools(alignment, pools.paired, pools.benign, pools.attacker)
 

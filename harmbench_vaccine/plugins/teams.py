@@ -186,8 +186,9 @@ def upload_rows(
     Raises:
         BadInput: The mix requests more rows than are available.
     """
-    benign = draw_rows(task, mix.task, "task rows", seed, "task rows", in_order=in_order)
-    harmful = draw_rows(pools.attacker, mix.harmful, "harmful rows", seed, "harmful rows", in_order=in_order)
+    fix = "lower `samples` of the attack, as in --attack ratio=0.1,samples=N"
+    benign = draw_rows(task, mix.task, "task rows", seed, "task rows", in_order=in_order, fix=fix)
+    harmful = draw_rows(pools.attacker, mix.harmful, "harmful rows", seed, "harmful rows", in_order=in_order, fix=fix)
     uploaded = [*harmful, *benign]
     if not in_order:
         uploaded = [*benign, *harmful]
