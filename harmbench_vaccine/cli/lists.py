@@ -20,7 +20,7 @@ _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print a JSON li
 
 @click.group(name="list", cls=SuggestingGroup)
 def list_() -> None:
-    """List the names that other commands accept, or the stored runs.
+    """List plug-ins, protocols, models or stored runs.
 
     \b
     Example: hbv list defenses
