@@ -422,7 +422,7 @@ def test_forms_that_a_run_does_not_have_are_refused(runs: Runs, tmp_path: Path) 
     assert "changes every weight, so there is no adapter: add --merge" in outcome.sentence
     outcome = runs.export(UNALIGNED, tmp_path / "aligned", "--stage", "align")
     assert outcome.code == 2
-    assert "has no alignment stage, because 'none' leaves it out" in outcome.sentence
+    assert "has no alignment stage, because 'none' leaves it out; allowed: finetune, final." in outcome.sentence
     assert not list(tmp_path.glob("*l*"))
     with pytest.raises(BadInput, match=r"Unknown stage 'finl'. Did you mean 'final'"):
         load_stored_model(runs.folders[DOUBLE], "finl")

@@ -121,7 +121,7 @@ def _artifacts_of(result: Result, stage: str, store: Store) -> list[_StageArtifa
         if not aligned:
             raise BadInput(
                 f"Run {result.run} has no alignment stage, because {result.defense!r} leaves it out; "
-                "allowed: base, finetune, final."
+                "allowed: finetune, final."
             )
         names = aligned
     elif stage == "final" and "repair" in result.stages:
