@@ -55,7 +55,6 @@ GENERATIVE = {"rule": "generative", 'probabilities["e"]': 'probabilities.get("e"
 BROKEN: dict[str, tuple[str, dict[str, str], str]] = {
     "docstring": ("described", {'    """Flags an answer with many letters e."""\n': ""}, "no docstring"),
     "source": ("described", {'"a test"': '""'}, "Parameter 'threshold' has no source"),
-    "form": ("facts", {'"rule"': '"magic"'}, "Its form is 'magic', allowed: classifier, generative, rule"),
     "parameter": ("facts", {'cost: ClassVar[str] = "no model"': 'cost = "no"; file_params = ("x",)'}, "'x'"),
     "cost": ("cost", {'"no model"': '" "'}, "It declares no cost"),
     "percent": ("reads", {"answer.count": "100 * answer.count"}, "allowed: 0 to 1"),
@@ -119,6 +118,7 @@ def test_broken_scorer_fails_with_its_line(case: str, tmp_path: Path, monkeypatc
     failures = {f.check: f.reason for f in examined(write(tmp_path, changes)).findings if f.outcome == "fails"}
     assert reason in failures[check]
     assert len(failures[check].splitlines()) == 1
+    assert "raised HbvError" not in failures[check]
 
 
 def test_failing_scorer_ends_with_exit_code_1(tmp_path: Path) -> None:

@@ -87,7 +87,6 @@ BROKEN: dict[str, tuple[str, dict[str, str], str]] = {
     "chance": ("facts", {"[float] = 0.0": "[float] = 120"}, "Chance is 120, allowed: a percentage from 0 to 100"),
     "length": ("facts", {"[float] = 0.0": "[float] = 0; max_new_tokens: ClassVar[int] = 0"}, "allowed: 1 or more"),
     "measure": ("facts", {"[float] = 0.0": '[float] = 0; measure: ClassVar[str] = ""'}, "Measure is empty"),
-    "fields text": ("facts", {'("question", "answer")': '"question"'}, "Fields is a text"),
     "scoring": ("facts", {'("loose",)': '("lose",)'}, "unknown parameter 'lose'"),
     "any": ("parameters", {"data: str": "data: Any"}, "Parameter 'data' accepts any value"),
     "pair": ("rows", {ROWS: 'return read("sums", "train")'}, "allowed: a pair of lists of Example"),
@@ -97,6 +96,7 @@ BROKEN: dict[str, tuple[str, dict[str, str], str]] = {
     "refused": ("rows", {SUM: "sum = str(int(row['question']))"}, "sums.jsonl, line 1 is not a row of task"),
     "other": ("data", {"dataset: ClassVar[str] = \"sums\"": "dataset: ClassVar[str] = \"mine\""}, "names only mine"),
     "field": ("fields", {SUM: 'sum = row["answer"] + row["hint"]'}, "reads the field 'hint'"),
+    "number": ("rows", {"response=sum": "response=int(sum)"}, "its response is 3, but must be a text"),
     "error": ("damaged rows", {SUM: 'Decimal(row["answer"]); sum = row["answer"]'}, "InvalidOperation for answer=''"),
     "random rows": ("rows repeat", {ROWS: ROWS.replace("return", "rows =") + "; random.shuffle(rows[0]); return rows"},
                     "training rows differ"),
@@ -165,6 +165,17 @@ def test_broken_task_fails_with_its_line(case: str, tmp_path: Path, monkeypatch:
     failures = {f.check: f.reason for f in examined(write(tmp_path, changes)).findings if f.outcome == "fails"}
     assert reason in failures[check]
     assert len(failures[check].splitlines()) == 1
+
+
+def test_a_misspelled_field_of_the_testbed_is_named(tmp_path: Path) -> None:
+    hbv("new", "task", "mine", "--dir", tmp_path)
+    path = tmp_path / "mine.py"
+    path.write_text(path.read_text().replace('"label")', '"lable")'))
+    (failure,) = [finding for finding in examined(path).findings if finding.outcome == "fails"]
+    assert (failure.check, failure.reason) == (
+        "fields",
+        "`fields` declares 'lable', but a row has idx, sentence, label.",
+    )
 
 
 def test_failing_task_ends_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

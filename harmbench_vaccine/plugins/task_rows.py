@@ -21,6 +21,7 @@ def convert_rows(task: Task, split: str, rows: Iterable[SourceRow]) -> list[Exam
     for row in rows:
         try:
             example = task.example(f"{task.name}:{parse_split(split)[0]}:{row.number}", row.values)
+            _check_texts(example)
             _check_own_answer(task, example)
         except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"{row.place} is not a row of task {task.name!r}: {error}.") from error
@@ -48,6 +49,17 @@ def training_and_test_rows(
             "training rows and the test items."
         )
     return pair
+
+
+def _check_texts(example: Example) -> None:
+    """Refuse an example with a part that is not a text.
+
+    Raises:
+        ValueError: A part is a number or another value.
+    """
+    for name in ("instruction", "input", "response", "target"):
+        if not isinstance(value := getattr(example, name), str):
+            raise ValueError(f"its {name} is {value!r}, but must be a text")
 
 
 def _check_own_answer(task: Task, example: Example) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
-from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import Progress
 
 from ..attack import Attack
@@ -162,8 +162,11 @@ def _exception_reason(subject: Subject, error: Exception) -> str:
         if inspect.isfunction(vars(cls).get(name))
     }
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    hook = next((codes[code] for code in frames if code in codes), "The harness, given what its hooks returned,")
-    text = f"{hook} raised {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+    hook = next((codes[code] for code in frames if code in codes), "")
+    if isinstance(error, HbvError) and not hook:
+        return str(error)  # it describes what a hook returned
+    text = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
+    text = f"{hook or 'The harness, given what its hooks returned,'} raised {text}"
     if isinstance(error, BadInput):
         text += " (The checks run in a small world: NAME:key=value sets a parameter for them.)"
     if "object has no field" in text:  # pydantic's message for an attribute that is not a parameter

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import RawJudgment, Verdict
 from harmbench_vaccine.data.sources import is_available
 from harmbench_vaccine.inference.model_pool import ModelPool
 
-from ..scorer import Form, Scorer
+from ..scorer import Scorer
 from .findings import Checks, Fails, NotApplicable, Subject
 from .observation import preserved_random_states
 from .requirements import declaration_problems, documentation_problems, raise_problems
@@ -115,8 +115,6 @@ def _described(subject: ScorerSubject) -> None:
 def _facts(subject: ScorerSubject) -> None:
     """Its declarations are valid: the form, and parameters that exist."""
     cls, problems = subject.cls, declaration_problems(subject)
-    if cls.form not in get_args(Form):
-        problems.append(f"its form is {cls.form!r}, allowed: {', '.join(get_args(Form))}")
     for fact in ("file_params", "decision_params", "irrelevant_params"):
         names = getattr(cls, fact)
         if not isinstance(names, tuple):

@@ -51,8 +51,6 @@ def _facts(subject: TaskSubject) -> None:
         problems.append(f"max_new_tokens is {cls.max_new_tokens}, allowed: 1 or more")
     if not cls.measure:
         problems.append("measure is empty, allowed: the name of the score")
-    if isinstance(cls.fields, str):
-        problems.append("fields is a text, allowed: a tuple of names")
     for name in cls.scoring_only:
         if name not in cls.model_fields:
             problems.append(f"scoring_only names the unknown parameter {name!r}")
@@ -108,6 +106,8 @@ def _data(subject: TaskSubject) -> None:
 def _fields(subject: TaskSubject) -> None:
     """A row with only the declared fields is sufficient."""
     for values in _sample_values(subject):
+        if missing := [name for name in subject.cls.fields if name not in values]:
+            raise Fails(f"`fields` declares {missing[0]!r}, but a row has {', '.join(values)}.")
         declared = {name: values[name] for name in subject.cls.fields}
         try:
             subject.plugin().example("row", declared)
