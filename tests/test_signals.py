@@ -127,6 +127,20 @@ def test_ranks_agree_on_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert interrupted.value.number == signal.SIGTERM
 
 
+@handled_signals()
+def test_a_signal_that_arrives_while_ranks_compare_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compare(number: int) -> int:
+        send(signal.SIGTERM)
+        return number
+
+    with pytest.raises(Interrupted), deferred_interruption():
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "largest_over_ranks", compare)
+            assert not is_interrupted()
+        assert is_interrupted()
+        stop_if_interrupted()
+
+
 @pytest.mark.parametrize("deferred", [False, True])
 def test_the_second_signal_ends_the_process_at_once(deferred: bool) -> None:
     program = f"""

@@ -71,8 +71,10 @@ def deferred_interruption() -> Iterator[None]:
 def is_interrupted() -> bool:
     """Return whether a signal waits on any rank. All ranks call this function at the same point and agree."""
     global _waiting
-    _waiting = distributed.largest_over_ranks(_waiting)
-    return _waiting > 0
+    agreed = distributed.largest_over_ranks(_waiting)
+    if agreed:  # otherwise a signal that arrived while the ranks compared stays, and counts at the next call
+        _waiting = agreed
+    return agreed > 0
 
 
 def stop_if_interrupted() -> None:
