@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from shlex import quote
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput, HbvError
@@ -114,7 +115,7 @@ def _tensorboard(stage: TrackedStage) -> Iterator[tuple[TrainerCallback, str]]:
     root = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or stage.folder / "tensorboard").expanduser()
     with SummaryWriter(str(root / f"{re.sub('[^0-9A-Za-z=._+-]+', '-', stage.title)}-{stage.key[:8]}")) as writer:
         writer.add_text("experiment", f"```json\n{json.dumps(stage.config, indent=1)}\n```")
-        yield TensorBoardCallback(writer), f"tensorboard --logdir {root}"
+        yield TensorBoardCallback(writer), f"tensorboard --logdir {quote(str(root))}"
 
 
 @contextmanager
@@ -133,7 +134,7 @@ def _wandb(stage: TrackedStage) -> Iterator[tuple[TrainerCallback, str]]:
     )
     exit_code = 1
     try:
-        yield WandbCallback(), run.url or f"wandb sync {Path(run.dir).parent}"
+        yield WandbCallback(), run.url or f"wandb sync {quote(str(Path(run.dir).parent))}"
         exit_code = 0
     finally:
         run.finish(exit_code=exit_code)
@@ -154,7 +155,7 @@ def _mlflow(stage: TrackedStage) -> Iterator[tuple[TrainerCallback, str]]:
     status = "FAILED"
     try:
         mlflow.log_params({f"experiment.{name}": value for name, value in stage.config.items()})
-        yield MLflowCallback(), f"mlflow ui --backend-store-uri {mlflow.get_tracking_uri()}"
+        yield MLflowCallback(), f"mlflow ui --backend-store-uri {quote(mlflow.get_tracking_uri())}"
         status = "FINISHED"
     finally:
         mlflow.end_run(status)
@@ -163,4 +164,4 @@ def _mlflow(stage: TrackedStage) -> Iterator[tuple[TrainerCallback, str]]:
 
 
 _OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-TRACKERS: tuple[Tracker, ...] = ("tensorboard", "wandb", "mlflow")
+TRACKERS: tuple[Tracker, ...] = get_args(Tracker)
