@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from harmbench_vaccine.experiment.protocol import Protocol
 
 FACTS: dict[str, tuple[str, ...]] = {
-    "defense": ("stages", "cost", "once", "memory", "data", "topology", "needs_adapter", "trains", "neutral"),
+    "defense": (
+        *("stages", "cost", "once", "memory", "data", "topology"),
+        *("needs_adapter", "needs_alignment", "trains", "neutral"),
+    ),
     "attack": ("trains", "edits_base", "excludes", "neutral"),
     "task": ("measure", "dataset", "fields", "chance"),
     "scorer": ("model", "form", "cost", "license", "unverified", "comparison_only"),
@@ -69,7 +72,8 @@ _TITLES = {
     "memory": "extra memory",
     "data": "needs other rows",
     "topology": "needs topology",
-    "needs_adapter": "needs an adapter",
+    "needs_adapter": "needs a user adapter",
+    "needs_alignment": "needs an alignment stage",
     "edits_base": "edits the base model",
     "neutral": "no effect at",
     "dataset": "data set",
