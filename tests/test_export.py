@@ -457,7 +457,7 @@ def test_run_of_an_earlier_version_is_refused(runs: Runs, tmp_path: Path) -> Non
     stages = {name: stage.model_copy(update={"artifacts": {}}) for name, stage in runs.result(DOUBLE).stages.items()}
     outcome = hbv("export", changed_run(runs, tmp_path / "run", stages=stages), tmp_path / "out", home=runs.home)
     assert outcome.code == 2
-    assert "was stored by an earlier version, without its keys. Repeat its command." in outcome.sentence
+    assert "was stored by an earlier version, without its keys. Repeat its `hbv run` command." in outcome.sentence
 
 
 def test_changed_base_model_is_reported(runs: Runs, tmp_path: Path) -> None:

@@ -22,19 +22,15 @@ def why(run: str, as_json: bool) -> None:
     \b
     Example: hbv why vaccine-84
     """
-    from harmbench_vaccine.core.errors import BadInput
     from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.core.store import Store
-    from harmbench_vaccine.evaluation.records import find_run, load_run
+    from harmbench_vaccine.evaluation.records import find_run, load_run, require_keys
     from harmbench_vaccine.evaluation.why import explain_run
     from harmbench_vaccine.reporting.why_view import why_view
 
     result, _ = load_run(find_run(run, home() / "runs"))
+    require_keys(result)
     explanations = explain_run(result, Store(home() / "store"))
-    if not explanations:
-        raise BadInput(
-            f"Run {result.run} was stored by an earlier version, without its keys. Repeat its `hbv run` command."
-        )
     if as_json:
         print_json([asdict(explanation) for explanation in explanations])
     else:

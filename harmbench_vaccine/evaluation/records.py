@@ -122,6 +122,18 @@ def load_result(folder: Path) -> Result:
     return _read_result(folder / RESULT, Result.from_json)
 
 
+def require_keys(result: Result) -> None:
+    """Check that a result names the artifacts of its run.
+
+    Raises:
+        BadInput: An earlier version stored the run.
+    """
+    if not any(record.artifacts for record in result.stages.values()):
+        raise BadInput(
+            f"Run {result.run} was stored by an earlier version, without its keys. Repeat its `hbv run` command."
+        )
+
+
 def load_overview(folder: Path) -> tuple[RunOverview, list[dict[str, Any]]]:
     """Read the overview of a run, whose result may be old and incomplete, and its answers.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.paths import home
 
-from .records import RESULT, load_result
+from .records import RESULT, load_result, require_keys
 from .result import Result
 from .results_csv import read_csv
 from .run_registry import run_folders
@@ -71,7 +71,8 @@ def _read_run(folder: Path) -> StoredRun:
         result = load_result(folder)
     except HbvError as error:
         return StoredRun(folder, None, str(error))
-    if not any(record.artifacts for record in result.stages.values()):
-        problem = f"Run {result.run} was stored by an earlier version, without its keys. Repeat its `hbv run` command."
-        return StoredRun(folder, result, problem)
+    try:
+        require_keys(result)
+    except BadInput as error:
+        return StoredRun(folder, result, str(error))
     return StoredRun(folder, result)

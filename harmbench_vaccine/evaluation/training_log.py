@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.jsonl import parse_json
 from harmbench_vaccine.experiment.artifacts import LOG
 
+from .records import require_keys
 from .result import Result
 
 if TYPE_CHECKING:
@@ -28,13 +29,12 @@ def read_training_log(result: Result) -> DataFrame:
         micro-batches), `grad_norm` (before clipping) and `learning_rate`. Without a training stage it is empty.
 
     Raises:
-        BadInput: An earlier version stored the run, without the places of its artifacts.
+        BadInput: An earlier version stored the run, without the keys of its artifacts.
         HbvError: An artifact was deleted from the store, or is damaged.
     """
     from pandas import DataFrame
 
-    if not any(record.artifacts for record in result.stages.values()):
-        raise BadInput(f"Run {result.run} was stored by an earlier version, without its log. Repeat its command.")
+    require_keys(result)
     rows = []
     for stage, record in result.stages.items():
         artifact = record.artifacts.get(stage)

@@ -13,7 +13,7 @@ from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.paths import home
 from harmbench_vaccine.core.store import Store, intact_description
 from harmbench_vaccine.data.sources import fingerprint, local_path
-from harmbench_vaccine.evaluation.records import load_run
+from harmbench_vaccine.evaluation.records import load_run, require_keys
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.experiment.artifacts import ADAPTER, CHECKPOINT
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
@@ -80,8 +80,7 @@ def stored_spec(result: Result, stage: str, store: Store) -> ModelSpec:
     base = ModelSpec(result.model, result.dtype, quantization=result.quantization)
     if stage == "base":
         return base
-    if not any(record.artifacts for record in result.stages.values()):
-        raise BadInput(f"Run {result.run} was stored by an earlier version, without its keys. Repeat its command.")
+    require_keys(result)
     artifacts = _artifacts_of(result, stage, store)
     checkpoint = artifacts[-1].path / CHECKPOINT
     if checkpoint.is_dir():
