@@ -84,14 +84,15 @@ def save_adapter(adapter: Adapter, base: str, folder: Path) -> None:
         folder: The folder, which may exist.
     """
     from peft import LoraConfig
-    from transformers.pytorch_utils import Conv1D
+
+    from harmbench_vaccine.training.adapters import is_transposed
 
     adapter.save(folder)
     skeleton = model_skeleton(base)
     config = LoraConfig.from_pretrained(str(folder))
     config.base_model_name_or_path, config.revision = name_and_revision(base)
     config.target_modules = target_modules(adapter, skeleton)
-    config.fan_in_fan_out = any(isinstance(skeleton.get_submodule(name), Conv1D) for name in adapter.factors)
+    config.fan_in_fan_out = any(is_transposed(skeleton.get_submodule(name)) for name in adapter.factors)
     if float(config.lora_alpha).is_integer():
         config.lora_alpha = int(config.lora_alpha)
     config.save_pretrained(str(folder))

@@ -72,14 +72,15 @@ def check_fit(adapter: Adapter, base: str, folder: Path) -> None:
     Raises:
         BadInput: The base model lacks a module, or it has another size.
     """
-    from transformers.pytorch_utils import Conv1D
+    from harmbench_vaccine.training.adapters import is_transposed
 
     skeleton = model_skeleton(base)
     modules = dict(skeleton.named_modules())
     for name, (a, b) in adapter.factors.items():
-        weight: Any = getattr(modules.get(name), "weight", None)
+        module = modules.get(name)
+        weight: Any = getattr(module, "weight", None)
         shape = tuple(weight.shape) if weight is not None else ()
-        if isinstance(modules.get(name), Conv1D):
+        if module is not None and is_transposed(module):
             shape = shape[::-1]  # inputs x outputs
         if shape != (b.shape[0], a.shape[1]):
             problem = f"{name} is {shape[0]} x {shape[1]}" if len(shape) == 2 else f"there is no linear layer {name}"
@@ -167,8 +168,8 @@ def _check_ranks(folder: Path, config: LoraConfig, factors: dict[str, tuple[Tens
         rank = _for_module(config.rank_pattern, module, config.r)
         if a.shape[0] != rank:
             raise BadInput(
-                f"Adapter {folder} has rank {a.shape[0]} in {module}, but rank {rank} in {CONFIG}: copy both files from "
-                "the same adapter."
+                f"Adapter {folder} has rank {a.shape[0]} in {module}, but rank {rank} in {CONFIG}: copy both files "
+                "from the same adapter."
             )
 
 
