@@ -123,7 +123,6 @@ def edit(
     if as_json:
         print_json({**asdict(done), "push": _push_command(done.folder)})
         return
-    data = f"{', '.join(done.rows)}, from {', '.join(done.data.values())}" if done.rows else "none"
     print_line(f"{done.folder}: adapter edited by {done.defense}")
-    print_line(f"data that it read: {data}")
+    print_line(f"data that it read: {done.data_text()}")
     print_line(f"to publish it: {_push_command(done.folder)}")

@@ -46,3 +46,7 @@ class AdapterEdit:
     """Kinds of rows that the defense declares to read; empty: it reads no data."""
     data: dict[str, str]
     """Data set -> location, for the data that were read."""
+
+    def data_text(self) -> str:
+        """Return the rows that the defense read and their locations, or "none"."""
+        return f"{', '.join(self.rows)}, from {', '.join(self.data.values())}" if self.rows else "none"

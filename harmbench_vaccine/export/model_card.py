@@ -128,7 +128,6 @@ def edit_card(edit: AdapterEdit) -> ModelCard:
         f"{name}: {', '.join(f'{key}={value}' for key, value in values.items()) or 'none'}"
         for name, values in edit.params.items()
     ]
-    data = f"{', '.join(edit.rows)}, from {', '.join(edit.data.values())}" if edit.rows else "none"
     rows = [
         ("defense", edit.defense),
         ("parameters", "; ".join(params)),
@@ -137,7 +136,7 @@ def edit_card(edit: AdapterEdit) -> ModelCard:
         ("protocol", f"{edit.protocol}, hash {edit.protocol_hash}"),
         ("task", edit.task),
         ("seed", str(edit.seed)),
-        ("data that the defense read", data),
+        ("data that the defense read", edit.data_text()),
     ]
     return _render(
         "edit_card.md",
