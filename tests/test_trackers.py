@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,15 @@ def tracked(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.code == 0, result.err
     assert "wandb: wandb sync" in " ".join(result.err.split())
     return home
+
+
+def test_the_command_of_a_tracker_is_quoted(tmp_path: Path) -> None:
+    progress = Notes()
+    folder = tmp_path / "my runs"
+    stage = TrackedStage("align", "0" * 20, {}, folder)
+    with open_trackers(["tensorboard"], stage, progress):
+        pass
+    assert shlex.split(progress.texts[0]) == ["tensorboard:", "tensorboard", "--logdir", str(folder / "tensorboard")]
 
 
 def test_trackers_change_no_loss(tracked: Path, world: Path, own_home: Path) -> None:
@@ -206,6 +216,13 @@ def test_path_of_the_plot_is_checked(path: str, parts: tuple[str, ...], tracked:
     result = hbv("show", only_run(tracked), "--curves", tmp_path / path, home=tracked)
     assert result.code == 2
     assert all(part in result.sentence for part in parts), result.sentence
+
+
+def test_curves_are_not_json(tracked: Path, tmp_path: Path) -> None:
+    result = hbv("show", only_run(tracked), "--curves", tmp_path / "x.svg", "--json", home=tracked)
+    assert (result.code, result.out) == (2, "")
+    assert "--curves and --json cannot be combined" in result.sentence
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_run_without_training_has_no_curves(world: Path, own_home: Path) -> None:

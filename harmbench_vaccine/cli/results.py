@@ -62,12 +62,14 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, curves: P
     Example: hbv show vaccine-84 --only flagged
     Curves: hbv show vaccine-84 --curves curves.svg
     """
-    from harmbench_vaccine.core.errors import unknown_name
+    from harmbench_vaccine.core.errors import BadInput, unknown_name
     from harmbench_vaccine.evaluation.records import by_question, find_run, load_overview
     from harmbench_vaccine.reporting.answer_views import answers_view
 
     folder = find_run(run, home() / "runs")
     if curves:
+        if as_json:
+            raise BadInput("--curves and --json cannot be combined: remove one of them.")
         _plot_curves(folder, curves)
         return
     overview, answers = load_overview(folder)
