@@ -1,4 +1,4 @@
-"""The time that the remaining stages of a command take, estimated from the stages that are finished."""
+"""The remaining time of a command, estimated from its finished stages, and a store that reports it."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Grouping = Literal["stage", "run", "protocol", "age"]
 
 _MODELS, _ANSWERS = ("model", "aligned", "final"), "answers"
 """Inputs of an artifact that name other artifacts: a model by the stages that made it, and answers."""
-_MADE_MODELS = ("align", "finetune", "repair")
+_MODEL_STAGES = ("align", "finetune", "repair")
 _NAME = re.compile(r"[a-z]+/[0-9a-f]{20}(?![^/])")
 """`stage/key` inside a path."""
 _AGES = {"up to 1 day": 1, "up to 7 days": 7, "up to 30 days": 30}
@@ -134,7 +134,7 @@ def upstream(artifact: StoredArtifact) -> set[str]:
     """Return the artifacts that an artifact was computed from, as `stage/key`."""
     inputs = artifact.inputs or {}
     models = [inputs[name] for name in _MODELS if isinstance(inputs.get(name), dict)]
-    names = {f"{stage}/{model[stage]}" for model in models for stage in _MADE_MODELS if stage in model}
+    names = {f"{stage}/{model[stage]}" for model in models for stage in _MODEL_STAGES if stage in model}
     return names | ({f"answer/{inputs[_ANSWERS]}"} if _ANSWERS in inputs else set())
 
 
