@@ -167,7 +167,7 @@ class ChatJudge:
             except ValueError as error:
                 raise HbvError(self._message(f"returns no chat completion, but: {error}")) from error
             if ends.wait(wait):
-                raise HbvError(self._message("was not waited for"))
+                raise HbvError(self._message("did not answer before the command ended"))
         raise HbvError(self._message("refuses the format of the request; allowed: an OpenAI-compatible server"))
 
     def _send(self, body: dict[str, Any]) -> bytes:
