@@ -152,6 +152,15 @@ def test_cleanup_reports_the_bytes_that_become_free(shop: Shop) -> None:
     assert hbv("store", "gc", "--yes").out == "Nothing to remove.\n"
 
 
+def test_an_artifact_that_another_process_creates_stays_and_is_not_counted(shop: Shop) -> None:
+    free, locked = (shop.add("align", number=number) for number in (1, 2))
+    size = sum(path.stat().st_size for path in (shop.store.root / "align" / free).iterdir())
+    with shop.store.locked("align", locked):
+        done = shop.command("gc", "--yes")
+    assert (done["artifacts"], done["in_use"], done["size"]) == ([f"align/{free}"], [f"align/{locked}"], size)
+    assert shop.names() == {f"align/{locked}"}
+
+
 def test_results_and_answers_of_a_dropped_run_stay(shop: Shop) -> None:
     shop.run("first")
     shop.run("second")

@@ -78,7 +78,8 @@ def clean(store: Store, selection: Selection) -> Cleanup:
         removed = [artifact for artifact in plan.artifacts if removing.remove(artifact)]
     unfinished = [work for work in plan.unfinished if remove_unfinished(store, work)]
     locked = [artifact for artifact in plan.artifacts if artifact not in removed]
-    return Cleanup(removed, unfinished, plan.size, plan.in_use + locked, plan.dropped, plan.notes)
+    size = plan.size - _freed(locked, [work for work in plan.unfinished if work not in unfinished])
+    return Cleanup(removed, unfinished, size, plan.in_use + locked, plan.dropped, plan.notes)
 
 
 def _plan(usage: StoreUsage, selection: Selection, in_use: set[str]) -> Cleanup:
