@@ -147,20 +147,19 @@ def _mlflow(stage: TrackedStage) -> Iterator[tuple[TrainerCallback, str]]:
 
     for name in ("alembic", "mlflow"):  # they print every step of creating a database
         logging.getLogger(name).setLevel(logging.ERROR)
-    is_set = mlflow.is_tracking_uri_set()
-    if not is_set:
-        mlflow.set_tracking_uri(f"sqlite:///{stage.folder / 'mlflow.db'}")
-    mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-    mlflow.start_run(run_name=stage.title)
-    status = "FAILED"
-    try:
-        mlflow.log_params({f"experiment.{name}": value for name, value in stage.config.items()})
-        yield MLflowCallback(), f"mlflow ui --backend-store-uri {quote(mlflow.get_tracking_uri())}"
-        status = "FINISHED"
-    finally:
-        mlflow.end_run(status)
-        if not is_set:
-            mlflow.set_tracking_uri("")
+    with ExitStack() as cleanup:
+        if not mlflow.is_tracking_uri_set():
+            mlflow.set_tracking_uri(f"sqlite:///{stage.folder / 'mlflow.db'}")
+            cleanup.callback(mlflow.set_tracking_uri, "")
+        mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        mlflow.start_run(run_name=stage.title)
+        status = "FAILED"
+        try:
+            mlflow.log_params({f"experiment.{name}": value for name, value in stage.config.items()})
+            yield MLflowCallback(), f"mlflow ui --backend-store-uri {quote(mlflow.get_tracking_uri())}"
+            status = "FINISHED"
+        finally:
+            mlflow.end_run(status)
 
 
 _OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
