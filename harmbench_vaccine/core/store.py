@@ -223,7 +223,7 @@ def intact_description(stage: str, path: Path) -> dict[str, Any] | None:
     """Return the description of an artifact, or None if it is damaged.
 
     Raises:
-        FileNotFoundError: There is no such artifact.
+        FileNotFoundError: The artifact does not exist.
         OSError: A file cannot be read.
     """
     try:
