@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 
+from harmbench_vaccine.core.types import STAGES
 from harmbench_vaccine.evaluation.result import Agreement, JudgeScore, Result, StageRecord
 from harmbench_vaccine.evaluation.result_text import number_text, percent_text
 
 from .render import Cell, Column, TableGroup, VisibleText, dim_notes, number_column, numbers, render_table, score_column
 
-STAGE_ORDER = ("align", "finetune", "repair", "answer", "score")
+_STAGE_ORDER = (*STAGES, "answer", "score")
 
 
 def results_table(results: Sequence[Result], published: bool = False) -> RenderableType:
@@ -27,7 +28,7 @@ def results_table(results: Sequence[Result], published: bool = False) -> Rendera
     hashes = {result.protocol_hash for result in results}
     if len(hashes) > 1:
         raise ValueError(f"Cannot show results of {len(hashes)} protocols in one table: show each protocol separately.")
-    stages = [stage for stage in STAGE_ORDER if any(stage in result.stages for result in results)]
+    stages = [stage for stage in _STAGE_ORDER if any(stage in result.stages for result in results)]
     with_seed = len({result.seed for result in results}) > 1
     table = render_table(
         _result_columns(results[0], stages, with_seed),

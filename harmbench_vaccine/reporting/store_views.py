@@ -78,9 +78,11 @@ def cleanup_view(cleanup: Cleanup, is_done: bool) -> RenderableType:
     if not rows:
         summary = "Nothing to remove."
     elif is_done:
-        summary = f"Removed {len(rows)} folders: {readable_size(cleanup.size)}."
+        summary = f"Removed {_count(len(rows), 'folder')}: {readable_size(cleanup.size)}."
     else:
-        summary = f"Would remove {len(rows)} folders: {readable_size(cleanup.size)}. Add --yes to remove them."
+        summary = (
+            f"Would remove {_count(len(rows), 'folder')}: {readable_size(cleanup.size)}. Add --yes to remove them."
+        )
     notes = list(cleanup.notes)
     if cleanup.dropped and rows:
         notes.append(
@@ -105,10 +107,13 @@ def verification_view(verification: Verification) -> RenderableType:
         columns = [*identity, Column("needed by"), Column("detail")]
         parts.append(render_table(columns, rows))
     damaged = [fault for fault in verification.faults if fault.state in ("damaged", "unreadable")]
-    summary = f"{verification.artifacts} artifacts, {len(damaged)} damaged."
+    summary = f"{_count(verification.artifacts, 'artifact')}, {len(damaged)} damaged."
     notes = []
-    if not verification.holds:
+    states = {fault.state for fault in verification.faults if not fault.repaired}
+    if "damaged" in states:
         notes.append("`hbv store verify --repair` removes damaged artifacts.")
+    if "unreadable" in states:
+        notes.append("Correct the permissions or the disk of an unreadable artifact.")
     if any(fault.repaired or fault.state == "missing" for fault in verification.faults):
         notes.append("Repeat the `hbv run` command of a run to create its artifacts again.")
     if any(fault.state == "orphaned" for fault in verification.faults):
@@ -135,6 +140,10 @@ def readable_age(age: timedelta) -> str:
 
 def _exclusive(row: SpaceRow) -> str:
     return "" if row.exclusive is None else readable_size(row.exclusive)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _users(usage: StoreUsage, artifact: StoredArtifact) -> str:

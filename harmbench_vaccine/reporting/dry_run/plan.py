@@ -97,7 +97,7 @@ def plan_runs(experiments: Sequence[Experiment], root: Path) -> Plan:
         try:
             pipeline.run(experiment, RunContext(store, ModelPool()))
         except HbvError as error:
-            plan.unknown = str(error)
+            plan.unknown = str(error).removesuffix(".")
         plan.stages.append(list(store.requested.values())[earlier:])
     return plan
 

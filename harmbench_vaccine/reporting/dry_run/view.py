@@ -7,6 +7,9 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
+from harmbench_vaccine.data.sources import TESTBED
+
+from ..protocol_pages import value_text
 from ..render import VisibleText, dim_notes, render_fields, render_table
 from ..store_views import readable_size
 from .devices import HERE
@@ -156,22 +159,13 @@ def _timing_note(testbed: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _protocol_table(protocol: Mapping[str, Any]) -> RenderableType:
-    rows = [[entry["path"], _value_text(entry["value"]), entry["source"]] for entry in protocol["values"]]
+    rows = [[entry["path"], value_text(entry["value"]), entry["source"]] for entry in protocol["values"]]
     return render_table([f"protocol {protocol['hash']}", "value", "source"], rows)
-
-
-def _value_text(value: Any) -> str:
-    """Format a protocol value as YAML would; a list without brackets."""
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return str(value)
 
 
 def _plugin_table(experiments: Sequence[Mapping[str, Any]]) -> RenderableType:
     rows = [
-        (name, key, _value_text(value), origin)
+        (name, key, value_text(value), origin)
         for experiment in experiments
         for name, params in experiment["plugins"].items()
         for key, (value, origin) in params.items()
@@ -183,7 +177,7 @@ def _source_table(sources: Sequence[Mapping[str, Any]]) -> RenderableType:
     rows = []
     for source in sources:
         state = "yes" if source["available"] else "to be downloaded"
-        if source["location"].startswith("testbed:") and not source["available"]:
+        if source["location"].startswith(TESTBED) and not source["available"]:
             state = "to be built"
         detail = f" ({_missing_detail(source)})" if source["detail"] else ""
         rows.append([source["what"], source["location"], f"{state}{detail}"])
