@@ -49,9 +49,9 @@ class CommandResult:
 
 
 def hbv(*args: object, home: Path | None = None, **environment: str) -> CommandResult:
-    """Run the entry point in this process; tables have all their columns, unless COLUMNS is another number."""
+    """Run the entry point in this process."""
     out, err = io.StringIO(), io.StringIO()
-    values = {"COLUMNS": "170", **({"HBV_HOME": str(home)} if home else {}), **environment}
+    values = {**({"HBV_HOME": str(home)} if home else {}), **environment}
     code: Any = 0
     with (
         mock.patch.object(sys, "argv", ["hbv", *map(str, args)]),
