@@ -79,7 +79,8 @@ def command_output(name: str, home: Path | None = None) -> str:
 def picture(name: str, output: str) -> str:
     """Return the SVG of a command with the first lines of its output."""
     lines = output.rstrip().splitlines()
-    rest = [f"… {len(lines) - HEIGHT} more lines"] if len(lines) > HEIGHT else []
+    count = len(lines) - HEIGHT
+    rest = [f"… {count} more line{'s' if count > 1 else ''}"] if count > 0 else []
     console = Console(width=WIDTH, record=True, file=io.StringIO(), force_terminal=True)
     console.print(Text(f"$ {COMMANDS[name]}", style="bold"))
     console.print(Text.from_ansi("\n".join([*lines[:HEIGHT], *rest])))
