@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import product
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput, shortened
 
 from .base import Plugin, Resolved, resolve_params
 from .registry import Registry, is_plugin_path
@@ -50,6 +51,61 @@ def parse_plugins(text: str) -> Composition:
             name, equals, value = item.strip().partition("=")
             components.append(Component(name=_name(name, text), params={"": _value(value, text)} if equals else {}))
     return tuple(components)
+
+
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MOST_VALUES = 10_000
+
+
+def expand_values(text: str) -> list[str]:
+    """Return one text for every combination of the values that a text lists for its parameters.
+
+    A number without a name is another value of the parameter before it: `ratio=0,0.05,samples=500` is
+    `ratio=0,samples=500` and `ratio=0.05,samples=500`. `1..3` is 1, 2 and 3.
+
+    Raises:
+        BadInput: A range is empty or too long.
+    """
+    parts = [_expand_part(part, text) for part in re.split(r"\+(?!\d)", text)]
+    return ["+".join(combination) for combination in product(*parts)]
+
+
+def _expand_part(part: str, text: str) -> list[str]:
+    """Expand one plug-in of a composition."""
+    choices: list[list[str]] = []
+    prefix = ""
+    for item in part.split(","):
+        value = item.strip()
+        if prefix and (_NUMBER.fullmatch(value) or _RANGE.fullmatch(value)):
+            choices[-1] += [prefix + each for each in expand_range(value, text)]
+            continue
+        name, equals, value = item.rpartition("=")
+        prefix = name + equals
+        choices.append([prefix + each for each in expand_range(value, text)])
+    return [",".join(combination) for combination in product(*choices)]
+
+
+def expand_range(text: str, of: str) -> list[str]:
+    """Return the whole numbers of a range such as `0..4`, both ends included; another text is returned as it is.
+
+    Args:
+        text: The text.
+        of: The text that contains it, for the error.
+
+    Raises:
+        BadInput: The range is empty or too long.
+    """
+    match = _RANGE.fullmatch(text.strip())
+    if not match:
+        return [text]
+    first, last = map(int, match.groups())
+    if not first <= last < first + _MOST_VALUES:
+        raise BadInput(
+            f"Range {text.strip()!r} of {shortened(of)!r} is empty or has more than {_MOST_VALUES} values. "
+            "Write FIRST..LAST, for example 0..4."
+        )
+    return [str(number) for number in range(first, last + 1)]
 
 
 def _name(name: str, text: str) -> str:
