@@ -81,7 +81,19 @@ class _StoredAnswer(BaseModel):
 
 
 def save_run(result: Result, answers: list[dict[str, Any]], folder: Path, table: Path) -> Path:
-    """Write `<folder>/<run>/` with a result and its answers, and the run's row of the CSV.
+    """Write the folder of a run as `save_run_folder` does, and the run's row of the CSV.
+
+    Returns:
+        The folder of the run.
+    """
+    run = save_run_folder(result, answers, folder)
+    with readable_disk_errors(f"the result of {result.run}", table):
+        add_row(table, result)
+    return run
+
+
+def save_run_folder(result: Result, answers: list[dict[str, Any]], folder: Path) -> Path:
+    """Write `<folder>/<run>/` with a result and its answers.
 
     The verdicts that an earlier `hbv score` added for the same answers stay in the folder.
 
@@ -94,7 +106,6 @@ def save_run(result: Result, answers: list[dict[str, Any]], folder: Path, table:
         register_run_folder(folder, home() / "store")
         with run_lock(run):
             write_run(run, *_with_earlier_judges(run, result, answers))
-        add_row(table, result)
     return run
 
 
