@@ -71,10 +71,7 @@ def run_all(
     _check_outputs(out, table, check_writable)
     check_trackers(report_to)
     models = ModelPool(progress, gradient_checkpointing, shard, gpu_memory or GPU_MEMORY)
-    _check_locations(experiments, shard)
-    if any(location.startswith(TESTBED) for experiment in experiments for location in _locations(experiment)):
-        ensure_testbed(progress)
-    _check_rows(experiments, models)
+    prepare(experiments, models, shard=shard, progress=progress)
     root, runs, csv = _check_outputs(out, table, ensure_writable)  # last: bad input creates no folder
     clock = StageClock(_planned_artifacts(experiments, models, root / "store"))
     title = "1 run" if len(experiments) == 1 else f"{len(experiments)} runs"
@@ -93,6 +90,26 @@ def run_all(
             if on_result:
                 on_result(result)
     return results
+
+
+def prepare(
+    experiments: Sequence[Experiment], models: ModelPool, *, shard: bool = False, progress: Progress = SILENT
+) -> None:
+    """Check everything that could stop one of the experiments later, and build the testbed if one uses it.
+
+    Args:
+        experiments: The experiments.
+        models: Reads tokenizers and configurations.
+        shard: Whether the base model is spread over the ranks.
+        progress: Where the progress of building the testbed is reported.
+
+    Raises:
+        BadInput: A location, a model, a judge or a number of rows is not available.
+    """
+    _check_locations(experiments, shard)
+    if any(location.startswith(TESTBED) for experiment in experiments for location in _locations(experiment)):
+        ensure_testbed(progress)
+    _check_rows(experiments, models)
 
 
 def plan_all(

@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -123,12 +124,25 @@ def add_row(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with shared_lock(path.with_name(f".{path.name}.lock")):
         rows = [line.cells for line in _read_lines(path) if line.row.run != result.run]
-        rows.append({column: _cell(value) for column, value in csv_row(result).items()})
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(path, text.getvalue())
+        write_atomically(path, _csv_text([*rows, _cells(result)]))
+
+
+def write_results(path: Path, results: Sequence[Result]) -> None:
+    """Write a CSV with the rows of some results, without their times: the same results always give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, _csv_text([{**_cells(result), "seconds": ""} for result in results]))
+
+
+def _cells(result: Result) -> dict[str, str]:
+    return {column: _cell(value) for column, value in csv_row(result).items()}
+
+
+def _csv_text(rows: Sequence[Mapping[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def csv_row(result: Result) -> dict[str, Any]:
