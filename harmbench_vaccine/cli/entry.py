@@ -25,6 +25,7 @@ from .published import published
 from .results import leaderboard, score, show
 from .run import run
 from .store import store
+from .sweep import sweep
 from .system import doctor
 from .testbed import testbed
 from .why import schema, why
@@ -41,7 +42,24 @@ def commands() -> None:
 
 
 for command in (
-    *(run, list_, info, new, check, show, why, score, leaderboard, export, edit, schema, published, testbed, store),
+    *(
+        run,
+        sweep,
+        list_,
+        info,
+        new,
+        check,
+        show,
+        why,
+        score,
+        leaderboard,
+        export,
+        edit,
+        schema,
+        published,
+        testbed,
+        store,
+    ),
     doctor,
 ):
     commands.add_command(command)

@@ -11,14 +11,45 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.progress import Progress
 
-from .sweep import SweepMonitor, SweepStatus
+from .sweep import Sweep, SweepMonitor, SweepStatus
 
 _LOOK = 1.0
 """Seconds between two looks at the store."""
 _RESTARTS = 3
 """Restarts of a worker that the system killed, for example because memory ran out."""
+
+
+def run_local(sweep: Sweep, suite: str, workers: int | None, progress: Progress) -> list[int]:
+    """Run a sweep by worker processes on this machine, and wait for them.
+
+    Args:
+        sweep: The sweep, prepared.
+        suite: The suite as the command line names it.
+        workers: Number of workers; None: one for each visible GPU, or one.
+        progress: Shows a bar over the stages.
+
+    Returns:
+        The exit code of each worker.
+    """
+    gpus = visible_gpus()
+    count = workers or len(gpus) or 1
+    cores = len(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "harmbench_vaccine", "sweep", suite, "--worker"]
+    environments = [worker_environment(number, count, gpus, cores) for number in range(count)]
+    return run_workers(command, environments, sweep.folder, SweepMonitor(sweep), progress)
+
+
+def visible_gpus() -> list[str]:
+    """Return the visible GPUs, as `CUDA_VISIBLE_DEVICES` names them; none if models run on the CPU."""
+    if device() == "cpu":
+        return []
+    import torch
+
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return names or [str(number) for number in range(torch.cuda.device_count())]
 
 
 def worker_environment(number: int, workers: int, gpus: Sequence[str], cores: int) -> dict[str, str]:
@@ -27,11 +58,11 @@ def worker_environment(number: int, workers: int, gpus: Sequence[str], cores: in
     Args:
         number: The number of the worker, from 0.
         workers: Number of workers.
-        gpus: The visible GPUs, as `CUDA_VISIBLE_DEVICES` names them; worker i gets GPU i modulo their number.
+        gpus: The visible GPUs; worker i gets GPU i modulo their number.
         cores: Cores of this machine, which the workers divide; each gets at least one thread.
     """
     threads = str(max(1, cores // workers))
-    variables = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     return variables | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})
 
 
@@ -59,7 +90,7 @@ def run_workers(
 
         def start(number: int) -> subprocess.Popen[bytes]:
             log = files.enter_context((logs / f"worker-{number}.log").open("ab"))
-            environment = {**os.environ, **environments[number], "HBV_WORKER": str(number)}
+            environment = {**os.environ, **environments[number]}
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
         workers = [start(number) for number in range(len(environments))]
@@ -105,12 +136,3 @@ def _stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
             worker.terminate()
     for worker in workers:
         worker.wait()
-
-
-def worker_command(arguments: Sequence[str]) -> list[str]:
-    """Return the command of a worker.
-
-    Args:
-        arguments: The arguments of `hbv sweep` that describe the sweep.
-    """
-    return [sys.executable, "-m", "harmbench_vaccine", "sweep", *arguments, "--worker"]

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from harmbench_vaccine.core.errors import HbvError
+from harmbench_vaccine.core.paths import ensure_writable
+from harmbench_vaccine.core.progress import Progress
 from harmbench_vaccine.core.stage_clock import StageClock
 from harmbench_vaccine.core.store import META, Artifact
 from harmbench_vaccine.evaluation.records import load_result
@@ -20,9 +23,11 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.pipeline import run
 from harmbench_vaccine.reporting.dry_run.plan import DryRunStore
+from harmbench_vaccine.runner import prepare
 
 from .failures import Failure, Failures
 from .leases import Lease, Leases
+from .suite import Suite
 from .worker import is_finished
 
 TABLE = "results.csv"
@@ -35,6 +40,19 @@ class Sweep:
     name: str
     experiments: Sequence[Experiment]
     home: Path
+
+    @classmethod
+    def open(cls, suite: Suite, home: Path) -> Self:
+        """Settle the runs of a suite.
+
+        Args:
+            suite: The suite.
+            home: The folder of the store and of the runs, which the workers share.
+
+        Raises:
+            BadInput: A run of the suite is not possible.
+        """
+        return cls(suite.name, [Experiment.settle(spec) for spec in suite.specs()], home)
 
     @property
     def store(self) -> Path:
@@ -50,6 +68,22 @@ class Sweep:
     def folder(self) -> Path:
         """The folder of the table and of the logs of the workers."""
         return self.home / "sweeps" / self.name
+
+    def prepare(self, progress: Progress) -> None:
+        """Check every run before the first one starts, and build the testbed if one uses it.
+
+        Raises:
+            BadInput: Something that a run needs is not available, or the folders are not writable.
+        """
+        for folder in (self.home, self.store, self.runs, self.folder):
+            ensure_writable(folder, "The folder of the sweep")
+        prepare(self.experiments, ModelPool(progress), progress=progress)
+
+    def retry_failed(self) -> None:
+        """Forget the failures of this sweep, so that its workers try the stages again."""
+        failures = Failures(self.store)
+        for stage in self.stages():
+            failures.forget(f"{stage.stage}-{stage.key}")
 
     def stages(self) -> list[Artifact]:
         """Return the artifacts of all runs, each once, stored or not."""
@@ -85,6 +119,10 @@ class SweepStatus:
     """Stage as `kind-key` -> the lease of its worker."""
     failures: list[Failure] = field(default_factory=list)
     """Failures of stages of this sweep."""
+
+    def running_of(self, kind: str) -> int:
+        """Return the number of running stages of a kind."""
+        return sum(name.startswith(f"{kind}-") for name in self.running)
 
     @property
     def parked(self) -> list[Failure]:
