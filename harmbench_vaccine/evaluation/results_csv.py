@@ -71,7 +71,12 @@ class ResultRow(BaseModel):
     degenerate: Percent | None = None
     over_refusal: Percent | None = None
     neither: Percent | None = None
+    neither_before: Percent | None = None
+    refusal_rate: Percent | None = None
+    refusal_rate_before: Percent | None = None
+    task_echo: Percent | None = None
     collapsed: bool
+    hollow: bool | None = None
     reasons: Text = ""
     seconds: Amount | None = None
     versions: Json = None
@@ -147,7 +152,7 @@ def _csv_text(rows: Sequence[Mapping[str, str]]) -> str:
 
 def csv_row(result: Result) -> dict[str, Any]:
     """Return a result as one tidy row with the columns `COLUMNS`."""
-    shares = result.validity.shares["after"]
+    shares, before = result.validity.shares["after"], result.validity.shares["before"]
     headline = next(iter(result.scores.values()), None)
     grades = result.counts.unparsed_grades or {}
     derived = {
@@ -162,6 +167,10 @@ def csv_row(result: Result) -> dict[str, Any]:
         "degenerate": shares.degenerate,
         "over_refusal": shares.over_refusal,
         "neither": shares.neither,
+        "neither_before": before.neither,
+        "refusal_rate": shares.refusal_rate,
+        "refusal_rate_before": before.refusal_rate,
+        "task_echo": shares.task_echo,
         "collapsed": result.collapsed,
         "reasons": "; ".join(result.validity.reasons),
         "seconds": round(result.seconds, 1),
