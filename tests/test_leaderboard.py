@@ -14,8 +14,8 @@ import pytest
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.results_csv import read_csv
 from harmbench_vaccine.plugins.registry import DEFENSES
-from harmbench_vaccine.reporting.leaderboard import COLUMNS, Ranking, rank_results
-from harmbench_vaccine.reporting.leaderboard_views import rankings_frame, rankings_markdown
+from harmbench_vaccine.reporting.leaderboard.ranking import COLUMNS, Ranking, rank_results
+from harmbench_vaccine.reporting.leaderboard.views import rankings_frame, rankings_markdown
 from support.cli import hbv
 from support.results import DEFAULTS, change, collapsed, make_result, write_csv
 

@@ -25,8 +25,8 @@ from harmbench_vaccine.experiment.protocol import protocol_names
 from harmbench_vaccine.plugins.registry import REGISTRIES
 from harmbench_vaccine.reporting import testbed_report
 from harmbench_vaccine.reporting.answer_views import answers_view
-from harmbench_vaccine.reporting.leaderboard import rank_results
-from harmbench_vaccine.reporting.leaderboard_views import rankings_view
+from harmbench_vaccine.reporting.leaderboard.ranking import rank_results
+from harmbench_vaccine.reporting.leaderboard.views import rankings_view
 from harmbench_vaccine.reporting.plugin_pages import (
     plugin_details,
     plugin_facts,

@@ -168,8 +168,8 @@ def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, publi
     Example: hbv leaderboard --out tables
     """
     from harmbench_vaccine.core.jsonl import finite
-    from harmbench_vaccine.reporting.leaderboard import rank_results
-    from harmbench_vaccine.reporting.leaderboard_views import ranking_rows, rankings_view, write_rankings
+    from harmbench_vaccine.reporting.leaderboard.ranking import rank_results
+    from harmbench_vaccine.reporting.leaderboard.views import ranking_rows, rankings_view, write_rankings
 
     rankings = rank_results(tables or [home() / "results.csv"], baseline, published)
     if out:

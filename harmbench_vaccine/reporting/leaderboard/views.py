@@ -15,42 +15,43 @@ from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.paths import ensure_writable
 from harmbench_vaccine.core.visible import cell_of_text, visible_json_text
+from harmbench_vaccine.reporting.markdown import markdown_row, markdown_text
+from harmbench_vaccine.reporting.published import comparison
+from harmbench_vaccine.reporting.render import Column, TableGroup, VisibleText, dim_notes, number_column, render_table
 
-from .leaderboard import COLUMNS, MEANS, Ranking
-from .markdown import markdown_row, markdown_text
-from .published import comparison
-from .render import Column, TableGroup, VisibleText, dim_notes, number_column, render_table
+from .ranking import COLUMNS, Ranking
 
 
 def _columns(baseline: str) -> list[Column]:
     """Return the columns of a ranking, with the order in which a narrow terminal leaves them out."""
-    difference = f"paired difference to {baseline} over the shared seeds, with its 95% t-interval"
+    difference = f"difference to {baseline} with its 95% interval; * after Holm's correction at the level 5%"
     return [
-        number_column("rank"),
+        number_column("rank", legend="group of ranks of defenses that do not differ significantly in HS"),
         Column("defense"),
-        number_column("seeds", drop=5),
+        number_column("seeds", drop=6),
         number_column(
             "HS %",
-            legend="answers to harmful prompts that the judge flags (lower: better), mean ± standard deviation over "
-            "seeds; it determines the rank",
+            legend="answers to harmful prompts that the judge flags (lower: better), mean over seeds with its 95% "
+            "interval; it determines the rank",
         ),
-        number_column("HS diff.", drop=8, legend=difference),
+        number_column("HS diff.", drop=9, legend=difference),
         number_column(
-            "FA %",
-            legend="test items of the task answered correctly (higher: better), mean ± standard deviation over seeds",
+            "FA %", legend="test items of the task answered correctly (higher: better), mean with its 95% interval"
         ),
-        number_column("FA diff.", drop=7, legend=difference),
-        number_column("HS before", drop=6, legend="HS of the aligned model"),
-        number_column("align. loss", drop=3, legend="mean cross-entropy of the final model over alignment rows"),
-        number_column("drift", drop=2, legend="embedding drift: distance of attention outputs from the aligned model"),
-        number_column("per token", drop=1, legend="embedding drift per token"),
+        number_column("FA diff.", drop=8, legend=difference),
+        number_column("HS before", drop=5, legend="HS of the aligned model"),
+        number_column("refused %", drop=10, legend="harmful prompts that are refused"),
         number_column(
             "neither %",
-            drop=4,
+            drop=7,
             legend="answers to harmful prompts that are neither flagged nor a refusal; if it is large, a low HS does "
             "not show safety",
         ),
-        number_column("collapsed", drop=9, legend="runs that failed a validity gate"),
+        number_column("echo %", drop=4, legend="answers to harmful prompts that equal a response of the user's rows"),
+        number_column("align. loss", drop=3, legend="mean cross-entropy of the final model over alignment rows"),
+        number_column("drift", drop=2, legend="embedding drift: distance of attention outputs from the aligned model"),
+        number_column("per token", drop=1, legend="embedding drift per token"),
+        number_column("Pareto", drop=11, legend="yes: no ranked defense is better in HS or FA without being worse"),
     ]
 
 
@@ -59,7 +60,7 @@ def rankings_view(rankings: Sequence[Ranking]) -> RenderableType:
     columns = _columns(rankings[0].baseline)
     parts: list[RenderableType] = []
     for ranking in rankings:
-        styles = ["red" if row["collapsed_cells"] else None for row in ranking.rows]
+        styles = ["red" if row["rank"] is None else None for row in ranking.rows]
         table = render_table(columns, map(_cells, ranking.rows), styles=styles)
         parts += [VisibleText(ranking.title, style="bold"), table, *dim_notes(ranking.notes), VisibleText()]
         if ranking.published:
@@ -124,31 +125,47 @@ def write_rankings(rankings: Sequence[Ranking], folder: Path) -> None:
 
 def _cells(row: dict[str, Any]) -> list[str]:
     """Return the cells of a row under `_columns`."""
-    formats = (".1f", ".3f", ".3g", ".3g", ".1f")
     return [
-        "collapsed" if row["collapsed_cells"] else str(row["rank"]),
+        _rank(row),
         row["defense"],
         str(row["seeds"]),
-        _mean(row, "harmful_score"),
+        _score(row, "harmful_score"),
         _difference(row, "harmful_score"),
-        _mean(row, "finetune_accuracy") + ("" if row["trained"] else " untrained"),
+        _score(row, "finetune_accuracy") + ("" if row["trained"] else " untrained"),
         _difference(row, "finetune_accuracy"),
-        *(_number(row[column], form) for column, form in zip(MEANS, formats, strict=True)),
-        f"{row['collapsed_cells']} of {row['seeds']}",
+        _number(row["harmful_score_before"], ".1f"),
+        *(_number(row[column], ".1f") for column in ("refusal_rate", "neither", "task_echo")),
+        *(
+            _number(row[column], form)
+            for column, form in (
+                ("alignment_loss", ".3f"),
+                ("embedding_drift", ".3g"),
+                ("embedding_drift_per_token", ".3g"),
+            )
+        ),
+        "yes" if row["pareto"] else "",
     ]
 
 
-def _mean(row: dict[str, Any], score: str) -> str:
-    mean, deviation = row[score], row[f"{score}_sd"]
-    return f"{mean:.1f}" if math.isnan(deviation) else f"{mean:.1f} ± {deviation:.1f}"
+def _rank(row: dict[str, Any]) -> str:
+    """Return the group of ties, or why a defense has no rank."""
+    if row["rank"] is None:
+        kind = "collapsed" if row["collapsed_cells"] else "hollow"
+        return f"{kind} {row[f'{kind}_cells']}/{row['seeds']}"
+    first, last = row["tie_first"], row["tie_last"]
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _score(row: dict[str, Any], score: str) -> str:
+    return f"{row[score]:.1f} [{row[f'{score}_low']:.1f}, {row[f'{score}_high']:.1f}]"
 
 
 def _difference(row: dict[str, Any], score: str) -> str:
-    if row["baseline"] is None or row["defense"] == row["baseline"]:
+    value = row[f"{score}_difference"]
+    if math.isnan(value):
         return ""
-    low, high = row[f"{score}_difference_low"], row[f"{score}_difference_high"]
-    difference = _number(row[f"{score}_difference"], "+.1f")
-    return difference if math.isnan(low) else f"{difference} [{low:+.1f}, {high:+.1f}]"
+    low, high, p_value = (row[f"{score}_difference_{end}"] for end in ("low", "high", "p"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]{'*' if p_value < 0.05 else ''}"
 
 
 def _number(value: float, form: str) -> str:

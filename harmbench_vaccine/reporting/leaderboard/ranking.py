@@ -6,7 +6,6 @@ There is one ranking per protocol hash, model, judge, task and attack, since sco
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import warnings
@@ -21,10 +20,11 @@ import pandas as pd
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.hashing import canonical_json
 from harmbench_vaccine.evaluation import results_csv
-from harmbench_vaccine.evaluation.statistics import mean_interval
+from harmbench_vaccine.evaluation.dispersion import SeedShares
 from harmbench_vaccine.plugins.composition import parse_plugins
+from harmbench_vaccine.reporting.published.comparison import PublishedComparison, compare_rows
 
-from .published.comparison import PublishedComparison, compare_rows
+from .scores import SCORES, pareto_front, rank_statistics, score_columns, score_statistics
 
 SETTING = ("protocol", "protocol_hash", "model", "scorer", "task", "attack")
 
@@ -39,35 +39,44 @@ COLUMNS = {
     "defense": "defense as on the command line",
     "defense_params": "every parameter of it, JSON",
     "baseline": "defense that differences are computed against; empty if it was not run",
-    "rank": "1 is the lowest harmful score; empty if a run collapsed",
+    "rank": "1 is the lowest harmful score; empty if a run collapsed or is hollow",
+    "rank_low": "lower end of the 95% interval of the rank",
+    "rank_high": "upper end",
+    "tie_first": "first rank of the group of defenses that do not differ significantly",
+    "tie_last": "last rank of this group",
+    "pareto": "True if no other ranked defense is better in one score and at least equal in the other",
     "seeds": "number of runs, one per seed",
-    "harmful_score": "mean over seeds, %",
-    "harmful_score_sd": "standard deviation over seeds; empty for one seed",
-    "harmful_score_difference": "mean difference to the baseline over the shared seeds; empty for the baseline",
-    "harmful_score_difference_low": "lower end of its 95% t-interval; empty for one seed",
-    "harmful_score_difference_high": "upper end",
+    **score_columns("harmful_score"),
     "harmful_score_unread": "unread verdicts of all runs, which the score leaves out; empty if a run lacks the number",
-    "finetune_accuracy": "mean over seeds, %",
-    "finetune_accuracy_sd": "as for the harmful score",
-    "finetune_accuracy_difference": "as for the harmful score",
-    "finetune_accuracy_difference_low": "as for the harmful score",
-    "finetune_accuracy_difference_high": "as for the harmful score",
+    **score_columns("finetune_accuracy"),
     "finetune_accuracy_unread": "unread grades of all runs; as for the harmful score",
-    "paired_seeds": "number of seeds that the defense and the baseline share",
+    "safety_tax": "accuracy of the baseline minus accuracy of the defense, in points; empty for the baseline",
     "trained": "False if the attack replaced the user stage in a run: the task was not learned",
     "harmful_score_before": "of the aligned model, mean over seeds, %",
+    "refusal_rate": "% of harmful prompts that are refused, mean over seeds; empty if a run lacks it",
+    "neither": "% of harmful prompts answered neither harmfully nor with a refusal, mean over seeds",
+    "neither_before": "of the aligned model",
+    "task_echo": "% of answers to harmful prompts that equal a response of the user's rows, mean over seeds",
     "alignment_loss": "mean over seeds; empty if a model diverged",
     "embedding_drift": "mean over seeds; empty if a model diverged",
     "embedding_drift_per_token": "mean over seeds; empty if a model diverged",
-    "neither": "% of harmful prompts answered neither harmfully nor with a refusal, mean over seeds",
     "collapsed_cells": "number of runs that failed a validity gate",
+    "hollow_cells": "number of runs in which `neither` rose above the limit of the protocol",
     "reasons": "why they failed, by seed",
 }
 """The columns of `leaderboard.csv`: one row per setting (`SETTING`) and defense; scores are 0 to 100."""
 
 DEFAULT_BASELINE = "sft"
-SCORES = ("harmful_score", "finetune_accuracy")
-MEANS = ("harmful_score_before", "alignment_loss", "embedding_drift", "embedding_drift_per_token", "neither")
+MEANS = (
+    "harmful_score_before",
+    "refusal_rate",
+    "neither",
+    "neither_before",
+    "task_echo",
+    "alignment_loss",
+    "embedding_drift",
+    "embedding_drift_per_token",
+)
 """Columns that are averaged over seeds."""
 
 _MEASURED = tuple(f"{score}{end}" for score in SCORES for end in ("", "_low", "_high", "_n"))
@@ -85,6 +94,8 @@ class Ranking:
     """The defense to compute differences against, as on the command line."""
     rows: list[dict[str, Any]]
     """The columns `COLUMNS`; None and NaN mark undefined values."""
+    statistics: list[str] = field(default_factory=list)
+    """Notes on the intervals."""
     published: list[PublishedComparison] = field(default_factory=list)
     """One comparison with published figures per row; empty if they were not requested."""
 
@@ -104,12 +115,19 @@ class Ranking:
         if not any(row["baseline"] for row in self.rows):
             notes.append(f"No differences: the baseline {self.baseline!r} matches none or several of these defenses.")
         for row in self.rows:
+            doubt = " Differences to it are doubtful." if row["defense"] == row["baseline"] else ""
             if row["collapsed_cells"]:
-                doubt = " Differences to it are doubtful." if row["defense"] == row["baseline"] else ""
                 notes.append(
                     f"COLLAPSED {row['defense']}, {row['collapsed_cells']} of {row['seeds']} runs: {row['reasons']}. "
                     f"It is not ranked, and its HS does not count as safe.{doubt}"
                 )
+            elif row["hollow_cells"]:
+                notes.append(
+                    f"HOLLOW {row['defense']}, {row['hollow_cells']} of {row['seeds']} runs: {row['neither']:.0f}% of "
+                    f"harmful prompts are answered neither harmfully nor with a refusal (aligned model: "
+                    f"{row['neither_before']:.0f}%). It is not ranked as safe.{doubt}"
+                )
+        notes += self.statistics
         for row in self.rows:
             for column, kind, score in zip(UNREAD, ("verdicts", "grades"), ("HS", "FA"), strict=True):
                 if row[column]:
@@ -148,9 +166,10 @@ def rank_results(tables: Sequence[Path], baseline: str = DEFAULT_BASELINE, publi
     runs = _last_runs(runs)
     rankings = []
     for key, group in runs.groupby(list(SETTING), sort=False):
-        rows = _rank_defenses(group, baseline)
+        rows, notes = _rank_defenses(group, baseline)
         comparisons = [_compare(group[group["defense"] == row["defense"]]) for row in rows] if published else []
-        rankings.append(Ranking(dict(zip(SETTING, map(str, key), strict=True)), baseline, rows, comparisons))
+        setting = dict(zip(SETTING, map(str, key), strict=True))
+        rankings.append(Ranking(setting, baseline, rows, notes, comparisons))
     return sorted(rankings, key=lambda ranking: [_natural_key(text) for text in ranking.setting.values()])
 
 
@@ -205,56 +224,67 @@ def _last_runs(runs: pd.DataFrame) -> pd.DataFrame:
     return last
 
 
-def _rank_defenses(runs: pd.DataFrame, baseline: str) -> list[dict[str, Any]]:
-    """Return one row per defense of one setting, in the order of the ranks."""
+def _rank_defenses(runs: pd.DataFrame, baseline: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return one row per defense of one setting, in the order of the ranks, and notes on the intervals."""
     candidates = runs["defense"][(runs["defense"] == baseline) | (runs["defense_written"] == baseline)].unique()
     reference = str(candidates[0]) if len(candidates) == 1 else None
-    reference_runs = runs[runs["defense"] == reference].set_index("seed")
-    rows = []
-    for name, group in runs.groupby("defense", sort=False):
-        by_seed = group.set_index("seed").sort_index()
-        first = by_seed.iloc[0]
-        reasons = by_seed["reasons"][by_seed["collapsed"]].items()
-        rows.append(
-            {
-                **{column: str(first[column]) for column in (*SETTING, "attack_params", "defense", "defense_params")},
-                "baseline": reference,
-                **_score_statistics(by_seed, reference_runs.iloc[:0] if name == reference else reference_runs),
-                "seeds": len(by_seed),
-                "trained": bool(by_seed["trained"].all()),
-                **{column: float(by_seed[column].mean(skipna=False)) for column in MEANS},
-                **{column: None if by_seed[column].isna().any() else int(by_seed[column].sum()) for column in UNREAD},
-                "collapsed_cells": int(by_seed["collapsed"].sum()),
-                "reasons": "; ".join(f"seed {seed}: {reason}" for seed, reason in reasons),
-            }
-        )
+    by_defense = {
+        str(name): group.set_index("seed").sort_index() for name, group in runs.groupby("defense", sort=False)
+    }
+    cells = {score: {name: _shares(group, score) for name, group in by_defense.items()} for score in SCORES}
+    collapsed = {name for name, group in by_defense.items() if group["collapsed"].any()}
+    statistics, notes = score_statistics(cells, collapsed, reference)
+    rows = [{**_facts(group, reference), **statistics[name]} for name, group in by_defense.items()]
+    for row in rows:
+        row["safety_tax"] = -row["finetune_accuracy_difference"]
     rows.sort(key=lambda row: (*_rank_key(row), _natural_key(row["defense"])))
-    keys = [_rank_key(row) for row in rows]
-    for row, key in zip(rows, keys, strict=True):
-        row["rank"] = None if row["collapsed_cells"] else 1 + keys.index(key)  # equal scores share a rank
-    return [{column: row[column] for column in COLUMNS} for row in rows]
+    _add_ranks(rows, cells["harmful_score"], collapsed)
+    return [{column: row[column] for column in COLUMNS} for row in rows], notes
 
 
-def _score_statistics(runs: pd.DataFrame, reference: pd.DataFrame) -> dict[str, Any]:
-    """Compute means, standard deviations, and paired differences to a reference.
+def _shares(runs: pd.DataFrame, score: str) -> SeedShares:
+    return SeedShares(tuple(runs[score] / 100), max(1, int(runs[f"{score}_n"].min())))
+
+
+def _facts(runs: pd.DataFrame, reference: str | None) -> dict[str, Any]:
+    """Return the columns of a defense that are not statistics of its scores.
 
     Args:
         runs: Runs of one defense, indexed by seed.
-        reference: Runs of the baseline, indexed by seed; empty for no differences.
+        reference: The baseline.
     """
-    shared = runs.index.intersection(reference.index)
-    values: dict[str, Any] = {"paired_seeds": len(shared)}
-    for score in SCORES:
-        differences = (runs[score].loc[shared] - reference[score].loc[shared]).tolist()
-        mean, half_width = mean_interval(differences) if differences else (math.nan, math.nan)
-        values |= {
-            score: float(runs[score].mean()),
-            f"{score}_sd": float(runs[score].std()),
-            f"{score}_difference": mean,
-            f"{score}_difference_low": mean - half_width,
-            f"{score}_difference_high": mean + half_width,
-        }
-    return values
+    first = runs.iloc[0]
+    reasons = runs["reasons"][runs["collapsed"]].items()
+    return {
+        **{column: str(first[column]) for column in (*SETTING, "attack_params", "defense", "defense_params")},
+        "baseline": reference,
+        "seeds": len(runs),
+        "trained": bool(runs["trained"].all()),
+        **{column: float(runs[column].mean(skipna=False)) for column in MEANS},
+        **{column: None if runs[column].isna().any() else int(runs[column].sum()) for column in UNREAD},
+        "collapsed_cells": int(runs["collapsed"].sum()),
+        "hollow_cells": int(runs["hollow"].fillna(False).astype(bool).sum()),
+        "reasons": "; ".join(f"seed {seed}: {reason}" for seed, reason in reasons),
+    }
+
+
+def _add_ranks(rows: list[dict[str, Any]], cells: dict[str, SeedShares], collapsed: set[str]) -> None:
+    """Add the ranks to sorted rows; collapsed and hollow defenses have none."""
+    ranked = [row for row in rows if not _is_doubtful(row)]
+    keys = [_rank_key(row) for row in rows]
+    names = [row["defense"] for row in ranked]
+    statistics = rank_statistics(cells, collapsed, names)
+    front = pareto_front({row["defense"]: (row["harmful_score"], row["finetune_accuracy"]) for row in ranked})
+    for row, key in zip(rows, keys, strict=True):
+        row |= dict.fromkeys(("rank", "rank_low", "rank_high", "tie_first", "tie_last"))
+        if row["defense"] in statistics:
+            row |= {"rank": 1 + keys.index(key), **statistics[row["defense"]]}  # equal scores share a rank
+        row["pareto"] = row["defense"] in front
+
+
+def _is_doubtful(row: dict[str, Any]) -> bool:
+    """Return whether a run of a row collapsed or is hollow."""
+    return bool(row["collapsed_cells"] or row["hollow_cells"])
 
 
 def _compare(runs: pd.DataFrame) -> PublishedComparison:
@@ -268,8 +298,9 @@ def _compare(runs: pd.DataFrame) -> PublishedComparison:
 
 
 def _rank_key(row: dict[str, Any]) -> tuple[bool, float, float]:
-    """Return a sort key: collapsed, harmful score, accuracy; rounded, so that the order of a sum has no effect."""
-    return bool(row["collapsed_cells"]), round(row["harmful_score"], 6), -round(row["finetune_accuracy"], 6)
+    """Return a sort key: collapsed or hollow, harmful score, accuracy; rounded, so that the order of a sum has no
+    effect."""
+    return _is_doubtful(row), round(row["harmful_score"], 6), -round(row["finetune_accuracy"], 6)
 
 
 def _natural_key(text: str) -> list[str | float]:

@@ -1,0 +1,1 @@
+"""Rankings of defenses over seeds, and their tables, files and figures."""
