@@ -138,6 +138,14 @@ def write_results(path: Path, results: Sequence[Result]) -> None:
     write_atomically(path, _csv_text([{**_cells(result), "seconds": ""} for result in results]))
 
 
+def result_rows(results: Sequence[Result]) -> list[ResultRow]:
+    """Return results as the rows that reading their CSV gives."""
+    return [
+        ResultRow.model_validate({column: cell for column, cell in _cells(result).items() if cell})
+        for result in results
+    ]
+
+
 def _cells(result: Result) -> dict[str, str]:
     return {column: _cell(value) for column, value in csv_row(result).items()}
 

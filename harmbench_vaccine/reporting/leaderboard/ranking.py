@@ -98,6 +98,8 @@ class Ranking:
     """Notes on the intervals."""
     published: list[PublishedComparison] = field(default_factory=list)
     """One comparison with published figures per row; empty if they were not requested."""
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    """One row per run, with the columns of a CSV of results; `defense` and `attack` are the names in the ranking."""
 
     @property
     def title(self) -> str:
@@ -153,10 +155,21 @@ def rank_results(tables: Sequence[Path], baseline: str = DEFAULT_BASELINE, publi
     Raises:
         BadInput: A file is missing or is not a CSV of results, none has results, or no run has the baseline.
     """
-    filled = [runs for runs in map(_read_runs, tables) if len(runs)]
-    if not filled:
+    rows = [row for table in tables for row in _read_table(table)]
+    if not rows:
         raise BadInput(f"No results in {', '.join(map(str, tables))}. Add results with `hbv run`.")
-    runs = pd.concat(filled, ignore_index=True)
+    return rank_rows(rows, baseline, published)
+
+
+def rank_rows(
+    rows: Sequence[results_csv.ResultRow], baseline: str = DEFAULT_BASELINE, published: bool = False
+) -> list[Ranking]:
+    """Rank the defenses of rows of results; the arguments and the rankings are those of `rank_results`.
+
+    Raises:
+        BadInput: No run has the baseline.
+    """
+    runs = _runs_frame(rows)
     for kind in ("attack", "defense"):
         runs[f"{kind}_written"] = runs[kind]
         runs[kind] = _distinct_names(runs, kind)
@@ -169,18 +182,22 @@ def rank_results(tables: Sequence[Path], baseline: str = DEFAULT_BASELINE, publi
         rows, notes = _rank_defenses(group, baseline)
         comparisons = [_compare(group[group["defense"] == row["defense"]]) for row in rows] if published else []
         setting = dict(zip(SETTING, map(str, key), strict=True))
-        rankings.append(Ranking(setting, baseline, rows, notes, comparisons))
+        rankings.append(Ranking(setting, baseline, rows, notes, comparisons, group.to_dict("records")))
     return sorted(rankings, key=lambda ranking: [_natural_key(text) for text in ranking.setting.values()])
 
 
-def _read_runs(path: Path) -> pd.DataFrame:
+def _read_table(path: Path) -> list[results_csv.ResultRow]:
     if not os.path.exists(path):  # `Path.exists` raises where the folder is not readable
         raise BadInput(f"The CSV of results {path} does not exist. Create it with `hbv run`.")
-    rows = [
+    return results_csv.read_csv(path)
+
+
+def _runs_frame(rows: Sequence[results_csv.ResultRow]) -> pd.DataFrame:
+    cells = [
         [canonical_json(value) if isinstance(value, dict | list) else value for value in row.model_dump().values()]
-        for row in results_csv.read_csv(path)
+        for row in rows
     ]
-    runs = pd.DataFrame(rows, columns=results_csv.COLUMNS, dtype=object)
+    runs = pd.DataFrame(cells, columns=results_csv.COLUMNS, dtype=object)
     numbers = dict.fromkeys([*_MEASURED, *MEANS, *UNREAD], float)
     return runs.astype({**numbers, "seed": int, "collapsed": bool, "trained": bool})
 
