@@ -23,8 +23,9 @@ from harmbench_vaccine.core.errors import unknown_name
 from harmbench_vaccine.core.progress import Terminal
 from harmbench_vaccine.core.visible import cell_of_text, text_of_cell, visible, visible_json
 from harmbench_vaccine.reporting.answer_views import answers_view
+from harmbench_vaccine.reporting.leaderboard.files import write_rankings
 from harmbench_vaccine.reporting.leaderboard.ranking import rank_results
-from harmbench_vaccine.reporting.leaderboard.views import rankings_view, write_rankings
+from harmbench_vaccine.reporting.leaderboard.views import rankings_view
 from harmbench_vaccine.reporting.markdown import markdown_text
 from harmbench_vaccine.reporting.render import render_fields
 from harmbench_vaccine.reporting.result_views import results_table, scores_view

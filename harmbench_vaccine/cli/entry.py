@@ -18,11 +18,12 @@ from harmbench_vaccine.core.signals import Interrupted, handled_signals
 
 from .console import SuggestingGroup, exit_with_error, print_warning
 from .export import edit, export
+from .leaderboard import leaderboard
 from .lists import list_
 from .log_file import LOG, close_log
 from .plugins import check, info, new
 from .published import published
-from .results import leaderboard, score, show
+from .results import score, show
 from .run import run
 from .store import store
 from .sweep import sweep

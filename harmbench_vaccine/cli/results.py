@@ -1,4 +1,4 @@
-"""`hbv show`, `hbv score` and `hbv leaderboard`: stored runs."""
+"""`hbv show` and `hbv score`: stored runs."""
 
 from __future__ import annotations
 
@@ -140,41 +140,3 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
         print_json({key: values[key] for key in ("run", "scorer", "scores", "agreement")})
     else:
         print_view(scores_view(result))
-
-
-@click.command()
-@click.argument("tables", nargs=-1, type=user_path, metavar="[CSV]...")
-@click.option(
-    "--out",
-    type=user_path,
-    default=None,
-    metavar="DIR",
-    help="Write leaderboard.csv and leaderboard.md into this folder. [default: write nothing]",
-)
-@click.option(
-    "--baseline", default="sft", show_default=True, metavar="SPEC", help="Defense to compute differences against."
-)
-@click.option(
-    "--published", is_flag=True, help="Compare with published figures, and list the deviations from the paper."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object per row of leaderboard.csv.")
-def leaderboard(tables: tuple[Path, ...], out: Path | None, baseline: str, published: bool, as_json: bool) -> None:
-    """Rank defenses over their seeds.
-
-    Print one table per protocol, model, task and attack. Without CSV, read $HBV_HOME/results.csv. A defense with
-    a collapsed run has no rank.
-
-    \b
-    Example: hbv leaderboard --out tables
-    """
-    from harmbench_vaccine.core.jsonl import finite
-    from harmbench_vaccine.reporting.leaderboard.ranking import rank_results
-    from harmbench_vaccine.reporting.leaderboard.views import ranking_rows, rankings_view, write_rankings
-
-    rankings = rank_results(tables or [home() / "results.csv"], baseline, published)
-    if out:
-        write_rankings(rankings, out)
-    if as_json:
-        print_json(finite(ranking_rows(rankings)))
-    else:
-        print_view(rankings_view(rankings))

@@ -155,21 +155,21 @@ def rank_results(tables: Sequence[Path], baseline: str = DEFAULT_BASELINE, publi
     Raises:
         BadInput: A file is missing or is not a CSV of results, none has results, or no run has the baseline.
     """
-    rows = [row for table in tables for row in _read_table(table)]
+    rows = [row for table in tables for row in read_table(table)]
     if not rows:
         raise BadInput(f"No results in {', '.join(map(str, tables))}. Add results with `hbv run`.")
     return rank_rows(rows, baseline, published)
 
 
 def rank_rows(
-    rows: Sequence[results_csv.ResultRow], baseline: str = DEFAULT_BASELINE, published: bool = False
+    results: Sequence[results_csv.ResultRow], baseline: str = DEFAULT_BASELINE, published: bool = False
 ) -> list[Ranking]:
     """Rank the defenses of rows of results; the arguments and the rankings are those of `rank_results`.
 
     Raises:
         BadInput: No run has the baseline.
     """
-    runs = _runs_frame(rows)
+    runs = _runs_frame(results)
     for kind in ("attack", "defense"):
         runs[f"{kind}_written"] = runs[kind]
         runs[kind] = _distinct_names(runs, kind)
@@ -186,7 +186,12 @@ def rank_rows(
     return sorted(rankings, key=lambda ranking: [_natural_key(text) for text in ranking.setting.values()])
 
 
-def _read_table(path: Path) -> list[results_csv.ResultRow]:
+def read_table(path: Path) -> list[results_csv.ResultRow]:
+    """Read the rows of a CSV of results.
+
+    Raises:
+        BadInput: The file is missing or is not a CSV of results.
+    """
     if not os.path.exists(path):  # `Path.exists` raises where the folder is not readable
         raise BadInput(f"The CSV of results {path} does not exist. Create it with `hbv run`.")
     return results_csv.read_csv(path)

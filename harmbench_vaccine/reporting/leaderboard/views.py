@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import RenderableType
 
-from harmbench_vaccine.core.disk_errors import readable_disk_errors
-from harmbench_vaccine.core.durable import write_atomically
-from harmbench_vaccine.core.paths import ensure_writable
-from harmbench_vaccine.core.visible import cell_of_text, visible_json_text
 from harmbench_vaccine.reporting.markdown import markdown_row, markdown_text
 from harmbench_vaccine.reporting.published import comparison
 from harmbench_vaccine.reporting.render import Column, TableGroup, VisibleText, dim_notes, number_column, render_table
@@ -104,23 +99,6 @@ def rankings_frame(rankings: Sequence[Ranking]) -> pd.DataFrame:
     """Return the rows of all rankings as a data frame with the columns `COLUMNS` and those of a comparison."""
     compared = comparison.COLUMNS if any(ranking.published for ranking in rankings) else {}
     return pd.DataFrame(ranking_rows(rankings), columns=[*COLUMNS, *compared])
-
-
-def write_rankings(rankings: Sequence[Ranking], folder: Path) -> None:
-    """Write `leaderboard.csv` and `leaderboard.md` into a folder, and create the folder if necessary.
-
-    Raises:
-        BadInput: The folder is not writable.
-    """
-    ensure_writable(folder, "The output folder")
-    frame = rankings_frame(rankings)
-    for column in frame:
-        escaped = visible_json_text if column.endswith("_params") else cell_of_text
-        frame[column] = [escaped(value) if isinstance(value, str) else value for value in frame[column]]
-    table = frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")
-    with readable_disk_errors("the leaderboard", folder):
-        write_atomically(folder / "leaderboard.csv", table)
-        write_atomically(folder / "leaderboard.md", rankings_markdown(rankings))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

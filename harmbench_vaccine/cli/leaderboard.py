@@ -1,0 +1,110 @@
+"""`hbv leaderboard`: rank defenses, and write the tables and figures of a comparison."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from harmbench_vaccine.core.errors import BadInput, unknown_name
+from harmbench_vaccine.core.paths import home, user_path
+
+from .console import print_json, print_line, print_view
+
+if TYPE_CHECKING:
+    from harmbench_vaccine.evaluation.results_csv import ResultRow
+
+
+@click.command()
+@click.argument("sources", nargs=-1, metavar="[SUITE|CSV]...")
+@click.option(
+    "--out",
+    type=user_path,
+    default=None,
+    metavar="DIR",
+    help="Write CSV, Markdown, LaTeX and figures (SVG and PNG) into this folder. [default: write nothing]",
+)
+@click.option(
+    "--baseline", default="sft", show_default=True, metavar="SPEC", help="Defense to compute differences against."
+)
+@click.option(
+    "--published", is_flag=True, help="Compare with published figures, and list the deviations from the paper."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object per row of leaderboard.csv.")
+def leaderboard(sources: tuple[str, ...], out: Path | None, baseline: str, published: bool, as_json: bool) -> None:
+    """Rank defenses over their seeds.
+
+    Print one table per protocol, model, task and attack. SUITE is a suite of `hbv sweep`: a name or a YAML file, whose
+    finished runs are read from $HBV_HOME. Without SUITE and CSV, read $HBV_HOME/results.csv. A defense with a collapsed
+    or hollow run has no rank.
+
+    \b
+    Example: hbv leaderboard --out tables
+    A suite: hbv leaderboard testbed-vaccine-table1 --out tables
+    """
+    from harmbench_vaccine.core.jsonl import finite
+    from harmbench_vaccine.reporting.leaderboard.files import write_rankings
+    from harmbench_vaccine.reporting.leaderboard.ranking import rank_rows
+    from harmbench_vaccine.reporting.leaderboard.views import ranking_rows, rankings_view
+
+    rows, missing = _read_sources(sources or (str(home() / "results.csv"),))
+    rankings = rank_rows(rows, baseline, published)
+    notes = write_rankings(rankings, out, home() / "runs", missing) if out else []
+    if as_json:
+        print_json(finite(ranking_rows(rankings)))
+        return
+    print_view(rankings_view(rankings))
+    for note in notes:
+        print_line(note)
+
+
+def _read_sources(sources: Sequence[str]) -> tuple[list[ResultRow], int]:
+    """Read the results of suites and CSVs.
+
+    Returns:
+        The rows, and the number of runs of the suites that have no result yet.
+
+    Raises:
+        BadInput: A source does not exist or is damaged, or none has results.
+    """
+    rows: list[ResultRow] = []
+    missing = 0
+    for source in sources:
+        if _is_suite(source):
+            finished, unfinished = _read_suite(source)
+            rows, missing = rows + finished, missing + unfinished
+        else:
+            rows += _read_csv(source)
+    if not rows:
+        raise BadInput(f"No results in {', '.join(sources)}. Add results with `hbv run` or `hbv sweep`.")
+    return rows, missing
+
+
+def _is_suite(source: str) -> bool:
+    from harmbench_vaccine.sweeps.suite import suite_names
+
+    return source.endswith((".yaml", ".yml")) or (source in suite_names() and not Path(source).exists())
+
+
+def _read_suite(name: str) -> tuple[list[ResultRow], int]:
+    """Return the rows of the finished runs of a suite, and the number of the others."""
+    from harmbench_vaccine.evaluation.results_csv import result_rows
+    from harmbench_vaccine.sweeps.suite import load_suite
+    from harmbench_vaccine.sweeps.sweep import Sweep
+
+    sweep = Sweep.open(load_suite(name), home())
+    results = sweep.results()
+    return result_rows(results), len(sweep.experiments) - len(results)
+
+
+def _read_csv(source: str) -> list[ResultRow]:
+    from harmbench_vaccine.reporting.leaderboard.ranking import read_table
+    from harmbench_vaccine.sweeps.suite import suite_names
+
+    path = user_path(source)
+    if not path.suffix and not os.path.lexists(path):
+        raise unknown_name("suite or CSV", source, suite_names())
+    return read_table(path)
