@@ -1,6 +1,6 @@
 """No alignment: the user's data fine-tunes the base model directly.
 
-Cost: none; the alignment stage is skipped.
+Cost: none; the alignment stage is skipped. It has no parameter to tune.
 """
 
 from typing import ClassVar

@@ -2,7 +2,7 @@
 
     w <- w - lr * grad L(w; B_a)
 
-Cost of a step: 1 forward, 1 backward.
+Cost of a step: 1 forward, 1 backward. It has no parameter to tune.
 """
 
 from harmbench_vaccine.plugins import Defense

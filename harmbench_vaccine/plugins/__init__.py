@@ -16,6 +16,7 @@ from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
 from .attack import Attack, Judge
 from .base import Plugin, Resolved, param, resolve_params
 from .defense import Defense
+from .grid import Grid
 from .scorer import Form, Scorer
 from .task import Task
 
@@ -26,6 +27,7 @@ __all__ = [
     "Example",
     "Form",
     "Grade",
+    "Grid",
     "Judge",
     "Mix",
     "Plugin",

@@ -129,8 +129,16 @@ def _imports(file: Path, package: str) -> Iterator[str]:
             yield from (source, *(f"{source}.{alias.name}" for alias in node.names))
 
 
+UNCOVERED = frozenset({"grid"})
+"""Class attributes that change nothing that a plug-in computes, and are not part of a fingerprint."""
+
+
 class _CodeOnly(ast.NodeTransformer):
-    """A transformer that removes docstrings, other bare strings and imports."""
+    """A transformer that removes docstrings, other bare strings, imports and the class attributes `UNCOVERED`."""
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        node.body = [statement for statement in node.body if not _assigned_names(statement) & UNCOVERED]
+        return self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
@@ -139,6 +147,12 @@ class _CodeOnly(ast.NodeTransformer):
     def visit_Import(self, node: ast.Import) -> None: ...
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None: ...
+
+
+def _assigned_names(statement: ast.stmt) -> set[str]:
+    """Return the names that an assignment sets; empty for another statement."""
+    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _normal_form(file: Path) -> str:
