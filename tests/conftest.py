@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from harmbench_vaccine.core.library_settings import set_library_defaults
+
+set_library_defaults()  # before a test imports torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["COLUMNS"] = "170"  # tables have all their columns, whatever the terminal

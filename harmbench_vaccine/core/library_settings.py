@@ -1,32 +1,46 @@
-"""Defaults for libraries that read their settings from the environment when they are first imported."""
+"""Defaults for libraries that read their settings from the environment when they are first used."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _DEFAULTS = {
     "GOMP_SPINCOUNT": "1000",  # a spinning OpenMP thread blocks a core that a second process computes on
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # they would break our progress bars
     "HF_HUB_VERBOSITY": "error",  # failures are reported in one line
+    "MKL_CBWR": "AVX2,STRICT",  # matrix products have the same bits for any number of threads
 }
+_WIDE_VECTORS = {"ATEN_CPU_CAPABILITY": "avx2"}
+"""For a CPU with AVX-512: torch computes with the vectors of `MKL_CBWR`, as it does on other x86 CPUs."""
 
 
 def set_library_defaults() -> None:
-    """Set the variables that the user did not set; a library that is imported already keeps its settings."""
-    for name, value in _DEFAULTS.items():
+    """Set the variables that the user did not set; a library that is in use already keeps its settings."""
+    for name, value in _defaults().items():
         os.environ.setdefault(name, value)
 
 
 @contextmanager
 def library_defaults() -> Iterator[None]:
     """Set the variables that the user did not set, and remove them again after the block."""
-    absent = _DEFAULTS.keys() - os.environ.keys()
+    absent = _defaults().keys() - os.environ.keys()
     set_library_defaults()
     try:
         yield
     finally:
         for name in absent:
             os.environ.pop(name, None)
+
+
+def _defaults() -> dict[str, str]:
+    return _DEFAULTS | (_WIDE_VECTORS if _has_avx512() else {})
+
+
+def _has_avx512() -> bool:
+    """Return whether the CPU has AVX-512. Where the kernel does not list its features, torch keeps its choice."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        return any("avx512f" in line for line in file if line.startswith("flags"))
+    return False
