@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from html import escape
 
 from .progress import PAUSE, Advance, BarState
@@ -57,6 +57,10 @@ class NotebookBars:
 
     def detail(self, text: str) -> None:
         """Show nothing."""
+
+    def panel(self, render: Callable[[], object]) -> AbstractContextManager[None]:
+        """Show nothing: it is a table for a terminal."""
+        return nullcontext()
 
     def _update(self) -> None:
         self._shown = self._clock()

@@ -10,13 +10,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from .visible import visible
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import ProgressColumn
 
 SHARE, PAUSE, LONGEST_PAUSE = 0.1, 1.0, 60.0
@@ -55,6 +56,10 @@ class Progress(Protocol):
         """Print one line that only a verbose receiver shows."""
         ...
 
+    def panel(self, render: Callable[[], RenderableType]) -> AbstractContextManager[None]:
+        """Show what `render` returns below the bars of a terminal inside the block; other receivers show nothing."""
+        ...
+
 
 class Silent:
     """A receiver that reports nothing: the default of every `progress` parameter."""
@@ -69,6 +74,10 @@ class Silent:
 
     def detail(self, text: str) -> None:
         """Print nothing."""
+
+    def panel(self, render: Callable[[], RenderableType]) -> AbstractContextManager[None]:
+        """Show nothing."""
+        return nullcontext()
 
 
 SILENT = Silent()
@@ -196,6 +205,10 @@ class Lines:
         if self._verbose:
             self._write(text)
 
+    def panel(self, render: Callable[[], RenderableType]) -> AbstractContextManager[None]:
+        """Show nothing."""
+        return nullcontext()
+
     def _write(self, text: str) -> None:
         self._write_line(_one_line(text))
 
@@ -218,7 +231,18 @@ class Terminal:
 
         self.console = Console(file=sys.stderr)
         self._verbose = verbose
-        self._bars = RichProgress(
+        self._panels: list[Callable[[], RenderableType]] = []
+        panels = self._panels
+
+        class Bars(RichProgress):
+            """The bars, and the panels below them."""
+
+            def get_renderables(self) -> Iterator[RenderableType]:
+                yield from super().get_renderables()
+                for render in panels:
+                    yield render()
+
+        self._bars = Bars(
             *_columns(self.console.width),
             console=self.console,
             expand=True,
@@ -260,6 +284,15 @@ class Terminal:
         if self._verbose:
             self.note(text)
 
+    @contextmanager
+    def panel(self, render: Callable[[], RenderableType]) -> Iterator[None]:
+        """Show what `render` returns below the bars."""
+        self._panels.append(render)
+        try:
+            yield
+        finally:
+            self._panels.remove(render)
+
 
 class Receivers:
     """Several receivers of the same reports, such as a terminal and a log file."""
@@ -289,6 +322,14 @@ class Receivers:
         for receiver in self._receivers:
             receiver.detail(text)
 
+    @contextmanager
+    def panel(self, render: Callable[[], RenderableType]) -> Iterator[None]:
+        """Show a panel in every receiver."""
+        with ExitStack() as panels:
+            for receiver in self._receivers:
+                panels.enter_context(receiver.panel(render))
+            yield
+
 
 class Labeled:
     """A receiver that adds a label to the title of each bar, such as the prompts that a bar of answers counts."""
@@ -307,6 +348,10 @@ class Labeled:
     def detail(self, text: str) -> None:
         """Send the detail without the label."""
         self._receiver.detail(text)
+
+    def panel(self, render: Callable[[], RenderableType]) -> AbstractContextManager[None]:
+        """Show the panel without the label."""
+        return self._receiver.panel(render)
 
 
 def _one_line(text: str) -> str:
