@@ -146,6 +146,13 @@ def ls(stage: str | None, protocol: str | None, older_than: timedelta | None, un
     shell_complete=stored_run,
     help="Drop this run: remove artifacts that only it needs. Repeatable.",
 )
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="NAME",
+    help="Drop this unfinished sweep: remove artifacts that only it needs. Repeatable.",
+)
 @click.option("--checkpoints", is_flag=True, help="Also remove the checkpoints of unfinished stages.")
 @click.option("--yes", is_flag=True, help="Remove them. Without it, the command only shows what it would remove.")
 @_json_object
@@ -153,14 +160,16 @@ def gc(
     older_than: timedelta | None,
     protocols: tuple[str, ...],
     runs: tuple[str, ...],
+    sweeps: tuple[str, ...],
     checkpoints: bool,
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Remove artifacts that no stored run needs.
+    """Remove artifacts that no stored run and no unfinished sweep needs.
 
     A stored run is a folder in $HBV_HOME/runs or in a folder of --out. Artifacts that a running command uses stay. The
-    results and answers of a dropped run stay too; delete its folder to remove them.
+    results and answers of a dropped run stay too; delete its folder to remove them. --yes also removes leases of ended
+    workers, and failures of stages that no unfinished sweep needs.
 
     \b
     Example: hbv store gc --older-than 30d
@@ -168,11 +177,14 @@ def gc(
     """
     from harmbench_vaccine.evaluation.store_cleanup import Selection, clean, plan_cleanup
     from harmbench_vaccine.reporting.store_views import cleanup_view
+    from harmbench_vaccine.sweeps.shared_store import remove_worker_files
 
-    selection = Selection(runs, protocols, older_than, checkpoints)
+    selection = Selection(runs, protocols, sweeps, older_than, checkpoints)
     cleanup = plan_cleanup(_store(), selection)
-    if yes and (cleanup.artifacts or cleanup.unfinished):
-        cleanup = clean(_store(), selection)
+    if yes:
+        if cleanup.artifacts or cleanup.unfinished or sweeps:
+            cleanup = clean(_store(), selection)
+        remove_worker_files(_store().root)
     if as_json:
         print_json(_cleanup_json(cleanup, yes))
     else:

@@ -23,6 +23,7 @@ from harmbench_vaccine.core.store_contents import (
 
 from .run_folders import StoredRun, runs_without_folder, select_runs
 from .store_usage import StoreUsage, age_of, files_below, size_of, upstream
+from .sweep_registry import RegisteredSweep, forget_sweep, registered_sweeps
 
 YOUNGEST = timedelta(minutes=10)
 """Age below which a folder of unfinished work is never removed: its process may be about to lock it."""
@@ -30,12 +31,14 @@ YOUNGEST = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Selection:
-    """The artifacts to remove. By default: those that no run needs."""
+    """The artifacts to remove. By default: those that no run and no unfinished sweep needs."""
 
     runs: tuple[str, ...] = ()
     """Runs to drop, as the user wrote them: artifacts that only they need, instead of those that no run needs."""
     protocols: tuple[str, ...] = ()
     """Protocols whose runs are dropped in the same way."""
+    sweeps: tuple[str, ...] = ()
+    """Unfinished sweeps that are dropped in the same way."""
     older_than: timedelta | None = None
     """Only artifacts that are older."""
     checkpoints: bool = False
@@ -68,7 +71,9 @@ def plan_cleanup(store: Store, selection: Selection) -> Cleanup:
 
 
 def clean(store: Store, selection: Selection) -> Cleanup:
-    """Remove artifacts that no kept run and no running process needs. Arguments and errors are those of `plan_cleanup`.
+    """Remove artifacts that no kept run, no unfinished sweep and no running process needs.
+
+    Arguments and errors are those of `plan_cleanup`.
 
     Runs are read after the marks of running processes: a command that ends meanwhile has stored its run before its
     marks disappear.
@@ -77,6 +82,9 @@ def clean(store: Store, selection: Selection) -> Cleanup:
         plan = _plan(StoreUsage(store), selection, removing.in_use)
         removed = [artifact for artifact in plan.artifacts if removing.remove(artifact)]
     unfinished = [work for work in plan.unfinished if remove_unfinished(store, work)]
+    for sweep in registered_sweeps(store.root).values():
+        if sweep.name in selection.sweeps or not sweep.unfinished:
+            forget_sweep(store.root, sweep.name)
     locked = [artifact for artifact in plan.artifacts if artifact not in removed]
     size = plan.size - _freed(locked, [work for work in plan.unfinished if work not in unfinished])
     return Cleanup(removed, unfinished, size, plan.in_use + locked, plan.dropped, plan.notes)
@@ -91,8 +99,12 @@ def _plan(usage: StoreUsage, selection: Selection, in_use: set[str]) -> Cleanup:
                 f"The artifacts that {run.folder} needs are not known, so nothing is removed. {run.problem} Or delete "
                 "this folder, if you do not need its results."
             )
-    candidates: Iterable[str] = usage.needed_by(dropped) if dropped else usage.artifacts
-    needed = {*usage.needed_by(runs), usage.testbed}
+    candidates: Iterable[str] = usage.artifacts
+    if dropped or selection.sweeps:
+        candidates = usage.needed_by(dropped) | usage.needed_by_sweeps(selection.sweeps)
+    sweeps = [name for name in usage.sweeps if name not in selection.sweeps]
+    needed_by_sweeps = usage.needed_by_sweeps(sweeps)
+    needed = {*usage.needed_by(runs), *needed_by_sweeps, usage.testbed}
     selected = [
         usage.artifacts[name]
         for name in sorted(candidates)
@@ -100,14 +112,19 @@ def _plan(usage: StoreUsage, selection: Selection, in_use: set[str]) -> Cleanup:
     ]
     used = usage.with_inputs(in_use)
     artifacts = [artifact for artifact in selected if artifact.name not in used]
-    unfinished = [work for work in list_unfinished(usage.store) if _is_abandoned(work, selection)]
+    unfinished = [
+        work
+        for work in list_unfinished(usage.store)
+        if _is_abandoned(work, selection)
+        and not (work.has_checkpoints and f"{work.stage}/{work.key}" in needed_by_sweeps)
+    ]
     return Cleanup(
         artifacts,
         unfinished,
         _freed(artifacts, unfinished),
         [artifact for artifact in selected if artifact.name in used],
         sorted({run.run for run in dropped}),
-        _notes(usage.runs),
+        [*_notes(usage.runs), *(_sweep_note(usage.sweeps[name]) for name in sweeps)],
     )
 
 
@@ -115,8 +132,11 @@ def _dropped_runs(usage: StoreUsage, selection: Selection) -> list[StoredRun]:
     """Return the runs that a selection names.
 
     Raises:
-        BadInput: A run or a protocol is unknown.
+        BadInput: A run, a protocol or an unfinished sweep is unknown.
     """
+    for name in selection.sweeps:
+        if name not in usage.sweeps:
+            raise unknown_name("unfinished sweep", name, usage.sweeps)
     protocols = usage.runs_by_protocol()
     for name in selection.protocols:
         if name not in protocols:
@@ -153,6 +173,13 @@ def _notes(runs: Sequence[StoredRun]) -> list[str]:
         f"results.csv has runs without a folder ({len(missing)}): {', '.join(missing[:5])}"
         f"{' ...' if len(missing) > 5 else ''}. Artifacts that only they need count as unused."
     ]
+
+
+def _sweep_note(sweep: RegisteredSweep) -> str:
+    return (
+        f"Sweep {sweep.name} has no result for {len(sweep.unfinished)} of {len(sweep.run_ids)} runs, so what it needs "
+        f"stays. --sweep {sweep.name} removes what only it needs."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

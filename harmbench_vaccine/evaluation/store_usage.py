@@ -19,6 +19,7 @@ from harmbench_vaccine.data.sources import TESTBED, TESTBED_VERSION
 from .judgment_cache import FILE as JUDGMENTS
 from .result import Result
 from .run_folders import StoredRun, stored_runs
+from .sweep_registry import registered_sweeps
 
 Grouping = Literal["stage", "run", "protocol", "age"]
 
@@ -53,10 +54,16 @@ class StoreUsage:
         """Folder of a run -> the artifacts that it needs, in the store or missing, as `stage/key`."""
         self.testbed = artifact_name(store.path_of("testbed", {"version": TESTBED_VERSION}))
         """The testbed of this version, which every later command may need."""
+        self.sweeps = {name: sweep for name, sweep in registered_sweeps(store.root).items() if sweep.unfinished}
+        """The sweeps that have runs without a result, by name."""
 
     def needed_by(self, runs: Iterable[StoredRun]) -> set[str]:
         """Return the artifacts that these runs need."""
         return set().union(*(self.needs.get(run.folder, set()) for run in runs))
+
+    def needed_by_sweeps(self, names: Iterable[str]) -> set[str]:
+        """Return the artifacts that unfinished sweeps need, by the names of the sweeps."""
+        return self.with_inputs(name for sweep in names for name in self.sweeps[sweep].artifacts)
 
     def users(self, name: str) -> list[str]:
         """Return the ids of the runs that need an artifact."""
@@ -74,8 +81,8 @@ class StoreUsage:
         return needed
 
     def unused(self) -> list[StoredArtifact]:
-        """Return the artifacts that no run needs, without the testbed of this version."""
-        needed = {*self.needed_by(self.runs), self.testbed}
+        """Return the artifacts that no run and no unfinished sweep needs, without the testbed of this version."""
+        needed = {*self.needed_by(self.runs), *self.needed_by_sweeps(self.sweeps), self.testbed}
         return [artifact for name, artifact in self.artifacts.items() if name not in needed]
 
     def runs_by_id(self) -> dict[str, list[StoredRun]]:

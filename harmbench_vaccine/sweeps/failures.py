@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,3 +73,10 @@ class Failures:
     def forget(self, name: str) -> None:
         """Remove the failures of a stage, so that it is tried again."""
         (self._folder / name).unlink(missing_ok=True)
+
+    def forget_all_except(self, names: Collection[str]) -> int:
+        """Remove the failures of all other stages, and return their number."""
+        others = [failure.name for failure in self.all() if failure.name not in names]
+        for name in others:
+            self.forget(name)
+        return len(others)

@@ -14,6 +14,7 @@ import os
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -26,6 +27,8 @@ EXPIRY = 300.0
 RENEWAL = EXPIRY / 10
 """Seconds between two renewals."""
 _FOLDER = ".leases"
+_TAKEN = "taken"
+"""The time of the file server at which the holder took a lease, in its file."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ class Lease:
     """None if the file is damaged."""
     age: float
     """Seconds since the last renewal."""
+    held: float = 0.0
+    """Seconds since the holder took it."""
 
     def is_valid(self, expiry: float = EXPIRY) -> bool:
         """Return whether other workers must leave the artifact to the holder."""
@@ -142,10 +147,26 @@ class Leases:
             groups.setdefault(path.stem, []).append(path)
         return {name: lease for name, paths in groups.items() if (lease := self._read(paths))}
 
+    def remove_abandoned(self) -> int:
+        """Remove the files of ended workers: leases that are not valid, and temporary files of that age.
+
+        Returns:
+            The number of removed leases.
+        """
+        abandoned = [lease for lease in self.all().values() if not lease.is_valid(self._expiry)]
+        for lease in abandoned:
+            for number in range(1, lease.generation + 1):
+                self._path(lease.name, number).unlink(missing_ok=True)
+        for path in self._folder.glob(".*"):
+            with suppress(OSError):
+                if self._server_time() - path.stat().st_mtime > self._expiry:
+                    path.unlink()
+        return len(abandoned)
+
     def _create(self, path: Path) -> bool:
         """Create a lease with this holder, and return whether no other worker was faster."""
         draft = self._folder / f".draft-{self._holder.host}-{self._holder.pid}-{secrets.token_hex(4)}"
-        draft.write_text(json.dumps(asdict(self._holder)), encoding="utf-8")
+        draft.write_text(json.dumps({**asdict(self._holder), _TAKEN: self._server_time()}), encoding="utf-8")
         try:
             with suppress(FileExistsError):  # also where only the answer of the file server was lost
                 os.link(draft, path)
@@ -163,21 +184,30 @@ class Leases:
     def _read(self, paths: list[Path]) -> Lease | None:
         for path in sorted(paths, key=_generation, reverse=True):
             try:
-                age = self._server_time() - path.stat().st_mtime
+                renewed = path.stat().st_mtime
                 text = path.read_text(encoding="utf-8")
             except FileNotFoundError:  # removed meanwhile
                 continue
-            holder = None
-            with suppress(ValueError, TypeError):
-                holder = Holder(**json.loads(text))
-            return Lease(path.stem, _generation(path), holder, age)
+            now = self._server_time()
+            holder, taken = None, renewed
+            with suppress(ValueError, TypeError, AttributeError):
+                values = json.loads(text)
+                taken = float(values.pop(_TAKEN, renewed))
+                holder = Holder(**values)
+            return Lease(path.stem, _generation(path), holder, now - renewed, now - taken)
         return None
 
     def _server_time(self) -> float:
-        """Return the time of the file server."""
+        """Return the time of the file server; that of this host if the user may only read."""
         probe = self._folder / f".clock-{self._holder.host}-{self._holder.pid}"
-        probe.touch()
-        return probe.stat().st_mtime
+        try:
+            probe.touch()
+            return probe.stat().st_mtime
+        except PermissionError:
+            return time.time()
+        finally:
+            with suppress(OSError):
+                probe.unlink()
 
     def _path(self, name: str, generation: int) -> Path:
         return self._folder / f"{name}.{generation}"

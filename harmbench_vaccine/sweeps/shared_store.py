@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import Timeout
+
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Artifact, Store
+from harmbench_vaccine.evaluation.sweep_registry import registered_sweeps
 
 from .failures import Failures, StageParked
 from .leases import EXPIRY, Leases, current_holder
 
 
-class StageBusy(Exception):
-    """Another worker creates the artifact; the run goes on later."""
+class StageUnavailable(Exception):
+    """A stage that this worker does not run now."""
 
 
-class StageTooLong(Exception):
+class StageBusy(StageUnavailable):
+    """Another process creates the artifact; the run goes on later."""
+
+
+class StageTooLong(StageUnavailable):
     """The stage does not fit into the remaining time of this worker."""
 
 
@@ -47,10 +55,10 @@ class SharedStore(Store):
     def get_or_create(
         self, stage: str, inputs: Mapping[str, Any], create: Callable[[Path, Path], None], *, all_ranks: bool = False
     ) -> Artifact:
-        """Return the artifact as `Store` does, but never wait for another worker.
+        """Return the artifact as `Store` does, but never wait for another process.
 
         Raises:
-            StageBusy: Another worker creates it.
+            StageBusy: Another worker, or another command, creates it.
             StageParked: It failed too often.
             StageTooLong: It does not fit into the remaining time.
         """
@@ -70,8 +78,43 @@ class SharedStore(Store):
         with self._leases.renewed(name, generation):
             try:
                 artifact = super().get_or_create(stage, inputs, create, all_ranks=all_ranks)
+            except (StageUnavailable, StageParked):  # of this stage, or of another one that it needs
+                raise
             except Exception as error:
                 self._failures.record(name, f"{type(error).__name__}: {error}", current_holder().name)
                 raise
             self._failures.forget(name)
             return artifact
+
+    @contextmanager
+    def locked(self, stage: str, key: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold the lock of an artifact inside the block.
+
+        Raises:
+            StageBusy: Another process has the lock, such as `hbv run`, which takes no lease.
+            Timeout: The same, if `wait` is false.
+        """
+        with ExitStack() as block:
+            try:
+                block.enter_context(super().locked(stage, key, wait=False))
+            except Timeout as error:
+                if not wait:
+                    raise
+                raise StageBusy(f"{stage}-{key}") from error
+            yield
+
+
+def remove_worker_files(root: Path) -> None:
+    """Remove the leases of ended workers, and the failures of stages that no unfinished sweep needs.
+
+    Args:
+        root: The folder of the store.
+    """
+    needed = {
+        name.replace("/", "-")
+        for sweep in registered_sweeps(root).values()
+        if sweep.unfinished
+        for name in sweep.artifacts
+    }
+    Leases(root).remove_abandoned()
+    Failures(root).forget_all_except(needed)
