@@ -41,6 +41,14 @@ def protocol_name() -> Iterable[str]:
 
 
 @_completer
+def suite_name() -> Iterable[str]:
+    """Complete the name of a suite that ships with the package."""
+    from harmbench_vaccine.sweeps.suite import suite_names
+
+    return suite_names()
+
+
+@_completer
 def described_name() -> Iterable[str]:
     """Complete a name that `hbv info` describes: a plug-in, a protocol or a model."""
     from harmbench_vaccine.experiment.protocol import protocol_models, protocol_names

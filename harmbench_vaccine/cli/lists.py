@@ -1,4 +1,4 @@
-"""`hbv list`: plug-ins, protocols and models by name, and the stored runs."""
+"""`hbv list`: plug-ins, protocols, models and suites by name, and the stored runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print a JSON li
 
 @click.group(name="list", cls=SuggestingGroup)
 def list_() -> None:
-    """List plug-ins, protocols, models or stored runs.
+    """List plug-ins, protocols, models, suites or stored runs.
 
     \b
     Example: hbv list defenses
@@ -142,6 +142,23 @@ def models(verbose: bool, as_json: bool) -> None:
         print_json(facts if verbose else [model["name"] for model in facts])
     else:
         print_view(model_table(facts))
+
+
+@list_.command()
+@_AS_JSON
+def suites(as_json: bool) -> None:
+    """List the suites that ship with the package, for hbv sweep.
+
+    \b
+    Example: hbv list suites
+    """
+    from harmbench_vaccine.sweeps.suite import suite_names
+    from harmbench_vaccine.sweeps.views import suites_view
+
+    if as_json:
+        print_json(suite_names())
+    else:
+        print_view(suites_view())
 
 
 def _name_filter(column: str, **options: Any) -> Callable[[F], F]:

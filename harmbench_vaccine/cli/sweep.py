@@ -1,23 +1,46 @@
-"""`hbv sweep`: run a suite on several workers, or show its state."""
+"""`hbv sweep`: run a suite on several workers, plan it, or show its state."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from harmbench_vaccine.core.errors import HbvError
-from harmbench_vaccine.core.paths import home
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.paths import home, user_path
 
-from .console import output_options, print_json, print_line, print_view, terminal_progress
+from .completion import suite_name
+from .console import GroupedCommand, output_options, print_json, print_line, print_view, terminal_progress
 from .device import device_option
 
 if TYPE_CHECKING:
+    from harmbench_vaccine.sweeps.suite import Suite
     from harmbench_vaccine.sweeps.sweep import Sweep
 
+_OPTION_GROUPS = {
+    "What to do": ("plan", "device_name", "show_status", "retry_failed"),
+    "Workers": ("workers", "device", "is_worker"),
+    "Output": ("out", "as_json", "quiet", "verbose", "log_file"),
+}
 
-@click.command()
-@click.argument("suite", metavar="SUITE")
+
+@click.command(cls=GroupedCommand, option_groups=_OPTION_GROUPS)
+@click.argument("suite", metavar="SUITE", shell_complete=suite_name)
+@click.option(
+    "--plan", is_flag=True, help="Show runs, stored stages, time, disk and detectable differences; run nothing."
+)
+@click.option(
+    "--on",
+    "device_name",
+    metavar="DEVICE",
+    default=None,
+    help="With --plan: estimate for this device, as hbv run --dry-run does. [default: this machine]",
+)
+@click.option(
+    "--status", "show_status", is_flag=True, help="Show the finished, running and failed stages; run nothing."
+)
+@click.option("--retry-failed", is_flag=True, help="Try stages again that failed too often.")
 @click.option(
     "--workers",
     type=click.IntRange(1, 1024),
@@ -25,88 +48,113 @@ if TYPE_CHECKING:
     metavar="N",
     help="Number of processes. [default: one for each visible GPU, or 1]",
 )
-@click.option(
-    "--status", "show_status", is_flag=True, help="Show the finished, running and failed stages; run nothing."
-)
-@click.option("--retry-failed", is_flag=True, help="Try stages again that failed too often.")
-@click.option("--worker", "is_worker", is_flag=True, hidden=True, help="Be one of the workers.")
 @device_option()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: the state, or one object per run.")
+@click.option(
+    "--worker", "is_worker", is_flag=True, help="Be one worker, for job scripts: run stages, and print no results."
+)
+@click.option(
+    "--out",
+    type=user_path,
+    default=None,
+    metavar="DIR",
+    help="Folder of table, costs and logs. [default: $HBV_HOME/sweeps/NAME]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: the plan, the state, or one object per run.")
 @output_options
 def sweep(
-    suite: str, workers: int | None, show_status: bool, retry_failed: bool, is_worker: bool, as_json: bool
+    suite: str,
+    plan: bool,
+    device_name: str | None,
+    show_status: bool,
+    retry_failed: bool,
+    workers: int | None,
+    is_worker: bool,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Run all runs of a suite, divided among workers.
 
-    SUITE is the name of a suite that ships with hbv, or a YAML file. The workers share only the store. To resume after
-    an interruption, repeat the command; to use several machines, start it on each with the same HBV_HOME.
+    SUITE is a name of `hbv list suites`, or a YAML file. The workers share only the store. To resume after an
+    interruption, repeat the command; to use several machines, start it on each with the same HBV_HOME.
 
     \b
     Example: hbv sweep testbed-vaccine-table1 --workers 2
-    State, from another terminal: hbv sweep testbed-vaccine-table1 --status
+    Before it: hbv sweep testbed-vaccine-table1 --plan
+    Meanwhile, in another terminal: hbv sweep testbed-vaccine-table1 --status
     """
     from harmbench_vaccine.sweeps.suite import load_suite
+
+    modes = {"--plan": plan, "--status": show_status, "--retry-failed": retry_failed, "--worker": is_worker}
+    if len(chosen := [name for name, is_set in modes.items() if is_set]) > 1:
+        raise BadInput(f"{' and '.join(chosen)} cannot be combined: remove one of them.")
+    if device_name and not plan:
+        raise BadInput("--on applies to --plan only: add --plan, or remove --on.")
+    loaded = load_suite(suite)
+    if plan:
+        _print_plan(loaded, device_name, workers, as_json)
+        return
     from harmbench_vaccine.sweeps.sweep import Sweep
 
-    opened = Sweep.open(load_suite(suite), home())
+    opened = Sweep.open(loaded, home(), out)
     if show_status:
         _print_status(opened, as_json)
-        return
-    if retry_failed:
-        opened.retry_failed()
-    if is_worker:
+    elif is_worker:
         _work(opened)
-        return
-    from harmbench_vaccine.sweeps.local import run_local
+    else:
+        _run(opened, suite, workers, retry_failed, as_json)
 
-    with terminal_progress() as progress:
-        opened.prepare(progress)
-        run_local(opened, suite, workers, progress)
-    _print_results(opened, as_json)
+
+def _print_plan(suite: Suite, device_name: str | None, workers: int | None, as_json: bool) -> None:
+    from harmbench_vaccine.reporting.dry_run.devices import Target, find_device
+    from harmbench_vaccine.sweeps.plan import sweep_plan_json, sweep_plan_view
+
+    target = Target(find_device(device_name) if device_name else None)
+    values = sweep_plan_json(suite, home(), target, workers)
+    if as_json:
+        print_json(values)
+    else:
+        print_view(sweep_plan_view(values))
 
 
 def _print_status(sweep: Sweep, as_json: bool) -> None:
-    from harmbench_vaccine.sweeps.sweep import SweepMonitor
-    from harmbench_vaccine.sweeps.views import status_json, status_view
+    from harmbench_vaccine.sweeps.monitor import SweepMonitor
+    from harmbench_vaccine.sweeps.views import status_json, status_line, status_view, time_left_text
 
-    monitor = SweepMonitor(sweep)
-    status = monitor.status()
-    seconds = monitor.seconds_left(status)
+    status = SweepMonitor(sweep).status()
     if as_json:
-        print_json(status_json(status, seconds))
+        print_json(status_json(status))
     else:
-        print_view(status_view(sweep.name, status, seconds))
+        print_line(f"{status.name}: {status_line(status)}{time_left_text(status)}")
+        print_view(status_view(status))
 
 
 def _work(sweep: Sweep) -> None:
+    from harmbench_vaccine.sweeps.local import end_with_coordinator
     from harmbench_vaccine.sweeps.shared_store import SharedStore
     from harmbench_vaccine.sweeps.worker import work
 
+    end_with_coordinator()
     with terminal_progress() as progress:
         work(sweep.experiments, SharedStore(sweep.store, progress), sweep.runs, progress=progress)
 
 
-def _print_results(sweep: Sweep, as_json: bool) -> None:
-    """Write the table, print the finished runs, and fail if some are missing.
-
-    Raises:
-        HbvError: Some runs have no result.
-    """
+def _run(sweep: Sweep, suite: str, workers: int | None, retry_failed: bool, as_json: bool) -> None:
+    """Run a sweep, write its table, print the finished runs, and fail if some are missing."""
     from harmbench_vaccine.reporting.result_views import results_table
-    from harmbench_vaccine.sweeps.sweep import SweepMonitor
+    from harmbench_vaccine.sweeps.local import run_local
 
+    with terminal_progress() as progress:
+        sweep.prepare(progress)
+        if retry_failed:
+            sweep.retry_failed()
+        run_local(sweep, suite, workers, progress)
     results = sweep.results()
-    table = sweep.write_table()
+    table = sweep.write_outputs()
     if as_json:
         for result in results:
             print_json(result.to_json())
-    elif results:
-        print_view(results_table(results))
+    else:
+        for protocol in dict.fromkeys(result.protocol_hash for result in results):
+            print_view(results_table([result for result in results if result.protocol_hash == protocol]))
         print_line(f"{len(results)} of {len(sweep.experiments)} runs: {table}")
-    if len(results) < len(sweep.experiments):
-        parked = SweepMonitor(sweep).status().parked
-        reason = f" {parked[0].name} failed {parked[0].attempts} times: {parked[0].reason}" if parked else ""
-        raise HbvError(
-            f"{len(sweep.experiments) - len(results)} of {len(sweep.experiments)} runs have no result.{reason} "
-            f"The logs are in {sweep.folder}; --status lists the failed stages, and --retry-failed tries them again."
-        )
+    sweep.check_complete()

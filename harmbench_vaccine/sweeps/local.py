@@ -6,40 +6,45 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.progress import Progress
 
-from .sweep import Sweep, SweepMonitor, SweepStatus
+from .monitor import SweepMonitor
+from .sweep import Sweep
+from .views import status_line, status_view
 
 _LOOK = 1.0
-"""Seconds between two looks at the store."""
+"""Seconds between two looks at the store, and of a worker at its coordinator."""
 _RESTARTS = 3
-"""Restarts of a worker that the system killed, for example because memory ran out."""
+"""Restarts of workers that the system killed, for example because memory ran out, without a finished stage between."""
+_COORDINATOR = "HBV_COORDINATOR"
+"""Variable with the process id of the command that started a worker."""
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def run_local(sweep: Sweep, suite: str, workers: int | None, progress: Progress) -> list[int]:
+def run_local(sweep: Sweep, suite: str, workers: int | None, progress: Progress) -> None:
     """Run a sweep by worker processes on this machine, and wait for them.
 
     Args:
         sweep: The sweep, prepared.
         suite: The suite as the command line names it.
         workers: Number of workers; None: one for each visible GPU, or one.
-        progress: Shows a bar over the stages.
-
-    Returns:
-        The exit code of each worker.
+        progress: Shows a bar over the stages and, on a terminal, the state of the sweep.
     """
+    if sweep.is_complete:
+        return
     gpus = visible_gpus()
     count = workers or len(gpus) or 1
     cores = len(os.sched_getaffinity(0))
     command = [sys.executable, "-m", "harmbench_vaccine", "sweep", suite, "--worker"]
     environments = [worker_environment(number, count, gpus, cores) for number in range(count)]
-    return run_workers(command, environments, sweep.folder, SweepMonitor(sweep), progress)
+    LocalWorkers(command, environments, sweep.folder, progress).run(SweepMonitor(sweep))
 
 
 def visible_gpus() -> list[str]:
@@ -52,7 +57,9 @@ def visible_gpus() -> list[str]:
     return names or [str(number) for number in range(torch.cuda.device_count())]
 
 
-def worker_environment(number: int, workers: int, gpus: Sequence[str], cores: int) -> dict[str, str]:
+def worker_environment(
+    number: int, workers: int, gpus: Sequence[str], cores: int, environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
     """Return the variables of one of several workers.
 
     Args:
@@ -60,79 +67,113 @@ def worker_environment(number: int, workers: int, gpus: Sequence[str], cores: in
         workers: Number of workers.
         gpus: The visible GPUs; worker i gets GPU i modulo their number.
         cores: Cores of this machine, which the workers divide; each gets at least one thread.
+        environment: The variables of this process. A smaller number of threads in it is kept.
     """
-    threads = str(max(1, cores // workers))
-    variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    share = max(1, cores // workers)
+    limits = [int(text) for name in _THREADS if (text := environment.get(name, "")).isdecimal() and int(text)]
+    variables = dict.fromkeys(_THREADS, str(min([share, *limits])))
     return variables | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})
 
 
-def run_workers(
-    command: Sequence[str],
-    environments: Sequence[Mapping[str, str]],
-    logs: Path,
-    monitor: SweepMonitor,
-    progress: Progress,
-) -> list[int]:
-    """Start workers, show how far they are, and wait for them. An interruption stops them first.
+class LocalWorkers:
+    """Worker processes of a sweep. They end with this process, as SIGTERM ends a command."""
 
-    Args:
-        command: The command of a worker.
-        environments: The variables of each worker, in addition to those of this process.
-        logs: Folder of their logs, `worker-N.log`.
-        monitor: Observes the sweep.
-        progress: Shows a bar over the stages.
+    def __init__(
+        self, command: Sequence[str], environments: Sequence[Mapping[str, str]], logs: Path, progress: Progress
+    ) -> None:
+        """Prepare the workers.
 
-    Returns:
-        The exit code of each worker.
-    """
-    logs.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as files:
+        Args:
+            command: The command of a worker.
+            environments: The variables of each worker, in addition to those of this process.
+            logs: Folder of their logs, `worker-N.log`.
+            progress: Shows a bar over the stages and, on a terminal, the state of the sweep.
+        """
+        self._command, self._environments, self._logs, self._progress = command, environments, logs, progress
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._restarts = 0
 
-        def start(number: int) -> subprocess.Popen[bytes]:
-            log = files.enter_context((logs / f"worker-{number}.log").open("ab"))
-            environment = {**os.environ, **environments[number]}
-            return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-        workers = [start(number) for number in range(len(environments))]
+    def run(self, monitor: SweepMonitor) -> None:
+        """Start the workers and wait for them, while their progress is shown. An interruption stops them first."""
+        self._logs.mkdir(parents=True, exist_ok=True)
         try:
-            _watch(workers, start, monitor, progress)
+            for number in range(len(self._environments)):
+                self._processes.append(self._start(number))
+            self._watch(monitor)
         finally:
-            _stop(workers)
-        return [worker.returncode for worker in workers]
+            self._stop()
+
+    def _start(self, number: int) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, **self._environments[number], _COORDINATOR: str(os.getpid())}
+        environment.pop("HBV_LOG_FILE", None)  # of the command: a worker has its own log
+        with self._log(number).open("ab") as log:
+            return subprocess.Popen(
+                self._command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the workers
+            )
+
+    def _watch(self, monitor: SweepMonitor) -> None:
+        """Report the progress until all workers have ended, and replace those that the system kills."""
+        status = monitor.status()
+        done = status.done.total()
+        bar = self._progress.bar(status.name, status.stages.total() - done)
+        with bar as advance, self._progress.panel(lambda: status_view(status)):
+            advance(0, status_line(status), status.seconds_left)
+            while self._is_running():
+                time.sleep(_LOOK)
+                status = monitor.status()
+                steps, done = status.done.total() - done, status.done.total()
+                advance(steps, status_line(status), status.seconds_left)
+                self._restarts = 0 if steps else self._restarts
+        for number, process in enumerate(self._processes):
+            if process.returncode:
+                reason = _last_line(self._log(number))
+                self._progress.note(f"Worker {number} ended with exit code {process.returncode}. {reason}")
+
+    def _is_running(self) -> bool:
+        """Start workers again that the system killed, and return whether any worker runs."""
+        for number, process in enumerate(self._processes):
+            code = process.poll()
+            if code is None or code >= 0 or self._restarts == _RESTARTS:
+                continue
+            self._restarts += 1
+            hint = ", possibly because memory ran out" if -code == signal.SIGKILL else ""
+            name = signal.Signals(-code).name
+            self._progress.note(f"Worker {number} was killed by {name}{hint}; it is started again.")
+            self._processes[number] = self._start(number)
+        return any(process.poll() is None for process in self._processes)
+
+    def _log(self, number: int) -> Path:
+        return self._logs / f"worker-{number}.log"
+
+    def _stop(self) -> None:
+        """End the workers that still run as SIGTERM ends a command: each writes a checkpoint."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in self._processes:
+            process.wait()
 
 
-def _watch(
-    workers: list[subprocess.Popen[bytes]],
-    start: Callable[[int], subprocess.Popen[bytes]],
-    monitor: SweepMonitor,
-    progress: Progress,
-) -> None:
-    """Advance a bar until all workers have ended, and replace those that the system kills."""
-    restarts = 0
-    status = monitor.status()
-    done = status.done.total()
-    with progress.bar(f"{status.runs} runs", status.stages.total() - done) as advance:
-        while any(worker.poll() is None for worker in workers):
+def end_with_coordinator(environment: Mapping[str, str] = os.environ) -> None:
+    """End this process as SIGTERM does once the command that started it as a worker has ended; others go on."""
+    if not (coordinator := environment.get(_COORDINATOR)):
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(coordinator):
             time.sleep(_LOOK)
-            for number, worker in enumerate(workers):
-                if worker.poll() == -signal.SIGKILL and restarts < _RESTARTS:
-                    restarts += 1
-                    progress.note(f"Worker {number} was killed, possibly because memory ran out; it is started again.")
-                    workers[number] = start(number)
-            status = monitor.status()
-            advance(status.done.total() - done, _summary(status), monitor.seconds_left(status))
-            done = status.done.total()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="coordinator", daemon=True).start()
 
 
-def _summary(status: SweepStatus) -> str:
-    parts = [f"{status.finished} of {status.runs} runs", f"{len(status.running)} running"]
-    return ", ".join([*parts, *([f"{len(status.parked)} failed"] if status.parked else [])])
-
-
-def _stop(workers: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the workers that still run as SIGTERM ends a command: each writes a checkpoint."""
-    for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
-    for worker in workers:
-        worker.wait()
+def _last_line(log: Path) -> str:
+    with suppress(OSError):
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return lines[-1] if lines else ""
+    return ""

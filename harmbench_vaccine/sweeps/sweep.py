@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.paths import ensure_writable
 from harmbench_vaccine.core.progress import Progress
-from harmbench_vaccine.core.stage_clock import StageClock
-from harmbench_vaccine.core.store import META, Artifact
+from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.evaluation.records import load_result
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.results_csv import write_results
+from harmbench_vaccine.evaluation.sweep_registry import forget_sweep, register_sweep
 from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.experiment.context import RunContext
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -25,12 +25,35 @@ from harmbench_vaccine.pipeline import run
 from harmbench_vaccine.reporting.dry_run.plan import DryRunStore
 from harmbench_vaccine.runner import prepare
 
-from .failures import Failure, Failures
-from .leases import Lease, Leases
+from .costs import write_costs
+from .failures import Failures
 from .suite import Suite
 from .worker import is_finished
 
-TABLE = "results.csv"
+TABLE, COSTS = "results.csv", "costs.csv"
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a sweep, which several runs may share."""
+
+    artifact: Artifact
+    """Its artifact, stored or not when the sweep was planned."""
+    experiment: Experiment
+    """The first run that needs it."""
+
+    @property
+    def name(self) -> str:
+        """The artifact as `stage-key`, the name of its lease."""
+        return f"{self.artifact.stage}-{self.artifact.key}"
+
+    @property
+    def label(self) -> str:
+        """The stage with the run that needs it, for people."""
+        run = self.experiment
+        model = [run.defense, f"seed {run.spec.seed}"]
+        parts = model if self.artifact.stage == "align" else [run.defense, run.attack, run.task_name, model[1]]
+        return f"{self.artifact.stage} {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -40,19 +63,24 @@ class Sweep:
     name: str
     experiments: Sequence[Experiment]
     home: Path
+    """The folder of the store and of the runs."""
+    folder: Path
+    """The folder of the table, the costs and the logs of local workers."""
 
     @classmethod
-    def open(cls, suite: Suite, home: Path) -> Self:
+    def open(cls, suite: Suite, home: Path, out: Path | None = None) -> Self:
         """Settle the runs of a suite.
 
         Args:
             suite: The suite.
             home: The folder of the store and of the runs, which the workers share.
+            out: The folder of the table, the costs and the logs; None: `sweeps/NAME` in the home.
 
         Raises:
             BadInput: A run of the suite is not possible.
         """
-        return cls(suite.name, [Experiment.settle(spec) for spec in suite.specs()], home)
+        experiments = suite.settle()
+        return cls(suite.name, experiments, home, out or home / "sweeps" / suite.name)
 
     @property
     def store(self) -> Path:
@@ -65,102 +93,86 @@ class Sweep:
         return self.home / "runs"
 
     @property
-    def folder(self) -> Path:
-        """The folder of the table and of the logs of the workers."""
-        return self.home / "sweeps" / self.name
+    def is_complete(self) -> bool:
+        """Return whether every run has a result."""
+        return all(is_finished(experiment, self.runs) for experiment in self.experiments)
 
     def prepare(self, progress: Progress) -> None:
-        """Check every run before the first one starts, and build the testbed if one uses it.
+        """Check every run before the first one starts, build the testbed if one uses it, and record the sweep.
 
         Raises:
-            BadInput: Something that a run needs is not available, or the folders are not writable.
+            BadInput: Something that a run needs is not available, or a folder is not writable.
         """
         for folder in (self.home, self.store, self.runs, self.folder):
             ensure_writable(folder, "The folder of the sweep")
         prepare(self.experiments, ModelPool(progress), progress=progress)
+        run_ids = [keys.run_id(experiment) for experiment in self.experiments]
+        artifacts = [f"{artifact.stage}/{artifact.key}" for artifact in self.stages()]
+        register_sweep(self.store, self.name, self.runs, run_ids, artifacts)
+
+    def stages(self) -> list[Artifact]:
+        """Return the artifacts of all runs, each once, stored or not."""
+        return [stage.artifact for stage in self.planned_stages]
+
+    @cached_property
+    def planned_stages(self) -> list[PlannedStage]:
+        """The stages of all runs, each once, as they were stored when this was first read."""
+        store = DryRunStore(self.store)
+        planned: dict[str, PlannedStage] = {}
+        for experiment in self.experiments:
+            with suppress(HbvError):  # the worker reports it
+                run(experiment, RunContext(store, ModelPool()))
+            for key in store.requested.keys() - planned.keys():
+                planned[key] = PlannedStage(store.requested[key], experiment)
+        return [planned[key] for key in store.requested]
 
     def retry_failed(self) -> None:
         """Forget the failures of this sweep, so that its workers try the stages again."""
         failures = Failures(self.store)
-        for stage in self.stages():
-            failures.forget(f"{stage.stage}-{stage.key}")
-
-    def stages(self) -> list[Artifact]:
-        """Return the artifacts of all runs, each once, stored or not."""
-        store = DryRunStore(self.store)
-        for experiment in self.experiments:
-            with suppress(HbvError):  # the worker reports it
-                run(experiment, RunContext(store, ModelPool()))
-        return list(store.requested.values())
+        for stage in self.planned_stages:
+            failures.forget(stage.name)
 
     def results(self) -> list[Result]:
         """Return the results of the finished runs, in the order of the suite."""
-        finished = (experiment for experiment in self.experiments if is_finished(experiment, self.runs))
-        return [load_result(self.runs / keys.run_id(experiment)) for experiment in finished]
+        return [result for _, result in self._finished_runs()]
 
-    def write_table(self) -> Path:
-        """Write the results of the finished runs as CSV; the same results give the same bytes."""
-        path = self.folder / TABLE
-        write_results(path, self.results())
-        return path
+    def write_outputs(self) -> Path:
+        """Write the results of the finished runs as CSV, and their costs as another one.
 
+        Returns:
+            The table of results: the same results give the same bytes, while costs differ between executions.
+        """
+        finished = self._finished_runs()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_results(self.folder / TABLE, [result for _, result in finished])
+        write_costs(self.folder / COSTS, finished)
+        if len(finished) == len(self.experiments):
+            forget_sweep(self.store, self.name)
+        return self.folder / TABLE
 
-@dataclass(frozen=True)
-class SweepStatus:
-    """The state of a sweep at one moment."""
+    def _finished_runs(self) -> list[tuple[Experiment, Result]]:
+        return [
+            (experiment, load_result(self.runs / keys.run_id(experiment)))
+            for experiment in self.experiments
+            if is_finished(experiment, self.runs)
+        ]
 
-    runs: int
-    finished: int
-    stages: Counter[str]
-    """Kind of stage -> its number."""
-    done: Counter[str]
-    """Kind of stage -> number of stored ones."""
-    running: dict[str, Lease]
-    """Stage as `kind-key` -> the lease of its worker."""
-    failures: list[Failure] = field(default_factory=list)
-    """Failures of stages of this sweep."""
+    def check_complete(self) -> None:
+        """Check that every run has a result.
 
-    def running_of(self, kind: str) -> int:
-        """Return the number of running stages of a kind."""
-        return sum(name.startswith(f"{kind}-") for name in self.running)
-
-    @property
-    def parked(self) -> list[Failure]:
-        """The stages that no worker tries again."""
-        return [failure for failure in self.failures if failure.is_parked]
-
-
-class SweepMonitor:
-    """Observes a sweep: the stages are planned once, and only their folders are looked at afterwards."""
-
-    def __init__(self, sweep: Sweep) -> None:
-        """Plan the stages of a sweep."""
-        self._sweep = sweep
-        self._stages = {artifact.key: artifact for artifact in sweep.stages()}
-        self._clock = StageClock(self._stages.values())
-
-    def status(self) -> SweepStatus:
-        """Look at the store."""
-        sweep, names = self._sweep, {f"{stage.stage}-{key}" for key, stage in self._stages.items()}
-        leases = Leases(sweep.store).all() if sweep.store.is_dir() else {}
-        running = {name: lease for name, lease in leases.items() if name in names and lease.is_valid()}
-        done = [stage for stage in self._stages.values() if (stage.path / META).is_file()]
-        return SweepStatus(
-            len(sweep.experiments),
-            sum(is_finished(experiment, sweep.runs) for experiment in sweep.experiments),
-            Counter(stage.stage for stage in self._stages.values()),
-            Counter(stage.stage for stage in done),
-            running,
-            [failure for failure in Failures(sweep.store).all() if failure.name in names],
+        Raises:
+            HbvError: Some runs have none; the message has the reason of the first failed stage.
+        """
+        missing = sum(not is_finished(experiment, self.runs) for experiment in self.experiments)
+        if not missing:
+            return
+        names = {stage.name: stage.label for stage in self.planned_stages}
+        parked = [each for each in Failures(self.store).all() if each.is_parked and each.name in names]
+        reason = ""
+        if parked:
+            first = parked[0]
+            reason = f" {names[first.name]} failed {first.attempts} times: {first.reason.rstrip('.')}."
+        raise HbvError(
+            f"{missing} of {len(self.experiments)} runs of {self.name} have no result.{reason} The logs are in "
+            f"{self.folder}; --status lists the failed stages, and --retry-failed tries them again."
         )
-
-    def seconds_left(self, status: SweepStatus) -> float:
-        """Estimate the remaining time: that of the remaining stages, divided among the workers that run stages."""
-        for artifact in self._stages.values():
-            if not artifact.cached and (artifact.path / META).is_file():
-                self._clock.finish(replace(artifact, seconds=_stored_seconds(artifact)))
-        return self._clock.estimate()[1] / max(1, len(status.running))
-
-
-def _stored_seconds(artifact: Artifact) -> float:
-    return float(artifact.json(META)["seconds"])

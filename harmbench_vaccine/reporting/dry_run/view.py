@@ -30,14 +30,14 @@ def dry_run_view(plan: Mapping[str, Any], verbose: bool = False) -> RenderableTy
         verbose: Whether to show the protocol, the parameters of plug-ins and the locations of files.
     """
     experiments = plan["experiments"]
-    tables = [render_fields(_summary(plan)), _stage_table(experiments)]
+    tables = [render_fields(plan_summary(plan)), _stage_table(experiments)]
     if verbose:
         tables += [_source_table(plan["sources"]), _plugin_table(experiments), _protocol_table(plan["protocol"])]
     parts = [part for table in tables for part in (table, VisibleText())]
-    return Group(*parts[:-1], *dim_notes(_notes(plan, verbose)))
+    return Group(*parts[:-1], *dim_notes(plan_notes(plan, verbose)))
 
 
-def _summary(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+def plan_summary(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the answer of a dry run: stages, time, memory, downloads, disk."""
     experiments, device = plan["experiments"], plan["device"]
     artifacts = [artifact for experiment in experiments for artifact in experiment["stages"]]
@@ -117,7 +117,8 @@ def _disk(estimates: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [("disk", f"{readable_size(size)} for adapters and checkpoints")] if size else []
 
 
-def _notes(plan: Mapping[str, Any], verbose: bool) -> list[str]:
+def plan_notes(plan: Mapping[str, Any], verbose: bool) -> list[str]:
+    """Return what a reader needs to know about the estimates of a plan."""
     experiments, device = plan["experiments"], plan["device"]
     estimates = [estimate for entry in experiments for estimate in entry["estimate"]]
     notes = [f"The stored answers and scores are unknown: {plan['unknown']}."] if plan["unknown"] else []
