@@ -50,6 +50,19 @@ def without_duplicates(examples: Iterable[Example], excluded: Iterable[str] = ()
     return unique
 
 
+def validation_rows(examples: Sequence[Example], reported: int) -> list[Example]:
+    """Return the rows by which parameters are chosen: the last ones, whose questions no result uses.
+
+    Args:
+        examples: The test rows.
+        reported: The number of rows that results use: the first ones.
+
+    Returns:
+        At most `reported` rows with different questions, in order; fewer, also none, if no more are left.
+    """
+    return without_duplicates(examples, question_keys(examples[:reported]))[-reported:]
+
+
 def question_key(example: Example) -> str:
     """Return the question of an example (instruction and input) in the form for comparisons."""
     return normalize(f"{example.instruction} {example.input}")

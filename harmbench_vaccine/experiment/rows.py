@@ -16,6 +16,7 @@ from harmbench_vaccine.data.pools import (
     draw_rows,
     load_row_pools,
     question_keys,
+    validation_rows,
     without_duplicates,
 )
 from harmbench_vaccine.data.prompts import EvalSet
@@ -113,28 +114,39 @@ def benign_set(experiment: Experiment) -> EvalSet:
 
 
 def task_set(experiment: Experiment) -> EvalSet:
-    """Return the first test items of the user's task."""
+    """Return the test items of the user's task, of the part that the protocol names."""
     limits, task = experiment.protocol.answer, experiment.task
     items = _read_task(experiment).items
     items = items if experiment.in_order else without_duplicates(items)
     count = limits.items.get(task.name, limits.task_items)
     if task.allow_fewer_items:
         count = min(count, len(items))
-    examples = _first(items, count, f"test items of {task.name}")
+    examples = _evaluation_rows(experiment, items, count, f"test items of {task.name}")
     max_new_tokens = limits.task_tokens.get(task.name, task.max_new_tokens)
     return EvalSet("task", examples, experiment.answer_template, max_new_tokens)
 
 
 def _question_set(experiment: Experiment, name: str, questions: Sequence[Example]) -> EvalSet:
     limits: Questions = getattr(experiment.protocol.answer, name)
-    examples = _first(questions, limits.prompts, f"held-out {name} prompts")
+    examples = _evaluation_rows(experiment, questions, limits.prompts, f"held-out {name} prompts")
     return EvalSet(name, examples, experiment.answer_template, limits.max_new_tokens)
 
 
-def _first(examples: Sequence[Example], count: int, description: str) -> list[Example]:
+def _evaluation_rows(
+    experiment: Experiment, examples: Sequence[Example], count: int, description: str
+) -> list[Example]:
+    """Return the first examples, or those of the validation.
+
+    Raises:
+        BadInput: Fewer than `count` examples are available, or none is left for the validation.
+    """
     if count > len(examples):
         raise too_few_rows(count, description, len(examples))
-    return list(examples[:count])
+    if experiment.protocol.answer.part == "report":
+        return list(examples[:count])
+    if validation := validation_rows(examples, count):
+        return validation
+    raise BadInput(f"No {description} are left for the validation: results use all {count}. Lower their number.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
