@@ -20,8 +20,8 @@ from harmbench_vaccine.core.numbers import Count, Percentage
 from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.core.strict_yaml import read_yaml
 from harmbench_vaccine.core.types import Topology, TrainSettings
-from harmbench_vaccine.data.text_files import read_text
 
+from .overlays import is_protocol_file, read_protocol_values
 from .spec import first_validation_error
 
 
@@ -115,6 +115,9 @@ class AnswerProtocol(_Strict):
     rows_in_order: Literal["unsafe", "all"] = _added("unsafe")
     """Rows of the BeaverTails test split whose prompts are the harmful prompts with `rows=paper`. With `rows=unique`,
     they are those of the unsafe rows."""
+    part: Literal["report", "validation"] = _added("report")
+    """`report`: the first prompts and test items. `validation`: the last ones, at most as many, without the former:
+    `hbv tune` chooses parameters by them."""
 
 
 class ScoreProtocol(_Strict):
@@ -158,8 +161,20 @@ class Splits(_Strict):
     """The part of the refusal set whose harmful answers the attacker has; empty: the unsafe rows of BeaverTails."""
 
 
+class TuningCost(_Strict):
+    """The cost of the runs by which `hbv tune` chose the parameter of a defense."""
+
+    runs: Annotated[int, Field(strict=True, ge=0)]
+    seconds: Annotated[float, Field(ge=0)]
+    """Time of their stages; a stage of several runs counts once."""
+
+
+_ABOUT = ("sources", "base", "tuning")
+"""Fields about the values of a protocol, which are not part of the hash."""
+
+
 class Protocol(_Strict):
-    """A protocol file, validated."""
+    """A protocol file, validated; of an overlay, with the values of its base."""
 
     name: Text
     version: Count
@@ -189,11 +204,27 @@ class Protocol(_Strict):
     tasks: dict[str, dict[str, Any]] = _added({})
     sources: dict[str, str] = Field(default_factory=dict, exclude=True)
     """Dotted path of a value, or of a group of values -> its source."""
+    base: str = Field("", exclude=True)
+    """The protocol that an overlay changes: a name or a file; empty for a complete protocol."""
+    tuning: dict[str, TuningCost] = Field(default_factory=dict, exclude=True)
+    """Defense -> cost of its tuning, in an overlay of `hbv tune`."""
 
     @cached_property
     def hash(self) -> str:
         """The identity that tables compare: 12 hexadecimal digits over every value except the sources."""
         return digest(self.model_dump(mode="json"), 12)
+
+    @cached_property
+    def untuned_hash(self) -> str:
+        """The hash with the name, the version and the defenses of the base; empty for a complete protocol.
+
+        Results under this hash differ from those under `hash` in the parameters of defenses only.
+        """
+        if not self.base:
+            return ""
+        untuned = self.model_dump(mode="json")
+        untuned |= load_protocol(self.base).model_dump(mode="json", include={"name", "version", "defenses"})
+        return digest(untuned, 12)
 
     def replaced(self, values: Mapping[str, str]) -> Protocol:
         """Return the protocol with other values at dotted paths, such as `align.settings.lr`; each is read as YAML.
@@ -201,7 +232,7 @@ class Protocol(_Strict):
         Raises:
             BadInput: A path does not exist, or its value is not allowed.
         """
-        changed = {**self.model_dump(mode="python"), "sources": self.sources}
+        changed = {**self.model_dump(mode="python"), **{name: getattr(self, name) for name in _ABOUT}}
         paths = _paths(Protocol)
         for path, text in values.items():
             if not any(path == known or (known.endswith(".") and f"{path}.".startswith(known)) for known in paths):
@@ -245,7 +276,7 @@ def _paths(kind: Any, prefix: str = "") -> list[str]:
         field = fields[name]
         if isinstance(field, type) and (issubclass(field, BaseModel) or is_dataclass(field)):
             paths += _paths(field, f"{prefix}{name}.")
-        elif name not in ("name", "sources"):
+        elif name not in ("name", *_ABOUT):
             paths.append(f"{prefix}{name}{'.' if get_origin(field) is dict else ''}")
     return paths
 
@@ -253,7 +284,7 @@ def _paths(kind: Any, prefix: str = "") -> list[str]:
 def leaf_values(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every value of a protocol with its dotted path, defaults included."""
     if isinstance(value, BaseModel):
-        value = {name: getattr(value, name) for name in type(value).model_fields if name != "sources"}
+        value = {name: getattr(value, name) for name in type(value).model_fields if name not in _ABOUT}
     elif is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
@@ -300,14 +331,9 @@ def load_protocol(name: str) -> Protocol:
     """
     path = protocol_file(name)
     try:
-        return Protocol.model_validate(read_yaml(read_text(path), f"Protocol {path}"))
+        return Protocol.model_validate(read_protocol_values(path, protocol_file))
     except ValidationError as error:
         raise _refused_value(error, f"protocol {path}") from error
-
-
-def is_protocol_file(name: str) -> bool:
-    """Return whether a protocol is named by its file."""
-    return name.endswith((".yaml", ".yml"))
 
 
 def protocol_file(name: str) -> Path:
