@@ -15,9 +15,9 @@ from pathlib import Path
 from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.progress import Progress
 
+from .live import shown_progress
 from .monitor import SweepMonitor
 from .sweep import Sweep
-from .views import status_line, status_view
 
 _LOOK = 1.0
 """Seconds between two looks at the store, and of a worker at its coordinator."""
@@ -118,17 +118,11 @@ class LocalWorkers:
 
     def _watch(self, monitor: SweepMonitor) -> None:
         """Report the progress until all workers have ended, and replace those that the system kills."""
-        status = monitor.status()
-        done = status.done.total()
-        bar = self._progress.bar(status.name, status.stages.total() - done)
-        with bar as advance, self._progress.panel(lambda: status_view(status)):
-            advance(0, status_line(status), status.seconds_left)
+        with shown_progress(monitor, self._progress) as look:
             while self._is_running():
                 time.sleep(_LOOK)
-                status = monitor.status()
-                steps, done = status.done.total() - done, status.done.total()
-                advance(steps, status_line(status), status.seconds_left)
-                self._restarts = 0 if steps else self._restarts
+                if look():
+                    self._restarts = 0
         for number, process in enumerate(self._processes):
             if process.returncode:
                 reason = _last_line(self._log(number))
