@@ -25,6 +25,7 @@ PACKAGE = "harmbench_vaccine"
 LAYERS = (
     ("cli", "__main__"),
     ("api",),
+    ("sweeps",),
     ("runner",),
     ("reporting", "export"),
     ("pipeline",),
