@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harmbench_vaccine.core.store import Artifact
+from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.sweeps.failures import ATTEMPTS, Failures, StageParked
 from harmbench_vaccine.sweeps.leases import Holder, Leases, current_holder
 from harmbench_vaccine.sweeps.shared_store import SharedStore, StageBusy, StageTooLong
@@ -95,6 +95,35 @@ def test_times_are_those_of_the_file_server(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(time, "time", lambda: 0.0)
     leases = Leases(tmp_path)
     assert [leases.take(name) for name in ("align-a", "align-b")] == [2, 0]
+
+
+def test_time_of_holding_is_longer_than_that_since_renewal(tmp_path: Path) -> None:
+    leases = Leases(tmp_path, expiry=0.4)
+    with leases.renewed("align-a", leases.take("align-a")):
+        time.sleep(0.3)
+        lease = leases.newest("align-a")
+    assert lease is not None
+    assert lease.held >= 0.25 > lease.age
+
+
+def test_reader_without_write_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    write_lease(tmp_path, "align-a", ELSEWHERE, age=100)
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert Leases(tmp_path).all()["align-a"].age == pytest.approx(100, abs=5)
+
+
+def test_abandoned_files_are_removed(tmp_path: Path) -> None:
+    write_lease(tmp_path, "align-a", ELSEWHERE, age=400)
+    write_lease(tmp_path, "align-a", ELSEWHERE, age=350, generation=2)
+    valid = write_lease(tmp_path, "align-b", ELSEWHERE)
+    draft = tmp_path / ".leases" / ".draft-host-1-ab"
+    draft.touch()
+    os.utime(draft, (time.time() - 400,) * 2)
+    assert Leases(tmp_path).remove_abandoned() == 1
+    assert list((tmp_path / ".leases").iterdir()) == [valid]
 
 
 def test_a_damaged_lease_expires(tmp_path: Path) -> None:
@@ -184,3 +213,28 @@ def test_stage_that_does_not_fit_is_not_started(tmp_path: Path) -> None:
         store.get_or_create("align", {"a": 1}, create)
     assert store.get_or_create("answer", {"a": 1}, create).path.exists()
     assert Leases(tmp_path).all() == {}
+
+
+def test_stage_that_another_command_creates_is_busy(tmp_path: Path) -> None:
+    """`hbv run` takes the lock of a stage, but no lease; a worker does not wait for it."""
+    store = SharedStore(tmp_path)
+    path = store.path_of("align", {"a": 1})
+    with Store(tmp_path).locked("align", path.name):
+        with pytest.raises(StageBusy):
+            store.get_or_create("align", {"a": 1}, create)
+        assert store.get_or_create("align", {"a": 2}, create).path.exists()
+    assert store.get_or_create("align", {"a": 1}, create).path == path
+    assert Failures(tmp_path).all() == []
+    assert Leases(tmp_path).all() == {}
+
+
+def test_stage_that_needs_a_busy_stage_does_not_fail(tmp_path: Path) -> None:
+    store = SharedStore(tmp_path)
+    write_lease(tmp_path, lease_name(store, {"a": 1}), ELSEWHERE)
+
+    def create_nested(folder: Path, checkpoints: Path) -> None:
+        store.get_or_create("align", {"a": 1}, create)
+
+    with pytest.raises(StageBusy):
+        store.get_or_create("finetune", {"b": 1}, create_nested)
+    assert Failures(tmp_path).all() == []
