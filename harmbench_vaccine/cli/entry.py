@@ -29,6 +29,7 @@ from .store import store
 from .sweep import sweep
 from .system import doctor
 from .testbed import testbed
+from .tune import tune
 from .why import schema, why
 
 
@@ -46,6 +47,7 @@ for command in (
     *(
         run,
         sweep,
+        tune,
         list_,
         info,
         new,
