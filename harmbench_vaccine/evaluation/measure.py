@@ -29,6 +29,7 @@ from .environment import current_environment
 from .gates import measure_validity
 from .result import Accuracy, Before, Counts, DataSource, Interval, Result, Rule, StageArtifact, StageRecord
 from .statistics import percentage, score_interval
+from .tuning_record import TuningRecord
 
 RULES: tuple[Rule, ...] = ("strict", "flexible")
 When = Literal["before", "after"]
@@ -61,6 +62,7 @@ def measure_result(experiment: Experiment, measurements: Measurements) -> Result
         protocol=protocol.name,
         protocol_version=protocol.version,
         protocol_hash=protocol.hash,
+        **_tuning(experiment),
         scorer=protocol.score.scorer,
         judge=experiment.scorer.params.get("model", ""),
         dtype=protocol.dtype,
@@ -111,6 +113,17 @@ def measure_result(experiment: Experiment, measurements: Measurements) -> Result
         environment=current_environment(vllm=experiment.backend == "vllm"),
         spec=experiment.spec.model_dump(mode="json"),
     )
+
+
+def _tuning(experiment: Experiment) -> dict[str, Any]:
+    """Return the field `tuning` of a result under a tuned protocol."""
+    protocol = experiment.protocol
+    if not protocol.tuning:
+        return {}
+    names = [resolved.plugin.name for resolved in experiment.defenses]
+    costs = [protocol.tuning[name] for name in names if name in protocol.tuning]
+    runs, seconds = (sum(getattr(cost, amount) for cost in costs) for amount in ("runs", "seconds"))
+    return {"tuning": TuningRecord(untuned_hash=protocol.untuned_hash, runs=runs, seconds=seconds)}
 
 
 def answer_rows(measurements: Measurements) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .result_text import html_table, number_text, percent_text
 from .result_upgrade import upgraded_result
+from .tuning_record import TuningRecord
 
 SCHEMA_VERSION = 2
 
@@ -283,6 +284,8 @@ class Result(_Record):
     """Version of the protocol."""
     protocol_hash: str
     """Hash over every value of the protocol: results of two hashes are never compared."""
+    tuning: TuningRecord | None = None
+    """Under a tuned protocol: the protocol that it changes, and the cost of the tuning."""
     scorer: str
     """The judge of the headline harmful score, with its written parameters."""
     judge: str

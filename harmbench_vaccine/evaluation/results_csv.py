@@ -41,6 +41,7 @@ class ResultRow(BaseModel):
     protocol: Name
     protocol_version: Count | None = None
     protocol_hash: Name
+    untuned_hash: Text = ""
     scorer: Name
     model: Name
     defense: Name
@@ -79,6 +80,8 @@ class ResultRow(BaseModel):
     hollow: bool | None = None
     reasons: Text = ""
     seconds: Amount | None = None
+    tuning_runs: Count | None = None
+    tuning_seconds: Amount | None = None
     versions: Json = None
 
 
@@ -182,6 +185,9 @@ def csv_row(result: Result) -> dict[str, Any]:
         "collapsed": result.collapsed,
         "reasons": "; ".join(result.validity.reasons),
         "seconds": round(result.seconds, 1),
+        "untuned_hash": result.tuning.untuned_hash if result.tuning else "",
+        "tuning_runs": result.tuning.runs if result.tuning else None,
+        "tuning_seconds": result.tuning.seconds if result.tuning else None,
         "versions": result.environment.versions,
     }
     return {column: derived[column] if column in derived else getattr(result, column) for column in COLUMNS}
