@@ -48,6 +48,7 @@ def leaderboard(sources: tuple[str, ...], out: Path | None, baseline: str, publi
     from harmbench_vaccine.core.jsonl import finite
     from harmbench_vaccine.reporting.leaderboard.files import write_rankings
     from harmbench_vaccine.reporting.leaderboard.ranking import rank_rows
+    from harmbench_vaccine.reporting.leaderboard.tuned import tuned_pairs, tuned_view
     from harmbench_vaccine.reporting.leaderboard.views import ranking_rows, rankings_view
 
     rows, missing = _read_sources(sources or (str(home() / "results.csv"),))
@@ -57,6 +58,8 @@ def leaderboard(sources: tuple[str, ...], out: Path | None, baseline: str, publi
         print_json(finite(ranking_rows(rankings)))
         return
     print_view(rankings_view(rankings))
+    if pairs := tuned_pairs(rankings):
+        print_view(tuned_view(pairs))
     for note in notes:
         print_line(note)
 
