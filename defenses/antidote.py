@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harmbench_vaccine.plugins import Defense, Grid, StageName, param
+from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage
 
@@ -38,7 +38,7 @@ class Antidote(Defense):
     memory: ClassVar[str] = "one number for every input of every matrix"
     data: ClassVar[tuple[str, ...]] = ("harmful rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0}
-    grid: ClassVar[Grid | None] = Grid("alpha", share=True)
+    grid: ClassVar[TuningGrid | None] = TuningGrid("alpha", share=True)
 
     alpha: float = param(0.1, "share of entries to prune", source="authors' SST2 script", main=True, ge=0, le=1)
     scope: Literal["row", "model"] = param(

@@ -17,7 +17,7 @@ from dataclasses import replace
 from string import ascii_lowercase
 from typing import Any, ClassVar, Literal
 
-from harmbench_vaccine.plugins import Defense, EvalSet, Example, Grid, Pools, PromptTemplate, StageName, param
+from harmbench_vaccine.plugins import Defense, EvalSet, Example, Pools, PromptTemplate, StageName, TuningGrid, param
 
 
 class BackdoorAlign(Defense):
@@ -27,7 +27,7 @@ class BackdoorAlign(Defense):
     stages: ClassVar[tuple[StageName, ...]] = ("finetune",)
     data: ClassVar[tuple[str, ...]] = ("refusals",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"rows": 0, "length": 0}
-    grid: ClassVar[Grid | None] = Grid("rows")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("rows")
 
     rows: int = param(
         11,

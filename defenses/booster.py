@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from harmbench_vaccine.plugins import Defense, Grid, param
+from harmbench_vaccine.plugins import Defense, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
 
 
@@ -31,7 +31,7 @@ class Booster(Defense):
     ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("harmful rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"lam": 0.0}
-    grid: ClassVar[Grid | None] = Grid("lam")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("lam")
 
     lam: float = param(
         5.0, "weight of the reduction in harmful loss", source="authors' smooth_align.sh", main=True, ge=0

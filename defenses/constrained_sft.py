@@ -23,7 +23,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from harmbench_vaccine.plugins import Defense, Grid, StageName, TrainSettings, param
+from harmbench_vaccine.plugins import Defense, StageName, TrainSettings, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, token_losses
 
 EARLY = 5
@@ -44,7 +44,7 @@ class ConstrainedSFT(Defense):
         "beta_rest": 0.0,
         "adam_beta1": 0.9,
     }
-    grid: ClassVar[Grid | None] = Grid("beta_early")  # the strongest of the three
+    grid: ClassVar[TuningGrid | None] = TuningGrid("beta_early")  # the strongest of the three
 
     beta_first: float = param(0.5, "strength at response token 1", source="authors' script, paper's table 3", ge=0)
     beta_early: float = param(2.0, "strength at tokens 2 to 5", source="authors' script, paper's table 3", ge=0)

@@ -23,7 +23,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from harmbench_vaccine.plugins import Defense, Grid, StageName, Topology, param
+from harmbench_vaccine.plugins import Defense, StageName, Topology, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 
 BATCH = 5
@@ -41,7 +41,7 @@ class EWC(Defense):
     ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("alignment rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"lam": 0.0}
-    grid: ClassVar[Grid | None] = Grid("lam", step=10)  # the Fisher diagonal differs between models by decades
+    grid: ClassVar[TuningGrid | None] = TuningGrid("lam", step=10)  # Fisher diagonals differ by orders of magnitude
 
     lam: float = param(1e9, "weight of the quadratic penalty", source="authors' EWC scripts", main=True, ge=0)
     fisher: Literal["batch", "sample"] = param("batch", "how the Fisher diagonal is estimated", source="authors' code")

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from harmbench_vaccine.data.collate import IGNORED
-from harmbench_vaccine.plugins import Defense, Grid, StageName, param
+from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 
 
@@ -34,7 +34,7 @@ class KL(Defense):
     memory: ClassVar[str] = "the teacher's logits for one batch"
     ranks: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any] | None] = {"lam": 0.0}
-    grid: ClassVar[Grid | None] = Grid("lam")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("lam")
 
     lam: float = param(0.1, "weight of the divergence", source="authors' script KL_finetune/sst2.sh", main=True, ge=0)
 

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from harmbench_vaccine.plugins import Defense, Grid, StageName, param
+from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, attended_tokens
 
 GATE = 0.1
@@ -42,7 +42,7 @@ class LDIFS(Defense):
     memory: ClassVar[str] = "the features of every layer for one batch, twice"
     ranks: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0}
-    grid: ClassVar[Grid | None] = Grid("alpha")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("alpha")
 
     alpha: float = param(10.0, "weight of the feature distance", source="authors' args.py", main=True, ge=0)
     variant: Literal["paper", "git-disl"] = param(

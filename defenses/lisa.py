@@ -19,7 +19,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from harmbench_vaccine.plugins import Defense, Grid, StageName, param
+from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 
 
@@ -32,7 +32,7 @@ class Lisa(Defense):
     ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("alignment rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"k1": 0, "rho": 0.0}
-    grid: ClassVar[Grid | None] = Grid("rho")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("rho")
 
     k1: int = param(100, "consecutive steps on alignment data", source="authors' script", ge=0)
     k2: int = param(900, "consecutive steps on the user's data", source="authors' script", ge=1)

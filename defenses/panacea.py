@@ -21,7 +21,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from harmbench_vaccine.plugins import Defense, Grid, StageName, Topology, param
+from harmbench_vaccine.plugins import Defense, StageName, Topology, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
 
 
@@ -36,7 +36,7 @@ class Panacea(Defense):
     ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("harmful rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0, "lam": 0.0}
-    grid: ClassVar[Grid | None] = Grid("rho")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("rho")
 
     rho: float = param(1.0, "length of the perturbation (L2)", source="authors' script", main=True, ge=0)
     lam: float = param(0.001, "weight of the rise in harmful loss", source="authors' script", ge=0)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from harmbench_vaccine.plugins import Defense, Grid, StageName, param
+from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage, global_norm
 
@@ -24,7 +24,7 @@ class RandomPerturbation(Defense):
     stages: ClassVar[tuple[StageName, ...]] = ("repair",)
     cost: ClassVar[str] = "none"
     neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0}
-    grid: ClassVar[Grid | None] = Grid("rho")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("rho")
 
     rho: float = param(
         1.0, "length of the perturbation (L2)", source="rho of Panacea, authors' script", main=True, ge=0

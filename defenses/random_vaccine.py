@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harmbench_vaccine.plugins import Defense, Grid, param
+from harmbench_vaccine.plugins import Defense, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 
 
@@ -27,7 +27,7 @@ class RandomVaccine(Defense):
     memory: ClassVar[str] = "the attention outputs of every layer for one batch"
     ranks: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any] | None] = {"variance": 0.0}
-    grid: ClassVar[Grid | None] = Grid("variance", step=10)  # the grid of the paper, table 7
+    grid: ClassVar[TuningGrid | None] = TuningGrid("variance", step=10)  # the grid of the paper, table 7
 
     variance: float = param(
         0.01,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from harmbench_vaccine.plugins import Defense, Grid, StageName, param
+from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage
 
@@ -23,7 +23,7 @@ class Realign(Defense):
     stages: ClassVar[tuple[StageName, ...]] = ("repair",)
     data: ClassVar[tuple[str, ...]] = ("alignment rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"steps": 0}
-    grid: ClassVar[Grid | None] = Grid("steps")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("steps")
 
     steps: int = param(
         400, "optimizer steps", source="one epoch of 2000 rows, batch 5; not from a single source", main=True, ge=0

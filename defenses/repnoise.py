@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from harmbench_vaccine.data.collate import IGNORED
-from harmbench_vaccine.plugins import Defense, Grid, param
+from harmbench_vaccine.plugins import Defense, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
 from harmbench_vaccine.training.taps import final_norm
 
@@ -37,7 +37,7 @@ class RepNoise(Defense):
     memory: ClassVar[str] = "n + 1 logits of the harmful tokens, MLP outputs of every layer"
     data: ClassVar[tuple[str, ...]] = ("paired safe and harmful rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"alpha": 0.0, "beta": 0.0}
-    grid: ClassVar[Grid | None] = Grid("alpha")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("alpha")
 
     alpha: float = param(1.0, "weight of the ascent on the harmful loss", source="paper, algorithm 1", main=True, ge=0)
     beta: float = param(0.001, "weight of the distance to noise", source="paper, algorithm 1", ge=0)

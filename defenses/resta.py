@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from harmbench_vaccine.plugins import Defense, Grid, StageName, param
+from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter, concatenate
 from harmbench_vaccine.training.stage import TrainingStage
 
@@ -37,7 +37,7 @@ class RESTA(Defense):
     memory: ClassVar[str] = "a second adapter"
     data: ClassVar[tuple[str, ...]] = ("harmful rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"gamma": 0.0}
-    grid: ClassVar[Grid | None] = Grid("gamma")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("gamma")
 
     gamma: float = param(
         0.5, "weight of the safety vector", source="value reported for the paper, not verified", main=True, ge=0

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harmbench_vaccine.plugins import Defense, Grid, StageName, param
+from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage
 
@@ -31,7 +31,7 @@ class SafeLoRA(Defense):
     needs_alignment: ClassVar[bool] = True
     cost: ClassVar[str] = "none"
     neutral: ClassVar[Mapping[str, Any] | None] = {"k": 0}
-    grid: ClassVar[Grid | None] = Grid("k", step=2)  # so that it remains below the number of modules
+    grid: ClassVar[TuningGrid | None] = TuningGrid("k", step=2)  # so that it remains below the number of modules
 
     tau: float | None = param(
         None, "project modules with a cosine of at most tau", source="authors' config.py", main=True

@@ -23,7 +23,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor
 
-from harmbench_vaccine.plugins import Defense, Grid, param
+from harmbench_vaccine.plugins import Defense, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
 
 
@@ -37,7 +37,7 @@ class TVaccine(Defense):
     ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("harmful rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0, "gamma": 1000}
-    grid: ClassVar[Grid | None] = Grid("rho")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("rho")
 
     rho: float = param(
         3.0, "radius: the L2 norm of the shift over the sampled layers", source="authors' README", main=True, ge=0

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from harmbench_vaccine.plugins import Defense, Grid, param
+from harmbench_vaccine.plugins import Defense, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
 
 
@@ -33,7 +33,7 @@ class Vaccine(Defense):
     memory: ClassVar[str] = "the attention outputs of every layer for one batch"
     ranks: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any] | None] = {"rho": 0.0}
-    grid: ClassVar[Grid | None] = Grid("rho")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("rho")
 
     rho: float = param(
         2.0,

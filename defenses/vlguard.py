@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.plugins import Defense, Example, Grid, Pools, StageName, param
+from harmbench_vaccine.plugins import Defense, Example, Pools, StageName, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 
 
@@ -28,7 +28,7 @@ class VLGuard(Defense):
     ranks: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("alignment rows",)
     neutral: ClassVar[Mapping[str, Any] | None] = {"rows": 0}
-    grid: ClassVar[Grid | None] = Grid("rows")
+    grid: ClassVar[TuningGrid | None] = TuningGrid("rows")
 
     rows: int = param(100, "number of safety rows", source="train.py of the Vaccine code", main=True, ge=0)
     mix: Literal["add", "replace", "joint"] = param(

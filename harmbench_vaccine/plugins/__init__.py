@@ -16,7 +16,7 @@ from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
 from .attack import Attack, Judge
 from .base import Plugin, Resolved, param, resolve_params
 from .defense import Defense
-from .grid import Grid
+from .grid import TuningGrid
 from .scorer import Form, Scorer
 from .task import Task
 
@@ -27,7 +27,6 @@ __all__ = [
     "Example",
     "Form",
     "Grade",
-    "Grid",
     "Judge",
     "Mix",
     "Plugin",
@@ -40,6 +39,7 @@ __all__ = [
     "Task",
     "Topology",
     "TrainSettings",
+    "TuningGrid",
     "Verdict",
     "param",
     "resolve_params",

@@ -8,7 +8,7 @@ from harmbench_vaccine.core.types import Example, Pools, StageName, Topology, Tr
 from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
 
 from .base import Plugin
-from .grid import Grid
+from .grid import TuningGrid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ class Defense(Plugin):
     """Memory in addition to that of SFT."""
     data: ClassVar[tuple[str, ...]] = ()
     """Rows that the defense needs in addition to the rows of its stage: keys of `ROW_KINDS`."""
-    grid: ClassVar[Grid | None] = None
+    grid: ClassVar[TuningGrid | None] = None
     """The parameter that `hbv tune` chooses, with the spacing of its values; None: it has no parameter to tune. It does
     not change what the defense computes, so it is not part of the fingerprint."""
 

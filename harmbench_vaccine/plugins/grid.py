@@ -11,7 +11,7 @@ HALF_DECADE = math.sqrt(10)
 
 
 @dataclass(frozen=True)
-class Grid:
+class TuningGrid:
     """A parameter with the spacing of its values around the default, which is the middle one.
 
     With d the default and k = ..., -2, -1, 0, 1, 2, ...:
