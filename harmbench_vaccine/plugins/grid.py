@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from harmbench_vaccine.core.errors import BadInput
 
 HALF_DECADE = math.sqrt(10)
+COUNT = 5
+"""Number of values unless `hbv tune --values` states another one."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class TuningGrid:
         d * step^k                                   a positive number
         p with p / (1 - p) = d / (1 - d) * step^k    a share, which is always between 0 and 1
 
-    Values are rounded to two significant digits, those of a whole number to whole numbers.
+    Values are rounded to two significant digits, of a share above 1/2 those of 1 - p; whole numbers to whole numbers.
     """
 
     parameter: str
@@ -53,5 +55,9 @@ class TuningGrid:
         factor = self.step**power
         if self.share:
             odds = default / (1 - default) * factor
-            return float(f"{odds / (1 + odds):.2g}")
-        return round(default * factor) if isinstance(default, int) else float(f"{default * factor:.2g}")
+            return _two_digits(odds / (1 + odds)) if odds < 1 else round(1 - _two_digits(1 / (1 + odds)), 12)
+        return round(default * factor) if isinstance(default, int) else _two_digits(default * factor)
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.2g}")
