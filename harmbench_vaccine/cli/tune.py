@@ -38,10 +38,9 @@ _OPTION_GROUPS = {
 @click.option(
     "--values",
     type=click.IntRange(3, 15),
-    default=5,
-    show_default=True,
+    default=None,
     metavar="N",
-    help="Number of values for each defense, odd: the default is the middle one.",
+    help="Number of values for each defense, odd: the default is the middle one. [default: 5]",
 )
 @click.option(
     "--attack",
@@ -99,7 +98,7 @@ _OPTION_GROUPS = {
 def tune(
     suite: str | None,
     defenses: tuple[str, ...],
-    values: int,
+    values: int | None,
     attack: str,
     seeds: tuple[list[int], ...],
     task: str | None,
@@ -122,12 +121,14 @@ def tune(
     Example: hbv tune testbed-vaccine-table1 --workers 2
     Two defenses: hbv tune --defense vaccine --defense booster --out mine.yaml
     """
+    from harmbench_vaccine.plugins.grid import COUNT
     from harmbench_vaccine.sweeps.suite import load_suite
     from harmbench_vaccine.sweeps.tuned_protocol import check_output, write_tuned_protocol
     from harmbench_vaccine.sweeps.tuning import choose_values, plan_tuning
     from harmbench_vaccine.sweeps.tuning_views import choices_json, choices_view
 
-    if values % 2 == 0:
+    count = values or COUNT
+    if count % 2 == 0:
         raise BadInput(f"--values is {values}; allowed: odd numbers, so that the default is the middle value.")
     loaded = load_suite(suite) if suite else None
     path = out or Path(f"{Path(protocol or (loaded.protocols[0] if loaded else 'testbed')).stem}-tuned.yaml")
@@ -140,7 +141,7 @@ def tune(
         task=task,
         attack=attack,
         seeds=list(dict.fromkeys(number for numbers in seeds for number in numbers)),
-        count=values,
+        count=count,
         name=path.stem,
     )
     if dry_run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,10 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.padding import Padding
 from rich.table import Table
 
-from harmbench_vaccine.plugins import Plugin, resolve_params
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.plugins import Defense, Plugin, TuningGrid, resolve_params
 from harmbench_vaccine.plugins.declarations import read_declarations
+from harmbench_vaccine.plugins.grid import COUNT
 from harmbench_vaccine.plugins.registry import Registry
 
 from .docstrings import docstring_blocks, split_note
@@ -122,6 +125,7 @@ def plugin_details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[
         **plugin_facts(cls),
         "doc": (sys.modules[cls.__module__].__doc__ or "").strip(),
         "protocol": protocol and protocol.name,
+        **({"tuned": _tuned(cls.grid, values)} if issubclass(cls, Defense) else {}),
         "parameters": [
             {
                 "name": key,
@@ -135,6 +139,13 @@ def plugin_details(cls: type[Plugin], protocol: Protocol | None = None) -> dict[
             for key, info in cls.model_fields.items()
         ],
     }
+
+
+def _tuned(grid: TuningGrid | None, params: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Return the parameter that `hbv tune` chooses -> its values; empty if there are none around its default."""
+    with suppress(BadInput, TypeError):  # a protocol may switch the defense off, or leave its parameter open
+        return {grid.parameter: grid.values(params[grid.parameter], COUNT)} if grid else {}
+    return {}
 
 
 def plugin_table(kind: str, plugins: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -186,7 +197,10 @@ def plugin_page(details: Mapping[str, Any]) -> RenderableType:
 def fact_fields(details: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the title and the text of every fact of a plug-in."""
     keys = ("citation", *FACTS[details["kind"]])
-    return [(_TITLES.get(key, key), _fact_text(details[key])) for key in keys]
+    fields = [(_TITLES.get(key, key), _fact_text(details[key])) for key in keys]
+    for parameter, values in details.get("tuned", {}).items():
+        fields.append(("values of hbv tune", f"{parameter} = {', '.join(f'{value:g}' for value in values)}"))
+    return fields
 
 
 def _docstring(text: str) -> Iterator[RenderableType]:

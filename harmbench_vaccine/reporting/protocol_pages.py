@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 
+from harmbench_vaccine.core.progress import format_duration
 from harmbench_vaccine.data.text_files import read_text
 from harmbench_vaccine.experiment.protocol import Protocol, leaf_values, load_protocol, protocol_file, protocol_names
 
@@ -17,6 +18,7 @@ from .render import Column, VisibleText, dim_notes, number_column, render_fields
 _FACTS = {
     "version": "version",
     "hash": "hash",
+    "base": "changes protocol",
     "model": "model",
     "models": "further models",
     "align_rows": "alignment rows",
@@ -46,6 +48,7 @@ def protocol_facts(name: str) -> dict[str, Any]:
         "description": _paragraphs(name)[0],
         "version": protocol.version,
         "hash": protocol.hash,
+        "base": protocol.base,
         "model": protocol.model,
         "models": list(protocol.models),
         "align_rows": protocol.align.rows,
@@ -64,7 +67,13 @@ def protocol_details(name: str) -> dict[str, Any]:
     Raises:
         BadInput: It does not exist, or a value of the file is not allowed.
     """
-    return {**protocol_facts(name), "doc": "\n\n".join(_paragraphs(name)), "values": _values(load_protocol(name))}
+    protocol = load_protocol(name)
+    return {
+        **protocol_facts(name),
+        "doc": "\n\n".join(_paragraphs(name)),
+        "values": _values(protocol),
+        "tuning": {defense: cost.model_dump() for defense, cost in protocol.tuning.items()},
+    }
 
 
 def _paragraphs(name: str) -> list[str]:
@@ -94,8 +103,15 @@ def _indent(line: str) -> int:
 
 
 def _values(protocol: Protocol) -> list[dict[str, Any]]:
+    """Return every value with its source; `changed` is True if the base of an overlay does not have the value."""
+    base = dict(leaf_values(load_protocol(protocol.base))) if protocol.base else {}
     return [
-        {"path": path, "value": value, "source": protocol.source_of(path)}
+        {
+            "path": path,
+            "value": value,
+            "source": protocol.source_of(path),
+            "changed": bool(protocol.base) and (path not in base or base[path] != value),
+        }
         for path, value in leaf_values(protocol)
         if path not in ("name", "version")
     ]
@@ -129,12 +145,19 @@ def protocol_table(protocols: Sequence[Mapping[str, Any]], verbose: bool) -> Ren
 def protocol_page(details: Mapping[str, Any]) -> RenderableType:
     """Build the page of one protocol from its details: its facts, and one list of values for each section."""
     title = VisibleText(f"protocol {details['name']}: {details['description']}", style="bold")
-    facts = render_fields((text, value_text(details[key])) for key, text in _FACTS.items())
+    facts = render_fields(
+        (text, value_text(details[key])) for key, text in _FACTS.items() if details[key] or key != "base"
+    )
     _, _, doc = details["doc"].partition("\n\n")
     parts: list[RenderableType] = [title, *([_comment(doc)] if doc else []), facts]
-    parts += [_section(list(values)) for _, values in groupby(details["values"], _section_of)]
-    notes = dim_notes(["--set PATH=VALUE of hbv run overrides a value: --set align.settings.lr=1e-4."])
-    return Group(*[line for part in parts for line in (part, VisibleText())], *notes)
+    values = [entry for entry in details["values"] if entry["changed"] or not details["base"]]
+    parts += [_section(list(entries)) for _, entries in groupby(values, _section_of)]
+    if details["tuning"]:
+        parts.append(_tuning(details["tuning"]))
+    notes = ["--set PATH=VALUE of hbv run overrides a value: --set align.settings.lr=1e-4."]
+    if details["base"]:
+        notes.insert(0, f"All other values are those of {details['base']}: hbv info {details['base']}")
+    return Group(*[line for part in parts for line in (part, VisibleText())], *dim_notes(notes))
 
 
 def _comment(text: str) -> RenderableType:
@@ -153,6 +176,12 @@ def _section(values: Sequence[Mapping[str, Any]]) -> RenderableType:
         parts.append(render_fields(fields, name_width=max(map(len, names.values()))))
         parts += dim_notes([f"  from: {source}"] if source else [])
     return Group(*parts)
+
+
+def _tuning(costs: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    """Build the list of the costs of a tuning, by defense."""
+    fields = [(name, f"{cost['runs']} runs, {format_duration(cost['seconds'])}") for name, cost in costs.items()]
+    return Group(VisibleText("tuning", style="bold underline"), render_fields(fields))
 
 
 def _section_of(entry: Mapping[str, Any]) -> str:
