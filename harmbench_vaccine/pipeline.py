@@ -36,7 +36,7 @@ from .experiment.artifacts import (
 )
 from .experiment.context import RunContext
 from .experiment.experiment import Experiment
-from .experiment.rows import eval_sets, harmful_sets, plugin_pools, user_rows
+from .experiment.rows import eval_sets, harmful_sets, user_rows
 from .experiment.session import TrainingSession, continues_adapter
 from .inference.model_pool import ModelSpec
 from .plugins import Resolved, Scorer
@@ -263,19 +263,14 @@ def grade(experiment: Experiment, context: RunContext, answers: Artifact) -> Art
 
 def drift(experiment: Experiment, context: RunContext, aligned: TrainedModel, final: TrainedModel) -> Artifact:
     """Measure the alignment loss of the final model and its embedding drift from the aligned one."""
-    protocol = experiment.protocol
 
     def create(folder: Path, checkpoints: Path) -> None:
-        from .data.collate import collate, encode_examples, pad_token_id
-        from .evaluation.drift import measure_drift
+        from .evaluation.drift import alignment_batches, measure_drift
 
-        models, tokenizer = context.models, context.models.tokenizer(aligned.spec)
+        models = context.models
         before = models.stack(aligned.spec)
         after = before if final.spec.base == aligned.spec.base else models.second_stack(final.spec)
-        rows = list(plugin_pools(experiment).alignment)[: protocol.score.drift_rows]
-        encoded = encode_examples(tokenizer, experiment.template, rows, protocol.align.settings.max_length)
-        size, pad = protocol.score.drift_batch, pad_token_id(tokenizer, before.base.config)
-        batches = [collate(encoded[start : start + size], pad) for start in range(0, len(encoded), size)]
+        batches = alignment_batches(experiment, models.tokenizer(aligned.spec), before.base.config)
         loss, difference = measure_drift(
             lambda: before.use(aligned.spec.adapters),
             lambda: after.use(final.spec.adapters),

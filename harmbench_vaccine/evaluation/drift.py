@@ -5,13 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.data.collate import IGNORED
+from harmbench_vaccine.data.collate import IGNORED, collate, encode_examples, pad_token_id
+from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.rows import plugin_pools
+from harmbench_vaccine.training.gradient import Batch
 from harmbench_vaccine.training.taps import Taps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,25 @@ class DriftMeter:
         return Drift(math.sqrt(total), per_layer, math.sqrt(total / max(self.tokens, 1)), self.paper)
 
 
-def attention_outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+def alignment_batches(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, config: Any) -> list[Batch]:
+    """Return the alignment rows over which loss and drift are measured, as padded batches.
+
+    Args:
+        experiment: The experiment; its protocol has the number of rows and the size of a batch.
+        tokenizer: Tokenizer of the model.
+        config: Configuration of the model.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels` of each batch, each rows x length.
+    """
+    protocol = experiment.protocol
+    rows = list(plugin_pools(experiment).alignment)[: protocol.score.drift_rows]
+    encoded = encode_examples(tokenizer, experiment.template, rows, protocol.align.settings.max_length)
+    size, pad = protocol.score.drift_batch, pad_token_id(tokenizer, config)
+    return [collate(encoded[start : start + size], pad) for start in range(0, len(encoded), size)]
+
+
+def attention_outputs(model: nn.Module, batch: Batch) -> tuple[list[Tensor], Tensor]:
     """Return the outputs of every attention block (rows x length x width), and the logits.
 
     The model gets no attention mask, as in the authors' code: rows are padded on the right and the model is causal, so
@@ -76,7 +101,7 @@ def attention_outputs(model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[
 def measure_drift(
     reference: Callable[[], nn.Module],
     model: Callable[[], nn.Module],
-    batches: Sequence[dict[str, Tensor]],
+    batches: Sequence[Batch],
     progress: Progress = SILENT,
 ) -> tuple[float, Drift]:
     """Measure the alignment loss of a model and its drift from a reference, over alignment batches.
