@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.core.paths import check_writable, ensure_writable
+from harmbench_vaccine.core.paths import check_writable
+
+from .figures.style import ACCURACY, MUTED, new_figure, styled
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from pandas import DataFrame
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -30,8 +33,9 @@ def check_plot_path(path: Path) -> None:
     check_writable(path.resolve().parent, "The folder of the plot")
 
 
-def plot_curves(log: DataFrame, title: str, path: Path) -> None:
-    """Write a picture with one column for each stage.
+@styled
+def plot_curves(log: DataFrame, title: str) -> Figure:
+    """Draw one column for each stage.
 
     Thin lines are the values of single steps, thick lines the average of the last 20 steps. The loss is the mean over
     micro-batches, the gradient norm is the one before clipping.
@@ -39,27 +43,21 @@ def plot_curves(log: DataFrame, title: str, path: Path) -> None:
     Args:
         log: The rows of `evaluation.training_log.read_training_log`.
         title: The title of the picture.
-        path: The file; its ending is the format.
     """
-    from matplotlib.figure import Figure
-
     stages = list(dict.fromkeys(log["stage"]))
-    figure = Figure(figsize=(1 + 4.2 * len(stages), 7), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    details = f"thin lines: single steps; thick lines: average of the last {_WINDOW} steps"
+    figure = new_figure(1 + 4.2 * len(stages), 7, title, details)
     axes = figure.subplots(len(_PANELS), len(stages), squeeze=False, sharex="col")
     for column, stage in enumerate(stages):
         rows = log[log["stage"] == stage]
         for row, (name, label) in enumerate(_PANELS.items()):
             panel = axes[row][column]
-            panel.plot(rows["step"], rows[name], color="#56b4e9", linewidth=0.8)
+            panel.plot(rows["step"], rows[name], color=ACCURACY, linewidth=0.7, alpha=0.55)
             if name != "learning_rate":
                 averages = rows[name].rolling(_WINDOW, min_periods=1).mean()
-                panel.plot(rows["step"], averages, color="#0072b2", linewidth=1.8)
-            panel.grid(alpha=0.25)
-            panel.spines[["top", "right"]].set_visible(False)
+                panel.plot(rows["step"], averages, color=ACCURACY, linewidth=1.8)
             if column == 0:
-                panel.set_ylabel(label, fontsize=9)
-        axes[0][column].set_title(f"{stage}: {len(rows)} steps", fontsize=10)
-    figure.supxlabel(f"optimizer step; thick lines: average of the last {_WINDOW} steps", fontsize=9)
-    ensure_writable(path.resolve().parent, "The folder of the plot")
-    figure.savefig(path)
+                panel.set_ylabel(label)
+        axes[0][column].set_title(f"{stage}: {len(rows)} steps", loc="left")
+    figure.supxlabel("optimizer step", fontsize=9, color=MUTED)
+    return figure

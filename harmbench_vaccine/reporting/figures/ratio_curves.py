@@ -1,0 +1,245 @@
+"""Curves against the harmful ratio p: HS and FA with their intervals, and alignment loss and embedding drift.
+
+Few defenses share a panel, with their names at the ends of the lines. With more, each defense has a small panel that
+also has the baseline in gray.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harmbench_vaccine.reporting.leaderboard.grids import Grid, cell_mark
+
+from .style import (
+    ACCURACY,
+    BASELINE_STYLE,
+    GRAY,
+    HARM,
+    LINE_STYLES,
+    MUTED,
+    Label,
+    new_figure,
+    short_name,
+    styled,
+    write_labels,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+_MOST_LINES = len(LINE_STYLES)
+"""Lines that a reader can distinguish in one panel, without the baseline."""
+_LEAST_RANGE = 10.0
+"""Points of a score that an axis shows at least."""
+_COLUMNS = 7
+_LOG_RANGE = 30.0
+"""Ratio of the largest to the smallest value above which an axis is logarithmic."""
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    """A column of a leaderboard that is drawn against p."""
+
+    column: str
+    label: str
+    color: str
+    has_interval: bool = False
+    """Whether the columns `*_low` and `*_high` are its interval; otherwise the single seeds are drawn."""
+    is_percent: bool = False
+
+
+_SCORES = (
+    _Quantity("harmful_score", "harmful score HS, % (lower is better)", HARM, True, True),
+    _Quantity("finetune_accuracy", "finetune accuracy FA, % (higher is better)", ACCURACY, True, True),
+)
+_CAUSES = (
+    _Quantity("alignment_loss", "alignment loss of the final model", HARM),
+    _Quantity("embedding_drift", "harmful embedding drift", ACCURACY),
+)
+
+
+@styled
+def plot_scores(grid: Grid, note: str = "") -> Figure:
+    """Draw HS and FA against p, with bands for the 95% intervals.
+
+    Args:
+        grid: A grid of `ratio_grids`.
+        note: A text for the title, such as "12 of 90 runs".
+    """
+    return _plot(grid, _SCORES, "HS and FA against the harmful ratio p; bands: 95% intervals", note)
+
+
+@styled
+def plot_causes(grid: Grid, note: str = "") -> Figure:
+    """Draw the alignment loss and the embedding drift of the final model against p, with a dot for each seed.
+
+    The arguments are those of `plot_scores`. This is figure (b) of the project page of Vaccine.
+    """
+    return _plot(grid, _CAUSES, "Alignment loss and embedding drift against the harmful ratio p; dots: seeds", note)
+
+
+def _plot(grid: Grid, quantities: Sequence[_Quantity], title: str, note: str) -> Figure:
+    details = grid.title, note, _marks_legend(grid)
+    if len([name for name in grid.defenses if name != grid.baseline]) <= _MOST_LINES:
+        figure = new_figure(10.5, 4.2, title, *details)
+        for axes, quantity in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
+            _overlay(axes, grid, quantity)
+        return figure
+    rows = math.ceil(len(grid.defenses) / _COLUMNS)
+    together = all(quantity.is_percent for quantity in quantities)
+    blocks = [quantities] if together else [[quantity] for quantity in quantities]
+    figure = new_figure(10.5, 0.9 + len(blocks) * (0.5 + 1.45 * rows), title, *details)
+    parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
+    for part, block in zip(parts, blocks, strict=True):
+        _small_panels(part, grid, block, rows)
+    _write_legend(figure, grid, blocks[0])
+    return figure
+
+
+def _marks_legend(grid: Grid) -> str:
+    marks = {cell_mark(cell) for defense in grid.defenses for cell in grid.cells(defense) if cell}
+    signs = {"collapsed": "\N{MULTIPLICATION SIGN} collapsed", "hollow": "\N{WHITE CIRCLE} hollow"}
+    names = [sign for mark, sign in signs.items() if mark in marks]
+    return f"{', '.join(names)}: not ranked" if names else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One panel for all defenses
+
+
+def _overlay(axes: Axes, grid: Grid, quantity: _Quantity) -> None:
+    others = [name for name in grid.defenses if name != grid.baseline]
+    styles = dict(zip(others, LINE_STYLES, strict=False))
+    for name in grid.defenses:
+        _draw_line(axes, grid, name, quantity, *styles.get(name, BASELINE_STYLE), dashed=name == grid.baseline)
+    _set_limits(axes, grid, quantity)
+    _set_ratio_axis(axes, grid, least=0.05)
+    axes.set_title(quantity.label, loc="left", color=MUTED)
+    labels = []
+    for name in grid.defenses:
+        ends = [(p, y) for p, y in zip(grid.ratios, _values(grid, name, quantity), strict=True) if _is_drawn(axes, y)]
+        if ends:
+            labels.append(Label(*ends[-1], short_name(name), styles.get(name, BASELINE_STYLE)[0]))
+    write_labels(axes, labels, height=3.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A small panel for each defense
+
+
+def _small_panels(part: SubFigure, grid: Grid, quantities: Sequence[_Quantity], rows: int) -> None:
+    panels = part.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False).flatten()
+    if len(quantities) == 1:
+        part.suptitle(quantities[0].label, x=0.01, ha="left", fontsize=9, color=MUTED)
+    for axes, name in zip(panels, grid.defenses, strict=False):
+        for quantity in quantities:
+            if grid.baseline and name != grid.baseline:
+                axes.plot(grid.ratios, _values(grid, grid.baseline, quantity), color=GRAY, linewidth=1, linestyle="--")
+            _draw_line(axes, grid, name, quantity, quantity.color, "o" if quantity is quantities[0] else "s")
+        axes.set_title(short_name(name), fontsize=8, loc="left", pad=3)
+        axes.tick_params(labelsize=7)
+    for axes in panels[: len(grid.defenses)]:
+        if quantities[0].is_percent:
+            axes.set_ylim(-3, 103)
+        else:
+            _set_limits(axes, grid, quantities[0])
+        _set_ratio_axis(axes, grid, least=0.2, label="")
+    for axes in panels[len(grid.defenses) :]:
+        axes.set_visible(False)
+
+
+def _write_legend(figure: Figure, grid: Grid, quantities: Sequence[_Quantity]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = [
+        Line2D([], [], color=quantity.color, marker="o" if quantity is quantities[0] else "s", label=quantity.label)
+        for quantity in quantities
+        if len(quantities) > 1
+    ]
+    if grid.baseline:
+        lines.append(Line2D([], [], color=GRAY, linewidth=1, linestyle="--", label=short_name(grid.baseline)))
+    figure.legend(handles=lines, loc="outside lower left", ncols=len(lines), fontsize=8)
+    figure.supxlabel("harmful ratio p, %", x=0.99, ha="right", fontsize=8, color=MUTED)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lines
+
+
+def _draw_line(
+    axes: Axes, grid: Grid, defense: str, quantity: _Quantity, color: str, marker: str, *, dashed: bool = False
+) -> None:
+    """Draw the means of a defense with a band or with its seeds, and mark its cells that are not ranked."""
+    values = _values(grid, defense, quantity)
+    style = (0, (4, 2)) if dashed else "-"
+    axes.plot(grid.ratios, values, color=color, linestyle=style, zorder=3)
+    if quantity.has_interval:
+        low, high = (_values(grid, defense, quantity, end) for end in ("_low", "_high"))
+        axes.fill_between(grid.ratios, low, high, color=color, alpha=0.13, linewidth=0, zorder=2)
+    else:
+        seeds = [
+            (p, run[quantity.column])
+            for p, column in zip(grid.ratios, grid.columns, strict=True)
+            for run in grid.runs_of(defense, column)
+        ]
+        xs, ys = [p for p, _ in seeds], [value for _, value in seeds]
+        axes.scatter(xs, ys, s=6, color=color, alpha=0.55, linewidths=0, zorder=2)
+    marks = [cell_mark(cell) if cell else "" for cell in grid.cells(defense)]
+    for mark in dict.fromkeys(marks):
+        axes.plot(
+            [p for p, other in zip(grid.ratios, marks, strict=True) if other == mark],
+            [value for value, other in zip(values, marks, strict=True) if other == mark],
+            linestyle="none",
+            marker="x" if mark == "collapsed" else marker,
+            color=color,
+            markerfacecolor="white" if mark == "hollow" else color,
+            markeredgecolor=color if mark else "white",
+            markeredgewidth=1 if mark else 0.6,
+            zorder=4,
+        )
+
+
+def _values(grid: Grid, defense: str, quantity: _Quantity, end: str = "") -> list[float]:
+    return [cell[f"{quantity.column}{end}"] if cell else math.nan for cell in grid.cells(defense)]
+
+
+def _set_limits(axes: Axes, grid: Grid, quantity: _Quantity) -> None:
+    """Set the limits of the vertical axis by the cells that are ranked; others may be outside."""
+    cells = [cell for name in grid.defenses for cell in grid.cells(name) if cell]
+    column = f"{quantity.column}_low" if quantity.has_interval else quantity.column
+    values = [cell[column] for cell in cells if not cell_mark(cell)] or [cell[column] for cell in cells]
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return
+    low, high = min(values), max(values)
+    if quantity.is_percent:
+        bottom = 10 * (min(low, 100 - _LEAST_RANGE) // 10) if low > _LEAST_RANGE else 0.0
+        axes.set_ylim(bottom - 0.03 * (100 - bottom), 100 + 0.03 * (100 - bottom))
+    elif low > 0 and high / low > _LOG_RANGE:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, position: "")
+        axes.set_ylim(low / 1.3, high * 1.3)
+    else:
+        axes.set_ylim(0, 1.06 * high or 1.0)
+
+
+def _is_drawn(axes: Axes, y: float) -> bool:
+    low, high = axes.get_ylim()
+    return low <= y <= high
+
+
+def _set_ratio_axis(axes: Axes, grid: Grid, least: float, label: str = "harmful ratio p, %") -> None:
+    """Mark the ratios on the horizontal axis; ticks have at least a share `least` of its length between them."""
+    first, last = grid.ratios[0], grid.ratios[-1]
+    ticks = [first]
+    for p in grid.ratios[1:]:
+        if p - ticks[-1] >= least * (last - first):
+            ticks.append(p)
+    axes.set_xticks(ticks, [f"{100 * p:g}" for p in ticks])
+    axes.set_xlabel(label)
+    axes.grid(axis="x", visible=False)
