@@ -23,7 +23,7 @@ from harmbench_vaccine.core.errors import unknown_name
 from harmbench_vaccine.core.progress import Terminal
 from harmbench_vaccine.core.visible import cell_of_text, text_of_cell, visible, visible_json
 from harmbench_vaccine.reporting.answer_views import answers_view
-from harmbench_vaccine.reporting.leaderboard.files import write_rankings
+from harmbench_vaccine.reporting.leaderboard.files import write_tables
 from harmbench_vaccine.reporting.leaderboard.ranking import rank_results
 from harmbench_vaccine.reporting.leaderboard.views import rankings_view
 from harmbench_vaccine.reporting.markdown import markdown_text
@@ -140,8 +140,8 @@ def test_the_files_of_a_leaderboard_have_no_hidden_character(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rankings = rank_results([table])
-    write_rankings(rankings, folder)
-    for name in ("leaderboard.csv", "leaderboard.md", "results.csv"):
+    write_tables(rankings, folder)
+    for name in ("leaderboard.csv", "leaderboard.md", "leaderboard.tex", "results.csv"):
         assert not hidden((folder / name).read_bytes().decode())
     with (folder / "leaderboard.csv").open(newline="", encoding="utf-8") as file:
         (row,) = csv.DictReader(file)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.paths import ensure_writable
 from harmbench_vaccine.core.visible import cell_of_text, visible_json_text
+from harmbench_vaccine.reporting.figures.heat_map import plot_heat_map
+from harmbench_vaccine.reporting.figures.layers import plot_layers, read_layer_drifts
+from harmbench_vaccine.reporting.figures.pareto import plot_pareto
+from harmbench_vaccine.reporting.figures.ratio_curves import plot_causes, plot_scores
+from harmbench_vaccine.reporting.figures.style import FORMATS, save_figure
 
+from .grids import Grid, file_names, place_grids, ratio_grids, task_grids
+from .latex import rankings_latex
 from .ranking import Ranking
 from .views import rankings_frame, rankings_markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURES = "figures"
 
 
 def write_rankings(rankings: Sequence[Ranking], folder: Path, runs: Path | None = None, missing: int = 0) -> list[str]:
@@ -24,16 +37,70 @@ def write_rankings(rankings: Sequence[Ranking], folder: Path, runs: Path | None 
         missing: Number of runs that have no result yet.
 
     Returns:
-        Notes on what was written and what was left out.
+        Notes on what was written and on figures that could not be drawn.
 
     Raises:
         BadInput: The folder is not writable.
     """
     ensure_writable(folder, "The output folder")
+    finished = sum(len(ranking.runs) for ranking in rankings)
+    note = f"{finished} of {finished + missing} runs" if missing else ""
+    write_tables(rankings, folder, note)
+    figures, notes = draw_figures(rankings, runs, note)
+    with readable_disk_errors("the figures", folder):
+        for name, figure in figures.items():
+            save_figure(figure, *(folder / FIGURES / f"{name}{suffix}" for suffix in FORMATS))
+    written = f"{folder}: leaderboard.csv, leaderboard.md, leaderboard.tex, and {len(figures)} figures in {FIGURES}/."
+    return [note, written, *notes] if note else [written, *notes]
+
+
+def write_tables(rankings: Sequence[Ranking], folder: Path, note: str = "") -> None:
+    """Write `leaderboard.csv`, `leaderboard.md` and `leaderboard.tex` into a folder.
+
+    Args:
+        rankings: The rankings.
+        folder: The folder, which exists.
+        note: A text for the captions, such as "12 of 90 runs".
+    """
     with readable_disk_errors("the leaderboard", folder):
         write_atomically(folder / "leaderboard.csv", _csv_text(rankings))
         write_atomically(folder / "leaderboard.md", rankings_markdown(rankings))
-    return []
+        write_atomically(folder / "leaderboard.tex", rankings_latex(rankings, note))
+
+
+def draw_figures(rankings: Sequence[Ranking], runs: Path | None, note: str = "") -> tuple[dict[str, Figure], list[str]]:
+    """Draw the figures of rankings.
+
+    Args:
+        rankings: The rankings.
+        runs: Folder of the run folders, or None.
+        note: A text for the titles, such as "12 of 90 runs".
+
+    Returns:
+        Name of a file without its ending -> figure, and notes on figures that cannot be drawn.
+    """
+    notes = []
+    by_task, by_ratio = task_grids(rankings), ratio_grids(rankings)
+    figures = {
+        **_draw("heat-map", place_grids(rankings), lambda grid: plot_heat_map(grid, note)),
+        **_draw("pareto", by_task, lambda grid: plot_pareto(grid, note)),
+        **_draw("scores", by_ratio, lambda grid: plot_scores(grid, note)),
+        **_draw("loss-and-drift", by_ratio, lambda grid: plot_causes(grid, note)),
+    }
+    if not by_ratio:
+        notes.append("Without curves: no attack has several harmful ratios.")
+    drifts = {id(grid): read_layer_drifts(grid, runs) if runs else {} for grid in by_task}
+    with_drifts = [grid for grid in by_task if drifts[id(grid)]]
+    if not with_drifts:
+        notes.append("Without the drift of each layer: the folders of these runs are not in $HBV_HOME/runs.")
+    layers = _draw("layers", with_drifts, lambda grid: plot_layers(grid, drifts[id(grid)], note))
+    return figures | layers, notes
+
+
+def _draw(kind: str, grids: Sequence[Grid], plot: Callable[[Grid], Figure]) -> dict[str, Figure]:
+    """Draw one figure per grid; the names of the files have the values in which the grids differ."""
+    names = (f"{kind}-{name}" if name else kind for name in file_names(grids))
+    return {name: plot(grid) for name, grid in zip(names, grids, strict=True)}
 
 
 def _csv_text(rankings: Sequence[Ranking]) -> str:
