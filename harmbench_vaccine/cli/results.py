@@ -51,8 +51,24 @@ from .device import device_option
     metavar="FILE",
     help="Plot loss, gradient norm and learning rate of the training stages: .svg, .png or .pdf.",
 )
+@click.option(
+    "--embeddings",
+    type=user_path,
+    default=None,
+    metavar="FILE",
+    help="Map the alignment rows in the aligned and the final model by PCA (and t-SNE with scikit-learn): .svg, .png "
+    "or .pdf.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON lines.")
-def show(run: str, set_name: str, only: str | None, limit: int | None, curves: Path | None, as_json: bool) -> None:
+def show(
+    run: str,
+    set_name: str,
+    only: str | None,
+    limit: int | None,
+    curves: Path | None,
+    embeddings: Path | None,
+    as_json: bool,
+) -> None:
     """Show questions, answers and verdicts of a run.
 
     The aligned model answers before the user stage, the final model after it. RUN is a run id, a unique prefix of
@@ -61,16 +77,24 @@ def show(run: str, set_name: str, only: str | None, limit: int | None, curves: P
     \b
     Example: hbv show vaccine-84 --only flagged
     Curves: hbv show vaccine-84 --curves curves.svg
+    Embeddings: hbv show vaccine-84 --embeddings map.svg
     """
     from harmbench_vaccine.core.errors import BadInput, unknown_name
     from harmbench_vaccine.evaluation.records import by_question, find_run, load_overview
     from harmbench_vaccine.reporting.answer_views import answers_view
+    from harmbench_vaccine.reporting.curves import check_plot_path
 
     folder = find_run(run, home() / "runs")
-    if curves:
+    if curves or embeddings:
         if as_json:
-            raise BadInput("--curves and --json cannot be combined: remove one of them.")
-        _plot_curves(folder, curves)
+            option = "--curves" if curves else "--embeddings"
+            raise BadInput(f"{option} and --json cannot be combined: remove one of them.")
+        for path in filter(None, (curves, embeddings)):
+            check_plot_path(path)
+        if curves:
+            _plot_curves(folder, curves)
+        if embeddings:
+            _plot_embeddings(folder, embeddings)
         return
     overview, answers = load_overview(folder)
     set_names = {row["set"] for row in answers}
@@ -88,15 +112,31 @@ def _plot_curves(run: Path, path: Path) -> None:
     from harmbench_vaccine.core.errors import BadInput
     from harmbench_vaccine.evaluation.records import load_run
     from harmbench_vaccine.evaluation.training_log import read_training_log
-    from harmbench_vaccine.reporting.curves import check_plot_path, plot_curves
+    from harmbench_vaccine.reporting.curves import plot_curves
+    from harmbench_vaccine.reporting.figures.style import save_figure
 
-    check_plot_path(path)
     result, _ = load_run(run)
     log = read_training_log(result)
     if log.empty:
         raise BadInput(f"Run {result.run} has no training stage, so it has no curves.")
-    plot_curves(log, f"{result.run}: {result.defense} under {result.attack}", path)
+    save_figure(plot_curves(log, f"{result.run}: {result.defense} under {result.attack}"), path)
     print_line(str(path))
+
+
+def _plot_embeddings(run: Path, path: Path) -> None:
+    from harmbench_vaccine.evaluation.records import load_result
+    from harmbench_vaccine.export.embeddings import stored_embeddings
+    from harmbench_vaccine.reporting.figures.embedding_map import has_tsne, plot_embeddings
+    from harmbench_vaccine.reporting.figures.style import save_figure
+
+    result = load_result(run)
+    with terminal_progress() as progress:
+        before, after = stored_embeddings(run, progress)
+    figure = plot_embeddings(before.numpy(), after.numpy(), f"{result.run}: {result.defense} under {result.attack}")
+    save_figure(figure, path)
+    print_line(str(path))
+    if not has_tsne():
+        print_line("Without t-SNE, because scikit-learn is not installed.")
 
 
 @click.command()
