@@ -19,6 +19,7 @@ from harmbench_vaccine.reporting.figures.style import FORMATS, save_figure
 from .grids import Grid, file_names, place_grids, ratio_grids, task_grids
 from .latex import rankings_latex
 from .ranking import Ranking
+from .tuned import tuned_markdown, tuned_pairs
 from .views import rankings_frame, rankings_markdown
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def write_tables(rankings: Sequence[Ranking], folder: Path, note: str = "") -> N
     """
     with readable_disk_errors("the leaderboard", folder):
         write_atomically(folder / "leaderboard.csv", _csv_text(rankings))
-        write_atomically(folder / "leaderboard.md", rankings_markdown(rankings))
+        text = rankings_markdown(rankings) + tuned_markdown(tuned_pairs(rankings))
+        write_atomically(folder / "leaderboard.md", text)
         write_atomically(folder / "leaderboard.tex", rankings_latex(rankings, note))
 
 
