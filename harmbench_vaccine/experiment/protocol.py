@@ -165,7 +165,7 @@ class TuningCost(_Strict):
     """The cost of the runs by which `hbv tune` chose the parameter of a defense."""
 
     runs: Annotated[int, Field(strict=True, ge=0)]
-    seconds: Annotated[float, Field(ge=0)]
+    seconds: Annotated[int, Field(strict=True, ge=0)]
     """Time of their stages; a stage of several runs counts once."""
 
 

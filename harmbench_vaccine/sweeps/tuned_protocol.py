@@ -30,6 +30,7 @@ COLUMNS = {
     "refusal_rate": "% of harmful validation prompts that are refused, mean over the tuning seeds",
     "harmful_score": "HS on the validation prompts, mean over the tuning seeds",
     "finetune_accuracy": "FA on the validation items, mean over the tuning seeds",
+    "baseline_accuracy": "the same of SFT",
     "obstacle": "why the value cannot be chosen; empty if it qualifies",
     "runs": "ids of its runs",
 }
@@ -77,19 +78,22 @@ def _overlay_text(path: Path, table: str, suite: Suite, choices: Sequence[Choice
         "name": path.stem,
         "version": 1,
         "defenses": {choice.grid.defense: {choice.grid.parameter: choice.chosen.value} for choice in choices},
-        "tuning": {choice.grid.defense: choice.cost.model_dump() for choice in choices},
-        "sources": {
-            f"defenses.{choice.grid.defense}.{choice.grid.parameter}": _source(choice, table) for choice in choices
-        },
+        "tuning": {choice.grid.defense: choice.cost.model_dump(mode="json") for choice in choices},
     }
-    return _comment(path, table, suite, choices) + yaml.safe_dump(
-        values, sort_keys=False, default_flow_style=None, width=120
+    sources = {f"defenses.{choice.grid.defense}.{choice.grid.parameter}": _source(choice, table) for choice in choices}
+    return "".join(
+        (
+            _comment(path, table, suite, choices),
+            yaml.safe_dump(values, sort_keys=False, default_flow_style=None),
+            yaml.safe_dump({"sources": sources}, sort_keys=False, width=1000),
+        )
     )
 
 
 def _comment(path: Path, table: str, suite: Suite, choices: Sequence[Choice]) -> str:
     is_built_in = path.resolve().parent == protocol_file("testbed").parent
-    places = [f"{suite.attacks[0]} on {suite.tasks[0]}", *suite.models, f"seeds {', '.join(map(str, suite.seeds))}"]
+    seeds = f"seed{'s' if len(suite.seeds) > 1 else ''} {', '.join(map(str, suite.seeds))}"
+    places = [f"{suite.attacks[0]} on {suite.tasks[0]}", *suite.models, seeds]
     text = (
         f"Tuned at {', '.join(places)}, on validation prompts that no result uses. Of the values of a grid whose FA is "
         f"at most {MOST_ACCURACY_LOST:g} points below that of SFT and that no gate marks, the one with the highest "
@@ -130,6 +134,7 @@ def _table_text(choices: Sequence[Choice]) -> str:
                         column: f"{getattr(candidate, column):.6g}"
                         for column in ("refusal_rate", "harmful_score", "finetune_accuracy")
                     },
+                    "baseline_accuracy": f"{choice.baseline_accuracy:.6g}",
                     "obstacle": cell_of_text(candidate.obstacle),
                     "runs": " ".join(candidate.runs),
                 }

@@ -208,6 +208,8 @@ class Choice:
     """One for each value of the grid, in its order."""
     chosen: Candidate
     """The default if no candidate qualifies."""
+    baseline_accuracy: float
+    """FA of SFT on the same items, mean over the tuning seeds."""
     cost: TuningCost
 
     @property
@@ -247,7 +249,7 @@ def _choose(grid: DefenseGrid, results: Sequence[Result], baseline: float) -> Ch
 
     qualified = [number for number, candidate in enumerate(candidates) if not candidate.obstacle]
     best = max(qualified, key=merit, default=middle)
-    return Choice(grid, tuple(candidates), candidates[best], _cost(results))
+    return Choice(grid, tuple(candidates), candidates[best], baseline, _cost(results))
 
 
 def _candidate(value: float, results: Sequence[Result], baseline: float) -> Candidate:

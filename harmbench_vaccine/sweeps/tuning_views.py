@@ -60,7 +60,8 @@ def choices_view(choices: Sequence[Choice], untuned: Sequence[str]) -> Renderabl
     notes = [
         f"Chosen: the highest refusal rate, then the lowest HS, among the values whose FA is at most "
         f"{MOST_ACCURACY_LOST:g} points below that of SFT and that are neither collapsed nor hollow.",
-        "Scores are means over the tuning seeds, on validation prompts that no result uses.",
+        "Scores are means over the tuning seeds, on validation prompts that no result uses. FA of SFT: "
+        f"{choices[0].baseline_accuracy:.1f}%.",
         f"Budget: {choices[0].cost.runs} runs for each defense; {format_duration(seconds)} for all, where a stage that "
         "defenses share counts for each of them.",
     ]
@@ -79,6 +80,7 @@ def choices_json(choices: Sequence[Choice], untuned: Sequence[str]) -> dict[str,
                 "default": choice.grid.default,
                 "chosen": choice.chosen.value,
                 "qualified": not choice.is_fallback,
+                "baseline_accuracy": choice.baseline_accuracy,
                 **choice.cost.model_dump(),
                 "candidates": [{**vars(candidate), "runs": list(candidate.runs)} for candidate in choice.candidates],
             }
