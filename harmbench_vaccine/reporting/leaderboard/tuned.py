@@ -101,7 +101,7 @@ def _changes(default: Mapping[str, Mapping[str, Any]], tuned: Mapping[str, Mappi
     }
 
 
-_TABLE = (
+TUNED_COLUMNS = (
     Column("defense"),
     Column("tuned"),
     number_column("HS %", legend="with the default parameters, mean over seeds"),
@@ -123,7 +123,7 @@ def tuned_view(pairs: Sequence[TunedPair]) -> RenderableType:
     """Show default and tuned parameters side by side, one table for each setting."""
     parts: list[RenderableType] = []
     for pair in pairs:
-        table = render_table(_TABLE, [_cells(row) for row in pair.rows])
+        table = render_table(TUNED_COLUMNS, [tuned_cells(row) for row in pair.rows])
         parts += [VisibleText(pair.title, style="bold"), table, *dim_notes([_NOTE]), VisibleText()]
     return TableGroup(*parts)
 
@@ -132,13 +132,14 @@ def tuned_markdown(pairs: Sequence[TunedPair]) -> str:
     """Return the tables of `tuned_view` as Markdown."""
     lines = []
     for pair in pairs:
-        lines += [f"## {markdown_text(pair.title)}", "", markdown_row([column.title for column in _TABLE])]
-        lines += [markdown_row(["---:" if column.right else "---" for column in _TABLE])]
-        lines += [*(markdown_row(_cells(row)) for row in pair.rows), "", markdown_text(_NOTE), ""]
-    return "\n".join(lines)
+        lines += ["", f"## {markdown_text(pair.title)}", "", markdown_row([column.title for column in TUNED_COLUMNS])]
+        lines += [markdown_row(["---:" if column.right else "---" for column in TUNED_COLUMNS])]
+        lines += [*(markdown_row(tuned_cells(row)) for row in pair.rows), "", markdown_text(_NOTE)]
+    return "".join(f"{line}\n" for line in lines)
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def tuned_cells(row: Mapping[str, Any]) -> list[str]:
+    """Return the texts of a row of a pair, one for each of `TUNED_COLUMNS`."""
     return [
         row["defense"],
         ", ".join(f"{key}={value}" for key, value in row["tuned_params"].items()),
