@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     type=user_path,
     default=None,
     metavar="DIR",
-    help="Write CSV, Markdown, LaTeX and figures (SVG and PNG) into this folder. [default: write nothing]",
+    help="Write a page (index.html), CSV, Markdown, LaTeX and figures into this folder. [default: write nothing]",
+)
+@click.option(
+    "--answers",
+    is_flag=True,
+    help="With --out: include answers to harmful questions in the page, after a click. They may be offensive.",
 )
 @click.option(
     "--baseline", default="sft", show_default=True, metavar="SPEC", help="Defense to compute differences against."
@@ -34,7 +39,9 @@ if TYPE_CHECKING:
     "--published", is_flag=True, help="Compare with published figures, and list the deviations from the paper."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object per row of leaderboard.csv.")
-def leaderboard(sources: tuple[str, ...], out: Path | None, baseline: str, published: bool, as_json: bool) -> None:
+def leaderboard(
+    sources: tuple[str, ...], out: Path | None, answers: bool, baseline: str, published: bool, as_json: bool
+) -> None:
     """Rank defenses over their seeds.
 
     Print one table per protocol, model, task and attack. SUITE is a suite of `hbv sweep`: a name or a YAML file, whose
@@ -51,9 +58,11 @@ def leaderboard(sources: tuple[str, ...], out: Path | None, baseline: str, publi
     from harmbench_vaccine.reporting.leaderboard.tuned import tuned_pairs, tuned_view
     from harmbench_vaccine.reporting.leaderboard.views import ranking_rows, rankings_view
 
+    if answers and not out:
+        raise BadInput("--answers needs --out DIR: the answers are part of the page.")
     rows, missing = _read_sources(sources or (str(home() / "results.csv"),))
     rankings = rank_rows(rows, baseline, published)
-    notes = write_rankings(rankings, out, home() / "runs", missing) if out else []
+    notes = write_rankings(rankings, out, home() / "runs", missing, answers) if out else []
     if as_json:
         print_json(finite(ranking_rows(rankings)))
         return

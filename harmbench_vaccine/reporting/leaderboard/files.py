@@ -18,6 +18,7 @@ from harmbench_vaccine.reporting.figures.style import FORMATS, save_figure
 
 from .grids import Grid, file_names, place_grids, ratio_grids, task_grids
 from .latex import rankings_latex
+from .page import PAGE, write_page
 from .ranking import Ranking
 from .tuned import tuned_markdown, tuned_pairs
 from .views import rankings_frame, rankings_markdown
@@ -28,14 +29,17 @@ if TYPE_CHECKING:
 FIGURES = "figures"
 
 
-def write_rankings(rankings: Sequence[Ranking], folder: Path, runs: Path | None = None, missing: int = 0) -> list[str]:
-    """Write the tables and the figures of rankings into a folder, and create the folder if necessary.
+def write_rankings(
+    rankings: Sequence[Ranking], folder: Path, runs: Path | None = None, missing: int = 0, answers: bool = False
+) -> list[str]:
+    """Write the page, the tables and the figures of rankings into a folder, and create the folder if necessary.
 
     Args:
         rankings: The rankings.
         folder: The folder; files with the same names are replaced.
         runs: Folder of the run folders, which have the drift of each layer; None: without the figure of it.
         missing: Number of runs that have no result yet.
+        answers: Include answers to harmful questions in the page.
 
     Returns:
         Notes on what was written and on figures that could not be drawn.
@@ -47,12 +51,14 @@ def write_rankings(rankings: Sequence[Ranking], folder: Path, runs: Path | None 
     finished = sum(len(ranking.runs) for ranking in rankings)
     note = f"{finished} of {finished + missing} runs" if missing else ""
     write_tables(rankings, folder, note)
+    write_page(folder, rankings, runs, missing, answers)
     figures, notes = draw_figures(rankings, runs, note)
     with readable_disk_errors("the figures", folder):
         for name, figure in figures.items():
             save_figure(figure, *(folder / FIGURES / f"{name}{suffix}" for suffix in FORMATS))
-    written = f"{folder}: leaderboard.csv, leaderboard.md, leaderboard.tex, and {len(figures)} figures in {FIGURES}/."
-    return [note, written, *notes] if note else [written, *notes]
+    tables = "leaderboard.csv, leaderboard.md, leaderboard.tex"
+    written = f"{folder}: {PAGE}, {tables}, and {len(figures)} figures in {FIGURES}/."
+    return [written, *notes]
 
 
 def write_tables(rankings: Sequence[Ranking], folder: Path, note: str = "") -> None:
@@ -65,7 +71,7 @@ def write_tables(rankings: Sequence[Ranking], folder: Path, note: str = "") -> N
     """
     with readable_disk_errors("the leaderboard", folder):
         write_atomically(folder / "leaderboard.csv", _csv_text(rankings))
-        text = rankings_markdown(rankings) + tuned_markdown(tuned_pairs(rankings))
+        text = rankings_markdown(rankings, note) + tuned_markdown(tuned_pairs(rankings))
         write_atomically(folder / "leaderboard.md", text)
         write_atomically(folder / "leaderboard.tex", rankings_latex(rankings, note))
 

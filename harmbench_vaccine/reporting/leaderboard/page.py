@@ -101,20 +101,18 @@ FACETS = PLACE_FACETS | {"stage": "Acts in", "harmful_data": "Needs harmful data
 
 def write_page(
     folder: Path, rankings: Sequence[Ranking], runs: Path | None = None, missing: int = 0, answers: bool = False
-) -> Path:
-    """Write `index.html` into a folder, and return its path.
+) -> None:
+    """Write `index.html` into a folder.
 
     Args:
         folder: The folder, which exists.
         rankings: The rankings.
         runs: Folder of the run folders, which have more facts of a run than a CSV; None: only the rankings.
         missing: Number of runs that have no result yet.
-        answers: Include answers to harmful questions.
+        answers: Include answers to harmful questions, of the runs that have a folder.
     """
-    path = folder / PAGE
     with readable_disk_errors("the page of the leaderboard", folder):
-        write_atomically(path, render_page(rankings, runs, missing, answers))
-    return path
+        write_atomically(folder / PAGE, render_page(rankings, runs, missing, answers))
 
 
 def render_page(rankings: Sequence[Ranking], runs: Path | None = None, missing: int = 0, answers: bool = False) -> str:
