@@ -10,6 +10,7 @@ import click
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import home, user_path
 
+from .clusters import CLUSTER_OPTIONS, ClusterOptions, cluster_options, parse_limit, run_by_ray, submit_to_slurm
 from .completion import suite_name
 from .console import GroupedCommand, output_options, print_json, print_line, print_view, terminal_progress
 from .device import device_option
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 _OPTION_GROUPS = {
     "What to do": ("plan", "device_name", "show_status", "retry_failed"),
-    "Workers": ("workers", "device", "is_worker"),
+    "Workers": ("workers", "device", "is_worker", "time_limit"),
+    "Clusters": CLUSTER_OPTIONS,
     "Output": ("out", "as_json", "quiet", "verbose", "log_file"),
 }
 
@@ -53,6 +55,13 @@ _OPTION_GROUPS = {
     "--worker", "is_worker", is_flag=True, help="Be one worker, for job scripts: run stages, and print no results."
 )
 @click.option(
+    "--time-limit",
+    metavar="TIME",
+    callback=parse_limit,
+    help="With --worker: start only stages that end within this time, such as 08:00:00.",
+)
+@cluster_options
+@click.option(
     "--out",
     type=user_path,
     default=None,
@@ -69,6 +78,8 @@ def sweep(
     retry_failed: bool,
     workers: int | None,
     is_worker: bool,
+    time_limit: int | None,
+    cluster: ClusterOptions,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -89,6 +100,10 @@ def sweep(
         raise BadInput(f"{' and '.join(chosen)} cannot be combined: remove one of them.")
     if device_name and not plan:
         raise BadInput("--on applies to --plan only: add --plan, or remove --on.")
+    if time_limit and not is_worker:
+        raise BadInput("--time-limit applies to --worker only: add --worker, or remove --time-limit.")
+    if cluster.executor != "local" and (plan or show_status or is_worker):
+        raise BadInput(f"--executor {cluster.executor} cannot be combined with {chosen[0]}: remove one of them.")
     loaded = load_suite(suite)
     if plan:
         _print_plan(loaded, device_name, workers, as_json)
@@ -99,9 +114,11 @@ def sweep(
     if show_status:
         _print_status(opened, as_json)
     elif is_worker:
-        _work(opened)
+        _work(opened, time_limit)
+    elif cluster.executor == "slurm":
+        submit_to_slurm(opened, loaded, suite, workers, cluster, retry_failed, as_json)
     else:
-        _run(opened, suite, workers, retry_failed, as_json)
+        _run(opened, loaded, suite, workers, cluster, retry_failed, as_json)
 
 
 def _print_plan(suite: Suite, device_name: str | None, workers: int | None, as_json: bool) -> None:
@@ -128,26 +145,36 @@ def _print_status(sweep: Sweep, as_json: bool) -> None:
         print_view(status_view(status))
 
 
-def _work(sweep: Sweep) -> None:
+def _work(sweep: Sweep, time_limit: int | None) -> None:
     from harmbench_vaccine.sweeps.local import end_with_coordinator
-    from harmbench_vaccine.sweeps.shared_store import SharedStore
-    from harmbench_vaccine.sweeps.worker import work
+    from harmbench_vaccine.sweeps.remote import run_worker
 
     end_with_coordinator()
     with terminal_progress() as progress:
-        work(sweep.experiments, SharedStore(sweep.store, progress), sweep.runs, progress=progress)
+        run_worker(sweep, progress, time_limit=time_limit)
 
 
-def _run(sweep: Sweep, suite: str, workers: int | None, retry_failed: bool, as_json: bool) -> None:
+def _run(
+    sweep: Sweep,
+    suite: Suite,
+    name: str,
+    workers: int | None,
+    cluster: ClusterOptions,
+    retry_failed: bool,
+    as_json: bool,
+) -> None:
     """Run a sweep, write its table, print the finished runs, and fail if some are missing."""
     from harmbench_vaccine.reporting.result_views import results_table
     from harmbench_vaccine.sweeps.local import run_local
 
     with terminal_progress() as progress:
-        sweep.prepare(progress)
-        if retry_failed:
-            sweep.retry_failed()
-        run_local(sweep, suite, workers, progress)
+        if cluster.executor == "ray":
+            run_by_ray(sweep, suite, workers, cluster, retry_failed, progress)
+        else:
+            sweep.prepare(progress)
+            if retry_failed:
+                sweep.retry_failed()
+            run_local(sweep, name, workers, progress)
     results = sweep.results()
     table = sweep.write_outputs()
     if as_json:
