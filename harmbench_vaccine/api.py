@@ -76,7 +76,7 @@ def run(
     attack: PluginSpec | list[PluginSpec] = ...,
     *,
     task: PluginSpec | list[PluginSpec] = ...,
-    seed: int | Sequence[int] = ...,
+    seed: int | str | Sequence[int | str] = ...,
     **options: Unpack[RunOptions],
 ) -> list[Result]: ...
 
@@ -105,8 +105,9 @@ def run(
 ) -> Result | list[Result]:
     """Run experiments and store their results, as `hbv run` does. Stored stages are reused.
 
-    `defense`, `attack`, `task` and `seed` each take one value, or a list of values. With lists, every combination is
-    a run, in the order of the command line: task, seed, attack, defense. Instead of the defense, the first argument
+    `defense`, `attack`, `task` and `seed` each take one value, or a list of values. A text may list values too, as on
+    the command line: "ratio=0,0.05,0.1" for an attack, "0..4" for seeds. With several values, every combination is a
+    run, in the order of the command line: task, seed, attack, defense. Instead of the defense, the first argument
     can be a list of runs, each a mapping of `defense`, `attack`, `task`, `seed`, `protocol`, `model`, `data`,
     `scorers`, `values` and `backend` that overrides the other arguments.
 
@@ -115,7 +116,7 @@ def run(
             as `Vaccine(rho=5)`, or a tuple that composes several.
         attack: As `defense`, for the attack of the user.
         task: As `defense`, for the downstream task.
-        seed: Seed of all random draws.
+        seed: Seed of all random draws: a number, or a text such as "0..4".
         protocol: Name of a built-in protocol, or a YAML file.
         model: Hub id or folder that replaces the model of the protocol.
         data: Data set -> folder, file or Hub id that replaces that of the protocol.
@@ -133,7 +134,7 @@ def run(
         unknown: No other argument is allowed; the error names the nearest one.
 
     Returns:
-        One result; or a list of results if an argument is a list.
+        One result; or a list of results if an argument is a list, the seed is a text, or a text lists several values.
 
     Raises:
         BadInput: An unknown name, or a value that is not allowed.
@@ -170,7 +171,51 @@ def run(
                 report_to=_checked_trackers(report_to),
                 progress=receiver,
             )
-    return results if any(isinstance(arguments[name], list | range) for name in _AXES) else results[0]
+    is_list = any(isinstance(arguments[name], list | range) for name in _AXES) or isinstance(seed, str)
+    return results if is_list or len(results) > 1 else results[0]
+
+
+def sweep(
+    suite: str | Path,
+    *,
+    workers: int | None = None,
+    device: str | None = None,
+    out: str | Path | None = None,
+    retry_failed: bool = False,
+    progress: bool | Progress = True,
+) -> list[Result]:
+    """Run a suite on several workers of this machine, as `hbv sweep` does, and return all results in its order.
+
+    Args:
+        suite: Name of a suite that ships with the package, or a YAML file.
+        workers: Number of processes; None: one for each visible GPU, or one.
+        device: As in `run`.
+        out: Folder of the table, the costs and the logs; None: `$HBV_HOME/sweeps/NAME`.
+        retry_failed: Whether to try stages again that failed too often.
+        progress: Whether to show progress, or a receiver of it.
+
+    Raises:
+        BadInput: The suite does not exist, or one of its runs is not possible.
+        HbvError: Some runs have no result. Call again to go on.
+    """
+    workers = None if workers is None else checked_count("workers", workers)
+    retry_failed = checked_flag("retry_failed", retry_failed)
+    from .sweeps.local import run_local
+    from .sweeps.suite import load_suite
+    from .sweeps.sweep import Sweep
+
+    with library_defaults():
+        if device is not None:
+            select_device(str(device))
+        opened = Sweep.open(load_suite(str(suite)), home(), checked_path("out", out))
+        with restored_random_states(), _receiver(progress) as receiver:
+            opened.prepare(receiver)
+            if retry_failed:
+                opened.retry_failed()
+            run_local(opened, str(suite), workers, receiver)
+        opened.write_outputs()
+        opened.check_complete()
+    return opened.results()
 
 
 def results(path: str | Path | None = None) -> DataFrame:

@@ -121,6 +121,22 @@ class SeedRange(click.IntRange):
         return "0<=x<2**63"  # click prints 19 digits
 
 
+class SeedList(click.ParamType):
+    """Seeds of one option: a number, a range such as 0..4, or several of both with commas."""
+
+    name = "seeds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Return the seeds.
+
+        Raises:
+            BadInput: A part is not a seed and not a range of seeds.
+        """
+        from harmbench_vaccine.experiment.spec_lists import parse_seeds
+
+        return parse_seeds(str(value), param.opts[0] if param else "Seed")
+
+
 def terminal_width(*, err: bool = False) -> int | None:
     """Return the number of columns of the terminal; None if stdout, or stderr, is not a terminal."""
     from rich.console import Console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +16,7 @@ from .completion import plugin_names, protocol_name
 from .console import (
     FiniteRange,
     GroupedCommand,
-    SeedRange,
+    SeedList,
     SuggestingChoice,
     is_verbose,
     output_options,
@@ -47,7 +48,7 @@ _OPTION_GROUPS = {
     multiple=True,
     default=["sft"],
     metavar="SPEC",
-    help="vaccine, vaccine:rho=5, vaccine+ewc, ./my_idea.py. Repeatable. [default: sft]",
+    help="vaccine, vaccine:rho=5, vaccine:rho=1,5, vaccine+ewc, ./my_idea.py. Repeatable. [default: sft]",
 )
 @click.option(
     "--attack",
@@ -56,7 +57,7 @@ _OPTION_GROUPS = {
     multiple=True,
     default=["ratio=0"],
     metavar="SPEC",
-    help="ratio=0.1, ratio=0.1,samples=500. Repeatable. [default: ratio=0, a benign user]",
+    help="ratio=0.1, ratio=0,0.05,0.1, ratio=0.1,samples=500. Repeatable. [default: ratio=0, a benign user]",
 )
 @click.option(
     "--task",
@@ -71,10 +72,10 @@ _OPTION_GROUPS = {
     "--seed",
     "seeds",
     multiple=True,
-    type=SeedRange(),
-    default=[0],
+    type=SeedList(),
+    default=["0"],
     metavar="N",
-    help="Seed of all random draws. Repeatable. [default: 0]",
+    help="Seed of all random draws: 3, 0..4 or 0,2..4. Repeatable. [default: 0]",
 )
 @click.option(
     "--protocol",
@@ -166,7 +167,7 @@ def run(
     defenses: tuple[str, ...],
     attacks: tuple[str, ...],
     tasks: tuple[str, ...],
-    seeds: tuple[int, ...],
+    seeds: tuple[list[int], ...],
     protocol: str,
     model: str | None,
     data: tuple[str, ...],
@@ -187,12 +188,13 @@ def run(
 ) -> None:
     """Run defenses against attacks and print their scores.
 
-    Every combination of defense, attack, task and seed is one run and one row of the table. Runs share their stages,
-    and a stored stage is reused. To resume after an interruption, repeat the same command.
+    Every combination of defense, attack, task and seed is one run and one row of the table. A parameter may list
+    several values, and seeds may be ranges. Runs share their stages, and a stored stage is reused. To resume after an
+    interruption, repeat the same command.
 
     \b
     Example: hbv run --defense sft --defense vaccine:rho=5 --attack ratio=0.1
-    Two seeds: hbv run --defense vaccine --attack ratio=0.1 --seed 0 --seed 1
+    Lists and ranges: hbv run --defense vaccine:rho=1,5 --attack ratio=0,0.1 --seed 0..4
     Several GPUs: torchrun --nproc-per-node N -m harmbench_vaccine run ...
     """
     from harmbench_vaccine.experiment.spec_lists import combine_specs
@@ -201,7 +203,7 @@ def run(
         defenses,
         attacks,
         tasks,
-        seeds,
+        chain.from_iterable(seeds),
         protocol=protocol,
         model=model,
         scorers=scorers,

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from harmbench_vaccine.core.errors import shortened
 from harmbench_vaccine.plugins.composition import Component, Composition
 
+SEED_LIMIT = 2**63
+"""The number after the largest seed."""
+
 
 class RunSpec(BaseModel):
     """One run: a model, a defense, an attack and a task, under a protocol, with a seed.
@@ -23,7 +26,7 @@ class RunSpec(BaseModel):
     attack: Composition = (Component(name="ratio", params={"": "0"}),)
     task: str | Composition = "sst2"
     """As the user wrote it: a name with parameters, or a data file; or one component."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
     model: str | None = None
     """A Hub id or a folder; None: the model of the protocol."""
     scorers: tuple[str | Component, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -11,18 +12,21 @@ from pydantic import ValidationError
 
 from harmbench_vaccine.core.errors import BadInput, shortened
 from harmbench_vaccine.inference.engine import Backend
-from harmbench_vaccine.plugins.composition import Component
+from harmbench_vaccine.plugins.composition import Component, expand_range, expand_values
 from harmbench_vaccine.plugins.python_specs import PluginSpec, parse_specification
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS
 
-from .spec import RunSpec, first_validation_error
+from .spec import SEED_LIMIT, RunSpec, first_validation_error
+
+MOST_RUNS = 100_000
+"""Allowed number of combinations of a command or a call."""
 
 
 def combine_specs(
     defenses: Iterable[PluginSpec],
     attacks: Iterable[PluginSpec],
     tasks: Iterable[PluginSpec],
-    seeds: Iterable[int],
+    seeds: Iterable[int | str],
     *,
     protocol: str | Path = "testbed",
     model: str | Path | None = None,
@@ -34,10 +38,11 @@ def combine_specs(
     """Return one specification for every combination, in the order of the table: by task, seed, attack, defense.
 
     Args:
-        defenses: Each a text such as `vaccine:rho=5`, a class, an object, or a tuple that composes several.
+        defenses: Each a text such as `vaccine:rho=5`, a class, an object, or a tuple that composes several. A text that
+            lists several values, such as `vaccine:rho=1,5`, is one defense for each of them.
         attacks: As `defenses`.
-        tasks: As `defenses`; a text may also be the path of a data file.
-        seeds: Seeds of all random draws.
+        tasks: Each a text, a class or an object; a text may also be the path of a data file.
+        seeds: Seeds of all random draws: numbers, or texts such as `0..4`.
         protocol: Name of a built-in protocol, or a YAML file.
         model: Hub id or folder that replaces the model of the protocol.
         data: Data set -> folder, file or Hub id.
@@ -46,8 +51,15 @@ def combine_specs(
         backend: The engine that generates answers.
 
     Raises:
-        BadInput: A specification cannot be parsed, or an argument has a wrong type.
+        BadInput: A specification cannot be parsed, an argument has a wrong type, or there are too many combinations.
     """
+    numbers = [
+        number for seed in seeds for number in (parse_seeds(seed, "Argument seed") if isinstance(seed, str) else [seed])
+    ]
+    listed_defenses, listed_attacks = expand_specifications(defenses), expand_specifications(attacks)
+    listed_tasks = list(tasks)
+    if (runs := len(listed_tasks) * len(numbers) * len(listed_attacks) * len(listed_defenses)) > MOST_RUNS:
+        raise BadInput(f"The lists of values give {runs} runs; allowed: at most {MOST_RUNS}. Shorten the lists.")
     judges = [
         component
         for scorer in scorers
@@ -64,16 +76,49 @@ def combine_specs(
                 model=None if model is None else str(model),
                 scorers=tuple[str | Component, ...](judges),
                 data={name: str(path) for name, path in (data or {}).items()},
-                values={path: _yaml_text(value) for path, value in (values or {}).items()},
+                values={path: yaml_text(value) for path, value in (values or {}).items()},
                 backend=backend,
             )
-            for task, seed, attack, defense in product(tasks, seeds, attacks, defenses)
+            for task, seed, attack, defense in product(listed_tasks, numbers, listed_attacks, listed_defenses)
         ]
     except ValidationError as error:
         raise BadInput(f"Argument {first_validation_error(error)}") from error
 
 
-def _yaml_text(value: Any) -> str:
+def expand_specifications(written: Iterable[PluginSpec]) -> list[PluginSpec]:
+    """Return one specification for every combination of the values that each text lists.
+
+    Raises:
+        BadInput: A range is not allowed, or a text lists too many combinations.
+    """
+    return [specification for each in written for specification in _expand_specification(each)]
+
+
+def _expand_specification(written: PluginSpec) -> Sequence[PluginSpec]:
+    if isinstance(written, str):
+        return expand_values(written)
+    return list(product(*map(_expand_specification, written))) if isinstance(written, tuple) else [written]
+
+
+def parse_seeds(text: str, of: str) -> list[int]:
+    """Return the seeds of a text such as `3`, `0..4` or `0,2..4`.
+
+    Args:
+        text: The text.
+        of: What the text is the value of, for the error.
+
+    Raises:
+        BadInput: A part is not a seed and not a range of seeds.
+    """
+    numbers = [number.strip() for part in text.split(",") for number in expand_range(part, of)]
+    for number in numbers:
+        if not (re.fullmatch(r"[0-9]{1,19}", number) and int(number) < SEED_LIMIT):
+            allowed = "whole numbers from 0 to 2**63 - 1, and ranges such as 0..4"
+            raise BadInput(f"{of} is {shortened(number)!r}; allowed: {allowed}.")
+    return list(map(int, numbers))
+
+
+def yaml_text(value: Any) -> str:
     """Return a value as `--set` takes it.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from itertools import product
@@ -54,7 +55,8 @@ def parse_plugins(text: str) -> Composition:
 
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"(\d{1,19})\.\.(\d{1,19})")
+_RANGE_OF_ANY_NUMBERS = re.compile(r"(?=.*\d)[-+.\deE]*\.\.[-+.\deE]*")
 _MOST_VALUES = 10_000
 
 
@@ -65,25 +67,29 @@ def expand_values(text: str) -> list[str]:
     `ratio=0,samples=500` and `ratio=0.05,samples=500`. `1..3` is 1, 2 and 3.
 
     Raises:
-        BadInput: A range is empty or too long.
+        BadInput: A range is not one of whole numbers, or there are too many combinations.
     """
-    parts = [_expand_part(part, text) for part in re.split(r"\+(?!\d)", text)]
-    return ["+".join(combination) for combination in product(*parts)]
+    parts = [_listed_values(part, text) for part in re.split(r"\+(?!\d)", text)]
+    combinations = math.prod(len(values) for items in parts for values in items)
+    if combinations > _MOST_VALUES:
+        raise BadInput(f"{shortened(text)!r} lists {combinations} combinations; allowed: at most {_MOST_VALUES}.")
+    composed = product(*([",".join(items) for items in product(*part)] for part in parts))
+    return list(dict.fromkeys("+".join(part) for part in composed))
 
 
-def _expand_part(part: str, text: str) -> list[str]:
-    """Expand one plug-in of a composition."""
-    choices: list[list[str]] = []
+def _listed_values(part: str, text: str) -> list[list[str]]:
+    """Return `name=VALUE` with every listed value, for each parameter of one plug-in of a composition."""
+    parameters: list[list[str]] = []
     prefix = ""
     for item in part.split(","):
         value = item.strip()
-        if prefix and (_NUMBER.fullmatch(value) or _RANGE.fullmatch(value)):
-            choices[-1] += [prefix + each for each in expand_range(value, text)]
+        if prefix and (_NUMBER.fullmatch(value) or _RANGE_OF_ANY_NUMBERS.fullmatch(value)):
+            parameters[-1] += [prefix + each for each in expand_range(value, text)]
             continue
         name, equals, value = item.rpartition("=")
         prefix = name + equals
-        choices.append([prefix + each for each in expand_range(value, text)])
-    return [",".join(combination) for combination in product(*choices)]
+        parameters.append([prefix + each for each in expand_range(value, text)])
+    return parameters
 
 
 def expand_range(text: str, of: str) -> list[str]:
@@ -94,16 +100,17 @@ def expand_range(text: str, of: str) -> list[str]:
         of: The text that contains it, for the error.
 
     Raises:
-        BadInput: The range is empty or too long.
+        BadInput: The range is empty or too long, or its ends are not whole numbers.
     """
-    match = _RANGE.fullmatch(text.strip())
-    if not match:
+    written = text.strip()
+    if not _RANGE_OF_ANY_NUMBERS.fullmatch(written):
         return [text]
-    first, last = map(int, match.groups())
+    match = _RANGE.fullmatch(written)
+    first, last = map(int, match.groups()) if match else (0, -1)
     if not first <= last < first + _MOST_VALUES:
         raise BadInput(
-            f"Range {text.strip()!r} of {shortened(of)!r} is empty or has more than {_MOST_VALUES} values. "
-            "Write FIRST..LAST, for example 0..4."
+            f"Range {shortened(written)!r} of {shortened(of)!r} is not allowed: write FIRST..LAST with whole numbers, "
+            f"for example 0..4, and at most {_MOST_VALUES} of them; separate other numbers by commas."
         )
     return [str(number) for number in range(first, last + 1)]
 
