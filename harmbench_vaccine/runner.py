@@ -20,7 +20,7 @@ from .evaluation.result import Result
 from .evaluation.results_csv import check_csv
 from .evaluation.verdicts import known_judges, scorer_models
 from .experiment.context import RunContext
-from .experiment.experiment import Experiment
+from .experiment.experiment import Experiment, settle_all
 from .experiment.protocol import protocol_models
 from .experiment.rows import check_rows, data_locations
 from .experiment.spec import RunSpec
@@ -67,7 +67,7 @@ def run_all(
         BadInput: A spec names something that does not exist, or a folder is not writable.
         HbvError: A failure while running.
     """
-    experiments = [Experiment.settle(spec) for spec in specs]
+    experiments = settle_all(specs)
     _check_outputs(out, table, check_writable)
     check_trackers(report_to)
     models = ModelPool(progress, gradient_checkpointing, shard, gpu_memory or GPU_MEMORY)
@@ -125,7 +125,7 @@ def plan_all(
     Models and rows that are not on this machine are not checked, and neither are those of runs whose stages are all
     stored. Arguments and errors are those of `run_all`.
     """
-    experiments = [Experiment.settle(spec) for spec in specs]
+    experiments = settle_all(specs)
     _check_outputs(out, table, check_writable)
     check_trackers(report_to)
     _check_locations(experiments, shard, is_available)

@@ -38,6 +38,7 @@ _NAMED_VALUES: dict[str, Registry[Any]] = {
     "answer.items": TASKS,
 }
 """Values of a protocol that are named by plug-ins: dotted path -> the registry of the names."""
+_TRAIN_SETTINGS = TypeAdapter(TrainSettings)
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,18 @@ class Experiment:
     """The prompt format of the evaluation sets."""
 
     @classmethod
-    def settle(cls, spec: RunSpec) -> Experiment:
+    def settle(cls, spec: RunSpec, written: Protocol | None = None) -> Experiment:
         """Find and construct every plug-in, resolve every parameter, and configure every stage.
+
+        Args:
+            spec: The specification.
+            written: The protocol that it names; None: load it.
 
         Raises:
             BadInput: An unknown name, a value out of range, or plug-ins that cannot act together.
         """
-        written = load_protocol(spec.protocol)
-        protocol = written.replaced(spec.values)
+        written = written or load_protocol(spec.protocol)
+        protocol = written.replaced(spec.values) if spec.values else written
         for name in spec.data:
             protocol.location(name)
         protocol = protocol.model_copy(update={"data": {**protocol.data, **spec.data}})
@@ -187,6 +192,21 @@ class Experiment:
         return locations[dataset] if dataset in locations else self.protocol.location(dataset)
 
 
+def settle_all(specs: Sequence[RunSpec]) -> list[Experiment]:
+    """Settle specifications, and read each protocol only once.
+
+    Raises:
+        BadInput: The first specification that is not possible.
+    """
+    protocols: dict[str, Protocol] = {}
+    experiments = []
+    for spec in specs:
+        if spec.protocol not in protocols:
+            protocols[spec.protocol] = load_protocol(spec.protocol)
+        experiments.append(Experiment.settle(spec, protocols[spec.protocol]))
+    return experiments
+
+
 def _configure(
     name: StageName,
     defenses: Sequence[Defense],
@@ -224,8 +244,9 @@ def _check_changed_names(written: Protocol, experiment: Experiment) -> None:
     for path, registry in _NAMED_VALUES.items():
         before, after = (attrgetter(path)(protocol) for protocol in (written, experiment.protocol))
         for name in after:
-            is_file = name in used and name not in registry.entries()  # checked when it was constructed
-            if after[name] != before.get(name) and not is_file:
+            if after[name] == before.get(name):
+                continue
+            if name in registry.entries() or name not in used:  # that of a file was checked when it was constructed
                 cls = registry.get(name)
                 if path == f"{cls.kind}s":
                     resolve_params(cls, {}, after[name])
@@ -234,7 +255,7 @@ def _check_changed_names(written: Protocol, experiment: Experiment) -> None:
 def _checked_settings(stage: StageName, settings: TrainSettings) -> TrainSettings:
     """Refuse settings that the hooks of defenses and attacks changed to values outside their ranges."""
     try:
-        return TypeAdapter(TrainSettings).validate_python(asdict(settings))
+        return _TRAIN_SETTINGS.validate_python(asdict(settings))
     except ValidationError as error:
         reason = first_validation_error(error)
         raise BadInput(f"A defense or an attack changes a setting of stage {stage!r}: {reason}") from error
