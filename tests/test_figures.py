@@ -184,6 +184,7 @@ def test_drift_of_each_layer(tmp_path: Path) -> None:
     panels = [axes for axes in plot_layers(grid, drifts).axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in panels] == ["sft", "vaccine"]
     assert len(panels[1].lines) == len(RATIOS) + 1  # with the baseline
+    assert all(axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 9 for axes in panels)
 
 
 def write_run_folder(folder: Path, run: Result) -> None:
@@ -355,8 +356,9 @@ def test_a_suite_reads_its_finished_runs(tmp_path: Path, own_home: Path) -> None
         write_run_folder(own_home / "runs" / name, run)
     done = hbv("leaderboard", suite, "--out", tmp_path / "out", home=own_home)
     assert done.code == 0, done.err
-    assert "5 of 8 runs" in done.out
-    assert "5 of 8 runs" in (tmp_path / "out" / "leaderboard.tex").read_text(encoding="utf-8")
+    assert "5 of 8 runs" in done.err
+    for name in ("leaderboard.md", "leaderboard.tex"):
+        assert "5 of 8 runs" in (tmp_path / "out" / name).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

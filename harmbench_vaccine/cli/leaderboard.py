@@ -12,7 +12,7 @@ import click
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.paths import home, user_path
 
-from .console import print_json, print_line, print_view
+from .console import print_json, print_line, print_view, print_warning
 
 if TYPE_CHECKING:
     from harmbench_vaccine.evaluation.results_csv import ResultRow
@@ -62,6 +62,8 @@ def leaderboard(
         raise BadInput("--answers needs --out DIR: the answers are part of the page.")
     rows, missing = _read_sources(sources or (str(home() / "results.csv"),))
     rankings = rank_rows(rows, baseline, published)
+    if missing:
+        print_warning(f"{len(rows)} of {len(rows) + missing} runs have a result. Add the others with `hbv sweep`.")
     notes = write_rankings(rankings, out, home() / "runs", missing, answers) if out else []
     if as_json:
         print_json(finite(ranking_rows(rankings)))

@@ -63,10 +63,14 @@ def rankings_view(rankings: Sequence[Ranking]) -> RenderableType:
     return TableGroup(*parts)
 
 
-def rankings_markdown(rankings: Sequence[Ranking]) -> str:
-    """Return rankings as a Markdown page."""
+def rankings_markdown(rankings: Sequence[Ranking], note: str = "") -> str:
+    """Return rankings as a Markdown page; the title has a note such as "12 of 90 runs"."""
     columns = _columns(rankings[0].baseline)
-    lines = ["# Leaderboard", "", *(f"- {column.title}: {column.legend}." for column in columns if column.legend)]
+    lines = [
+        f"# Leaderboard{note and f': {note}'}",
+        "",
+        *(f"- {column.title}: {column.legend}." for column in columns if column.legend),
+    ]
     for ranking in rankings:
         lines += ["", f"## {markdown_text(ranking.title)}", "", markdown_row([column.title for column in columns])]
         lines += [markdown_row(["---:" if column.right else "---" for column in columns])]
