@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from support.results import DEFAULTS, collapsed, make_result, write_csv
 
 COMMANDS = {
     *("begin", "end", "centering", "small", "scriptsize", "setlength", "tabcolsep", "caption", "label", "multicolumn"),
-    *("toprule", "midrule", "bottomrule", "cmidrule", "textbf", "textsuperscript", "textdagger", "textdaggerdbl"),
+    *("toprule", "midrule", "bottomrule", "cmidrule", "textbf", "textsuperscript", "dagger", "ddagger"),
     *("textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater", "textbar"),
 }
 TOKEN = re.compile(r"\\(?:[A-Za-z]+|.)|%.*|[{}&$#_^~]|[^\\%{}&$#_^~]+", re.DOTALL)
@@ -56,9 +58,9 @@ def tables(text: str) -> list[list[list[str]]]:
     tabulars = re.findall(r"\\begin\{tabular\}\{(\w+)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL)
     result = []
     for columns, body in tabulars:
-        lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+        lines = re.findall(r"^(.*)\\\\(?:\[2pt\])?$", body, re.MULTILINE)
         assert len(lines) + 4 == len(body.splitlines())  # three rules, and one line of partial rules
-        rows = [re.split(r"(?<!\\)&", line.removesuffix(r"\\")) for line in lines]
+        rows = [re.split(r"(?<!\\)&", line) for line in lines]
         for row in rows:
             spans = (int(match[1]) if (match := re.search(r"\\multicolumn\{(\d+)\}", cell)) else 1 for cell in row)
             assert sum(spans) == len(columns)
@@ -106,11 +108,11 @@ def test_best_scores_tie_groups_and_marks(tmp_path: Path) -> None:
     assert rows["lisa"][3:5] == [r"\textbf{6.0}\textsuperscript{a}", "96.0"]
     assert rows["vaccine"][3:5] == [r"80.5\textsuperscript{b}", "97.0"]
     assert rows["sft"][3:5] == [r"82.0\textsuperscript{b}", r"\textbf{98.0}"]
-    assert rows["empty"][3:5] == [r"0.0\textsuperscript{\textdaggerdbl}", "99.0"]
-    assert rows["dead"][3:5] == [r"0.0\textsuperscript{\textdagger}", "10.0"]
+    assert rows["empty"][3:5] == [r"0.0\textsuperscript{$\ddagger$}", "99.0"]
+    assert rows["dead"][3:5] == [r"0.0\textsuperscript{$\dagger$}", "10.0"]
     assert rows["lisa"][5:] == [r"\textbf{4.0}", "97.0"]
     assert rows["sft"][5:] == ["42.0", r"\textbf{98.0}"]
-    assert rows["empty"][5] == r"1.0\textsuperscript{\textdaggerdbl}"
+    assert rows["empty"][5] == r"1.0\textsuperscript{$\ddagger$}"
 
 
 def test_intervals_are_rounded_outward(tmp_path: Path) -> None:
@@ -163,11 +165,23 @@ def test_missing_runs_are_in_the_caption(tmp_path: Path) -> None:
     assert "; 10 of 12 runs." in rankings_latex(rank(tmp_path, *GRID), "10 of 12 runs")
 
 
+NAME = r"\input{x} & 50% #1 $a_b^c$ ~[y] <z> -- \\"
+
+
 def test_hostile_names(tmp_path: Path) -> None:
-    name = r"\input{x} & 50% #1 $a_b^c$ ~[y] \\"
-    runs = [result("sft", 0, 50), make_result(defense=name, attack="ratio=0.1", task="a_b", model="{", seed=0)]
+    runs = [result("sft", 0, 50), make_result(defense=NAME, attack="ratio=0.1", task="a_b", model="{", seed=0)]
     for table in tables(rankings_latex(rank(tmp_path, *runs))):
         assert len(table) == 4
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_tables_compile(tmp_path: Path) -> None:
+    runs = [*GRID, *(result(NAME, 0, 50, p=number / 10) for number in range(8))]
+    (tmp_path / "leaderboard.tex").write_text(rankings_latex(rank(tmp_path, *runs)), encoding="utf-8")
+    document = r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{leaderboard}\end{document}"
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", document]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 @given(st.text(max_size=40))

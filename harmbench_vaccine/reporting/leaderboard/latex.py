@@ -30,7 +30,7 @@ _ESCAPES = {
     **{character: rf"\{character}" for character in "&%$#_{}"},
 }
 _SPECIAL = re.compile("|".join(map(re.escape, sorted(_ESCAPES, key=len, reverse=True))))
-_MARKS = {"collapsed": r"\textdagger", "hollow": r"\textdaggerdbl"}
+_MARKS = {"collapsed": r"$\dagger$", "hollow": r"$\ddagger$"}
 _SCORES = {"harmful_score": min, "finetune_accuracy": max}
 """The scores of a pair of columns, each with the function that selects the better of two."""
 _MOST_PAIRS = 6
@@ -130,7 +130,7 @@ class _Table:
             scores += [self._average(defense, score) for score in _SCORES]
             intervals += ["", ""]
         yield " & ".join(scores) + r" \\"
-        yield " & ".join(intervals).rstrip() + r" \\"
+        yield " & ".join(intervals).rstrip() + r" \\[2pt]"
 
     def _score(self, cell: Cell, column: str, score: str) -> str:
         text = f"{cell[score]:.1f}"
