@@ -79,7 +79,7 @@ def plot_layers(grid: Grid, drifts: LayerDrifts, note: str = "") -> Figure:
                 axes.plot(range(1, len(blocks) + 1), blocks, color=color, marker="o", markersize=3)
         axes.set_title(short_name(name), fontsize=8.5, loc="left")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(bottom=0)
+    panels[0].set_ylim(bottom=0)  # of all panels, after the last one was drawn
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     figure.legend(handles=_legend(grid, colors), loc="outside lower left", ncols=len(columns) + 1, fontsize=8)
@@ -94,8 +94,8 @@ def _shades(columns: Sequence[str]) -> dict[str, str]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
-    shades = colormaps["viridis_r"](np.linspace(0.25, 0.95, len(columns)))
-    return dict(zip(columns, map(to_hex, shades), strict=True))
+    shades = colormaps["viridis"](np.linspace(0.05, 0.7, len(columns)))
+    return dict(zip(reversed(columns), map(to_hex, shades), strict=True))
 
 
 def _legend(grid: Grid, colors: Mapping[str, str]) -> list[Line2D]:

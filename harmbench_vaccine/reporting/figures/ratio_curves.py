@@ -35,7 +35,7 @@ _MOST_LINES = len(LINE_STYLES)
 """Lines that a reader can distinguish in one panel, without the baseline."""
 _LEAST_RANGE = 10.0
 """Points of a score that an axis shows at least."""
-_COLUMNS = 7
+_COLUMNS = 6
 _LOG_RANGE = 30.0
 """Ratio of the largest to the smallest value above which an axis is logarithmic."""
 
@@ -85,14 +85,14 @@ def plot_causes(grid: Grid, note: str = "") -> Figure:
 def _plot(grid: Grid, quantities: Sequence[_Quantity], title: str, note: str) -> Figure:
     details = grid.title, note, _marks_legend(grid)
     if len([name for name in grid.defenses if name != grid.baseline]) <= _MOST_LINES:
-        figure = new_figure(10.5, 4.2, title, *details)
+        figure = new_figure(8.8, 3.8, title, *details)
         for axes, quantity in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
             _overlay(axes, grid, quantity)
         return figure
     rows = math.ceil(len(grid.defenses) / _COLUMNS)
     together = all(quantity.is_percent for quantity in quantities)
     blocks = [quantities] if together else [[quantity] for quantity in quantities]
-    figure = new_figure(10.5, 0.9 + len(blocks) * (0.5 + 1.45 * rows), title, *details)
+    figure = new_figure(9.2, 0.9 + len(blocks) * (0.3 + 1.25 * rows), title, *details)
     parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
     for part, block in zip(parts, blocks, strict=True):
         _small_panels(part, grid, block, rows)
@@ -124,7 +124,7 @@ def _overlay(axes: Axes, grid: Grid, quantity: _Quantity) -> None:
         ends = [(p, y) for p, y in zip(grid.ratios, _values(grid, name, quantity), strict=True) if _is_drawn(axes, y)]
         if ends:
             labels.append(Label(*ends[-1], short_name(name), styles.get(name, BASELINE_STYLE)[0]))
-    write_labels(axes, labels, height=3.0)
+    write_labels(axes, labels, height=2.6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
