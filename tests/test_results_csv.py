@@ -94,14 +94,17 @@ def test_a_missing_or_empty_file_has_no_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda lines: [lines[0], lines[1] + ",x,y", lines[2]], "line 2 has 45 fields, but the header has 43"),
+        (
+            lambda lines: [lines[0], lines[1] + ",x,y", lines[2]],
+            f"line 2 has {len(COLUMNS) + 2} fields, but the header has {len(COLUMNS)}",
+        ),
         (lambda lines: [lines[0], lines[1] + lines[2]], "line 2 has damaged quotes"),
-        (lambda lines: [lines[0], lines[1] + "," + lines[2]], "line 2 has 86 fields"),
+        (lambda lines: [lines[0], lines[1] + "," + lines[2]], f"line 2 has {2 * len(COLUMNS)} fields"),
         (lambda lines: [lines[0], lines[1][:-5], lines[2]], "line 2 has damaged quotes"),
         (lambda lines: [lines[0], lines[1][:60], lines[2]], "line 2 has"),
         (lambda lines: [lines[0], lines[1], "", '"' + lines[2]], "line 4 has damaged quotes"),
         (lambda lines: [lines[0], '"one\n1"' + lines[1][3:], lines[2]], "line 2 has damaged quotes"),
-        (lambda lines: [lines[0], lines[1], lines[2][: lines[2].rindex(",")]], "line 3 has 42 fields"),
+        (lambda lines: [lines[0], lines[1], lines[2][: lines[2].rindex(",")]], f"line 3 has {len(COLUMNS) - 1} fields"),
         (lambda lines: [line.replace(",", ";") for line in lines], "other separators than commas"),
         (lambda lines: lines[1:], "has other columns than a CSV of results"),
         (lambda lines: [lines[0].replace("scorer", "model"), *lines[1:]], "has the column 'model' twice"),
