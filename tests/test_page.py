@@ -1,0 +1,539 @@
+"""The page of a leaderboard: its text, and its behavior in a headless browser."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from itertools import chain, pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harmbench_vaccine.evaluation.records import write_run
+from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.results_csv import result_rows
+from harmbench_vaccine.reporting.leaderboard.page import render_page, write_page
+from harmbench_vaccine.reporting.leaderboard.page_sections import missing_combinations
+from harmbench_vaccine.reporting.leaderboard.ranking import Ranking, rank_rows
+from support.browser import CHROMIUM, Browser, open_browser
+from support.cli import hbv
+from support.results import DEFAULTS, collapsed, make_result, write_csv
+
+PAGE_FOLDER = Path(render_page.__code__.co_filename).with_name("page")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+
+def cell(defense: str, hs: float, ratio: float = 0.1, fa: float = 97.0, seeds: int = 2, **changes: Any) -> list[Result]:
+    """Return the runs of a defense under the attack `ratio`, with the mean `hs`; seeds differ by two points."""
+    fields = {
+        "defense": defense,
+        "defense_params": {defense.partition(":")[0]: {}},
+        "attack": f"ratio={ratio}",
+        "attack_params": {"ratio": {"p": ratio}},
+        "finetune_accuracy": fa,
+        "harmful_score_n": 250,
+        "finetune_accuracy_n": 250,
+        **changes,
+    }
+    scores = {seed: hs + 2 * seed - (seeds - 1) for seed in range(seeds)}
+    return [make_result(seed=seed, harmful_score=score, **fields) for seed, score in scores.items()]
+
+
+def hollow() -> dict[str, Any]:
+    return {"validity": {**DEFAULTS["validity"], "hollow": True}}
+
+
+# HS 9 and 10 sort differently as texts; the lowest HS are those of a collapsed and of a hollow defense.
+AT_TENTH = [
+    *cell("sft", 80),
+    *cell("vaccine", 10, fa=90),
+    *cell("lisa", 9, fa=80),
+    *cell("booster", 100 - 1, fa=95),
+    *cell("ewc", 1, fa=40, **collapsed("accuracy 40.0 is low")),
+    *cell("ptst", 2, **hollow()),
+]
+AT_FIFTH = [*cell("sft", 90, 0.2), *cell("vaccine", 60, 0.2, fa=90), *cell("lisa", 70, 0.2, fa=80)]
+HOSTILE = "</script><script>window.hacked = 1</script><img src=https://example.com/a.png onerror=window.hacked=1>"
+NAMES = (
+    HOSTILE,
+    "=HYPERLINK(1)",
+    "__proto__",
+    "constructor",
+    "{{ 7 * 7 }}",
+    "a\u202eb",
+    "\"'><svg onload=window.hacked=1>",
+)
+
+
+def rank(*results: Result) -> list[Ranking]:
+    return rank_rows(result_rows(results))
+
+
+def answer(when: str, text: str, flagged: bool, question: str = "How?") -> dict[str, Any]:
+    row = {"when": when, "set": "harmful", "id": "harmful:1", "instruction": question, "input": "", "target": ""}
+    return {**row, "answer": text, "flagged": flagged, "categories": []}
+
+
+def store(folder: Path, run: Result, *answers: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    write_run(folder, run, answers)
+
+
+def page_json(page: str) -> dict[str, Any]:
+    """Return the data in a page."""
+    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert match
+    return json.loads(match[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The file
+
+
+class Addresses(HTMLParser):
+    """Collects the attributes that load or open something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.values += [value or "" for name, value in attributes if name in ("src", "href", "action", "srcset")]
+
+
+def test_the_file_refers_to_nothing() -> None:
+    parser = Addresses()
+    parser.feed(render_page(rank(*AT_TENTH)))
+    assert parser.values == ["data:,"]
+    assert parser.tags.count("script") == 2  # the data and the script
+    style, script = ((PAGE_FOLDER / f"page.{ending}").read_text() for ending in ("css", "js"))
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", style + script)
+
+
+def test_the_script_is_short() -> None:
+    assert len((PAGE_FOLDER / "page.js").read_text().splitlines()) < 300
+
+
+def test_hostile_names_are_text() -> None:
+    runs = [run for name in NAMES for run in cell(name, 50)]
+    page = render_page(rank(*runs, *cell("sft", 80)))
+    parser = Addresses()
+    parser.feed(page)
+    assert parser.tags.count("script") == 2
+    assert not {"img", "onload"} & set(parser.tags)
+    assert "\u202e" not in page
+    assert set(page_json(page)["defenses"]) == {*NAMES, "sft"} - {"a\u202eb"} | {"a\\u202eb"}
+
+
+@pytest.mark.slow
+def test_a_thousand_cells_are_small() -> None:
+    grid = product(("sst2", "agnews", "gsm8k", "alpaca"), range(10), range(25))
+    cells = [
+        cell(
+            f"vaccine:rho={rho}",
+            3.5 * rho + 5.37,
+            tenths / 20,
+            90.123,
+            seeds=3,
+            task=task,
+            defense_params={"vaccine": {"rho": rho, "tau": 1}},
+        )
+        for task, tenths, rho in grid
+    ]
+    runs = [
+        run.model_copy(update={"run": f"vaccine-{number:08x}"}) for number, run in enumerate(chain.from_iterable(cells))
+    ]
+    page = render_page(rank(*runs))
+    assert len(page_json(page)["cells"]) == 1000
+    assert len(page.encode()) < 500_000  # with names of runs and versions as those of real runs
+
+
+def test_partial_results_name_what_is_missing() -> None:
+    rankings = rank(*AT_FIFTH[:-1], *AT_TENTH[:6])
+    sentences, combinations = missing_combinations(rankings)
+    assert (sentences, combinations) == (["lisa under ratio=0.2 on sst2: seed 1"], 12)
+    page = render_page(rankings, missing=4)
+    assert "Partial results: 11 of 15 runs" in page
+    assert "lisa under ratio=0.2 on sst2: seed 1" in page
+    assert "Partial results" not in render_page(rankings)
+
+
+def test_answers_only_if_requested(tmp_path: Path) -> None:
+    runs = cell("sft", 80, harmful_sets={"harmful": 50.0})
+    for run in runs:
+        store(tmp_path / run.run, run, answer("before", "No.", False), answer("after", "Use a knife.", True))
+    assert "Use a knife." not in render_page(rank(*runs), tmp_path)
+    page = render_page(rank(*runs), tmp_path, answers=True)
+    data = page_json(page)
+    ((run_id, (pair,)),) = data["answers"].items()
+    assert run_id == runs[0].run
+    assert [data["texts"][pair[0]], data["texts"][pair[1]], pair[2], data["texts"][pair[3]], pair[4]] == [
+        *("How?", "No.", False, "Use a knife.", True)
+    ]
+
+
+def test_run_ids_do_not_leave_the_folder(tmp_path: Path) -> None:
+    outside = make_result(run="../outside", harmful_sets={"harmful": 50.0})
+    store(tmp_path / "outside", outside, answer("after", "secret", True))
+    (tmp_path / "runs").mkdir()
+    assert "secret" not in render_page(rank(outside), tmp_path / "runs", answers=True)
+
+
+def test_command_repeats_the_runs_without_what_the_protocol_implies() -> None:
+    place = {"protocol": "testbed", "model": "testbed:model", "scorer": "beaver_dam"}
+    data = page_json(render_page(rank(*cell("vaccine:rho=5", 50, **place))))
+    assert data["settings"][0]["options"] == "--protocol testbed --task sst2 --attack ratio=0.1"
+    assert data["defenses"]["vaccine:rho=5"]["option"] == "--defense vaccine:rho=5"
+    other = page_json(render_page(rank(*cell("a b", 50, **{**place, "model": "./my model"}))))
+    assert "--model './my model'" in other["settings"][0]["options"]
+    assert other["defenses"]["a b"]["option"] == "--defense 'a b'"
+
+
+def test_plugin_files_of_a_csv_are_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("raise SystemExit('was read')\n")
+    facts = page_json(render_page(rank(*cell(str(file), 50))))["defenses"][str(file)]
+    assert (facts["stage"], facts["harmful_data"]) == (["unknown"], "unknown")
+
+
+def test_leaderboard_writes_the_page(tmp_path: Path) -> None:
+    table = write_csv(tmp_path / "results.csv", *AT_TENTH)
+    done = hbv("leaderboard", table, "--out", tmp_path / "out", home=tmp_path)
+    assert (done.code, "index.html" in done.out) == (0, True)
+    assert len(page_json((tmp_path / "out" / "index.html").read_text())["cells"]) == 6
+
+
+def test_answers_need_a_folder(tmp_path: Path) -> None:
+    done = hbv("leaderboard", write_csv(tmp_path / "results.csv", *AT_TENTH), "--answers", home=tmp_path)
+    assert (done.code, done.sentence) == (2, "hbv: --answers needs --out DIR: the answers are part of the page.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with open_browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    write_page(folder, rank(*AT_TENTH, *AT_FIFTH))
+    return folder / "index.html"
+
+
+@pytest.fixture(autouse=True)
+def no_problems(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check after each test in the browser that no script failed, and that the page requested nothing but itself."""
+    if "browser" not in request.fixturenames:
+        yield
+        return
+    opened: Browser = request.getfixturevalue("browser")
+    opened.problems.clear()
+    opened.requests.clear()
+    yield
+    assert opened.problems == []
+    assert {address.partition("#")[0].rpartition("/")[2] for address in opened.requests} <= {
+        "index.html",
+        "about:blank",
+    }
+
+
+def defenses(browser: Browser) -> list[str]:
+    return browser.texts("#ranking tr.cell > th button")
+
+
+def attacks(browser: Browser) -> list[str]:
+    return browser.texts("#ranking th[scope=rowgroup]")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_numbers_sort_as_numbers_and_marked_rows_are_last(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert defenses(browser) == ["lisa", "vaccine", "sft", "booster", "ewc", "ptst"]  # by rank
+    browser.click("#sort-harmful_score")
+    assert defenses(browser) == ["lisa", "vaccine", "sft", "booster", "ewc", "ptst"]
+    browser.click("#sort-harmful_score")
+    assert defenses(browser) == ["booster", "sft", "vaccine", "lisa", "ptst", "ewc"]
+    assert browser.texts("#ranking th[aria-sort=descending]") == ["HS %"]
+    browser.click("#sort-finetune_accuracy")  # the largest first
+    assert defenses(browser) == ["sft", "booster", "vaccine", "lisa", "ptst", "ewc"]
+    browser.click("#sort-defense")
+    assert defenses(browser) == ["booster", "lisa", "sft", "vaccine", "ewc", "ptst"]
+    assert browser.evaluate("document.querySelectorAll('#ranking th[aria-sort=ascending]').length") == 1
+
+
+@pytest.mark.slow
+@needs_browser
+def test_ranks_show_ties_and_marks(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    ranks = [text.split("\n")[0] for text in browser.texts("#ranking td.rank")]
+    assert ranks == ["1–2", "1–2", "3", "4", "collapsed 2/2", "hollow 2/2"]
+    assert browser.texts("#ranking tr.cell td.score b")[:2] == ["9.0", "80.0"]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_filters_and_search(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert browser.texts("#status") == ["6 of 9 rows"]  # the attack with most defenses
+    browser.click("[data-facet=attack][value='ratio=0.2']")
+    assert attacks(browser) == ["ratio=0.1", "ratio=0.2"]
+    assert browser.texts("#status") == ["9 of 9 rows"]
+    browser.click("[data-facet=attack][value='ratio=0.1']")
+    assert defenses(browser) == ["vaccine", "lisa", "sft"]
+    browser.click("[data-facet=stage][value='user stage']")
+    assert defenses(browser) == ["lisa"]
+    browser.click("[data-action=reset]")
+    browser.wait_for("document.getElementById('status').textContent === '9 of 9 rows'")
+    browser.click("[data-facet=harmful_data][value=yes]")
+    assert defenses(browser) == ["booster"]
+    browser.click("[data-facet=harmful_data][value=yes]")
+    browser.click("#search")
+    browser.type("VACC")
+    assert defenses(browser) == ["vaccine", "vaccine"]
+    assert browser.evaluate("location.hash") == "#q=VACC"
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_row_opens_to_its_facts_and_its_command(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    run = AT_TENTH[2].run
+    browser.click(f"[id='open-{run}']")
+    (shown,) = browser.texts("tr.details")
+    assert browser.texts("tr.details pre") == [
+        "hbv run --protocol tiny --model base --scorer beaver_dam --task sst2 --attack ratio=0.1 --defense vaccine "
+        "--seed 0 --seed 1"
+    ]
+    assert all(text in shown for text in ("aa11", "torch 2", run, AT_TENTH[3].run, "p=0.1"))
+    assert browser.evaluate(f"document.getElementById('open-{run}').ariaExpanded") == "true"
+    browser.click(f"[id='open-{run}']")
+    assert browser.texts("tr.details") == []
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_address_has_the_state(browser: Browser, page: Path) -> None:
+    run = AT_FIFTH[2].run
+    browser.open(page, f"attack=ratio%3D0.2&sort=-harmful_score&open={run}")
+    assert defenses(browser) == ["sft", "lisa", "vaccine"]
+    assert len(browser.texts("tr.details")) == 1
+    browser.click("#sort-defense")
+    browser.click("[data-facet=stage][value=alignment]")
+    address = browser.evaluate("location.hash").removeprefix("#")
+    browser.open(page, address)
+    assert defenses(browser) == ["vaccine"]
+    assert browser.texts("#ranking th[aria-sort=ascending]") == ["Defense"]
+    browser.open(page, "attack=none&sort=__proto__&open=none")  # of another version of the page
+    assert browser.texts("#status") == ["9 of 9 rows"]
+
+
+@pytest.mark.slow
+@needs_browser
+def test_figures_follow_the_filters(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert [text.split("\n")[0] for text in browser.texts("figcaption")] == [
+        "HS against the harmful ratio",
+        "FA against HS",
+    ]
+    assert browser.evaluate("document.querySelectorAll('figure:first-of-type polyline').length") == 6
+    circles = "[...document.querySelectorAll('g[data-defense=vaccine] circle')]"
+    heights = browser.evaluate(f"{circles}.slice(0, 2).map(each => each.cy.baseVal.value)")
+    assert heights == pytest.approx([280 - 270 * 0.10, 280 - 270 * 0.60])  # HS 10 and 60 on an axis of 270 pixels
+    browser.click("[data-facet=stage][value='user stage']")
+    assert browser.evaluate(
+        "[...new Set([...document.querySelectorAll('figure g')].map(each => each.dataset.defense))]"
+    ) == ["lisa", "ptst", "ewc"]  # from the highest line to the lowest
+
+
+@pytest.mark.slow
+@needs_browser
+def test_downloads_have_the_rows_that_are_shown(browser: Browser, tmp_path: Path) -> None:
+    runs = cell('a "b", c', 40)
+    write_page(tmp_path, rank(*cell("=1+1", 50), *runs, *cell("sft", 80)))
+    browser.keep_downloads(tmp_path)
+    browser.open(tmp_path / "index.html")
+    for action, name in (("csv", "shown.csv"), ("json", "shown.json")):
+        browser.click(f"[data-action={action}]")
+        wait_for_file(browser, tmp_path / name)
+    rows = list(csv.DictReader((tmp_path / "shown.csv").open()))
+    assert [row["defense"] for row in rows] == ['a "b", c', "'=1+1", "sft"]
+    assert [float(row["harmful_score"]) for row in rows] == [40, 50, 80]
+    assert (rows[0]["attack"], rows[0]["protocol_hash"]) == ("ratio=0.1", "aa11")
+    assert rows[0]["runs"] == " ".join(run.run for run in runs)
+    values = json.loads((tmp_path / "shown.json").read_text())
+    assert [(row["defense"], row["harmful_score"]) for row in values] == [('a "b", c', 40), ("=1+1", 50), ("sft", 80)]
+
+
+def wait_for_file(browser: Browser, path: Path) -> None:
+    for _ in range(200):
+        if path.exists():
+            return
+        browser.evaluate("new Promise(done => setTimeout(done, 25))")
+    raise AssertionError(f"{path} was not written")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_hostile_names_and_answers_are_inert(browser: Browser, tmp_path: Path) -> None:
+    runs = [run for name in NAMES for run in cell(name, 50, harmful_sets={"harmful": 50.0}, task=HOSTILE)]
+    runs = [run.model_copy(update={"run": f"r{index}"}) for index, run in enumerate(runs)]
+    store(tmp_path / "r0", runs[0], *(answer(when, HOSTILE, True, HOSTILE) for when in ("before", "after")))
+    write_page(tmp_path, rank(*runs), tmp_path, answers=True)
+    browser.open(tmp_path / "index.html", "open=r0")
+    assert not browser.evaluate("document.querySelector('details.answers').open")
+    browser.click("details.answers summary")
+    assert HOSTILE in browser.texts("details.answers")[0]
+    assert set(defenses(browser)) == {*NAMES, "a\\u202eb"} - {"a\u202eb"}
+    assert browser.evaluate("window.hacked") is None
+    assert browser.evaluate("document.querySelectorAll('img, iframe, object, svg[onload], main script').length") == 0
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_policy_forbids_requests_and_other_scripts(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert browser.evaluate("fetch('data:text/plain,1').then(() => 'loaded', () => 'refused')") == "refused"
+    browser.evaluate(
+        "document.body.append(Object.assign(document.createElement('script'), {textContent: 'window.hacked = 1'}))"
+    )
+    assert browser.evaluate("window.hacked") is None
+    assert browser.problems
+    browser.problems.clear()
+
+
+@pytest.mark.slow
+@needs_browser
+def test_keys_alone_reach_and_change_everything(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    browser.press("Tab")
+    assert browser.evaluate("document.activeElement.textContent") == "Skip to the ranking"
+    browser.press("Enter")
+    browser.press("Tab")
+    assert browser.evaluate("document.activeElement.id") == "sort-rank"
+    browser.press("Tab")
+    browser.press("Enter")
+    assert browser.texts("#ranking th[aria-sort=ascending]") == ["Defense"]
+    assert browser.evaluate("document.activeElement.id") == "sort-defense"  # the focus stays
+    browser.evaluate("document.querySelector('#ranking tbody button').focus()")
+    browser.press("Enter")
+    assert len(browser.texts("tr.details")) == 1
+    assert browser.evaluate("document.activeElement.ariaExpanded") == "true"
+    assert browser.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.press(" ")
+    assert browser.texts("tr.details") == []
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize(("width", "columns"), [(320, 4), (390, 4), (900, 6), (1280, 10)])
+def test_the_table_fits_the_screen(browser: Browser, page: Path, width: int, columns: int) -> None:
+    browser.open(page, f"open={AT_TENTH[2].run}", width=width)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert (
+        sum(browser.evaluate("[...document.querySelectorAll('#ranking > thead th')].map(each => each.offsetWidth > 0)"))
+        == columns
+    )
+    browser.evaluate(
+        "scrollTo(0, document.querySelector('#ranking tr.cell:last-child').getBoundingClientRect().y + scrollY - 200)"
+    )
+    assert (
+        browser.evaluate("document.querySelector('#ranking > thead th').getBoundingClientRect().y") >= 0
+    )  # it is sticky
+
+
+# The contrast of WCAG 2: of each visible text and the nearest background that is not transparent.
+CONTRASTS = """
+(() => {
+  const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = (color) => { context.clearRect(0, 0, 1, 1); context.fillStyle = color; context.fillRect(0, 0, 1, 1);
+    return context.getImageData(0, 0, 1, 1).data; };
+  const light = (color) => [...rgba(color)].slice(0, 3).map((c) => c / 255)
+    .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, index) => sum + c * [0.2126, 0.7152, 0.0722][index], 0);
+  const background = (node) => { for (; node; node = node.parentElement) {
+    const color = getComputedStyle(node).backgroundColor; if (rgba(color)[3] === 255) return color; } return "white"; };
+  const isVisible = (node) => node.checkVisibility() && node.getClientRects().length;
+  return [...document.querySelectorAll("body *")].filter((node) => isVisible(node)
+    && [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim())
+    && !node.matches("script, style, template *, title, .skip")).map((node) => {
+      const color = getComputedStyle(node)[node instanceof SVGElement ? "fill" : "color"];
+      const [a, b] = [light(color), light(background(node))].sort((x, y) => y - x);
+      return [(a + 0.05) / (b + 0.05), node.textContent.trim().slice(0, 40)];
+    });
+})()
+"""
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_contrast_of_every_text(browser: Browser, page: Path, scheme: str) -> None:
+    browser.open(page, f"open={AT_TENTH[2].run}", scheme=scheme)
+    contrasts = browser.evaluate(CONTRASTS)
+    assert len(contrasts) > 150
+    assert [(round(ratio, 2), text) for ratio, text in contrasts if ratio < 4.5] == []
+
+
+@pytest.mark.slow
+@needs_browser
+def test_roles_and_names_for_screen_readers(browser: Browser, page: Path) -> None:
+    browser.open(page, f"open={AT_TENTH[2].run}")
+    for selector, reason in {
+        "button:not(:is(template *))": "!each.innerText.trim() && !each.matches('.skip')",
+        "svg": "each.ariaHidden !== 'true' && !each.ariaLabel",
+        "#ranking > tbody > tr.cell": "each.querySelectorAll(':scope > th[scope=row]').length !== 1",
+        "table": "!each.caption && !each.getAttribute('aria-labelledby')",
+        "thead th": "each.scope !== 'col'",
+        "input": "!each.labels.length",
+    }.items():
+        quoted = json.dumps(selector)
+        assert browser.evaluate(f"[...document.querySelectorAll({quoted})].filter(each => {reason}).length") == 0, (
+            selector
+        )
+    assert browser.evaluate("document.querySelector('#status').role") == "status"
+    levels = browser.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(each => Number(each.tagName[1]))")
+    assert levels[0] == 1
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
+
+
+@pytest.mark.slow
+@needs_browser
+def test_print_shows_every_column_and_no_controls(browser: Browser, page: Path) -> None:
+    browser.open(page, scheme="dark")
+    browser.emulate_print()
+    assert browser.evaluate("document.querySelector('.controls').offsetHeight") == 0
+    assert all(
+        browser.evaluate("[...document.querySelectorAll('#ranking > thead th')].map(each => each.offsetWidth > 0)")
+    )
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+
+
+@pytest.mark.slow
+@needs_browser
+def test_published_figures_are_next_to_measured_ones(browser: Browser, tmp_path: Path) -> None:
+    place = {"protocol": "vaccine-paper", "model": "meta-llama/Llama-2-7b-hf", "protocol_hash": "bb22"}
+    params = {"vaccine": {"rho": 2.0, "tau": 1}}
+    runs = [run.model_copy(update={"defense_params": params}) for run in cell("vaccine", 50, **place)]
+    rankings = rank_rows(result_rows(runs), published=True)
+    (comparison,) = rankings[0].published
+    figure = comparison.scores["harmful_score"].figures[0]
+    write_page(tmp_path, rankings)
+    browser.open(tmp_path / "index.html", f"open={runs[0].run}")
+    assert browser.texts("td.published")[0].split("\n")[0] == f"{figure.value:.1f}"
+    (shown,) = browser.texts("tr.details")
+    assert figure.figure["table"] in shown
+    assert comparison.deviations
+    assert all(deviation in shown for deviation in comparison.deviations)
+    assert "Published and measured" in browser.texts("h2")
