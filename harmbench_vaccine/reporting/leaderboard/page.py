@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 from harmbench_vaccine import __version__
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.durable import write_atomically
-from harmbench_vaccine.core.visible import visible, visible_json
+from harmbench_vaccine.core.visible import visible, visible_json_text
 from harmbench_vaccine.reporting.published.comparison import comparison_sheet
 
 from .page_data import MOST_ANSWERS, defense_facts, page_data
@@ -128,7 +129,7 @@ def render_page(rankings: Sequence[Ranking], runs: Path | None = None, missing: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.policies |= {"json.dumps_function": visible_json, "json.dumps_kwargs": {}}
+    environment.policies |= {"json.dumps_function": _compact_json, "json.dumps_kwargs": {}}
     style, script = (loader.get_source(environment, f"page.{ending}")[0] for ending in ("css", "js"))
     facts = defense_facts(rankings)
     facets = [
@@ -187,6 +188,10 @@ def _first_view(rankings: Sequence[Ranking]) -> dict[str, list[str]]:
     best = max(rankings, key=interest)
     varied = [facet for facet in PLACE_FACETS if len({_place_value(ranking, facet) for ranking in rankings}) > 1]
     return {facet: [visible(_place_value(best, facet))] for facet in varied}
+
+
+def _compact_json(value: Any) -> str:
+    return visible_json_text(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
 
 def _source_hash(source: str) -> str:
