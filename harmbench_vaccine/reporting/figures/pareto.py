@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLUMNS = 3
-_PANEL = (3.7, 3.5)
+_COLUMNS = 2
+_PANEL = (4.4, 3.6)
 """Width and height of a panel in inches."""
 _LEAST_RANGE = 4.0
 """Points of FA that the horizontal axis shows at least."""
@@ -58,7 +58,7 @@ def _draw_panel(axes: Axes, cells: list[Cell]) -> None:
             continue
         _draw_point(axes, cell)
         labels.append(Label(x, y, f"{name} ({mark})" if mark else name, _color(cell)))
-    write_labels(axes, labels, height=2.6, fontsize=6.5)
+    write_labels(axes, labels, height=2.7, fontsize=7)
     if outside:
         axes.text(0.03, 0.5, "\n".join(["outside:", *outside]), transform=axes.transAxes, fontsize=6.5, color=MUTED)
 
