@@ -14,7 +14,7 @@ from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import Progress
-from harmbench_vaccine.core.signals import handled_signals
+from harmbench_vaccine.core.signals import deferred_interruption, handled_signals, stop_if_interrupted
 
 from .live import shown_progress
 from .monitor import SweepMonitor
@@ -141,9 +141,10 @@ def _connected(address: str | None) -> Iterator[Any]:
 def _wait(ray: Any, pending: Sequence[Any], monitor: SweepMonitor, progress: Progress) -> None:
     """Show the progress until all tasks have ended; cancel them if this process is interrupted."""
     try:
-        with shown_progress(monitor, progress) as look:
+        with shown_progress(monitor, progress) as look, deferred_interruption():  # Ray would replace the exception
             while pending:
                 ended, pending = ray.wait(pending, num_returns=len(pending), timeout=_LOOK)
+                stop_if_interrupted()
                 look()
                 for each in ended:
                     _note_failure(ray, each, progress)
