@@ -95,6 +95,23 @@ def test_a_grid_that_is_not_possible_is_refused(grid: TuningGrid, default: float
         grid.values(default, 5)
 
 
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ('TuningGrid("rhoo")', "Unknown parameter 'rhoo' of the grid of defense 'mine'. Did you mean 'rho'"),
+        ("(1, 2, 3)", r"Defense 'mine': grid is \(1, 2, 3\), but must be a TuningGrid"),
+    ],
+)
+def test_a_wrong_grid_is_refused_when_the_file_is_loaded(tmp_path: Path, grid: str, message: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from harmbench_vaccine.plugins import Defense, TuningGrid, param\n\n\nclass Mine(Defense):\n"
+        f'    """A defense."""\n\n    grid = {grid}\n    rho: float = param(1.0, "radius", source="ours", ge=0)\n'
+    )
+    with pytest.raises(BadInput, match=message):
+        DEFENSES.get(str(file))
+
+
 def test_a_grid_is_not_part_of_the_fingerprint(tmp_path: Path) -> None:
     """Another grid must not discard the results of the values that both grids have."""
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 
 from .base import Plugin
+from .grid import TuningGrid
 
 
 def require_interface(cls: type[Plugin], base: type[Plugin]) -> None:
@@ -29,6 +30,8 @@ def require_interface(cls: type[Plugin], base: type[Plugin]) -> None:
             if not hasattr(cls, name):
                 raise BadInput(f"{plugin} has no class attribute {name!r}; see {base.__module__}.{base.__name__}.")
             _require_allowed(cls, name, types[name])
+            if name == "grid":
+                _require_grid(cls)
     hooks = [name for name in vars(base) if not name.startswith(("_", "model_"))]
     for name in hooks:
         hook, expected = inspect.getattr_static(cls, name), inspect.getattr_static(base, name)
@@ -53,6 +56,21 @@ def _require_allowed(cls: type[Plugin], name: str, declared: Any) -> None:
         for item in value if isinstance(value, tuple | list) else [value]:
             if item is not None and item not in choices:
                 raise unknown_name(f"{name} value", str(item), choices, of=f"{cls.kind} {cls.name!r}")
+
+
+def _require_grid(cls: type[Any]) -> None:
+    """Check the parameter that `hbv tune` chooses.
+
+    Raises:
+        BadInput: It is not a grid, or the class does not have the parameter.
+    """
+    if cls.grid is None:
+        return
+    if not isinstance(cls.grid, TuningGrid):
+        plugin = f"{cls.kind.capitalize()} {cls.name!r}"
+        raise BadInput(f"{plugin}: grid is {cls.grid!r:.40}, but must be a TuningGrid: write TuningGrid(PARAMETER).")
+    if cls.grid.parameter not in cls.model_fields:
+        raise unknown_name("parameter", cls.grid.parameter, cls.model_fields, of=f"the grid of {cls.kind} {cls.name!r}")
 
 
 def _listed_values(declared: Any) -> tuple[str, ...]:
