@@ -16,6 +16,7 @@ from .console import print_json, print_line, print_view, print_warning
 
 if TYPE_CHECKING:
     from harmbench_vaccine.evaluation.results_csv import ResultRow
+    from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns
 
 
 @click.command()
@@ -57,44 +58,49 @@ def leaderboard(
     from harmbench_vaccine.reporting.leaderboard.ranking import rank_rows
     from harmbench_vaccine.reporting.leaderboard.tuned import tuned_pairs, tuned_view
     from harmbench_vaccine.reporting.leaderboard.views import ranking_rows, rankings_view
+    from harmbench_vaccine.reporting.leaderboard.worst_case import settings_grids, settings_grids_view
 
     if answers and not out:
         raise BadInput("--answers needs --out DIR: the answers are part of the page.")
-    rows, missing = _read_sources(sources or (str(home() / "results.csv"),))
+    rows, unfinished = _read_sources(sources or (str(home() / "results.csv"),))
     rankings = rank_rows(rows, baseline, published)
-    if missing:
+    if missing := len(unfinished.runs):
         print_warning(f"{len(rows)} of {len(rows) + missing} runs have a result. Add the others with `hbv sweep`.")
-    notes = write_rankings(rankings, out, home() / "runs", missing, answers) if out else []
+    notes = write_rankings(rankings, out, home() / "runs", unfinished, answers) if out else []
     if as_json:
         print_json(finite(ranking_rows(rankings)))
         return
     print_view(rankings_view(rankings))
     if pairs := tuned_pairs(rankings):
         print_view(tuned_view(pairs))
+    if grids := settings_grids(rankings):
+        print_view(settings_grids_view(grids))
     for note in notes:
         print_line(note)
 
 
-def _read_sources(sources: Sequence[str]) -> tuple[list[ResultRow], int]:
+def _read_sources(sources: Sequence[str]) -> tuple[list[ResultRow], UnfinishedRuns]:
     """Read the results of suites and CSVs.
 
     Returns:
-        The rows, and the number of runs of the suites that have no result yet.
+        The rows, and the runs of the suites that have no result yet.
 
     Raises:
         BadInput: A source does not exist or is damaged, or none has results.
     """
+    from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns
+
     rows: list[ResultRow] = []
-    missing = 0
+    unfinished = UnfinishedRuns()
     for source in sources:
         if _is_suite(source):
-            finished, unfinished = _read_suite(source)
-            rows, missing = rows + finished, missing + unfinished
+            finished, others = _read_suite(source)
+            rows, unfinished = rows + finished, unfinished + others
         else:
             rows += _read_csv(source)
     if not rows:
         raise BadInput(f"No results in {', '.join(sources)}. Add results with `hbv run` or `hbv sweep`.")
-    return rows, missing
+    return rows, unfinished
 
 
 def _is_suite(source: str) -> bool:
@@ -103,15 +109,17 @@ def _is_suite(source: str) -> bool:
     return source.endswith((".yaml", ".yml")) or (source in suite_names() and not Path(source).exists())
 
 
-def _read_suite(name: str) -> tuple[list[ResultRow], int]:
-    """Return the rows of the finished runs of a suite, and the number of the others."""
+def _read_suite(name: str) -> tuple[list[ResultRow], UnfinishedRuns]:
+    """Return the rows of the finished runs of a suite, and the others."""
     from harmbench_vaccine.evaluation.results_csv import result_rows
+    from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns
     from harmbench_vaccine.sweeps.suite import load_suite
     from harmbench_vaccine.sweeps.sweep import Sweep
 
     sweep = Sweep.open(load_suite(name), home())
-    results = sweep.results()
-    return result_rows(results), len(sweep.experiments) - len(results)
+    missing = sweep.unfinished_runs()
+    unfinished = UnfinishedRuns(tuple(missing), tuple(sweep.failed_stages()) if missing else ())
+    return result_rows(sweep.results()), unfinished
 
 
 def _read_csv(source: str) -> list[ResultRow]:

@@ -19,9 +19,11 @@ from harmbench_vaccine.reporting.figures.style import FORMATS, save_figure
 from .grids import Grid, file_names, place_grids, ratio_grids, task_grids
 from .latex import rankings_latex
 from .page import PAGE, write_page
+from .page_sections import UnfinishedRuns
 from .ranking import Ranking
 from .tuned import tuned_markdown, tuned_pairs
 from .views import rankings_frame, rankings_markdown
+from .worst_case import settings_grids, settings_grids_markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +32,11 @@ FIGURES = "figures"
 
 
 def write_rankings(
-    rankings: Sequence[Ranking], folder: Path, runs: Path | None = None, missing: int = 0, answers: bool = False
+    rankings: Sequence[Ranking],
+    folder: Path,
+    runs: Path | None = None,
+    unfinished: UnfinishedRuns = UnfinishedRuns(),
+    answers: bool = False,
 ) -> list[str]:
     """Write the page, the tables and the figures of rankings into a folder, and create the folder if necessary.
 
@@ -38,7 +44,7 @@ def write_rankings(
         rankings: The rankings.
         folder: The folder; files with the same names are replaced.
         runs: Folder of the run folders, which have the drift of each layer; None: without the figure of it.
-        missing: Number of runs that have no result yet.
+        unfinished: The runs that have no result yet.
         answers: Include answers to harmful questions in the page.
 
     Returns:
@@ -49,9 +55,9 @@ def write_rankings(
     """
     ensure_writable(folder, "The output folder")
     finished = sum(len(ranking.runs) for ranking in rankings)
-    note = f"{finished} of {finished + missing} runs" if missing else ""
+    note = f"{finished} of {finished + len(unfinished.runs)} runs" if unfinished.runs else ""
     write_tables(rankings, folder, note)
-    write_page(folder, rankings, runs, missing, answers)
+    write_page(folder, rankings, runs, unfinished, answers)
     figures, notes = draw_figures(rankings, runs, note)
     with readable_disk_errors("the figures", folder):
         for name, figure in figures.items():
@@ -71,8 +77,8 @@ def write_tables(rankings: Sequence[Ranking], folder: Path, note: str = "") -> N
     """
     with readable_disk_errors("the leaderboard", folder):
         write_atomically(folder / "leaderboard.csv", _csv_text(rankings))
-        text = rankings_markdown(rankings, note) + tuned_markdown(tuned_pairs(rankings))
-        write_atomically(folder / "leaderboard.md", text)
+        parts = (tuned_markdown(tuned_pairs(rankings)), settings_grids_markdown(settings_grids(rankings)))
+        write_atomically(folder / "leaderboard.md", rankings_markdown(rankings, note) + "".join(parts))
         write_atomically(folder / "leaderboard.tex", rankings_latex(rankings, note))
 
 
