@@ -1,4 +1,4 @@
-"""Suites and lists of values: the runs that they stand for."""
+"""Suites and lists of values, and the runs that they name."""
 
 from __future__ import annotations
 
@@ -106,7 +106,12 @@ def test_bad_seed(text: str) -> None:
 
 def test_command_line_lists_values(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     specs: list[RunSpec] = []
-    monkeypatch.setattr("harmbench_vaccine.runner.run_all", lambda listed, **options: specs.extend(listed) or [])
+
+    def run_all(listed: list[RunSpec], **options: Any) -> list[None]:
+        specs.extend(listed)
+        return []
+
+    monkeypatch.setattr("harmbench_vaccine.runner.run_all", run_all)
     done = hbv(
         *("run", "--json", "--defense", "vaccine:rho=1,5", "--defense", "sft"),
         *("--attack", "ratio=0,0.1", "--seed", "0..1", "--seed", "7"),

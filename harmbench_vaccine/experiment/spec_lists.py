@@ -95,9 +95,9 @@ def expand_specifications(written: Iterable[PluginSpec]) -> list[PluginSpec]:
 
 
 def _expand_specification(written: PluginSpec) -> Sequence[PluginSpec]:
-    if isinstance(written, str):
-        return expand_values(written)
-    return list(product(*map(_expand_specification, written))) if isinstance(written, tuple) else [written]
+    if isinstance(written, tuple):
+        return list(product(*(expand_values(part) if isinstance(part, str) else [part] for part in written)))
+    return expand_values(written) if isinstance(written, str) else [written]
 
 
 def parse_seeds(text: str, of: str) -> list[int]:
