@@ -17,7 +17,7 @@ from harmbench_vaccine.evaluation.records import write_run
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.results_csv import result_rows
 from harmbench_vaccine.reporting.leaderboard.page import render_page, write_page
-from harmbench_vaccine.reporting.leaderboard.page_sections import missing_combinations
+from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns, missing_combinations
 from harmbench_vaccine.reporting.leaderboard.ranking import Ranking, rank_rows
 from support.browser import CHROMIUM, Browser, open_browser
 from support.cli import hbv
@@ -158,7 +158,10 @@ def test_partial_results_name_what_is_missing() -> None:
     rankings = rank(*AT_FIFTH[:-1], *AT_TENTH[:6])
     sentences, combinations = missing_combinations(rankings)
     assert (sentences, combinations) == (["lisa under ratio=0.2 on sst2: seed 1"], 12)
-    page = render_page(rankings, missing=4)
+    unfinished = UnfinishedRuns(("a", "b", "c", "ewc under ratio=0.2"), ("align ewc failed 3 times: <no> memory.",))
+    page = render_page(rankings, unfinished=unfinished + UnfinishedRuns())
+    assert "align ewc failed 3 times: &lt;no&gt; memory." in page
+    assert "4 runs have no result yet" in page
     assert "Partial results: 11 of 15 runs" in page
     assert "lisa under ratio=0.2 on sst2: seed 1" in page
     assert "Partial results" not in render_page(rankings)

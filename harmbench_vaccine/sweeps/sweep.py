@@ -136,6 +136,23 @@ class Sweep:
         """Return the results of the finished runs, in the order of the suite."""
         return [result for _, result in self._finished_runs()]
 
+    def unfinished_runs(self) -> list[str]:
+        """Return the plug-ins and the seed of every run without a result, in the order of the suite."""
+        return [
+            f"{experiment.defense} under {experiment.attack} on {experiment.task_name}, seed {experiment.spec.seed}"
+            for experiment in self.experiments
+            if not is_finished(experiment, self.runs)
+        ]
+
+    def failed_stages(self) -> list[str]:
+        """Return one sentence for each parked stage, with its last error."""
+        labels = {stage.name: stage.label for stage in self.planned_stages}
+        return [
+            f"{labels[failure.name]} failed {failure.attempts} times: {failure.reason.rstrip('.')}."
+            for failure in Failures(self.store).all()
+            if failure.is_parked and failure.name in labels
+        ]
+
     def write_outputs(self) -> Path:
         """Write the results of the finished runs as CSV, and their costs as another one.
 
@@ -163,15 +180,10 @@ class Sweep:
         Raises:
             HbvError: Some runs have none; the message has the reason of the first failed stage.
         """
-        missing = sum(not is_finished(experiment, self.runs) for experiment in self.experiments)
+        missing = len(self.unfinished_runs())
         if not missing:
             return
-        names = {stage.name: stage.label for stage in self.planned_stages}
-        parked = [each for each in Failures(self.store).all() if each.is_parked and each.name in names]
-        reason = ""
-        if parked:
-            first = parked[0]
-            reason = f" {names[first.name]} failed {first.attempts} times: {first.reason.rstrip('.')}."
+        reason = "".join(f" {failure}" for failure in self.failed_stages()[:1])
         raise HbvError(
             f"{missing} of {len(self.experiments)} runs of {self.name} have no result.{reason} The logs are in "
             f"{self.folder}; --status lists the failed stages, and --retry-failed tries them again."

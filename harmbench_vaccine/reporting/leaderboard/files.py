@@ -19,7 +19,7 @@ from harmbench_vaccine.reporting.figures.style import FORMATS, save_figure
 from .grids import Grid, file_names, place_grids, ratio_grids, task_grids
 from .latex import rankings_latex
 from .page import PAGE, write_page
-from .page_sections import UnfinishedRuns
+from .page_sections import ALL_FINISHED, UnfinishedRuns
 from .ranking import Ranking
 from .tuned import tuned_markdown, tuned_pairs
 from .views import rankings_frame, rankings_markdown
@@ -35,7 +35,7 @@ def write_rankings(
     rankings: Sequence[Ranking],
     folder: Path,
     runs: Path | None = None,
-    unfinished: UnfinishedRuns = UnfinishedRuns(),
+    unfinished: UnfinishedRuns = ALL_FINISHED,
     answers: bool = False,
 ) -> list[str]:
     """Write the page, the tables and the figures of rankings into a folder, and create the folder if necessary.

@@ -21,7 +21,7 @@ from harmbench_vaccine.core.visible import visible, visible_json_text
 from harmbench_vaccine.reporting.published.comparison import comparison_sheet
 
 from .page_data import MOST_ANSWERS, defense_facts, page_data
-from .page_sections import defense_costs, heat_maps, missing_combinations
+from .page_sections import ALL_FINISHED, UnfinishedRuns, defense_costs, heat_maps, missing_combinations
 from .ranking import Ranking
 from .tuned import TUNED_COLUMNS, tuned_cells, tuned_pairs
 
@@ -101,7 +101,11 @@ FACETS = PLACE_FACETS | {"stage": "Acts in", "harmful_data": "Needs harmful data
 
 
 def write_page(
-    folder: Path, rankings: Sequence[Ranking], runs: Path | None = None, missing: int = 0, answers: bool = False
+    folder: Path,
+    rankings: Sequence[Ranking],
+    runs: Path | None = None,
+    unfinished: UnfinishedRuns = ALL_FINISHED,
+    answers: bool = False,
 ) -> None:
     """Write `index.html` into a folder.
 
@@ -109,14 +113,19 @@ def write_page(
         folder: The folder, which exists.
         rankings: The rankings.
         runs: Folder of the run folders, which have more facts of a run than a CSV; None: only the rankings.
-        missing: Number of runs that have no result yet.
+        unfinished: The runs that have no result yet.
         answers: Include answers to harmful questions, of the runs that have a folder.
     """
     with readable_disk_errors("the page of the leaderboard", folder):
-        write_atomically(folder / PAGE, render_page(rankings, runs, missing, answers))
+        write_atomically(folder / PAGE, render_page(rankings, runs, unfinished, answers))
 
 
-def render_page(rankings: Sequence[Ranking], runs: Path | None = None, missing: int = 0, answers: bool = False) -> str:
+def render_page(
+    rankings: Sequence[Ranking],
+    runs: Path | None = None,
+    unfinished: UnfinishedRuns = ALL_FINISHED,
+    answers: bool = False,
+) -> str:
     """Return the page as HTML; the arguments are those of `write_page`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -153,7 +162,8 @@ def render_page(rankings: Sequence[Ranking], runs: Path | None = None, missing: 
         tuned_columns=TUNED_COLUMNS,
         tuned_cells=tuned_cells,
         finished=finished,
-        planned=finished + missing,
+        planned=finished + len(unfinished.runs),
+        unfinished=unfinished,
         lacking=sentences,
         combinations=combinations,
         most_answers=MOST_ANSWERS if answers else 0,

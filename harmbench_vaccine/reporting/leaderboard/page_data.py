@@ -39,7 +39,7 @@ CELL_COLUMNS = (
 )
 """The values of a cell, in their order; `seconds` is the mean and `memory` (bytes) the maximum of its runs."""
 RUN_COLUMNS = ("run", "seed", "harmful_score", "finetune_accuracy", "seconds", "versions", "machine", "key")
-"""The values of a run, in their order; `key` is the hash of everything that made its final model."""
+"""The values of a run, in their order; `key` is the beginning of the key of its final model."""
 STAGE_TITLES = {"align": "alignment", "finetune": "user stage", "repair": "after the user stage"}
 BASELINE, UNKNOWN = "baseline", "unknown"
 """Stages of a defense that is compared with, and of one that is not installed."""
@@ -55,6 +55,8 @@ SEVERAL = "several"
 MOST_ANSWERS = 20
 """Questions whose answers the page shows for a cell."""
 _DIGITS = 4
+_KEY_LENGTH = 12
+"""Characters of a key that the page shows: it may have thousands."""
 
 
 class PageTexts:
@@ -180,9 +182,9 @@ def _run(run: Mapping[str, Any], result: Result | None, texts: PageTexts) -> lis
 
 
 def _model_key(result: Result) -> str | None:
-    """Return the key of the last stage that made the model."""
+    """Return the beginning of the key of the last stage that made the model."""
     artifacts = (result.stages[stage].artifacts for stage in reversed(STAGE_TITLES) if stage in result.stages)
-    return next((artifact.key for each in artifacts for artifact in each.values()), None)
+    return next((artifact.key[:_KEY_LENGTH] for each in artifacts for artifact in each.values()), None)
 
 
 def _stored_result(run: str, folder: Path | None) -> Result | None:

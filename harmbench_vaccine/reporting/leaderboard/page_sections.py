@@ -10,6 +10,22 @@ from typing import Any
 from .grids import Cell, Grid, cell_mark, task_grids
 from .ranking import SETTING, Ranking
 
+
+@dataclass(frozen=True)
+class UnfinishedRuns:
+    """The runs of suites that have no result yet."""
+
+    runs: tuple[str, ...] = ()
+    """Defense, attack, task and seed of each run."""
+    failed_stages: tuple[str, ...] = ()
+    """One sentence for each stage that failed too often, with its last error."""
+
+    def __add__(self, other: UnfinishedRuns) -> UnfinishedRuns:
+        """Return the runs and stages of both."""
+        return UnfinishedRuns(self.runs + other.runs, self.failed_stages + other.failed_stages)
+
+
+ALL_FINISHED = UnfinishedRuns()
 SIGNS = {"": "", "collapsed": "†", "hollow": "‡"}
 """The sign of a marked cell in a heat map."""
 

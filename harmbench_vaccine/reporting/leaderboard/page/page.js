@@ -155,7 +155,7 @@ function details(cell) {
 }
 
 // --- Figures ---------------------------------------------------------------------------------------------------------
-const [MOST_FIGURES, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [6, 320, 34, 120, 10, 40];
+const [MOST_FIGURES, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [4, 320, 34, 120, 10, 40];
 const WIDTH = Math.min(520, Math.max(340, document.body.clientWidth)); // in pixels, so that text is as large on a phone
 const PERCENT = [0, 20, 40, 60, 80, 100];
 const shortened = (name) => (name.length > 18 ? `${name.slice(0, 17)}…` : name);
