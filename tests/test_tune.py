@@ -324,6 +324,7 @@ def test_a_tuning_that_is_not_possible_is_refused(
         (["--defense", "vaccine", "--values", "4"], "--values is 4; allowed: odd numbers"),
         (["--defense", "vaccine", "--out", "tuned.txt"], "--out 'tuned.txt' is not a protocol file"),
         (["--defense", "vaccine", "--seed", "x"], "--seed is 'x'; allowed: whole numbers"),
+        (["--defense", "vacine", "--out", "new/tuned.yaml"], "Unknown defense 'vacine'. Did you mean 'vaccine'?"),
         (["--defense", "vaccine", "--protocol", "testbet"], "Unknown protocol 'testbet'. Did you mean 'testbed'?"),
         (["--defense", "vaccine", "--out", "other.yaml"], "exists and was not written by `hbv tune`"),
         (["nothing"], "Unknown suite 'nothing'"),

@@ -132,7 +132,6 @@ def tune(
         raise BadInput(f"--values is {values}; allowed: odd numbers, so that the default is the middle value.")
     loaded = load_suite(suite) if suite else None
     path = out or Path(f"{Path(protocol or (loaded.protocols[0] if loaded else 'testbed')).stem}-tuned.yaml")
-    check_output(path)
     tuning = plan_tuning(
         loaded,
         defenses,
@@ -147,6 +146,7 @@ def tune(
     if dry_run:
         _print_plan(tuning, workers, as_json)
         return
+    check_output(path)
     choices = choose_values(tuning.grids, _run(tuning, workers, retry_failed))
     table = write_tuned_protocol(path, tuning.suite, choices)
     if as_json:

@@ -67,7 +67,7 @@ def defense_grids(written: Iterable[str], protocol: Protocol, count: int) -> tup
     """
     grids: dict[str, DefenseGrid] = {}
     untuned = []
-    for text in written:
+    for text in dict.fromkeys(written):
         components = parse_plugins(text)
         if len(components) > 1 or components[0].params:
             raise BadInput(f"{text!r} cannot be tuned: name one defense without parameters, for example vaccine.")
