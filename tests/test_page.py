@@ -497,7 +497,7 @@ def test_roles_and_names_for_screen_readers(browser: Browser, page: Path) -> Non
         "button:not(:is(template *))": "!each.innerText.trim() && !each.matches('.skip')",
         "svg": "each.ariaHidden !== 'true' && !each.ariaLabel",
         "#ranking > tbody > tr.cell": "each.querySelectorAll(':scope > th[scope=row]').length !== 1",
-        "table": "!each.caption && !each.getAttribute('aria-labelledby')",
+        "table": "!each.caption && !each.ariaLabel",
         "thead th": "each.scope !== 'col'",
         "input": "!each.labels.length",
     }.items():
