@@ -23,10 +23,11 @@ from harmbench_vaccine.cli import commands
 from harmbench_vaccine.cli.log_file import close_log
 from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.evaluation.results_csv import COLUMNS
-from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.experiment import Experiment, settle_all
 from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.protocol import Protocol
 from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.experiment.spec_lists import combine_specs
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
 
@@ -86,7 +87,7 @@ def code_spans(text: str) -> list[str]:
 
 def parse_command(line: str) -> click.Context:
     """Parse a command line by the command's own options and arguments, without running it."""
-    words = shlex.split(line, comments=True)
+    words = shlex.split(line.partition(" > ")[0], comments=True)
     arguments = words[words.index("hbv") + 1 :]
     command: click.Command = commands
     context = commands.make_context("hbv", list(arguments)) if arguments else click.Context(commands)
@@ -179,18 +180,16 @@ def test_every_run_in_a_block_settles(line: str) -> None:
     names = [*options["defenses"], *options["attacks"], *options["tasks"], options["protocol"], *options["scorers"]]
     if any(name.startswith(PLACEHOLDERS) for name in names):
         return
-    for defense in options["defenses"]:
-        for attack in options["attacks"]:
-            for task in options["tasks"]:
-                spec = RunSpec(
-                    protocol=options["protocol"],
-                    defense=parse_plugins(defense),
-                    attack=parse_plugins(attack),
-                    task=task,
-                    scorers=options["scorers"],
-                    values=dict(value.split("=", 1) for value in options["values"]),
-                )
-                Experiment.settle(spec)
+    specs = combine_specs(
+        options["defenses"],
+        options["attacks"],
+        options["tasks"],
+        [0],
+        protocol=options["protocol"],
+        scorers=options["scorers"],
+        values=dict(value.split("=", 1) for value in options["values"]),
+    )
+    settle_all(specs)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_id)

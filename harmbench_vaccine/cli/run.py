@@ -48,7 +48,7 @@ _OPTION_GROUPS = {
     multiple=True,
     default=["sft"],
     metavar="SPEC",
-    help="vaccine, vaccine:rho=5, vaccine:rho=1,5, vaccine+ewc, ./my_idea.py. Repeatable. [default: sft]",
+    help="vaccine, vaccine:rho=5, vaccine+ewc, ./my_idea.py; rho=1,5 lists values. Repeatable. [default: sft]",
 )
 @click.option(
     "--attack",
@@ -57,7 +57,8 @@ _OPTION_GROUPS = {
     multiple=True,
     default=["ratio=0"],
     metavar="SPEC",
-    help="ratio=0.1, ratio=0,0.05,0.1, ratio=0.1,samples=500. Repeatable. [default: ratio=0, a benign user]",
+    help="ratio=0.1 or ratio=0.1,samples=500; ratio=0,0.05,0.1 lists values. Repeatable. [default: ratio=0, a benign "
+    "user]",
 )
 @click.option(
     "--task",
@@ -75,7 +76,7 @@ _OPTION_GROUPS = {
     type=SeedList(),
     default=["0"],
     metavar="N",
-    help="Seed of all random draws: 3, 0..4 or 0,2..4. Repeatable. [default: 0]",
+    help="Seed of all random draws; 0..4 and 0,2,7 are several. Repeatable. [default: 0]",
 )
 @click.option(
     "--protocol",
@@ -194,7 +195,7 @@ def run(
 
     \b
     Example: hbv run --defense sft --defense vaccine:rho=5 --attack ratio=0.1
-    Lists and ranges: hbv run --defense vaccine:rho=1,5 --attack ratio=0,0.1 --seed 0..4
+    Lists: hbv run --defense vaccine:rho=1,5 --attack ratio=0,0.1 --seed 0..4
     Several GPUs: torchrun --nproc-per-node N -m harmbench_vaccine run ...
     """
     from harmbench_vaccine.experiment.spec_lists import combine_specs
