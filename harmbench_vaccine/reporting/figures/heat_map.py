@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SIGNS = {"": "", "collapsed": "\N{DAGGER}", "hollow": "\N{DOUBLE DAGGER}"}
-_DARK = 60.0
+_DARK = 70.0
 """Harmful score above which a cell is dark, so that its number is white."""
 
 

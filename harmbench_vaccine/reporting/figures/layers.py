@@ -12,13 +12,15 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.evaluation.records import RESULT, load_result
 from harmbench_vaccine.reporting.leaderboard.grids import Grid
 
-from .style import GRAY, MUTED, new_figure, short_name, styled
+from .style import GRAY, MUTED, new_figure, panel_grid, short_name, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
 _COLUMNS = 5
+_MOST_MARKERS = 12
+"""Blocks of a model up to which each one has a marker."""
 
 LayerDrifts = Mapping[tuple[str, str], Sequence[float]]
 """Defense and column of a grid -> drift of each attention block, mean over seeds."""
@@ -62,26 +64,27 @@ def plot_layers(grid: Grid, drifts: LayerDrifts, note: str = "") -> Figure:
         drifts: The drifts, from `read_layer_drifts`; at least one cell has some.
         note: A text for the title, such as "12 of 90 runs".
     """
+    from matplotlib.ticker import MaxNLocator
+
     names = [name for name in grid.defenses if any(name == defense for defense, _ in drifts)]
     columns = [column for column in grid.columns if any(column == other for _, other in drifts)]
     rows, width = math.ceil(len(names) / _COLUMNS), min(_COLUMNS, len(names))
     title = "Embedding drift of each attention block, from the aligned to the final model"
     figure = new_figure(max(7.0, 2.1 * width), 1.2 + 1.9 * rows, title, grid.title, note)
-    panels = figure.subplots(rows, width, sharex=True, sharey=True, squeeze=False).flatten()
+    panels = panel_grid(figure, len(names), width, sharex=True, sharey=True)
     colors = _shades(columns)
     last = columns[-1]
-    for axes, name in zip(panels, names, strict=False):
+    for axes, name in zip(panels, names, strict=True):
         blocks = drifts.get((grid.baseline or "", last))
         if blocks and name != grid.baseline:
             axes.plot(range(1, len(blocks) + 1), blocks, color=GRAY, linewidth=1, linestyle="--")
         for column, color in colors.items():
             if blocks := drifts.get((name, column)):
-                axes.plot(range(1, len(blocks) + 1), blocks, color=color, marker="o", markersize=3)
+                marker = "o" if len(blocks) <= _MOST_MARKERS else ""
+                axes.plot(range(1, len(blocks) + 1), blocks, color=color, marker=marker, markersize=3)
         axes.set_title(short_name(name), fontsize=8.5, loc="left")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     panels[0].set_ylim(bottom=0)  # of all panels, after the last one was drawn
-    for axes in panels[len(names) :]:
-        axes.set_visible(False)
     figure.legend(handles=_legend(grid, colors), loc="outside lower left", ncols=len(columns) + 1, fontsize=8)
     figure.supxlabel("attention block, from the input to the output", x=0.99, ha="right", fontsize=8, color=MUTED)
     figure.supylabel("L2 norm over the alignment rows", fontsize=8, color=MUTED)
@@ -95,7 +98,7 @@ def _shades(columns: Sequence[str]) -> dict[str, str]:
     from matplotlib.colors import to_hex
 
     shades = colormaps["viridis"](np.linspace(0.05, 0.7, len(columns)))
-    return dict(zip(reversed(columns), map(to_hex, shades), strict=True))
+    return dict(zip(columns, map(to_hex, shades[::-1]), strict=True))
 
 
 def _legend(grid: Grid, colors: Mapping[str, str]) -> list[Line2D]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from harmbench_vaccine.reporting.leaderboard.grids import Cell, Grid, cell_mark
 
-from .style import ACCURACY, GRAY, INK, MUTED, Label, new_figure, short_name, styled, write_labels
+from .style import ACCURACY, GRAY, INK, MUTED, Label, new_figure, panel_grid, short_name, styled, write_labels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,12 +32,10 @@ def plot_pareto(grid: Grid, note: str = "") -> Figure:
     rows = math.ceil(len(grid.columns) / columns)
     title = "HS against FA; blue: Pareto front; bars: 95% intervals; the best is at the bottom right"
     figure = new_figure(max(7.0, columns * _PANEL[0]), 0.7 + rows * _PANEL[1], title, grid.title, note)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, (name, ranking) in zip(panels, grid.columns.items(), strict=False):
+    panels = panel_grid(figure, len(grid.columns), columns)
+    for axes, (name, ranking) in zip(panels, grid.columns.items(), strict=True):
         _draw_panel(axes, [row for row in ranking.rows if row["trained"]] or ranking.rows)
         axes.set_title(short_name(name), loc="left")
-    for axes in panels[len(grid.columns) :]:
-        axes.set_visible(False)
     return figure
 
 
@@ -60,7 +58,8 @@ def _draw_panel(axes: Axes, cells: list[Cell]) -> None:
         labels.append(Label(x, y, f"{name} ({mark})" if mark else name, _color(cell)))
     write_labels(axes, labels, height=2.7, fontsize=7)
     if outside:
-        axes.text(0.03, 0.5, "\n".join(["outside:", *outside]), transform=axes.transAxes, fontsize=6.5, color=MUTED)
+        text = "\n".join(["outside:", *outside])
+        axes.text(0.03, 0.98, text, transform=axes.transAxes, va="top", fontsize=6.5, color=MUTED)
 
 
 def _draw_front(axes: Axes, cells: list[Cell]) -> None:

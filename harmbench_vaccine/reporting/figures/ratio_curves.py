@@ -22,6 +22,7 @@ from .style import (
     MUTED,
     Label,
     new_figure,
+    panel_grid,
     short_name,
     styled,
     write_labels,
@@ -95,7 +96,7 @@ def _plot(grid: Grid, quantities: Sequence[_Quantity], title: str, note: str) ->
     figure = new_figure(9.2, 0.9 + len(blocks) * (0.3 + 1.25 * rows), title, *details)
     parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
     for part, block in zip(parts, blocks, strict=True):
-        _small_panels(part, grid, block, rows)
+        _small_panels(part, grid, block)
     _write_legend(figure, grid, blocks[0])
     return figure
 
@@ -131,25 +132,23 @@ def _overlay(axes: Axes, grid: Grid, quantity: _Quantity) -> None:
 # A small panel for each defense
 
 
-def _small_panels(part: SubFigure, grid: Grid, quantities: Sequence[_Quantity], rows: int) -> None:
-    panels = part.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False).flatten()
+def _small_panels(part: SubFigure, grid: Grid, quantities: Sequence[_Quantity]) -> None:
+    panels = panel_grid(part, len(grid.defenses), _COLUMNS, sharex=True, sharey=True)
     if len(quantities) == 1:
         part.suptitle(quantities[0].label, x=0.01, ha="left", fontsize=9, color=MUTED)
-    for axes, name in zip(panels, grid.defenses, strict=False):
+    for axes, name in zip(panels, grid.defenses, strict=True):
         for quantity in quantities:
             if grid.baseline and name != grid.baseline:
                 axes.plot(grid.ratios, _values(grid, grid.baseline, quantity), color=GRAY, linewidth=1, linestyle="--")
             _draw_line(axes, grid, name, quantity, quantity.color, "o" if quantity is quantities[0] else "s")
         axes.set_title(short_name(name), fontsize=8, loc="left", pad=3)
         axes.tick_params(labelsize=7)
-    for axes in panels[: len(grid.defenses)]:
+    for axes in panels:
         if quantities[0].is_percent:
             axes.set_ylim(-3, 103)
         else:
             _set_limits(axes, grid, quantities[0])
         _set_ratio_axis(axes, grid, least=0.2, label="")
-    for axes in panels[len(grid.defenses) :]:
-        axes.set_visible(False)
 
 
 def _write_legend(figure: Figure, grid: Grid, quantities: Sequence[_Quantity]) -> None:

@@ -20,7 +20,7 @@ from harmbench_vaccine.core.visible import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 P = ParamSpec("P")
 
@@ -119,6 +119,24 @@ def new_figure(width: float, height: float, title: str, *details: str) -> Figure
     lines = [title, *textwrap.wrap(setting, int(_CHARACTERS * width), max_lines=2, placeholder=" ...")]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9.5)
     return figure
+
+
+def panel_grid(figure: FigureBase, count: int, columns: int, **options: Any) -> list[Axes]:
+    """Return panels in rows; the lowest one of each column has the numbers of the horizontal axis.
+
+    Args:
+        figure: The figure, or a part of it.
+        count: Number of panels.
+        columns: Panels in a row.
+        options: Options of `subplots`.
+    """
+    grid = figure.subplots(math.ceil(count / columns), columns, squeeze=False, **options)
+    panels = list(grid.flat)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    for axes in panels[max(0, count - columns) : count]:
+        axes.tick_params(labelbottom=True)
+    return panels[:count]
 
 
 def short_name(name: str) -> str:
