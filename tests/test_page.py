@@ -198,6 +198,14 @@ def test_command_repeats_the_runs_without_what_the_protocol_implies() -> None:
     assert other["defenses"]["a b"]["option"] == "--defense 'a b'"
 
 
+def test_command_has_the_values_that_a_stored_run_replaced(tmp_path: Path) -> None:
+    spec = {"values": {"align.settings.lr": "1e-4"}, "data": {"sst2": "my data.jsonl"}}
+    (run,) = cell("sft", 50, seeds=1, spec=spec)
+    store(tmp_path / run.run, run)
+    options = page_json(render_page(rank(run), tmp_path))["settings"][0]["options"]
+    assert options.endswith("--attack ratio=0.1 --set align.settings.lr=1e-4 --data 'sst2=my data.jsonl'")
+
+
 def test_plugin_files_of_a_csv_are_not_read(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("raise SystemExit('was read')\n")

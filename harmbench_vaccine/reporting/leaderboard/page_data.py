@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def page_data(
     return {
         "columns": CELL_COLUMNS,
         "run_columns": RUN_COLUMNS,
-        "settings": [_setting(ranking) for ranking in rankings],
+        "settings": [_setting(ranking, runs) for ranking in rankings],
         "defenses": {visible(name): declared for name, declared in facts.items()},
         "cells": cells,
         "answers": {run: pairs for run in firsts if (pairs := _answers(run, runs, texts))} if answers else {},
@@ -109,7 +110,7 @@ def page_data(
     }
 
 
-def _setting(ranking: Ranking) -> dict[str, Any]:
+def _setting(ranking: Ranking, folder: Path | None) -> dict[str, Any]:
     ratio, family = harmful_ratio(ranking)
     return {
         **{column: visible(ranking.setting[column]) for column in SETTING},
@@ -117,22 +118,29 @@ def _setting(ranking: Ranking) -> dict[str, Any]:
         "baseline": visible(ranking.baseline),
         "ratio": ratio,
         "family": visible(family),
-        "options": visible(_shared_options(ranking)),
+        "options": visible(_shared_options(ranking, folder)),
     }
 
 
-def _shared_options(ranking: Ranking) -> str:
+def _shared_options(ranking: Ranking, folder: Path | None) -> str:
     """Return the options of `hbv run` that all runs of a ranking share, without those that its protocol implies."""
     setting = ranking.setting
     implied: dict[str, str] = {}
     with suppress(BadInput):  # the protocol is a file of the user
         protocol = load_protocol(setting["protocol"])
         implied = {"model": protocol.model, "scorer": protocol.score.scorer}
-    attack = str(ranking.runs[0]["attack_written"]) if ranking.runs else setting["attack"]
+    attack = str(ranking.runs[0]["attack_written"])
     options = {**{option: setting[option] for option in ("protocol", "model", "scorer", "task")}, "attack": attack}
-    return shlex.join(
-        word for option, value in options.items() if implied.get(option) != value for word in (f"--{option}", value)
-    )
+    words = [(f"--{option}", value) for option, value in options.items() if implied.get(option) != value]
+    return shlex.join(chain.from_iterable([*words, *_overrides(_stored_result(ranking.runs[0]["run"], folder))]))
+
+
+def _overrides(result: Result | None) -> Iterator[tuple[str, str]]:
+    """Yield the options by which a stored run replaced values and data of its protocol; a CSV does not have them."""
+    spec = result.spec if result else {}
+    for option, assignments in (("--set", "values"), ("--data", "data")):
+        for name, value in spec.get(assignments, {}).items():
+            yield option, f"{name}={value}"
 
 
 def _cell(cell: Cell, setting: int, ranking: Ranking, folder: Path | None, texts: PageTexts) -> list[Any]:
