@@ -269,11 +269,12 @@ def test_gpus_of_a_job() -> None:
     ],
 )
 def test_when_a_job_starts_again(code: int, restarts: int, requeued: bool, tmp_path: Path) -> None:
-    variables = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "0", "SLURM_RESTART_COUNT": str(restarts)}
+    variables = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "jobs", "SLURM_RESTART_COUNT": str(restarts)}
+    (tmp_path / "jobs").mkdir()
     script = "\n".join([f"(exit {code})", *_requeue_lines()])
     environment = {**os.environ, **slurm.install(tmp_path), **variables}
     assert subprocess.run(["bash", "-c", script], env=environment).returncode == code
-    assert [path.read_text() for path in tmp_path.glob("requeued-*")] == (["requeue 12\n"] if requeued else [])
+    assert [path.read_text() for path in tmp_path.glob("jobs/requeued-*")] == (["requeue 12\n"] if requeued else [])
 
 
 @pytest.mark.parametrize(
@@ -548,5 +549,5 @@ def test_examples_of_the_page(section: str, world: Path, expected: bytes, tmp_pa
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     if section == "SLURM":
-        assert slurm.wait_for_jobs(tmp_path / "bin", 2) == [[0], [0]]
+        assert slurm.wait_for_jobs(tmp_path / "bin", 4) == 4 * [[0]]
     assert table(tmp_path / "hbv") == expected

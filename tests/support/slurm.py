@@ -17,14 +17,15 @@ import time
 from glob import glob
 from pathlib import Path
 
-JOB = "4711"
+FIRST_JOB = 4711
+"""The id of the first array; the next one has the next id."""
 _SRUN = """#!/bin/bash
 while [[ $1 == -* ]]; do [[ $1 == --output ]] && shift; shift; done
-echo $$ > "$STUB_FOLDER/pid-$SLURM_ARRAY_TASK_ID"
+echo $$ > "$STUB_FOLDER/$SLURM_ARRAY_JOB_ID/pid-$SLURM_ARRAY_TASK_ID"
 exec "$@"
 """
 _SCONTROL = """#!/bin/bash
-echo "$@" >> "$STUB_FOLDER/requeued-$SLURM_ARRAY_TASK_ID"
+echo "$@" >> "$STUB_FOLDER/$SLURM_ARRAY_JOB_ID/requeued-$SLURM_ARRAY_TASK_ID"
 """
 
 
@@ -61,11 +62,10 @@ def directives(script: str) -> dict[str, str]:
 
 
 def wait_for_jobs(folder: Path, count: int, seconds: float = 300.0) -> list[list[int]]:
-    """Wait until all jobs of the array have ended, and return the exit codes of the executions of each."""
+    """Wait until so many jobs of all arrays have ended, and return the exit codes of the executions of each."""
     end = time.monotonic() + seconds
-    paths = [folder / f"ended-{number}" for number in range(count)]
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < end, [path.name for path in folder.iterdir()]
+    while len(paths := sorted(folder.glob("*/ended-*"))) < count:
+        assert time.monotonic() < end, sorted(folder.rglob("*"))
         time.sleep(0.1)
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
@@ -74,26 +74,28 @@ def _submit(script: Path | None) -> None:
     """Be `sbatch`: start the jobs in the background, and print the id of the array."""
     folder = Path(os.environ["STUB_FOLDER"])
     text = script.read_text(encoding="utf-8") if script else sys.stdin.read()
-    (folder / "script.sh").write_text(text, encoding="utf-8")
+    job = FIRST_JOB + len(list(folder.glob("[0-9]*")))
+    (folder / str(job)).mkdir()
+    (folder / str(job) / "script.sh").write_text(text, encoding="utf-8")
     first, last = map(int, re.match(r"(\d+)-(\d+)", directives(text).get("array", "0-0")).groups())  # type: ignore[union-attr]
     for number in range(first, last + 1):
-        command = [sys.executable, __file__, "--job", str(number)]
+        command = [sys.executable, __file__, "--job", str(job), str(number)]
         subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    print(f"Submitted batch job {JOB}")
+    print(f"Submitted batch job {job}")
 
 
-def _run_job(number: int) -> None:
+def _run_job(array: int, number: int) -> None:
     """Run a job until it ends without a request to start it again."""
-    folder = Path(os.environ["STUB_FOLDER"])
+    folder = Path(os.environ["STUB_FOLDER"]) / str(array)
     options = directives((folder / "script.sh").read_text(encoding="utf-8"))
-    output = options["output"].replace("%A", JOB).replace("%a", str(number))
+    output = options["output"].replace("%A", str(array)).replace("%a", str(number))
     minutes = int(options["time"]) if options["time"].isdecimal() else 60 * int(options["time"].split(":")[0])
     codes: list[int] = []
     while True:
         environment = {
             **os.environ,
-            "SLURM_JOB_ID": str(int(JOB) + number),
-            "SLURM_ARRAY_JOB_ID": JOB,
+            "SLURM_JOB_ID": f"{array}00{number}",
+            "SLURM_ARRAY_JOB_ID": str(array),
             "SLURM_ARRAY_TASK_ID": str(number),
             "SLURM_JOB_END_TIME": str(int(time.time()) + 60 * minutes),
             "SLURM_RESTART_COUNT": str(len(codes)),
@@ -120,6 +122,6 @@ def _run_job(number: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--job"]:
-        _run_job(int(sys.argv[2]))
+        _run_job(int(sys.argv[2]), int(sys.argv[3]))
     else:
         _submit(Path(sys.argv[1]) if sys.argv[1:] else None)
