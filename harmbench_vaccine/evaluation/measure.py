@@ -27,9 +27,9 @@ from harmbench_vaccine.plugins.composition import canonical_name
 from .agreement import AnswerRow, harmful_shares, judge_scores, pairwise_agreement, scorer_facts, stored_verdict
 from .environment import current_environment
 from .gates import measure_validity
-from .result import Accuracy, Before, Counts, DataSource, Interval, Result, Rule, StageArtifact, StageRecord
+from .result import Accuracy, Before, Counts, DataSource, Result, StageArtifact, StageRecord
+from .result_fields import Interval, Rule, TuningRecord
 from .statistics import percentage, score_interval
-from .tuning_record import TuningRecord
 
 RULES: tuple[Rule, ...] = ("strict", "flexible")
 When = Literal["before", "after"]

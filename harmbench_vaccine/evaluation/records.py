@@ -21,7 +21,8 @@ from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.experiment.spec import first_validation_error
 
 from .agreement import SCORER_FACTS, AnswerRow, judge_scores, pairwise_agreement
-from .result import Date, JudgeScore, Percent, Result
+from .result import JudgeScore, Result
+from .result_fields import Date, Percent
 from .results_csv import add_row
 from .run_registry import register_run_folder
 

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from .result_fields import Count, Date, Interval, Percent, ResultRecord, Rule, TuningRecord
 from .result_text import html_table, number_text, percent_text
 from .result_upgrade import upgraded_result
-from .tuning_record import TuningRecord
 
 SCHEMA_VERSION = 2
 
 
-def _iso_date(text: str) -> str:
-    datetime.fromisoformat(text)
-    return text
-
-
-Percent = Annotated[float, Field(ge=0, le=100)]
-Count = Annotated[int, Field(ge=0)]
-Date = Annotated[str, AfterValidator(_iso_date)]
-Interval = tuple[float, float]
-Rule = Literal["strict", "flexible"]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Accuracy(_Record):
+class Accuracy(ResultRecord):
     """Finetune accuracy by two rules, in percent."""
 
     strict: float
@@ -39,7 +22,7 @@ class Accuracy(_Record):
     """The rule of the task, with the parameters that the protocol sets (`task_params`)."""
 
 
-class Before(_Record):
+class Before(ResultRecord):
     """The scores of the aligned model, before the user stage."""
 
     harmful_score: Percent
@@ -56,7 +39,7 @@ class Before(_Record):
     """Harmful evaluation set -> harmful score."""
 
 
-class AnswerShares(_Record):
+class AnswerShares(ResultRecord):
     """Shares of answers that show whether a model still answers, in percent."""
 
     empty: float
@@ -75,7 +58,7 @@ class AnswerShares(_Record):
     """Answers to harmful prompts that equal a response of the user's rows; null in results of earlier versions."""
 
 
-class Validity(_Record):
+class Validity(ResultRecord):
     """The gates that the final model passes or fails: a collapsed model must not look safe."""
 
     collapsed: bool
@@ -91,7 +74,7 @@ class Validity(_Record):
     """The limits of the protocol."""
 
 
-class Filtered(_Record):
+class Filtered(ResultRecord):
     """The effect of a moderation filter on the uploaded rows, in rows."""
 
     harmful: Count
@@ -104,7 +87,7 @@ class Filtered(_Record):
     """Benign rows before the filter."""
 
 
-class StageRows(_Record):
+class StageRows(ResultRecord):
     """The rows of one training stage."""
 
     rows: Count
@@ -117,7 +100,7 @@ class StageRows(_Record):
     """Present if an attack filters rows."""
 
 
-class Counts(_Record):
+class Counts(ResultRecord):
     """Counts of rows."""
 
     align: StageRows | None = None
@@ -132,7 +115,7 @@ class Counts(_Record):
     """Answers to the task whose grade is unread, where a judge grades them; they are not part of FA."""
 
 
-class DataSource(_Record):
+class DataSource(ResultRecord):
     """The source of a data set."""
 
     location: str
@@ -143,11 +126,11 @@ class DataSource(_Record):
     """Requested revision, for a name of the Hub."""
     resolved: str | None = None
     """Commit that was read, or `unknown`."""
-    rows: dict[str, int] = {}
+    rows: dict[str, int] = Field(default_factory=dict)
     """Split -> rows read."""
 
 
-class HarmfulShare(_Record):
+class HarmfulShare(ResultRecord):
     """Answers to one harmful set that a judge flags."""
 
     harmful_score: Percent
@@ -187,7 +170,7 @@ class JudgeScore(HarmfulShare):
     """True if its scores are not harmful scores but for comparison only."""
 
 
-class Agreement(_Record):
+class Agreement(ResultRecord):
     """Agreement of two judges over all answers with both verdicts, before and after the user stage."""
 
     scorers: tuple[str, str]
@@ -204,7 +187,7 @@ class Agreement(_Record):
     """Number of answers that neither flags."""
 
 
-class StageArtifact(_Record):
+class StageArtifact(ResultRecord):
     """An artifact of the store."""
 
     key: str
@@ -217,14 +200,14 @@ class StageArtifact(_Record):
     """True if it existed before this run."""
 
 
-class StageRecord(_Record):
+class StageRecord(ResultRecord):
     """The cost and the artifacts of a stage."""
 
     seconds: float
     """Time it took to create its artifacts, now or earlier."""
     cached: bool
     """True if all its artifacts existed before this run."""
-    artifacts: dict[str, StageArtifact] = {}
+    artifacts: dict[str, StageArtifact] = Field(default_factory=dict)
     """Name -> artifact: the stage's own name, or `before/SET`, `SCORER before/SET`, `drift`, `grade after` ..."""
     adapter: str | None = None
     """Folder of the adapter that it trained or edited."""
@@ -234,7 +217,7 @@ class StageRecord(_Record):
     """Peak memory in bytes while it was created: of the GPU where one was used, else of the process."""
 
 
-class Environment(_Record):
+class Environment(ResultRecord):
     """The machine, the code and the versions that a result was computed with."""
 
     date: Date | None = None
@@ -251,11 +234,11 @@ class Environment(_Record):
     """Commit of the harness, where it runs from a git checkout."""
     git_dirty: bool | None = None
     """True if the checkout has uncommitted changes."""
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     """Package -> version, with Python and CUDA."""
 
 
-class Result(_Record):
+class Result(ResultRecord):
     """The result of one run."""
 
     schema_version: int = SCHEMA_VERSION
@@ -274,7 +257,7 @@ class Result(_Record):
     """Plug-in -> parameter -> where its value comes from: `written`, `protocol NAME` or `default: SOURCE`."""
     task: str
     """The downstream task of the user."""
-    task_params: dict[str, Any] = {}
+    task_params: dict[str, Any] = Field(default_factory=dict)
     """Parameters of the task: its texts and its rule; empty in results of earlier versions."""
     model: str
     """Location of the base model."""

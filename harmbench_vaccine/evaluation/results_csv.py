@@ -21,7 +21,8 @@ from harmbench_vaccine.core.visible import cell_of_text, text_of_cell, visible_j
 from harmbench_vaccine.data.text_files import check_regular
 from harmbench_vaccine.experiment.spec import first_validation_error
 
-from .result import Count, Percent, Result
+from .result import Result
+from .result_fields import Count, Percent
 
 Text = Annotated[str, BeforeValidator(text_of_cell)]
 Name = Annotated[Text, StringConstraints(min_length=1)]

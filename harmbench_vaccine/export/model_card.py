@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.data.sources import local_path, name_and_revision
-from harmbench_vaccine.evaluation.result import Interval, Result, StageRows
+from harmbench_vaccine.evaluation.result import Result, StageRows
+from harmbench_vaccine.evaluation.result_fields import Interval
 from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import TASKS
