@@ -153,7 +153,7 @@ def tune(
         print_json({"protocol": str(path), "table": str(table), **choices_json(choices, tuning.untuned)})
     else:
         print_view(choices_view(choices, tuning.untuned))
-        print_line(f"Tuned protocol: {path}; the scores of every value: {table}")
+        print_line(f"Tuned protocol: {path}, for --protocol of hbv run; the scores of every value: {table}")
 
 
 def _print_plan(tuning: Tuning, workers: int | None, as_json: bool) -> None:

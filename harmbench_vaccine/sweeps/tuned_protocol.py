@@ -100,7 +100,7 @@ def _comment(path: Path, table: str, suite: Suite, choices: Sequence[Choice]) ->
         f"refusal rate is chosen, then the one with the lowest HS. {table} has the scores of every value."
     )
     lines = [
-        f"{Path(suite.protocols[0]).stem}, with the main parameters of {len(choices)} defenses chosen by `hbv tune`.",
+        f"{Path(suite.protocols[0]).stem}, with parameters of defenses chosen by `hbv tune`.",
         "",
         f"  hbv run --protocol {path.stem if is_built_in else path.name} --defense {choices[0].grid.defense} "
         f"--attack {suite.attacks[0]}",
