@@ -16,9 +16,12 @@ import pytest
 from harmbench_vaccine.evaluation.records import write_run
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.results_csv import result_rows
+from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.reporting.leaderboard.page import render_page, write_page
 from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns, missing_combinations
 from harmbench_vaccine.reporting.leaderboard.ranking import Ranking, rank_rows
+from harmbench_vaccine.sweeps.suite import load_suite
+from harmbench_vaccine.sweeps.sweep import Sweep
 from support.browser import CHROMIUM, Browser, open_browser
 from support.cli import hbv
 from support.results import DEFAULTS, collapsed, make_result, write_csv
@@ -213,11 +216,36 @@ def test_plugin_files_of_a_csv_are_not_read(tmp_path: Path) -> None:
     assert (facts["stage"], facts["harmful_data"]) == (["unknown"], "unknown")
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harmbench_vaccine.reporting.leaderboard.files.draw_figures", lambda *_: ({}, []))
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_leaderboard_writes_the_page(tmp_path: Path) -> None:
     table = write_csv(tmp_path / "results.csv", *AT_TENTH)
     done = hbv("leaderboard", table, "--out", tmp_path / "out", home=tmp_path)
     assert (done.code, "index.html" in done.out) == (0, True)
     assert len(page_json((tmp_path / "out" / "index.html").read_text())["cells"]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_figures")
+def test_page_of_an_unfinished_suite(own_home: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "pair.yaml"
+    suite.write_text(
+        "{name: pair, title: Pair, source: none, protocol: testbed, defenses: [none, sft], attacks: [ratio=0.1], "
+        "tasks: [sst2], seeds: 0..1}"
+    )
+    sweep = Sweep.open(load_suite(str(suite)), own_home)
+    first = keys.run_id(sweep.experiments[0])
+    store(sweep.runs / first, make_result(run=first, defense="none", defense_params={"none": {}}))
+    done = hbv("leaderboard", suite, "--out", tmp_path / "out", home=own_home)
+    assert done.code == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Partial results: 1 of 4 runs." in page
+    assert "3 runs have no result yet" in page
+    assert "<li>sft under ratio=0.1 on sst2, seed 1</li>" in page
 
 
 def test_answers_need_a_folder(tmp_path: Path) -> None:
