@@ -17,13 +17,13 @@ from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.reporting.leaderboard.ranking import COLUMNS, Ranking, rank_results
 from harmbench_vaccine.reporting.leaderboard.views import rankings_frame, rankings_markdown
 from support.cli import hbv
-from support.results import DEFAULTS, change, collapsed, make_result, write_csv
+from support.results import DEFAULTS, SHARES, change, collapsed, make_result, write_csv
 
 
 def result(defense: str, seed: int, hs: float, fa: float = 97.0, **changes: Any) -> Result:
-    """Return the result of a defense with its name as its only plug-in."""
+    """Return the result of a defense with its name as its only plug-in, over 1,000 questions."""
     name = defense.partition("=")[0].partition(":")[0]
-    scores = {"harmful_score": hs, "finetune_accuracy": fa}
+    scores = {"harmful_score": hs, "finetune_accuracy": fa, "harmful_score_n": 1000, "finetune_accuracy_n": 1000}
     return make_result(**{"defense": defense, "defense_params": {name: {}}, "seed": seed, **scores, **changes})
 
 
@@ -52,21 +52,25 @@ def only(tmp_path: Path, *results: Result, baseline: str = "sft") -> Ranking:
 # Numbers
 
 
-def test_means_deviations_and_paired_differences(tmp_path: Path) -> None:
+def test_means_deviations_and_pooled_differences(tmp_path: Path) -> None:
+    """The numbers are calculated by hand from the formulas of docs/statistics.md, with 3 seeds and 1,000 questions."""
     rows = by_defense(only(tmp_path, *SFT, *VACCINE))
     vaccine, sft = rows["vaccine"], rows["sft"]
-    assert (vaccine["seeds"], vaccine["paired_seeds"]) == (3, 3)
-    # HS 60, 80, 70; differences -20, -10, -15: s = 5, s / sqrt(3) = 2.886751, t(0.975; 2) = 4.302653
     assert (vaccine["harmful_score"], vaccine["harmful_score_sd"]) == pytest.approx((70, 10))
     assert (sft["harmful_score"], sft["harmful_score_sd"]) == pytest.approx((85, 5))
+    # phi = (.005 / (.85 * .15) + .02 / (.7 * .3)) / 4 = .0336134; v = .127826 and .210107; t(.975; 4) = 2.776445
+    assert vaccine["harmful_score_dispersion"] == pytest.approx(33.6134, abs=1e-3)
     assert vaccine["harmful_score_difference"] == pytest.approx(-15)
-    assert vaccine["harmful_score_difference_low"] == pytest.approx(-15 - 12.420689, abs=1e-5)
-    assert vaccine["harmful_score_difference_high"] == pytest.approx(-15 + 12.420689, abs=1e-5)
-    # FA 95, 98, 95: s = sqrt(3); differences -1, 0, -2: s = 1, half width 4.302653 / sqrt(3)
+    assert vaccine["harmful_score_difference_low"] == pytest.approx(-15 - 17.0844, abs=1e-3)
+    assert vaccine["harmful_score_difference_high"] == pytest.approx(-15 + 17.0844, abs=1e-3)
+    assert sft["harmful_score_low"] == pytest.approx(85 - 10.5073, abs=1e-3)
+    assert sft["harmful_score_high"] == pytest.approx(85 + 10.5073, abs=1e-3)
+    # FA: phi = (.0002 / (.97 * .03) + .0006 / (.96 * .04)) / 4 = .00562446; v = .029688 and .038963
     assert (vaccine["finetune_accuracy"], vaccine["finetune_accuracy_sd"]) == pytest.approx((96, math.sqrt(3)))
     assert vaccine["finetune_accuracy_difference"] == pytest.approx(-1)
-    assert vaccine["finetune_accuracy_difference_low"] == pytest.approx(-1 - 2.484138, abs=1e-5)
-    assert vaccine["finetune_accuracy_difference_high"] == pytest.approx(-1 + 2.484138, abs=1e-5)
+    assert vaccine["finetune_accuracy_difference_low"] == pytest.approx(-1 - 3.1498, abs=1e-3)
+    assert vaccine["finetune_accuracy_difference_high"] == pytest.approx(-1 + 3.1498, abs=1e-3)
+    assert vaccine["safety_tax"] == pytest.approx(1)
 
 
 def test_loss_and_drift_are_averaged(tmp_path: Path) -> None:
@@ -83,35 +87,50 @@ def test_loss_and_drift_are_averaged(tmp_path: Path) -> None:
     assert row["harmful_score_before"] == 1.5
 
 
-def test_differences_are_over_shared_seeds(tmp_path: Path) -> None:
+def test_difference_of_defenses_with_different_seeds(tmp_path: Path) -> None:
+    """The seeds are not paired: each defense contributes the mean over its own."""
     ewc = by_defense(only(tmp_path, *EWC, *reversed(SFT)))["ewc"]
-    assert (ewc["seeds"], ewc["paired_seeds"], ewc["harmful_score"]) == (3, 2, 40)
-    # 50 - 90, 65 - 85: s / sqrt(2) = 10, t(0.975; 1) = 12.706205
-    assert ewc["harmful_score_difference"] == pytest.approx(-30)
-    assert ewc["harmful_score_difference_high"] == pytest.approx(-30 + 127.06205, abs=1e-4)
+    assert (ewc["seeds"], ewc["harmful_score"], ewc["harmful_score_difference"]) == (3, 40, -45)
 
 
-def test_one_seed_has_a_difference_without_an_interval(tmp_path: Path) -> None:
+def test_one_seed_has_an_interval_over_questions(tmp_path: Path) -> None:
     ranking = only(tmp_path, SFT[0], VACCINE[0])
     row = by_defense(ranking)["vaccine"]
-    assert row["harmful_score_difference"] == -20
     assert math.isnan(row["harmful_score_sd"])
-    assert math.isnan(row["harmful_score_difference_low"])
-    assert "| 1 | vaccine | 1 | 60.0 | -20.0 | 95.0 | -1.0 |" in rankings_markdown([ranking])
+    assert row["harmful_score_difference"] == pytest.approx(-20)
+    # 1.959964 sqrt(.160716 / 1000 + .240079 / 1000), with m = 802 / 1004 and 602 / 1004
+    assert row["harmful_score_difference_high"] == pytest.approx(-20 + 3.9238, abs=1e-3)
+    assert [note for note in ranking.notes if "over questions only" in note] == [
+        f"{score}: one seed, so the intervals are over questions only, not over trainings." for score in ("HS", "FA")
+    ]
 
 
-def test_no_shared_seed_has_no_difference(tmp_path: Path) -> None:
-    ranking = only(tmp_path, SFT[0], EWC[2])
-    assert math.isnan(by_defense(ranking)["ewc"]["harmful_score_difference"])
-    assert "| 5.0 | - |" in rankings_markdown([ranking])
+def test_score_that_does_not_vary_is_not_called_one_seed(tmp_path: Path) -> None:
+    """The accuracy of both seeds is 100 for both defenses, which does not determine a spread."""
+    runs = [result(name, seed, 40 + 9 * seed, 100) for name in ("sft", "vaccine") for seed in (0, 1)]
+    ranking = only(tmp_path, *runs)
+    assert "FA: no score varies between seeds, so the intervals are over questions only, not over trainings." in (
+        ranking.notes
+    )
+    assert not any("one seed" in note for note in ranking.notes)
+    assert all(row["finetune_accuracy_low"] < 100 for row in ranking.rows)
+
+
+def test_hollow_defense_is_shown_and_not_ranked(tmp_path: Path) -> None:
+    shares = {"before": SHARES, "after": {**SHARES, "neither": 93.0}}
+    hollow = {"validity": {**DEFAULTS["validity"], "hollow": True, "shares": shares}}
+    ranking = only(tmp_path, *SFT, result("vaccine", 0, 7, **hollow), result("vaccine", 1, 5, **hollow))
+    assert ranks(ranking) == [("sft", 1), ("vaccine", None)]
+    assert ranking.notes[0].startswith("HOLLOW vaccine, 2 of 2 runs: 93% of harmful prompts")
+    assert "| hollow 2/2 | vaccine | 2 |" in rankings_markdown([ranking])
+    assert not ranking.rows[-1]["pareto"]
 
 
 def test_baseline_has_no_difference_to_itself(tmp_path: Path) -> None:
     ranking = only(tmp_path, *SFT, *VACCINE)
     sft = by_defense(ranking)["sft"]
     assert all(math.isnan(sft[column]) for column in sft if "_difference" in column)
-    assert "| sft | 3 | 85.0 ± 5.0 |  | 97.0 ± 1.0 |  |" in rankings_markdown([ranking])
-    assert ranking.notes == []
+    assert "| sft | 3 | 85.0 [74.5, 95.5] |  | 97.0 |" in rankings_markdown([ranking])
 
 
 def test_different_baseline(tmp_path: Path) -> None:
@@ -123,13 +142,12 @@ def test_different_baseline(tmp_path: Path) -> None:
 def test_ranking_without_the_baseline_has_a_note(tmp_path: Path) -> None:
     elsewhere = [change(run, task="agnews", run=f"{run.run}-agnews") for run in VACCINE]
     agnews, sst2 = rank_results([write_csv(tmp_path / "one.csv", *SFT, *VACCINE, *elsewhere)])
-    assert sst2.notes == []
-    (note,) = agnews.notes
-    assert note.startswith("No differences: the baseline 'sft'")
+    assert not any(note.startswith("No differences") for note in sst2.notes)
+    assert agnews.notes[0].startswith("No differences: the baseline 'sft'")
     (row,) = agnews.rows
     assert row["baseline"] is None
     assert math.isnan(row["harmful_score_difference"])
-    assert "| vaccine | 3 | 70.0 ± 10.0 |  | 96.0 ± 1.7 |  |" in rankings_markdown([agnews])
+    assert any(line.startswith("| 1 | vaccine | 3 | 70.0 [") for line in rankings_markdown([agnews]).splitlines())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,7 +181,7 @@ def test_collapsed_defense_has_no_rank(tmp_path: Path) -> None:
     row = ranking.rows[-1]
     assert (row["collapsed_cells"], row["seeds"]) == (1, 3)
     assert row["reasons"] == "seed 1: 60% of answers are empty; accuracy 0.0 is low"
-    (note,) = ranking.notes
+    note = ranking.notes[0]
     assert note.startswith("COLLAPSED broken, 1 of 3 runs: seed 1: 60% of answers are empty")
     assert "doubtful" not in note
 
@@ -296,10 +314,11 @@ def test_terminal(mixed: Path, tmp_path: Path) -> None:
     assert sum("11.5 untrained" in line for line in first) == 2
     assert not any("untrained" in line for line in [*second, *third])
     ranked = [line.split()[:3] for line in second if line.split()[1:2] in (["sft"], ["vaccine"], ["broken"])]
-    assert ranked == [["1", "vaccine", "3"], ["2", "sft", "3"], ["collapsed", "broken", "1"]]
-    assert any("-15.0 [-27.4, -2.6]" in line for line in second)
+    assert ranked == [["1-2", "vaccine", "3"], ["1-2", "sft", "3"]]
+    assert any(line.split()[:3] == ["collapsed", "1/1", "broken"] for line in second)
+    assert any("-15.0 [-32.1, +2.1]" in line for line in second)
     assert any(line.startswith("COLLAPSED broken, 1 of 1 runs: seed 0: 60% of answers") for line in second)
-    assert sum("33.0" in line for line in third) == 1
+    assert sum("33.0 [" in line for line in third) == 1
     assert "broken" not in "".join(third)
     assert {path.name for path in tmp_path.iterdir()} == {"mixed.csv", ".mixed.csv.lock"}  # nothing was written
 
@@ -307,7 +326,8 @@ def test_terminal(mixed: Path, tmp_path: Path) -> None:
 def test_files(mixed: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "tables"
     assert hbv("leaderboard", mixed, "--out", out).code == 0
-    assert {path.name for path in out.iterdir()} == {"leaderboard.csv", "leaderboard.md"}
+    tables = {"index.html", "leaderboard.csv", "leaderboard.md", "leaderboard.tex"}
+    assert {path.name for path in out.iterdir()} == {*tables, "figures"}
     with (out / "leaderboard.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == list(COLUMNS)
@@ -333,7 +353,7 @@ def test_files(mixed: Path, tmp_path: Path) -> None:
     assert len(tables) == 3 * 2 + 6
     assert len({line.count("|") for line in tables}) == 1
     assert text.count("11.5 untrained") == 2
-    assert "| collapsed | broken | 1 |" in text
+    assert "| collapsed 1/1 | broken | 1 |" in text
     assert "\n- COLLAPSED broken, 1 of 1 runs: seed 0: 60% of answers are empty" in text
 
 
@@ -345,7 +365,7 @@ def test_json(mixed: Path) -> None:
     assert rows[4]["defense"] == "broken"
     assert (rows[4]["rank"], rows[4]["collapsed_cells"], rows[4]["harmful_score_sd"]) == (None, 1, None)
     assert rows[0]["trained"] is False
-    assert rows[2]["harmful_score_difference_low"] == pytest.approx(-27.420689)
+    assert rows[2]["harmful_score_difference_low"] == pytest.approx(-32.0844, abs=1e-3)
 
 
 def test_default_file_is_the_csv_of_the_home(tmp_path: Path) -> None:
@@ -358,7 +378,10 @@ def test_default_file_is_the_csv_of_the_home(tmp_path: Path) -> None:
 def test_several_files_and_a_different_baseline(tmp_path: Path) -> None:
     first, second = write_csv(tmp_path / "one.csv", *SFT), write_csv(tmp_path / "two.csv", *VACCINE)
     rows = json.loads(hbv("leaderboard", first, second, "--baseline", "vaccine", "--json").out)
-    assert {row["defense"]: row["harmful_score_difference"] for row in rows} == {"sft": 15, "vaccine": None}
+    assert {row["defense"]: row["harmful_score_difference"] for row in rows} == {
+        "sft": pytest.approx(15),
+        "vaccine": None,
+    }
 
 
 def test_replaced_row_is_reported_on_stderr_in_one_line(tmp_path: Path) -> None:

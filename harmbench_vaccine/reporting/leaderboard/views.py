@@ -29,11 +29,10 @@ def _columns(baseline: str) -> list[Column]:
             legend="answers to harmful prompts that the judge flags (lower: better), mean over seeds with its 95% "
             "interval; it determines the rank",
         ),
-        number_column("HS diff.", drop=9, legend=difference),
-        number_column(
-            "FA %", legend="test items of the task answered correctly (higher: better), mean with its 95% interval"
-        ),
-        number_column("FA diff.", drop=8, legend=difference),
+        number_column("HS diff.", drop=12, legend=difference),
+        number_column("FA %", legend="test items of the task answered correctly (higher: better), mean over seeds"),
+        number_column("FA interval", drop=8, legend="95% interval of FA"),
+        number_column("FA diff.", drop=9, legend=difference),
         number_column("HS before", drop=5, legend="HS of the aligned model"),
         number_column("refused %", drop=10, legend="harmful prompts that are refused"),
         number_column(
@@ -113,7 +112,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(row["seeds"]),
         _score(row, "harmful_score"),
         _difference(row, "harmful_score"),
-        _score(row, "finetune_accuracy") + ("" if row["trained"] else " untrained"),
+        f"{row['finetune_accuracy']:.1f}" + ("" if row["trained"] else " untrained"),
+        _interval(row, "finetune_accuracy"),
         _difference(row, "finetune_accuracy"),
         _number(row["harmful_score_before"], ".1f"),
         *(_number(row[column], ".1f") for column in ("refusal_rate", "neither", "task_echo")),
@@ -139,7 +139,11 @@ def _rank(row: dict[str, Any]) -> str:
 
 
 def _score(row: dict[str, Any], score: str) -> str:
-    return f"{row[score]:.1f} [{row[f'{score}_low']:.1f}, {row[f'{score}_high']:.1f}]"
+    return f"{row[score]:.1f} {_interval(row, score)}"
+
+
+def _interval(row: dict[str, Any], score: str) -> str:
+    return f"[{row[f'{score}_low']:.1f}, {row[f'{score}_high']:.1f}]"
 
 
 def _difference(row: dict[str, Any], score: str) -> str:
