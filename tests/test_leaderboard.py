@@ -122,7 +122,7 @@ def test_hollow_defense_is_shown_and_not_ranked(tmp_path: Path) -> None:
     ranking = only(tmp_path, *SFT, result("vaccine", 0, 7, **hollow), result("vaccine", 1, 5, **hollow))
     assert ranks(ranking) == [("sft", 1), ("vaccine", None)]
     assert ranking.notes[0].startswith("HOLLOW vaccine, 2 of 2 runs: 93% of harmful prompts")
-    assert "| hollow 2/2 | vaccine | 2 |" in rankings_markdown([ranking])
+    assert "| hollow | vaccine | 2 |" in rankings_markdown([ranking])
     assert not ranking.rows[-1]["pareto"]
 
 
@@ -315,7 +315,7 @@ def test_terminal(mixed: Path, tmp_path: Path) -> None:
     assert not any("untrained" in line for line in [*second, *third])
     ranked = [line.split()[:3] for line in second if line.split()[1:2] in (["sft"], ["vaccine"], ["broken"])]
     assert ranked == [["1-2", "vaccine", "3"], ["1-2", "sft", "3"]]
-    assert any(line.split()[:3] == ["collapsed", "1/1", "broken"] for line in second)
+    assert any(line.split()[:2] == ["collapsed", "broken"] for line in second)
     assert any("-15.0 [-32.1, +2.1]" in line for line in second)
     assert any(line.startswith("COLLAPSED broken, 1 of 1 runs: seed 0: 60% of answers") for line in second)
     assert sum("33.0 [" in line for line in third) == 1
@@ -353,7 +353,7 @@ def test_files(mixed: Path, tmp_path: Path) -> None:
     assert len(tables) == 3 * 2 + 6
     assert len({line.count("|") for line in tables}) == 1
     assert text.count("11.5 untrained") == 2
-    assert "| collapsed 1/1 | broken | 1 |" in text
+    assert "| collapsed | broken | 1 |" in text
     assert "\n- COLLAPSED broken, 1 of 1 runs: seed 0: 60% of answers are empty" in text
 
 

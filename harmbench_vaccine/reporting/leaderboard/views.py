@@ -132,8 +132,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _rank(row: dict[str, Any]) -> str:
     """Return the group of ties, or why a defense has no rank."""
     if row["rank"] is None:
-        kind = "collapsed" if row["collapsed_cells"] else "hollow"
-        return f"{kind} {row[f'{kind}_cells']}/{row['seeds']}"
+        return "collapsed" if row["collapsed_cells"] else "hollow"
     first, last = row["tie_first"], row["tie_last"]
     return str(first) if first == last else f"{first}-{last}"
 
