@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import answers, load_model, results, run, training_log
+    from .api import answers, load_model, results, run, sweep, training_log
     from .core.errors import BadInput, HbvError
     from .evaluation.result import Result
     from .plugins import Attack, Defense, Scorer, Task, param
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "run": "api",
+    "sweep": "api",
     "results": "api",
     "answers": "api",
     "training_log": "api",
@@ -49,6 +50,7 @@ __all__ = [
     "param",
     "results",
     "run",
+    "sweep",
     "training_log",
 ]
 

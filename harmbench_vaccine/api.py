@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast, overload
 
+from .core.arguments import checked_count, checked_flag, checked_path, checked_share
 from .core.device import restored_random_states, select_device
 from .core.errors import BadInput, shortened, unknown_name
 from .core.library_settings import library_defaults
@@ -163,11 +164,11 @@ def run(
         with restored_random_states(), _receiver(progress) as receiver:
             results = run_all(
                 specs,
-                out=_checked_path("out", out),
-                table=_checked_path("csv", csv),
-                save_share=_checked_share("save_every", save_every, 0.001),
-                gradient_checkpointing=_checked_flag("gradient_checkpointing", gradient_checkpointing),
-                gpu_memory=None if gpu_memory is None else _checked_share("gpu_memory", gpu_memory, 0.05),
+                out=checked_path("out", out),
+                table=checked_path("csv", csv),
+                save_share=checked_share("save_every", save_every, 0.001),
+                gradient_checkpointing=checked_flag("gradient_checkpointing", gradient_checkpointing),
+                gpu_memory=None if gpu_memory is None else checked_share("gpu_memory", gpu_memory, 0.05),
                 report_to=_checked_trackers(report_to),
                 progress=receiver,
             )
@@ -356,24 +357,6 @@ def _combinations(arguments: Mapping[str, Any]) -> list[RunSpec]:
 
 def _as_list(written: Any) -> list[Any]:
     return list(written) if isinstance(written, list | range) else [written]
-
-
-def _checked_share(name: str, value: float, least: float) -> float:
-    if isinstance(value, bool) or not (isinstance(value, int | float) and least <= value <= 1):
-        raise BadInput(f"Argument {name} is {shortened(repr(value))}; allowed: a number from {least} to 1.")
-    return value
-
-
-def _checked_path(name: str, path: str | Path | None) -> Path | None:
-    if not isinstance(path, str | Path | None):
-        raise BadInput(f"Argument {name} is {shortened(repr(path))}; allowed: a path.")
-    return None if path is None else user_path(path)
-
-
-def _checked_flag(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        raise BadInput(f"Argument {name} is {shortened(repr(value))}; allowed: True, False.")
-    return value
 
 
 def _checked_trackers(written: Tracker | Sequence[Tracker] | None) -> list[Tracker]:
