@@ -77,7 +77,7 @@ class GroupedCommand(click.Command):
         records = {
             str(param.name): record
             for param in self.get_params(ctx)
-            if (record := param.get_help_record(ctx)) is not None
+            if isinstance(param, click.Option) and (record := param.get_help_record(ctx)) is not None
         }
         groups = [(title, [records.pop(name) for name in names]) for title, names in self.option_groups.items()]
         for title, group in [*groups, ("Other", list(records.values()))]:
