@@ -83,15 +83,16 @@ class _Worker:
     def __init__(
         self, experiments: Sequence[Experiment], context: RunContext, runs: Path, pause: Callable[[], None]
     ) -> None:
-        self._experiments, self._context, self._runs, self._pause = experiments, context, runs, pause
+        self._experiments = {keys.run_id(experiment): experiment for experiment in experiments}
+        self._context, self._runs, self._pause = context, runs, pause
         self._attempts: Counter[str] = Counter()
         self.summary = WorkSummary()
 
     def advance(self, step: Callable[[Experiment, RunContext], None]) -> None:
         """Take every run through a step, in turn, and come back to those that other workers work on."""
-        remaining = [run for run in self._experiments if not self._is_left_out(run)]
+        remaining = list(self._experiments)
         while remaining:
-            waiting = [experiment for experiment in remaining if not self._try(step, experiment)]
+            waiting = [name for name in remaining if not self._try(step, name)]
             if len(waiting) == len(remaining):
                 self._pause()
             remaining = waiting
@@ -103,13 +104,12 @@ class _Worker:
         save_run_folder(result, answer_rows(measurements), self._runs)
         self.summary.finished.append(result.run)
 
-    def _try(self, step: Callable[[Experiment, RunContext], None], experiment: Experiment) -> bool:
+    def _try(self, step: Callable[[Experiment, RunContext], None], name: str) -> bool:
         """Take a run through a step; return False if it has to be tried again."""
-        if self._is_left_out(experiment):
+        if self._is_left_out(name):
             return True
-        name = keys.run_id(experiment)
         try:
-            step(experiment, self._context)
+            step(self._experiments[name], self._context)
         except StageBusy:
             return False
         except StageParked as error:
@@ -126,13 +126,13 @@ class _Worker:
         if self._attempts[name] < ATTEMPTS:
             self._context.progress.note(f"{name} failed and is tried again: {reason}")
             return False
+        self._context.progress.note(f"{name} failed {ATTEMPTS} times: {reason}")
         self.summary.parked[name] = reason
         return True
 
-    def _is_left_out(self, experiment: Experiment) -> bool:
-        name = keys.run_id(experiment)
+    def _is_left_out(self, name: str) -> bool:
         is_stopped = name in self.summary.parked or name in self.summary.too_long
-        return is_stopped or is_finished(experiment, self._runs)
+        return is_stopped or (self._runs / name / RESULT).is_file()
 
 
 def _train(experiment: Experiment, context: RunContext) -> None:
