@@ -88,8 +88,8 @@ def test_table_and_costs(suite: Path, finished: Path) -> None:
     sweep = opened(suite, finished)
     rows = list(csv.DictReader(io.StringIO((sweep.folder / "results.csv").read_text())))
     assert [(row["attack"], row["defense"]) for row in rows] == [
-        ("ratio=0.0", "sft"),
-        ("ratio=0.0", "vaccine"),
+        ("ratio=0", "sft"),
+        ("ratio=0", "vaccine"),
         ("ratio=0.2", "sft"),
         ("ratio=0.2", "vaccine"),
     ]
@@ -178,7 +178,7 @@ def test_detectable_difference_with_an_assumed_dispersion(world: Path, tmp_path:
     sweep = opened(write_suite(tmp_path / "pair.yaml", world, seeds="0..2"), tmp_path)
     planned = detectable_differences(sweep.experiments, sweep.runs)
     assert [(each.attack, each.defenses, each.seeds, each.stored_runs) for each in planned] == [
-        ("ratio=0.0", 2, 3, 0),
+        ("ratio=0", 2, 3, 0),
         ("ratio=0.2", 2, 3, 0),
     ]
     degrees = 2 * (3 - 1)
@@ -429,12 +429,13 @@ def test_progress_in_lines(tmp_path: Path) -> None:
 
 
 def test_threads_are_divided() -> None:
-    def threads(number: int, workers: int, **environment: str) -> str:
-        return worker_environment(number, workers, [], 16, environment)["OMP_NUM_THREADS"]
+    def threads(workers: int, gpus: list[str], **environment: str) -> str:
+        return worker_environment(0, workers, gpus, 16, environment)["OMP_NUM_THREADS"]
 
-    assert [threads(0, 1), threads(0, 3), threads(0, 100)] == ["16", "5", "1"]
-    assert threads(0, 2, OMP_NUM_THREADS="2") == "2"
-    assert threads(0, 2, MKL_NUM_THREADS="12") == "8"
+    assert [threads(1, ["0"]), threads(3, ["0"]), threads(100, ["0"])] == ["16", "5", "1"]
+    assert [threads(1, []), threads(8, []), threads(9, []), threads(100, [])] == ["2", "2", "1", "1"]
+    assert threads(2, ["0"], OMP_NUM_THREADS="2") == "2"
+    assert threads(2, ["0"], MKL_NUM_THREADS="12") == "8"
     assert worker_environment(3, 4, ["4", "7"], 16, {})["CUDA_VISIBLE_DEVICES"] == "7"
 
 
@@ -547,4 +548,4 @@ def test_signals_end_a_sweep(running: Any, tmp_path: Path, number: int, code: in
     with pytest.raises(ProcessLookupError):
         os.kill(lease.holder.pid, 0)
     assert lease_of_worker(home) is None
-    assert "interrupted by SIGTERM" in (home / "sweeps/pair/worker-0.log").read_text()
+    assert "interrupted by SIGTERM" in (home / f"sweeps/pair/worker-{socket.gethostname()}-0.log").read_text()

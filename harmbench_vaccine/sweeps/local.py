@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -66,10 +67,11 @@ def worker_environment(
         number: The number of the worker, from 0.
         workers: Number of workers.
         gpus: The visible GPUs; worker i gets GPU i modulo their number.
-        cores: Cores of this machine, which the workers divide; each gets at least one thread.
+        cores: Cores of this machine, which the workers divide. Where models run on the CPU, each worker gets one or two
+            threads, which compute the same bits.
         environment: The variables of this process. A smaller number of threads in it is kept.
     """
-    share = max(1, cores // workers)
+    share = max(1, cores // workers) if gpus else 1 + (cores >= 2 * workers)
     limits = [int(text) for name in _THREADS if (text := environment.get(name, "")).isdecimal() and int(text)]
     variables = dict.fromkeys(_THREADS, str(min([share, *limits])))
     return variables | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})
@@ -86,7 +88,7 @@ class LocalWorkers:
         Args:
             command: The command of a worker.
             environments: The variables of each worker, in addition to those of this process.
-            logs: Folder of their logs, `worker-N.log`.
+            logs: Folder of their logs, `worker-HOST-N.log`.
             progress: Shows a bar over the stages and, on a terminal, the state of the sweep.
         """
         self._command, self._environments, self._logs, self._progress = command, environments, logs, progress
@@ -142,7 +144,7 @@ class LocalWorkers:
         return any(process.poll() is None for process in self._processes)
 
     def _log(self, number: int) -> Path:
-        return self._logs / f"worker-{number}.log"
+        return self._logs / f"worker-{socket.gethostname()}-{number}.log"  # several machines may share the folder
 
     def _stop(self) -> None:
         """End the workers that still run as SIGTERM ends a command: each writes a checkpoint."""
