@@ -92,6 +92,7 @@ def sweep(
     Example: hbv sweep testbed-vaccine-table1 --workers 2
     Before it: hbv sweep testbed-vaccine-table1 --plan
     Meanwhile, in another terminal: hbv sweep testbed-vaccine-table1 --status
+    On SLURM: hbv sweep reviewer-pack --executor slurm --workers 8 --time 480
     """
     from harmbench_vaccine.sweeps.suite import load_suite
 

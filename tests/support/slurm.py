@@ -61,7 +61,7 @@ def directives(script: str) -> dict[str, str]:
     return options
 
 
-def wait_for_jobs(folder: Path, count: int, seconds: float = 300.0) -> list[list[int]]:
+def wait_for_jobs(folder: Path, count: int, seconds: float = 600.0) -> list[list[int]]:
     """Wait until so many jobs of all arrays have ended, and return the exit codes of the executions of each."""
     end = time.monotonic() + seconds
     while len(paths := sorted(folder.glob("*/ended-*"))) < count:
