@@ -123,10 +123,10 @@ def _read_suite(name: str) -> tuple[list[ResultRow], UnfinishedRuns]:
 
 
 def _read_csv(source: str) -> list[ResultRow]:
-    from harmbench_vaccine.reporting.leaderboard.ranking import read_table
+    from harmbench_vaccine.reporting.leaderboard.ranking import read_results_table
     from harmbench_vaccine.sweeps.suite import suite_names
 
     path = user_path(source)
     if not path.suffix and not os.path.lexists(path):
         raise unknown_name("suite or CSV", source, suite_names())
-    return read_table(path)
+    return read_results_table(path)

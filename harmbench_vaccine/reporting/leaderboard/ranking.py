@@ -155,7 +155,7 @@ def rank_results(tables: Sequence[Path], baseline: str = DEFAULT_BASELINE, publi
     Raises:
         BadInput: A file is missing or is not a CSV of results, none has results, or no run has the baseline.
     """
-    rows = [row for table in tables for row in read_table(table)]
+    rows = [row for table in tables for row in read_results_table(table)]
     if not rows:
         raise BadInput(f"No results in {', '.join(map(str, tables))}. Add results with `hbv run`.")
     return rank_rows(rows, baseline, published)
@@ -186,7 +186,7 @@ def rank_rows(
     return sorted(rankings, key=lambda ranking: [_natural_key(text) for text in ranking.setting.values()])
 
 
-def read_table(path: Path) -> list[results_csv.ResultRow]:
+def read_results_table(path: Path) -> list[results_csv.ResultRow]:
     """Read the rows of a CSV of results.
 
     Raises:
