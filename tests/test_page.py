@@ -6,8 +6,9 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import chain, pairwise, product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -136,25 +137,23 @@ def test_hostile_names_are_text() -> None:
 
 @pytest.mark.slow
 def test_a_thousand_cells_are_small() -> None:
-    grid = product(("sst2", "agnews", "gsm8k", "alpaca"), range(10), range(25))
-    cells = [
-        cell(
-            f"vaccine:rho={rho}",
-            3.5 * rho + 5.37,
-            tenths / 20,
-            90.123,
-            seeds=3,
-            task=task,
-            defense_params={"vaccine": {"rho": rho, "tau": 1}},
-        )
-        for task, tenths, rho in grid
-    ]
     runs = [
-        run.model_copy(update={"run": f"vaccine-{number:08x}"}) for number, run in enumerate(chain.from_iterable(cells))
+        run.model_copy(update={"run": f"vaccine-{rho:02x}{run.seed:06x}"})
+        for rho in range(25)
+        for run in cell(
+            f"vaccine:rho={rho}", 3.5 * rho + 5.37, 0.1, 90.123, 3, defense_params={"vaccine": {"rho": rho, "tau": 1}}
+        )
     ]
-    page = render_page(rank(*runs))
+    (ranking,) = rank(*runs)
+    settings = product(("sst2", "agnews", "gsm8k", "alpaca"), range(10))
+    rankings = [
+        replace(ranking, setting={**ranking.setting, "task": task, "attack": f"ratio={tenths / 20}"})
+        for task, tenths in settings
+    ]
+    page = render_page(rankings)
     assert len(page_json(page)["cells"]) == 1000
-    assert len(page.encode()) < 500_000  # with names of runs and versions as those of real runs
+    keys_of_models = 3000 * len('"46b0e178e4c5"')  # which are in the page if the folders of the runs are stored
+    assert len(page.encode()) + keys_of_models < 500_000
 
 
 def test_partial_results_name_what_is_missing() -> None:
