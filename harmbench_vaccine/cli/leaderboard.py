@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,12 @@ if TYPE_CHECKING:
 @click.option(
     "--published", is_flag=True, help="Compare with published figures, and list the deviations from the paper."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON list: one object per row of leaderboard.csv.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a JSON list: one object per row of leaderboard.csv, with the evidence for its defenses.",
+)
 def leaderboard(
     sources: tuple[str, ...], out: Path | None, answers: bool, baseline: str, published: bool, as_json: bool
 ) -> None:
@@ -54,6 +60,7 @@ def leaderboard(
     A suite: hbv leaderboard testbed-vaccine-table1 --out tables
     """
     from harmbench_vaccine.core.jsonl import finite
+    from harmbench_vaccine.reporting.evidence import evidence_of
     from harmbench_vaccine.reporting.leaderboard.files import write_rankings
     from harmbench_vaccine.reporting.leaderboard.ranking import rank_rows
     from harmbench_vaccine.reporting.leaderboard.tuned import tuned_pairs, tuned_view
@@ -68,7 +75,12 @@ def leaderboard(
         print_warning(f"{len(rows)} of {len(rows) + missing} runs have a result. Add the others with `hbv sweep`.")
     notes = write_rankings(rankings, out, home() / "runs", unfinished, answers) if out else []
     if as_json:
-        print_json(finite(ranking_rows(rankings)))
+        print_json(
+            [
+                {**row, "evidence": evidence_of(json.loads(row["defense_params"]))}
+                for row in finite(ranking_rows(rankings))
+            ]
+        )
         return
     print_view(rankings_view(rankings))
     if pairs := tuned_pairs(rankings):

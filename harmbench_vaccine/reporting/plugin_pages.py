@@ -21,6 +21,7 @@ from harmbench_vaccine.plugins.grid import COUNT
 from harmbench_vaccine.plugins.registry import Registry
 
 from .docstrings import docstring_blocks, split_note
+from .evidence import evidence_text
 from .render import Column, VisibleText, dim_notes, number_column, render_fields, render_table
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
     "defense": (
         Column("stages", least=8),
         Column("citation", least=10),
+        Column("evidence", least=16),
         Column("cost", least=10),
         Column("once", least=20),
         Column("memory", least=16),
@@ -100,6 +102,7 @@ def plugin_facts(cls: type[Plugin]) -> dict[str, Any]:
         "title": (sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0],
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
         "citation": cls.citation,
+        **({"evidence": evidence_text(cls)} if issubclass(cls, Defense) else {}),
         **{key: _fact(cls, key) for key in FACTS[cls.kind]},
     }
 
@@ -196,7 +199,7 @@ def plugin_page(details: Mapping[str, Any]) -> RenderableType:
 
 def fact_fields(details: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the title and the text of every fact of a plug-in."""
-    keys = ("citation", *FACTS[details["kind"]])
+    keys = ("citation", *(["evidence"] if "evidence" in details else []), *FACTS[details["kind"]])
     fields = [(_TITLES.get(key, key), _fact_text(details[key])) for key in keys]
     for parameter, values in details.get("tuned", {}).items():
         fields.append(("values of hbv tune", f"{parameter} = {', '.join(f'{value:g}' for value in values)}"))
