@@ -402,7 +402,7 @@ def test_worker_ends_with_its_coordinator(tmp_path: Path) -> None:
 import os, pathlib, sys, time
 from harmbench_vaccine.sweeps.local import end_with_coordinator
 end_with_coordinator()
-print(os.getpid(), flush=True)
+print("ready", flush=True)
 time.sleep(60)
 """
     coordinator = f"""
@@ -412,12 +412,12 @@ time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", coordinator], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    pid = int(process.stdout.readline())
+    assert process.stdout.readline()
     process.kill()
     process.wait()
+    killed = time.monotonic()
     assert process.stdout.read() == ""  # the end of the worker closes the pipe
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
+    assert time.monotonic() - killed < 30
 
 
 @pytest.mark.usefixtures("fast")
