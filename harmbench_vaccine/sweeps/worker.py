@@ -32,7 +32,7 @@ _PAUSE = 2.0
 
 @dataclass
 class WorkSummary:
-    """What a worker did."""
+    """The outcome of a worker."""
 
     finished: list[str] = field(default_factory=list)
     """Ids of the runs whose results this worker stored."""
