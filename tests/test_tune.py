@@ -150,7 +150,8 @@ def test_validation_rows_share_no_question_with_results(questions: list[int], re
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("world"), {"gates": {"neither_rise": 100}})
+    few = {"align": {"rows": 12}, "finetune": {"samples": 20}}  # training is not the subject
+    return make_world(tmp_path_factory.mktemp("world"), few)
 
 
 @pytest.mark.parametrize("rows", ["unique", "paper"])
@@ -458,6 +459,7 @@ def test_rankings_that_differ_in_more_than_parameters_are_not_paired(fields: dic
 # The command
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_tuning(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     command = ("tune", "--protocol", world, "--defense", "vaccine", "--values", 3, "--seed", 100)
