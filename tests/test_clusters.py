@@ -48,6 +48,8 @@ ROOT = Path(__file__).parents[1]
 needs_submitit = pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed (extra `slurm`)")
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (extra `ray`)")
 RUNS = 2
+PATIENCE = 600
+"""Seconds in which a command on a cluster ends, also on a busy machine."""
 
 
 def write_suite(path: Path, world: Path) -> Path:
@@ -468,7 +470,7 @@ def ray_home() -> Iterator[None]:
 def test_ray_on_this_machine(suite: Path, expected: bytes, tmp_path: Path) -> None:
     home = tmp_path / "home"
     command = start_hbv("sweep", suite, "--executor", "ray", "--workers", "2", "--cpus", "1", "--json", home=home)
-    result = finish(command)
+    result = finish(command, PATIENCE)
     assert result.code == 0, result.err
     assert len(result.results) == RUNS
     assert table(home) == expected
@@ -487,10 +489,10 @@ def test_existing_ray_cluster(suite: Path, expected: bytes, tmp_path: Path) -> N
     try:
         cluster.add_node(num_cpus=1)
         options = ("--executor", "ray", "--address", cluster.address, "--workers", "2")
-        result = finish(start_hbv("sweep", suite, *options, home=tmp_path / "home"))
+        result = finish(start_hbv("sweep", suite, *options, home=tmp_path / "home"), PATIENCE)
         assert result.code == 0, result.err
         assert table(tmp_path / "home") == expected
-        refusal = finish(start_hbv("sweep", suite, *options, "--cpus", "2", home=tmp_path / "other"))
+        refusal = finish(start_hbv("sweep", suite, *options, "--cpus", "2", home=tmp_path / "other"), PATIENCE)
         assert (refusal.code, refusal.sentence) == (
             2,
             "hbv: No node of the Ray cluster has 2 cores for a worker; the largest has 1.",
@@ -510,11 +512,11 @@ def test_interrupted_ray_tasks(suite: Path, expected: bytes, tmp_path: Path) -> 
     while command.poll() is None and not list(home.glob("store/.leases/align-*")):
         time.sleep(0.05)
     command.send_signal(signal.SIGTERM)
-    result = finish(command)
+    result = finish(command, PATIENCE)
     assert result.code == 143, result.err
     assert not list((home / "store" / ".leases").glob("[!.]*"))
     assert not table_path(home).exists()
-    result = finish(start_hbv(*arguments, home=home))
+    result = finish(start_hbv(*arguments, home=home), PATIENCE)
     assert result.code == 0, result.err
     assert table(home) == expected
 

@@ -88,7 +88,7 @@ def start_hbv(*args: object, home: Path, limit: int | None = None) -> subprocess
     )
 
 
-def finish(running: subprocess.Popen[str]) -> CommandResult:
-    """Wait for the end of a started command."""
-    out, err = running.communicate(timeout=120)
+def finish(running: subprocess.Popen[str], seconds: float = 120) -> CommandResult:
+    """Wait for the end of a started command, at most so many seconds."""
+    out, err = running.communicate(timeout=seconds)
     return CommandResult(running.returncode, out, err)
