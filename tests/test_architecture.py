@@ -41,7 +41,7 @@ MOST_FOLDERS, MOST_FILES = 12, 5  # at the top of the package
 MOST_LINES = {"harmbench_vaccine/pipeline.py": 299}
 MOST_LINES_ELSEWHERE = 400
 MOST_FMT_SKIPS = 9
-MOST_IMPORT_LEVELS = 12
+MOST_IMPORT_LEVELS = 13
 
 # Public names that several modules may define, with the reason.
 SHARED_NAMES: dict[str, str] = {
