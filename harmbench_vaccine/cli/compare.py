@@ -1,0 +1,75 @@
+"""`hbv compare`: two runs, defenses or judges, question by question."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.paths import home
+
+from .completion import plugin_names, stored_run
+from .console import print_json, print_view, terminal_progress
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN]", shell_complete=stored_run)
+@click.option(
+    "--scorer",
+    "scorers",
+    shell_complete=plugin_names("scorers"),
+    multiple=True,
+    metavar="SPEC",
+    help="With one RUN: compare the verdicts of two judges, each with its own --scorer. Missing verdicts are added.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object, with every question that flips.")
+def compare(runs: tuple[str, ...], scorers: tuple[str, ...], as_json: bool) -> None:
+    """Compare two runs, or two judges of one run, question by question.
+
+    The first RUN is the baseline. Two different defenses, attacks or engines are compared over all stored seeds that
+    both have. RUN is a run id, a unique prefix of one, or a folder.
+
+    \b
+    Example: hbv compare sft-99 vaccine-84
+    Judges: hbv compare vaccine-84 --scorer beaver_dam --scorer refusal_keywords
+    """
+    from harmbench_vaccine.core.jsonl import finite
+    from harmbench_vaccine.evaluation.records import find_run
+    from harmbench_vaccine.evaluation.rescoring import rescore
+    from harmbench_vaccine.evaluation.run_comparison import compare_judges, compare_runs
+    from harmbench_vaccine.reporting.run_comparison_view import run_comparison_view
+
+    if (len(runs), len(scorers)) not in {(2, 0), (1, 2)}:
+        raise BadInput(
+            f"{len(runs)} runs and {len(scorers)} scorers cannot be compared; "
+            "allowed: two runs, or one run with --scorer given twice."
+        )
+    folders = [find_run(run, home() / "runs") for run in runs]
+    if scorers:
+        names = _judge_names(scorers)
+        with terminal_progress() as progress:
+            rescore(folders[0], scorers, None, home() / "store", progress)
+        comparison = compare_judges(folders[0], *names)
+    else:
+        comparison = compare_runs(folders[0], folders[1], home() / "runs")
+    if as_json:
+        print_json(finite(asdict(comparison)))
+    else:
+        print_view(run_comparison_view(comparison))
+
+
+def _judge_names(scorers: tuple[str, ...]) -> list[str]:
+    """Return the names under which a result stores the scores of two scorers.
+
+    Raises:
+        BadInput: An unknown scorer, or twice the same.
+    """
+    from harmbench_vaccine.plugins.composition import canonical_name, parse_plugins, resolve_plugins
+    from harmbench_vaccine.plugins.registry import SCORERS
+
+    resolved = [resolve_plugins(parse_plugins(text), SCORERS, {}, "") for text in scorers]
+    names = list(map(canonical_name, resolved))
+    if names[0] == names[1]:
+        raise BadInput(f"Both scorers are {names[0]}: choose two different ones, such as beaver_dam=0.4.")
+    return names
