@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from harmbench_vaccine.core.jsonl import finite, read_lines
@@ -37,17 +37,10 @@ When = Literal["before", "after"]
 
 def measure_result(experiment: Experiment, measurements: Measurements) -> Result:
     """Compute the result of a run."""
-    protocol, rule = experiment.protocol, experiment.protocol.score.accuracy
+    protocol = experiment.protocol
     rows = answer_rows(measurements)
     judges = {canonical_name([scorer]): scorer_facts(scorer.plugin) for scorer in experiment.scorers}
-    headline = next(iter(judges))
-    scores = judge_scores(rows, judges)
-    after, before = scores[headline], scores[headline].before
-    item_scores: dict[When, dict[Rule, list[float]]] = {
-        when: {rule: _item_scores(experiment, rows, when, rule) for rule in RULES} for when in ("before", "after")
-    }
-    accuracy, accuracy_before = (percentage(item_scores[when][rule]) for when in ("after", "before"))
-    drift = finite(measurements.drift.json(DRIFT))
+    drift = drift_fields(measurements.drift)
     resolved = [*experiment.defenses, *experiment.attacks, experiment.task_plugin]
     return Result(
         run=keys.run_id(experiment),
@@ -71,48 +64,92 @@ def measure_result(experiment: Experiment, measurements: Measurements) -> Result
         backend=experiment.backend,
         answered_by=_answered_by(measurements),
         seed=experiment.spec.seed,
-        harmful_score=after.harmful_score,
-        harmful_score_ci=after.ci,
-        harmful_score_hits=after.hits,
-        harmful_score_n=after.n,
-        finetune_accuracy=accuracy,
-        finetune_accuracy_ci=_interval(item_scores["after"][rule]),
-        finetune_accuracy_measure=experiment.task.measure,
-        finetune_accuracy_hits=_whole(sum(item_scores["after"][rule])),
-        finetune_accuracy_n=len(item_scores["after"][rule]),
         trained=experiment.user_trains,
-        accuracy_rule=rule,
-        accuracy=_accuracy(item_scores["after"]),
-        harmful_sets=after.sets,
-        before=Before(
+        **judge_fields(rows, judges),
+        **answer_fields(experiment, rows, next(iter(judges)), drift["alignment_loss"]),
+        **drift,
+        counts=_counts(experiment, measurements),
+        data={name: DataSource(**source) for name, source in data_provenance(experiment).items()},
+        stages=stage_records(measurements),
+        environment=current_environment(vllm=experiment.backend == "vllm"),
+        spec=experiment.spec.model_dump(mode="json"),
+    )
+
+
+def judge_fields(rows: Sequence[AnswerRow], judges: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Compute the fields of a result that follow from the verdicts alone.
+
+    Args:
+        rows: The answers of a run with the verdicts of every judge.
+        judges: Judge -> its `scorer_facts`, the headline judge first.
+    """
+    headline = next(iter(judges))
+    scores = judge_scores(rows, judges)
+    after = scores[headline]
+    return {
+        "harmful_score": after.harmful_score,
+        "harmful_score_ci": after.ci,
+        "harmful_score_hits": after.hits,
+        "harmful_score_n": after.n,
+        "harmful_sets": after.sets,
+        "judge_cut": sum(
+            row["verdicts"][headline]["cut"]
+            for row in rows
+            if row["when"] == "after" and headline in row.get("verdicts", {})
+        ),
+        "scores": scores,
+        "agreement": pairwise_agreement(rows, list(judges)),
+    }
+
+
+def answer_fields(
+    experiment: Experiment, rows: Sequence[AnswerRow], headline: str, alignment_loss: float | None
+) -> dict[str, Any]:
+    """Compute the fields of a result that follow from the answers and the settled experiment.
+
+    Args:
+        experiment: The settled experiment, which has the rule of the task and the gates.
+        rows: The answers of the run with verdicts.
+        headline: The headline judge.
+        alignment_loss: Of the final model; None if it is not a number.
+    """
+    rule = experiment.protocol.score.accuracy
+    item_scores: dict[When, dict[Rule, list[float]]] = {
+        when: {rule: _item_scores(experiment, rows, when, rule) for rule in RULES} for when in ("before", "after")
+    }
+    accuracy, accuracy_before = (percentage(item_scores[when][rule]) for when in ("after", "before"))
+    shares = harmful_shares(rows, headline, "before")
+    before = next(iter(shares.values()))
+    return {
+        "finetune_accuracy": accuracy,
+        "finetune_accuracy_ci": _interval(item_scores["after"][rule]),
+        "finetune_accuracy_measure": experiment.task.measure,
+        "finetune_accuracy_hits": _whole(sum(item_scores["after"][rule])),
+        "finetune_accuracy_n": len(item_scores["after"][rule]),
+        "accuracy_rule": rule,
+        "accuracy": _accuracy(item_scores["after"]),
+        "before": Before(
             harmful_score=before.harmful_score,
             harmful_score_ci=before.ci,
             finetune_accuracy=accuracy_before,
             finetune_accuracy_ci=_interval(item_scores["before"][rule]),
             accuracy=_accuracy(item_scores["before"]),
-            harmful_sets={
-                name: share.harmful_score for name, share in harmful_shares(rows, headline, "before").items()
-            },
+            harmful_sets={name: share.harmful_score for name, share in shares.items()},
         ),
-        alignment_loss=drift["alignment_loss"],
-        embedding_drift=drift["total"],
-        embedding_drift_per_layer=drift["per_layer"],
-        embedding_drift_per_token=drift["per_token"],
-        embedding_drift_paper_sum=drift["paper_sum"],
-        validity=measure_validity(experiment, rows, headline, accuracy_before, accuracy, drift["alignment_loss"]),
-        counts=_counts(experiment, measurements),
-        data={name: DataSource(**source) for name, source in data_provenance(experiment).items()},
-        judge_cut=sum(
-            row["verdicts"][headline]["cut"]
-            for row in rows
-            if row["when"] == "after" and headline in row.get("verdicts", {})
-        ),
-        scores=scores,
-        agreement=pairwise_agreement(rows, list(judges)),
-        stages=stage_records(measurements),
-        environment=current_environment(vllm=experiment.backend == "vllm"),
-        spec=experiment.spec.model_dump(mode="json"),
-    )
+        "validity": measure_validity(experiment, rows, headline, accuracy_before, accuracy, alignment_loss),
+    }
+
+
+def drift_fields(artifact: Artifact) -> dict[str, Any]:
+    """Read the alignment loss and the drift of a result from their artifact."""
+    drift = finite(artifact.json(DRIFT))
+    return {
+        "alignment_loss": drift["alignment_loss"],
+        "embedding_drift": drift["total"],
+        "embedding_drift_per_layer": drift["per_layer"],
+        "embedding_drift_per_token": drift["per_token"],
+        "embedding_drift_paper_sum": drift["paper_sum"],
+    }
 
 
 def _tuning(experiment: Experiment) -> dict[str, Any]:
