@@ -16,6 +16,7 @@ from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.library_settings import set_library_defaults
 from harmbench_vaccine.core.signals import Interrupted, handled_signals
 
+from .compare import compare
 from .console import SuggestingGroup, exit_with_error, print_warning
 from .export import edit, export
 from .leaderboard import leaderboard
@@ -30,6 +31,7 @@ from .sweep import sweep
 from .system import doctor
 from .testbed import testbed
 from .tune import tune
+from .verify import verify
 from .why import schema, why
 
 
@@ -55,6 +57,8 @@ for command in (
         show,
         why,
         score,
+        compare,
+        verify,
         leaderboard,
         export,
         edit,

@@ -251,7 +251,7 @@ def add_judges(
         else row
         for row in answers
     ]
-    facts = {**{name: _facts(score) for name, score in result.scores.items()}, **judges}
+    facts = {**{name: judge_facts(score) for name, score in result.scores.items()}, **judges}
     update = {"scores": judge_scores(rows, facts), "agreement": pairwise_agreement(rows, list(facts))}
     return result.model_copy(update=update), rows
 
@@ -278,12 +278,13 @@ def _with_earlier_judges(
         return result, answers
     judged = [row_identity(row) for row in answers if "verdicts" in row]
     further = {
-        name: _facts(score)
+        name: judge_facts(score)
         for name, score in earlier.scores.items()
         if name not in result.scores and all(name in verdicts.get(identity, {}) for identity in judged)
     }
     return add_judges(result, answers, verdicts, further)
 
 
-def _facts(score: JudgeScore) -> dict[str, Any]:
+def judge_facts(score: JudgeScore) -> dict[str, Any]:
+    """Return the `scorer_facts` of a judge from its stored score."""
     return {key: getattr(score, key) for key in SCORER_FACTS}

@@ -52,17 +52,15 @@ def rescore(
         raise BadInput(f"Run {result.run} was stored by an earlier version. Repeat its `hbv run` command.")
     models = ModelPool(progress)
     try:
-        judges = _resolve(result, written or [result.scorer], threshold, models)
+        judges = stored_scorers(result, written or [result.scorer], threshold, models)
         for judge in judges.values():
-            for model in scorer_models(judge):
-                check_testbed_part(model)
-                if model.startswith(TESTBED):
-                    ensure_testbed(progress)
-            check_scorer(judge)
+            prepare_scorer(judge, progress)
         for name, judge in judges.items():
             if name == result.scorer:
                 continue  # the headline stays
-            verdicts = {identity: {name: verdict} for identity, verdict in _verdicts(judge, answers, store, progress)}
+            verdicts = {
+                identity: {name: verdict} for identity, verdict in stored_verdicts(judge, answers, store, progress)
+            }
             with readable_disk_errors(f"the result of {result.run}", run), run_lock(run):
                 result, answers = load_run(run)
                 if any("verdicts" in row and row_identity(row) not in verdicts for row in answers):
@@ -74,7 +72,7 @@ def rescore(
     return result
 
 
-def _verdicts(
+def stored_verdicts(
     judge: Scorer, answers: Sequence[AnswerRow], store: Path, progress: Progress
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Yield the identity and the verdict of each judged answer, one evaluation set after the other."""
@@ -87,8 +85,33 @@ def _verdicts(
         yield from ((row_identity(row), stored_verdict(vars(v))) for row, v in zip(rows, verdicts, strict=True))
 
 
-def _resolve(result: Result, written: Sequence[str], threshold: float | None, models: ModelPool) -> dict[str, Scorer]:
-    """Construct the scorers, with their models from the protocol of the run or from its result."""
+def prepare_scorer(scorer: Scorer, progress: Progress) -> None:
+    """Check that a scorer can run, and build the testbed if its model is part of it.
+
+    Raises:
+        BadInput: Its parameters do not fit together, or its model does not exist.
+    """
+    for model in scorer_models(scorer):
+        check_testbed_part(model)
+        if model.startswith(TESTBED):
+            ensure_testbed(progress)
+    check_scorer(scorer)
+
+
+def stored_scorers(
+    result: Result, written: Sequence[str], threshold: float | None, models: ModelPool
+) -> dict[str, Scorer]:
+    """Construct scorers, with their models from the protocol of the run or from its result.
+
+    Args:
+        result: The result of the run.
+        written: The scorers as the user wrote them, or as the result names them.
+        threshold: Threshold that replaces those of the scorers.
+        models: Where the judges keep their models.
+
+    Raises:
+        BadInput: An unknown scorer, or a threshold for a scorer that has none.
+    """
     spec = result.spec
     defaults: dict[str, dict[str, Any]] = {}
     with suppress(BadInput):  # the file of the protocol may no longer exist; the result names the judges
