@@ -13,15 +13,70 @@ import click
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.paths import home, user_path
 
-from .console import print_json, print_line, print_view, print_warning
+from .console import (
+    SuggestingGroup,
+    output_options,
+    print_json,
+    print_line,
+    print_view,
+    print_warning,
+    terminal_progress,
+)
 
 if TYPE_CHECKING:
     from harmbench_vaccine.evaluation.results_csv import ResultRow
     from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns
 
 
-@click.command()
-@click.argument("sources", nargs=-1, metavar="[SUITE|CSV]...")
+class _RankingGroup(SuggestingGroup):
+    """A group that ranks if its first argument is not one of its commands."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Insert the name of the command that ranks."""
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["rank", *args])
+
+
+@click.group(cls=_RankingGroup)
+def leaderboard() -> None:
+    """Rank defenses, and add verified runs to a shared leaderboard.
+
+    Without a command, it ranks.
+
+    \b
+    Example: hbv leaderboard --out tables
+    """
+
+
+@leaderboard.command()
+@click.argument("result", type=user_path, metavar="RESULT.json")
+@click.option(
+    "--entries",
+    type=user_path,
+    default="leaderboards/entries",
+    show_default=True,
+    metavar="DIR",
+    help="The folder of entries.",
+)
+@output_options
+def add(result: Path, entries: Path) -> None:
+    """Verify a run and add it to a shared leaderboard.
+
+    RESULT.json is the file in the folder of a run, next to its answers. The answers are judged again and every metric
+    is computed again, as by `hbv verify`. The entry is one small file, DIR/PROTOCOL_HASH/RUN.json, with a checksum: do
+    not edit it. Rank entries with `hbv leaderboard DIR`.
+
+    \b
+    Example: hbv leaderboard add ~/.cache/harmbench-vaccine/runs/sft-999fc0c5/result.json
+    """
+    from harmbench_vaccine.reporting.leaderboard.entries import add_entry
+
+    with terminal_progress() as progress:
+        path = add_entry(result, entries, home() / "store", progress)
+    print_line(str(path))
+
+
+@leaderboard.command()
+@click.argument("sources", nargs=-1, metavar="[SUITE|CSV|ENTRIES]...")
 @click.option(
     "--out",
     type=user_path,
@@ -46,14 +101,14 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Print a JSON list: one object per row of leaderboard.csv, with the evidence for its defenses.",
 )
-def leaderboard(
+def rank(
     sources: tuple[str, ...], out: Path | None, answers: bool, baseline: str, published: bool, as_json: bool
 ) -> None:
     """Rank defenses over their seeds.
 
     Print one table per protocol, model, task and attack. SUITE is a suite of `hbv sweep`: a name or a YAML file, whose
-    finished runs are read from $HBV_HOME. Without SUITE and CSV, read $HBV_HOME/results.csv. A defense with a collapsed
-    or hollow run has no rank.
+    finished runs are read from $HBV_HOME. ENTRIES is a folder or file of `hbv leaderboard add`. Without a source, read
+    $HBV_HOME/results.csv. A defense with a collapsed or hollow run has no rank.
 
     \b
     Example: hbv leaderboard --out tables
@@ -92,7 +147,7 @@ def leaderboard(
 
 
 def _read_sources(sources: Sequence[str]) -> tuple[list[ResultRow], UnfinishedRuns]:
-    """Read the results of suites and CSVs.
+    """Read the results of suites, CSVs and entries.
 
     Returns:
         The rows, and the runs of the suites that have no result yet.
@@ -108,11 +163,19 @@ def _read_sources(sources: Sequence[str]) -> tuple[list[ResultRow], UnfinishedRu
         if _is_suite(source):
             finished, others = _read_suite(source)
             rows, unfinished = rows + finished, unfinished + others
+        elif source.endswith(".json") or os.path.isdir(source):
+            rows += _read_entries(source)
         else:
             rows += _read_csv(source)
     if not rows:
         raise BadInput(f"No results in {', '.join(sources)}. Add results with `hbv run` or `hbv sweep`.")
     return rows, unfinished
+
+
+def _read_entries(source: str) -> list[ResultRow]:
+    from harmbench_vaccine.reporting.leaderboard.entries import read_entries
+
+    return read_entries(user_path(source))
 
 
 def _is_suite(source: str) -> bool:

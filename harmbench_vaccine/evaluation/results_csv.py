@@ -133,24 +133,25 @@ def add_row(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with shared_lock(path.with_name(f".{path.name}.lock")):
         rows = [line.cells for line in _read_lines(path) if line.row.run != result.run]
-        write_atomically(path, _csv_text([*rows, _cells(result)]))
+        write_atomically(path, _csv_text([*rows, csv_cells(result)]))
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:
     """Write a CSV with the rows of some results, without their times: the same results always give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _csv_text([{**_cells(result), "seconds": ""} for result in results]))
+    write_atomically(path, _csv_text([{**csv_cells(result), "seconds": ""} for result in results]))
 
 
 def result_rows(results: Sequence[Result]) -> list[ResultRow]:
     """Return results as the rows that reading their CSV gives."""
     return [
-        ResultRow.model_validate({column: cell for column, cell in _cells(result).items() if cell})
+        ResultRow.model_validate({column: cell for column, cell in csv_cells(result).items() if cell})
         for result in results
     ]
 
 
-def _cells(result: Result) -> dict[str, str]:
+def csv_cells(result: Result) -> dict[str, str]:
+    """Return a result as the cells of its line: column -> text."""
     return {column: _cell(value) for column, value in csv_row(result).items()}
 
 
