@@ -110,11 +110,11 @@ def test_detectable_difference_has_its_power() -> None:
     base = SeedShares((0.4,) * seeds, n)
     effect = planned.detectable_difference(base, SeedShares((0.6,) * seeds, n))
     means = [0.4, 0.4 + effect, *[0.5] * others]
-    found = 0
+    detections = 0
     for _ in range(400):
         table = [SeedShares(tuple(draw_shares(generator, mean, phi, n, seeds)), n) for mean in means]
-        found += pool_dispersion(table).difference(table[1], table[0]).p_value < 0.05
-    assert 0.72 < found / 400 < 0.88
+        detections += pool_dispersion(table).difference(table[1], table[0]).p_value < 0.05
+    assert 0.72 < detections / 400 < 0.88
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class SeedShares:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A score, or a difference of two scores, from 0 to 1, with its 95% interval."""
 
     value: float
@@ -77,7 +77,7 @@ class Dispersion:
         """phi n, the variance between seeds relative to that of independent questions: 1 is binomial."""
         return self.phi * self.n
 
-    def score(self, cell: SeedShares, confidence: float = 0.95) -> Estimate:
+    def score(self, cell: SeedShares, confidence: float = 0.95) -> IntervalEstimate:
         """Return the mean of a cell with its interval, cut at 0 and 1.
 
         Without degrees of freedom the interval is Wilson's over the questions alone.
@@ -87,11 +87,11 @@ class Dispersion:
 
             total = cell.seeds * cell.n
             low, high = (end / 100 for end in wilson(round(cell.mean * total), total, confidence))
-            return Estimate(cell.mean, low, high, over_questions_only=True)
+            return IntervalEstimate(cell.mean, low, high, over_questions_only=True)
         half = self._quantile(confidence) * self._standard_error(cell)
-        return Estimate(cell.mean, max(0.0, cell.mean - half), min(1.0, cell.mean + half))
+        return IntervalEstimate(cell.mean, max(0.0, cell.mean - half), min(1.0, cell.mean + half))
 
-    def difference(self, cell: SeedShares, baseline: SeedShares, confidence: float = 0.95) -> Estimate:
+    def difference(self, cell: SeedShares, baseline: SeedShares, confidence: float = 0.95) -> IntervalEstimate:
         """Return the mean of a cell minus that of the baseline, with its interval, cut at -1 and 1."""
         from scipy import stats
 
@@ -99,7 +99,7 @@ class Dispersion:
         error = math.hypot(self._standard_error(cell), self._standard_error(baseline))
         half = self._quantile(confidence) * error
         p_value = 2 * float(stats.t.sf(abs(value) / error, self.df or math.inf))
-        return Estimate(value, max(-1.0, value - half), min(1.0, value + half), p_value, not self.df)
+        return IntervalEstimate(value, max(-1.0, value - half), min(1.0, value + half), p_value, not self.df)
 
     def outlier_p_value(self, cell: SeedShares) -> float:
         """Return the p-value of the hypothesis that a cell varies between its seeds as the others do.
@@ -134,7 +134,7 @@ class Dispersion:
 
 
 def pool_dispersion(cells: Iterable[SeedShares]) -> Dispersion:
-    """Estimate the dispersion of a table from the cells that vary.
+    """IntervalEstimate the dispersion of a table from the cells that vary.
 
     phi = max(1 / n, sum_d sum_s (h_ds - mean_d)^2 / (mean_d (1 - mean_d)) / df) with df = sum_d (S_d - 1), over the
     cells d with a mean between 0.005 and 0.995.

@@ -7,12 +7,12 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from .dispersion import Estimate
+from .dispersion import IntervalEstimate
 
 
 def two_way_difference(
     differences: Sequence[Sequence[float]], clusters: Sequence[Hashable] | None = None, confidence: float = 0.95
-) -> Estimate:
+) -> IntervalEstimate:
     """Return the mean of paired differences, with an interval over seeds and over questions.
 
     Both vary: a new seed trains a new model, and other questions could have been asked. The variances of the mean over
@@ -56,7 +56,7 @@ def two_way_difference(
     value, error = float(values.mean()), math.sqrt(variance)
     half = float(stats.t.ppf((1 + confidence) / 2, df)) * error
     p_value = 2 * float(stats.t.sf(abs(value) / error, df))
-    return Estimate(value, max(-1.0, value - half), min(1.0, value + half), p_value, seeds == 1)
+    return IntervalEstimate(value, max(-1.0, value - half), min(1.0, value + half), p_value, seeds == 1)
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harmbench_vaccine.evaluation.dispersion import Dispersion, Estimate, SeedShares, pool_dispersion
+from harmbench_vaccine.evaluation.dispersion import Dispersion, IntervalEstimate, SeedShares, pool_dispersion
 from harmbench_vaccine.evaluation.ranks import holm, rank_intervals, tie_groups
 from harmbench_vaccine.evaluation.statistics import mean_interval
 
@@ -107,11 +107,11 @@ def _pooled(cells: Mapping[str, SeedShares], collapsed: set[str]) -> Dispersion:
 
 
 def _columns(
-    score: str, cell: SeedShares, dispersion: Dispersion, difference: Estimate | None, p_value: float
+    score: str, cell: SeedShares, dispersion: Dispersion, difference: IntervalEstimate | None, p_value: float
 ) -> dict[str, Any]:
     estimate = dispersion.score(cell)
     deviation = math.sqrt(cell.squared_deviations / (cell.seeds - 1)) if cell.seeds > 1 else math.nan
-    change = difference or Estimate(math.nan, math.nan, math.nan)
+    change = difference or IntervalEstimate(math.nan, math.nan, math.nan)
     percentages = {
         score: estimate.value,
         f"{score}_sd": deviation,
