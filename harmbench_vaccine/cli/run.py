@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -247,6 +248,7 @@ def _print_dry_run(
 ) -> None:
     from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.core.store import Store
+    from harmbench_vaccine.evaluation.planning import detectable_differences
     from harmbench_vaccine.inference.engine import GPU_MEMORY
     from harmbench_vaccine.reporting.dry_run.devices import Target, find_device
     from harmbench_vaccine.reporting.dry_run.plan_json import dry_run_json
@@ -254,6 +256,7 @@ def _print_dry_run(
 
     target = Target(find_device(device_name) if device_name else None, gpu_memory or GPU_MEMORY)
     values = dry_run_json(plan, Store(home() / "store"), target, gradient_checkpointing)
+    values["detectable"] = [asdict(each) for each in detectable_differences(plan.experiments, home() / "runs")]
     if as_json:
         print_json(values)
     else:

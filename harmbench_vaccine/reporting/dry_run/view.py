@@ -26,11 +26,12 @@ def dry_run_view(plan: Mapping[str, Any], verbose: bool = False) -> RenderableTy
     """Show a plan in the terminal.
 
     Args:
-        plan: The output of `dry_run_json`.
+        plan: The output of `dry_run_json`, with the detectable differences.
         verbose: Whether to show the protocol, the parameters of plug-ins and the locations of files.
     """
     experiments = plan["experiments"]
-    tables = [render_fields(plan_summary(plan)), _stage_table(experiments)]
+    summary = [*plan_summary(plan), ("detectable", _detectable(plan["detectable"]))]
+    tables = [render_fields(summary), _stage_table(experiments)]
     if verbose:
         tables += [_source_table(plan["sources"]), _plugin_table(experiments), _protocol_table(plan["protocol"])]
     parts = [part for table in tables for part in (table, VisibleText())]
@@ -52,6 +53,16 @@ def plan_summary(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         summary.append(("memory", _memory(plan)))
     sources = plan["sources"]
     return [*summary, ("downloads", _downloads(sources)), *_access(sources), *_disk(estimates)]
+
+
+def _detectable(differences: Sequence[Mapping[str, Any]]) -> str:
+    """Describe the smallest difference in harmful score that the tables of the runs show."""
+    largest = max(differences, key=lambda each: each["difference"])
+    least = min(each["difference"] for each in differences)
+    span = f"{least:.1f}" if len(differences) == 1 else f"{least:.1f} to {largest['difference']:.1f}"
+    source = f"{largest['stored_runs']} stored runs" if largest["stored_runs"] else "an assumed dispersion"
+    scope = "over questions only, because of one seed" if largest["seeds"] == 1 else f"with {largest['seeds']} seeds"
+    return f"differences in HS from {span} points (80% power, {scope}, by {source})"
 
 
 def _seconds(experiments: Sequence[Mapping[str, Any]]) -> float:
