@@ -100,7 +100,7 @@ sys.meta_path.insert(0, Probe())
     [
         "sys.argv = ['hbv', 'run', '--protocol', {protocol!r}, '--dry-run', '--on', 'h100-80gb'];"
         "from harmbench_vaccine.cli import main; main()",
-        "import harmbench_vaccine as hbv; hbv.run(protocol={protocol!r}, seed=-1)",
+        "import harmbench_vaccine as hbv; hbv.run(protocol={protocol!r}, device='cuda:99')",
         "from support.cli import hbv",
     ],
     ids=["command line", "Python", "tests"],
