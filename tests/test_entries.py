@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harmbench_vaccine.evaluation.verification import Mismatch, Verification
+from harmbench_vaccine.evaluation.verification import Mismatch, VerifiedRun
 from harmbench_vaccine.reporting.leaderboard import entries
 from support.cli import hbv
 from support.results import make_result
@@ -19,7 +19,7 @@ from support.results import make_result
 def verified(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Replace the verification, which other tests check; a test may set its mismatches."""
     values: dict[str, Any] = {"checked": ("harmful scores",), "mismatches": ()}
-    monkeypatch.setattr(entries, "verify_run", lambda run, *rest: Verification(run.name, **values))
+    monkeypatch.setattr(entries, "verify_run", lambda run, *rest: VerifiedRun(run.name, **values))
     return values
 
 

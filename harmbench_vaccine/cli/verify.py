@@ -15,7 +15,7 @@ from .device import device_option
 
 if TYPE_CHECKING:
     from harmbench_vaccine.core.progress import Progress
-    from harmbench_vaccine.evaluation.verification import Verification
+    from harmbench_vaccine.evaluation.verification import VerifiedRun
 
 
 @click.command()
@@ -36,21 +36,21 @@ def verify(sources: tuple[str, ...], cached: bool, as_json: bool) -> None:
     Example: hbv verify vaccine-84
     A CSV: hbv verify results.csv
     """
-    from harmbench_vaccine.reporting.verification_view import verification_view
+    from harmbench_vaccine.reporting.verification_view import verified_runs_view
 
     with terminal_progress() as progress:
         outcomes = [outcome for source in sources for outcome in _verify(source, progress, cached)]
     if as_json:
         print_json([outcome.to_json() for outcome in outcomes])
     else:
-        print_view(verification_view(outcomes))
+        print_view(verified_runs_view(outcomes))
     if differing := [outcome.run for outcome in outcomes if outcome.mismatches]:
         raise HbvError(f"{len(differing)} of {len(outcomes)} runs differ from their recomputed values: {differing[0]}.")
     if not any(outcome.checked for outcome in outcomes):
         raise HbvError(f"Nothing could be verified: {outcomes[0].unverified[0]}.")
 
 
-def _verify(source: str, progress: Progress, cached: bool) -> list[Verification]:
+def _verify(source: str, progress: Progress, cached: bool) -> list[VerifiedRun]:
     from harmbench_vaccine.evaluation.records import find_run
     from harmbench_vaccine.evaluation.verification import verify_csv, verify_run
     from harmbench_vaccine.reporting.leaderboard.ranking import read_results_table

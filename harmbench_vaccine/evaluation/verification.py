@@ -50,7 +50,7 @@ class Mismatch:
 
 
 @dataclass(frozen=True)
-class Verification:
+class VerifiedRun:
     """The outcome of the verification of a run."""
 
     run: str
@@ -60,8 +60,8 @@ class Verification:
     unverified: tuple[str, ...] = ()
     """What could not be compared, each with the reason."""
 
-    def __add__(self, other: Verification) -> Verification:
-        return Verification(
+    def __add__(self, other: VerifiedRun) -> VerifiedRun:
+        return VerifiedRun(
             self.run,
             self.checked + other.checked,
             self.mismatches + other.mismatches,
@@ -73,7 +73,7 @@ class Verification:
         return {**asdict(self), "verified": bool(self.checked) and not self.mismatches}
 
 
-def verify_run(folder: Path, store: Path, progress: Progress = SILENT, *, cached: bool = False) -> Verification:
+def verify_run(folder: Path, store: Path, progress: Progress = SILENT, *, cached: bool = False) -> VerifiedRun:
     """Verify the run in a folder; nothing is written.
 
     Args:
@@ -96,7 +96,7 @@ def verify_run(folder: Path, store: Path, progress: Progress = SILENT, *, cached
 
 def verify_csv(
     path: Path, runs: Path, store: Path, progress: Progress = SILENT, *, cached: bool = False
-) -> list[Verification]:
+) -> list[VerifiedRun]:
     """Verify every row of a CSV of results against the folder of its run, and this folder itself.
 
     Args:
@@ -113,17 +113,17 @@ def verify_csv(
     return [_verify_row(row, runs / row.run, store, progress, cached) for row in rows]
 
 
-def _verify_row(row: ResultRow, folder: Path, store: Path, progress: Progress, cached: bool) -> Verification:
+def _verify_row(row: ResultRow, folder: Path, store: Path, progress: Progress, cached: bool) -> VerifiedRun:
     if not (folder / RESULT).is_file():
-        return Verification(row.run, unverified=(f"the row: the folder of the run is not in {folder.parent}",))
+        return VerifiedRun(row.run, unverified=(f"the row: the folder of the run is not in {folder.parent}",))
     try:
         outcome = verify_run(folder, store, progress, cached=cached)
         result, _ = load_run(folder)
     except HbvError as error:
-        return Verification(row.run, unverified=(f"the row: {error}",))
+        return VerifiedRun(row.run, unverified=(f"the row: {error}",))
     computed = result_rows([result])[0].model_dump(exclude=set(_NOT_COMPARED))
     stored = {column: value for column, value in row.model_dump().items() if column in computed and value is not None}
-    return outcome + Verification(row.run, ("the row of the CSV",), tuple(_compare(computed, stored, stored)))
+    return outcome + VerifiedRun(row.run, ("the row of the CSV",), tuple(_compare(computed, stored, stored)))
 
 
 def _compare(computed: Mapping[str, Any], stored: Mapping[str, Any], fields: Mapping[str, Any]) -> list[Mismatch]:
@@ -143,7 +143,7 @@ def _is_close(first: Any, second: Any) -> bool:
 # Artifacts
 
 
-def _verify_artifacts(result: Result, answers: Sequence[AnswerRow], store: Path) -> Verification:
+def _verify_artifacts(result: Result, answers: Sequence[AnswerRow], store: Path) -> VerifiedRun:
     """Compare the hashes of the artifacts, their answers with those of the run, and the drift."""
     named = [
         (f"stages.{stage}.artifacts.{name}", stage, name, artifact)
@@ -168,7 +168,7 @@ def _verify_artifacts(result: Result, answers: Sequence[AnswerRow], store: Path)
         unverified.append("alignment loss and drift: their artifact is not in the store, or is damaged")
     checked = [f"the hashes of {len(intact)} artifacts"] if intact else []
     checked += ["alignment loss and drift"] if drift else []
-    return Verification(result.run, tuple(checked), tuple(mismatches), tuple(unverified))
+    return VerifiedRun(result.run, tuple(checked), tuple(mismatches), tuple(unverified))
 
 
 def _intact_artifact(artifact: StageArtifact, store: Path) -> Artifact | str:
@@ -203,7 +203,7 @@ def _compare_answers(name: str, artifact: Artifact, answers: Sequence[AnswerRow]
 
 def _verify_verdicts(
     result: Result, answers: Sequence[AnswerRow], cache: Path | None, progress: Progress
-) -> tuple[Verification, list[dict[str, Any]]]:
+) -> tuple[VerifiedRun, list[dict[str, Any]]]:
     """Judge the answers by every judge of the result that this machine has.
 
     Args:
@@ -215,7 +215,7 @@ def _verify_verdicts(
     Returns:
         The outcome, and the answers with the new verdicts, or the stored ones of judges that cannot run.
     """
-    outcome = Verification(result.run, mismatches=tuple(_headline_mismatches(result, answers)))
+    outcome = VerifiedRun(result.run, mismatches=tuple(_headline_mismatches(result, answers)))
     rows = [dict(row) for row in answers]
     models = ModelPool(progress)
     try:
@@ -226,9 +226,9 @@ def _verify_verdicts(
                     prepare_scorer(judge, progress)
                     new = dict(stored_verdicts(judge, answers, cache or Path(scratch), progress))
             except HbvError as error:
-                outcome += Verification(result.run, unverified=(f"the verdicts of {name}: {error}",))
+                outcome += VerifiedRun(result.run, unverified=(f"the verdicts of {name}: {error}",))
                 continue
-            outcome += Verification(
+            outcome += VerifiedRun(
                 result.run, (f"{len(new)} verdicts of {name}",), tuple(_compare_verdicts(name, rows, new))
             )
             for row in rows:
@@ -274,38 +274,38 @@ def _compare_verdicts(
     return [Mismatch(f"verdicts of {name}: {place}", stored, computed)]
 
 
-def _verify_metrics(result: Result, rows: Sequence[AnswerRow], progress: Progress) -> Verification:
+def _verify_metrics(result: Result, rows: Sequence[AnswerRow], progress: Progress) -> VerifiedRun:
     """Compute the metrics from the answers and their verdicts, and compare them with the result."""
     facts = {name: judge_facts(result.scores[name]) for name in dict.fromkeys([result.scorer, *result.scores])}
     try:
         fields = judge_fields(rows, facts)
     except (KeyError, StopIteration, ZeroDivisionError, ValueError):
         mismatch = Mismatch("answers", "verdicts are missing", "a verdict of every judge on every harmful answer")
-        return Verification(result.run, mismatches=(mismatch,))
-    outcome = Verification(result.run, ("harmful scores",)) + _compared_fields(result, fields)
+        return VerifiedRun(result.run, mismatches=(mismatch,))
+    outcome = VerifiedRun(result.run, ("harmful scores",)) + _compared_fields(result, fields)
     try:
         experiment = Experiment.settle(RunSpec.model_validate(result.spec))
         if experiment.model.startswith(TESTBED):
             ensure_testbed(progress)
         identity = {"run": run_id(experiment), "protocol_hash": experiment.protocol.hash}
-        code = Verification(result.run, ("code, data and parameters",)) + _compared_fields(result, identity)
+        code = VerifiedRun(result.run, ("code, data and parameters",)) + _compared_fields(result, identity)
         fields = answer_fields(experiment, rows, result.scorer, result.alignment_loss)
     except (HbvError, ValidationError) as error:
         reason = f"accuracy, validity and the hashes of code and data: {error}"
-        return outcome + Verification(result.run, unverified=(reason,))
+        return outcome + VerifiedRun(result.run, unverified=(reason,))
     checked = ("accuracy and validity",)
     unverified = ("the grades of the task: only their mean was computed again",) if experiment.task.graded else ()
-    return outcome + code + Verification(result.run, checked, (), unverified) + _compared_fields(result, fields)
+    return outcome + code + VerifiedRun(result.run, checked, (), unverified) + _compared_fields(result, fields)
 
 
-def _compared_fields(result: Result, fields: Mapping[str, Any]) -> Verification:
+def _compared_fields(result: Result, fields: Mapping[str, Any]) -> VerifiedRun:
     """Compare computed fields with the result; a field that an earlier version does not have is not verified."""
     stored = result.to_json()
     differing = _compare(result.model_copy(update=dict(fields)).to_json(), stored, fields)
     absent = tuple(
         f"{mismatch.field}: the result does not have it" for mismatch in differing if mismatch.stored is None
     )
-    return Verification(
+    return VerifiedRun(
         result.run,
         mismatches=tuple(mismatch for mismatch in differing if mismatch.stored is not None),
         unverified=absent,

@@ -7,12 +7,12 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
-from harmbench_vaccine.evaluation.verification import Verification
+from harmbench_vaccine.evaluation.verification import VerifiedRun
 
 from .render import Column, VisibleText, dim_notes, render_table
 
 
-def verification_view(outcomes: Sequence[Verification]) -> RenderableType:
+def verified_runs_view(outcomes: Sequence[VerifiedRun]) -> RenderableType:
     """Show the outcome for each run."""
     parts: list[RenderableType] = []
     for outcome in outcomes:
