@@ -33,17 +33,26 @@ class _RankingGroup(SuggestingGroup):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Insert the name of the command that ranks."""
-        return super().parse_args(ctx, args if args and args[0] in self.commands else ["rank", *args])
+        is_complete = args and args[0] in {*self.commands, *ctx.help_option_names}
+        return super().parse_args(ctx, args if is_complete else ["rank", *args])
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options of the command that ranks, then the commands."""
+        self.commands["rank"].format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
 
 
-@click.group(cls=_RankingGroup)
+@click.group(cls=_RankingGroup, subcommand_metavar="[SUITE|CSV|ENTRIES]... | COMMAND")
 def leaderboard() -> None:
     """Rank defenses, and add verified runs to a shared leaderboard.
 
-    Without a command, it ranks.
+    Without COMMAND, print one table per protocol, model, task and attack. SUITE is a suite of `hbv sweep`: a name or a
+    YAML file, whose finished runs are read from $HBV_HOME. ENTRIES is a folder or file of `hbv leaderboard add`.
+    Without a source, read $HBV_HOME/results.csv. A defense with a collapsed or hollow run has no rank.
 
     \b
     Example: hbv leaderboard --out tables
+    A suite: hbv leaderboard testbed-vaccine-table1 --out tables
     """
 
 
@@ -66,7 +75,7 @@ def add(result: Path, entries: Path) -> None:
     not edit it. Rank entries with `hbv leaderboard DIR`.
 
     \b
-    Example: hbv leaderboard add ~/.cache/harmbench-vaccine/runs/sft-999fc0c5/result.json
+    Example: hbv leaderboard add $HBV_HOME/runs/sft-999fc0c5/result.json
     """
     from harmbench_vaccine.reporting.leaderboard.entries import add_entry
 
@@ -106,13 +115,10 @@ def rank(
 ) -> None:
     """Rank defenses over their seeds.
 
-    Print one table per protocol, model, task and attack. SUITE is a suite of `hbv sweep`: a name or a YAML file, whose
-    finished runs are read from $HBV_HOME. ENTRIES is a folder or file of `hbv leaderboard add`. Without a source, read
-    $HBV_HOME/results.csv. A defense with a collapsed or hollow run has no rank.
+    This is `hbv leaderboard` without a command; see `hbv leaderboard --help`.
 
     \b
-    Example: hbv leaderboard --out tables
-    A suite: hbv leaderboard testbed-vaccine-table1 --out tables
+    Example: hbv leaderboard rank --out tables
     """
     from harmbench_vaccine.core.jsonl import finite
     from harmbench_vaccine.reporting.evidence import evidence_of

@@ -30,7 +30,7 @@ RULE = (
 
 
 class Twin(BaseModel):
-    """The run that stands in for a claim until the paper's protocol is run."""
+    """The run that replaces that of a claim until the paper's protocol is run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
