@@ -162,12 +162,14 @@ def summary(text: str) -> dict[str, str]:
 
 def test_answer_comes_first(own_home: Path) -> None:
     answer = summary(hbv(*PAPER, "--on", "h100-80gb").out)
-    assert list(answer) == ["runs", "stages", "time", "memory", "downloads", "access", "disk"]
+    assert list(answer) == ["runs", "stages", "time", "memory", "downloads", "access", "disk", "detectable"]
     assert answer["time"].endswith(" h on h100-80gb")
     assert answer["memory"].endswith(": fits")
     assert "meta-llama/Llama-2-7b-hf (about 12.6 GiB in 16 bits, gated)" in answer["downloads"]
     assert "PKU-Alignment/beaver-dam-7b (about 12.6 GiB in 16 bits)" in answer["downloads"]
     assert answer["access"].startswith("meta-llama/Llama-2-7b-hf: accept the license on the Hub page")
+    # one seed of 500 prompts, assumed phi = 3 / 500, HS 50%: (1.960 + 0.842) sqrt(2 x 0.006 x 0.25)
+    assert answer["detectable"].startswith("differences in HS from 15.3 points (80% power, 1 seed, by an assumed")
     assert answer["access"].endswith("hf auth login")
 
 

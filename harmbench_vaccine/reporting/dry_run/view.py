@@ -61,8 +61,8 @@ def _detectable(differences: Sequence[Mapping[str, Any]]) -> str:
     least = min(each["difference"] for each in differences)
     span = f"{least:.1f}" if len(differences) == 1 else f"{least:.1f} to {largest['difference']:.1f}"
     source = f"{largest['stored_runs']} stored runs" if largest["stored_runs"] else "an assumed dispersion"
-    scope = "over questions only, because of one seed" if largest["seeds"] == 1 else f"with {largest['seeds']} seeds"
-    return f"differences in HS from {span} points (80% power, {scope}, by {source})"
+    seeds = f"{largest['seeds']} seed{'' if largest['seeds'] == 1 else 's'}"
+    return f"differences in HS from {span} points (80% power, {seeds}, by {source})"
 
 
 def _seconds(experiments: Sequence[Mapping[str, Any]]) -> float:
