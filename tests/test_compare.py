@@ -13,7 +13,7 @@ from scipy import stats
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.evaluation.dispersion import SeedShares
 from harmbench_vaccine.evaluation.records import write_run
-from harmbench_vaccine.evaluation.run_comparison import compare_runs, compare_values
+from harmbench_vaccine.evaluation.run_comparison import compare_judges, compare_runs, compare_values
 from support.cli import hbv
 from support.results import DEFAULTS, SHARES, make_result
 
@@ -128,6 +128,16 @@ def test_all_shared_seeds_are_compared(tmp_path: Path) -> None:
     assert comparison.runs == (("sft-1", "vaccine-1"), ("sft-2", "vaccine-2"))
     harmful = comparison.scores[0]
     assert (harmful.method, harmful.seeds, harmful.difference) == ("pooled", 2, pytest.approx(-25))
+
+
+def test_two_judges_of_one_run(tmp_path: Path) -> None:
+    """One verdict is unread; of the other three, the second judge flags two more."""
+    run = store_run(tmp_path, [True, False, False, None], strict=[True, True, True, True], **sft())
+    (harmful,) = compare_judges(run, "beaver_dam", "strict").scores
+    assert (harmful.method, harmful.questions, harmful.p_value) == ("mcnemar", 3, pytest.approx(0.5))
+    assert [flip.number for flip in harmful.flips] == [2, 3]
+    with pytest.raises(BadInput, match="Did you mean 'strict'"):
+        compare_judges(run, "beaver_dam", "strikt")
 
 
 @pytest.mark.parametrize("change", [{"protocol_hash": "bb"}, {"model": "large"}, {"scorer": "strict"}])
