@@ -33,8 +33,16 @@ class _RankingGroup(SuggestingGroup):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Insert the name of the command that ranks."""
-        is_complete = args and args[0] in {*self.commands, *ctx.help_option_names}
-        return super().parse_args(ctx, args if is_complete else ["rank", *args])
+        return super().parse_args(ctx, args if args and args[0] in ctx.help_option_names else self._completed(args))
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command in the arguments, which may lack the one that ranks."""
+        return super().resolve_command(context, self._completed(args))
+
+    def _completed(self, args: list[str]) -> list[str]:
+        return args if args and args[0] in self.commands else ["rank", *args]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options of the command that ranks, then the commands."""
