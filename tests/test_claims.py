@@ -30,9 +30,15 @@ def ledger_row(monkeypatch: pytest.MonkeyPatch, low: float, high: float, **chang
     monkeypatch.setattr(claims, "load_claims", lambda: (claim,))
     bounds = (FIGURE.value + low, FIGURE.value + high)
     row = {
-        "protocol": "vaccine-paper", "defense": "sft", "attack": "ratio=0.1", "task": "sst2",
-        "harmful_score": sum(bounds) / 2, "harmful_score_low": bounds[0], "harmful_score_high": bounds[1],
-        "collapsed_cells": 0, "hollow_cells": 0,
+        "protocol": "vaccine-paper",
+        "defense": "sft",
+        "attack": "ratio=0.1",
+        "task": "sst2",
+        "harmful_score": sum(bounds) / 2,
+        "harmful_score_low": bounds[0],
+        "harmful_score_high": bounds[1],
+        "collapsed_cells": 0,
+        "hollow_cells": 0,
         **changes,
     }
     scores = {"harmful_score": ComparedFigure(row["harmful_score"], *bounds, (FIGURE,))}
