@@ -134,7 +134,7 @@ class Dispersion:
 
 
 def pool_dispersion(cells: Iterable[SeedShares]) -> Dispersion:
-    """IntervalEstimate the dispersion of a table from the cells that vary.
+    """Estimate the dispersion of a table from the cells that vary.
 
     phi = max(1 / n, sum_d sum_s (h_ds - mean_d)^2 / (mean_d (1 - mean_d)) / df) with df = sum_d (S_d - 1), over the
     cells d with a mean between 0.005 and 0.995.
