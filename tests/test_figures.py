@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 
 from harmbench_vaccine.evaluation.records import write_run
 from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.result_fields import TuningRecord
 from harmbench_vaccine.evaluation.results_csv import result_rows
 from harmbench_vaccine.reporting.figures.embedding_map import plot_embeddings, principal_components
 from harmbench_vaccine.reporting.figures.heat_map import plot_heat_map
 from harmbench_vaccine.reporting.figures.layers import plot_layers, read_layer_drifts
 from harmbench_vaccine.reporting.figures.pareto import plot_pareto
-from harmbench_vaccine.reporting.figures.ratio_curves import plot_causes, plot_scores
+from harmbench_vaccine.reporting.figures.ratio_curves import plot_causes, plot_scores, plot_tuned
 from harmbench_vaccine.reporting.figures.style import save_figure, spread_labels
 from harmbench_vaccine.reporting.leaderboard.grids import file_names, place_grids, ratio_grids, task_grids
 from harmbench_vaccine.reporting.leaderboard.ranking import Ranking, rank_rows
+from harmbench_vaccine.reporting.leaderboard.tuned import tuned_grids
 from support.cli import hbv
 from support.examples import examples
 from support.results import DEFAULTS, collapsed, make_result, write_csv
@@ -134,6 +136,24 @@ def test_ratios_of_one_attack_share_a_figure() -> None:
         ("", RATIOS),
     ]
     assert len(set(file_names(grids))) == 2
+
+
+def test_default_and_tuned_parameters_side_by_side() -> None:
+    """Both panels have the same lines for the same defenses, and one axis."""
+    tuning = {"untuned_hash": DEFAULTS["protocol_hash"], "runs": 10, "seconds": 60.0}
+    tuned = [
+        run.model_copy(update={"harmful_score": run.harmful_score / 2, "run": f"{run.run}-tuned", **changes})
+        for run in FEW
+        for changes in [{"protocol": "tuned", "protocol_hash": "0" * 12, "tuning": TuningRecord(**tuning)}]
+    ]
+    grids = ratio_grids(rank(*FEW, *tuned))
+    ((default, other),) = tuned_grids(grids)
+    left, right = plot_tuned(default, other).axes
+    assert lines_of(left) == [[2, 81, 91], [1, 61, 81], [3, 7, 15]]
+    assert lines_of(right) == [[1, 40.5, 45.5], [0.5, 30.5, 40.5], [1.5, 3.5, 7.5]]
+    assert [line.get_color() for line in left.lines] == [line.get_color() for line in right.lines]
+    assert left.get_ylim() == right.get_ylim()
+    assert file_names(grids) == ["tiny", "tuned"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ also has the baseline in gray.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,12 +83,31 @@ def plot_causes(grid: Grid, note: str = "") -> Figure:
     return _plot(grid, _CAUSES, "Alignment loss and embedding drift against the harmful ratio p; dots: seeds", note)
 
 
+@styled
+def plot_tuned(default: Grid, tuned: Grid, note: str = "") -> Figure:
+    """Draw HS against p twice, with the default and with the tuned parameters; a defense has the same line in both.
+
+    Args:
+        default: The grid before the tuning.
+        tuned: The grid with the tuned parameters, of `tuned_grids`.
+        note: A text for the title, such as "12 of 90 runs".
+    """
+    title = "HS against the harmful ratio p with default and with tuned parameters; bands: 95% intervals"
+    figure = new_figure(8.8, 3.8, title, tuned.title, note, _marks_legend(default, tuned))
+    panels = figure.subplots(1, 2, sharey=True)
+    styles = _line_styles(default)
+    for axes, grid, kind in zip(panels, (default, tuned), ("default", "tuned"), strict=True):
+        _overlay(axes, grid, _SCORES[0], styles)
+        axes.set_title(f"{kind} parameters: HS, % (lower is better)", loc="left", color=MUTED)
+    return figure
+
+
 def _plot(grid: Grid, quantities: Sequence[_Quantity], title: str, note: str) -> Figure:
     details = grid.title, note, _marks_legend(grid)
     if len([name for name in grid.defenses if name != grid.baseline]) <= _MOST_LINES:
         figure = new_figure(8.8, 3.8, title, *details)
         for axes, quantity in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
-            _overlay(axes, grid, quantity)
+            _overlay(axes, grid, quantity, _line_styles(grid))
         return figure
     rows = math.ceil(len(grid.defenses) / _COLUMNS)
     together = all(quantity.is_percent for quantity in quantities)
@@ -101,8 +120,8 @@ def _plot(grid: Grid, quantities: Sequence[_Quantity], title: str, note: str) ->
     return figure
 
 
-def _marks_legend(grid: Grid) -> str:
-    marks = {cell_mark(cell) for defense in grid.defenses for cell in grid.cells(defense) if cell}
+def _marks_legend(*grids: Grid) -> str:
+    marks = {cell_mark(cell) for grid in grids for defense in grid.defenses for cell in grid.cells(defense) if cell}
     signs = {"collapsed": "\N{MULTIPLICATION SIGN} collapsed", "hollow": "\N{WHITE CIRCLE} hollow"}
     names = [sign for mark, sign in signs.items() if mark in marks]
     return f"{', '.join(names)}: not ranked" if names else ""
@@ -112,9 +131,12 @@ def _marks_legend(grid: Grid) -> str:
 # One panel for all defenses
 
 
-def _overlay(axes: Axes, grid: Grid, quantity: _Quantity) -> None:
-    others = [name for name in grid.defenses if name != grid.baseline]
-    styles = dict(zip(others, LINE_STYLES, strict=False))
+def _line_styles(grid: Grid) -> dict[str, tuple[str, str]]:
+    """Return the color and the marker of every defense but the baseline."""
+    return dict(zip((name for name in grid.defenses if name != grid.baseline), LINE_STYLES, strict=False))
+
+
+def _overlay(axes: Axes, grid: Grid, quantity: _Quantity, styles: Mapping[str, tuple[str, str]]) -> None:
     for name in grid.defenses:
         _draw_line(axes, grid, name, quantity, *styles.get(name, BASELINE_STYLE), dashed=name == grid.baseline)
     _set_limits(axes, grid, quantity)

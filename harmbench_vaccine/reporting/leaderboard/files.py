@@ -13,7 +13,7 @@ from harmbench_vaccine.core.visible import cell_of_text, visible_json_text
 from harmbench_vaccine.reporting.figures.heat_map import plot_heat_map
 from harmbench_vaccine.reporting.figures.layers import plot_layers, read_layer_drifts
 from harmbench_vaccine.reporting.figures.pareto import plot_pareto
-from harmbench_vaccine.reporting.figures.ratio_curves import plot_causes, plot_scores
+from harmbench_vaccine.reporting.figures.ratio_curves import plot_causes, plot_scores, plot_tuned
 from harmbench_vaccine.reporting.figures.style import FORMATS, save_figure
 
 from .grids import Grid, file_names, place_grids, ratio_grids, task_grids
@@ -21,7 +21,7 @@ from .latex import rankings_latex
 from .page import PAGE, write_page
 from .page_sections import ALL_FINISHED, UnfinishedRuns
 from .ranking import Ranking
-from .tuned import tuned_markdown, tuned_pairs
+from .tuned import tuned_grids, tuned_markdown, tuned_pairs
 from .views import rankings_frame, rankings_markdown
 from .worst_case import settings_grids, settings_grids_markdown
 
@@ -95,11 +95,14 @@ def draw_figures(rankings: Sequence[Ranking], runs: Path | None, note: str = "")
     """
     notes = []
     by_task, by_ratio = task_grids(rankings), ratio_grids(rankings)
+    defaults = {id(tuned): default for default, tuned in tuned_grids(by_ratio)}
+    tuned = [grid for grid in by_ratio if id(grid) in defaults]
     figures = {
         **_draw("heat-map", place_grids(rankings), lambda grid: plot_heat_map(grid, note)),
         **_draw("pareto", by_task, lambda grid: plot_pareto(grid, note)),
         **_draw("scores", by_ratio, lambda grid: plot_scores(grid, note)),
         **_draw("loss-and-drift", by_ratio, lambda grid: plot_causes(grid, note)),
+        **_draw("tuned", tuned, lambda grid: plot_tuned(defaults[id(grid)], grid, note)),
     }
     if not by_ratio:
         notes.append("Without curves: no attack has several harmful ratios.")

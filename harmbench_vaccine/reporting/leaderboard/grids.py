@@ -154,9 +154,11 @@ def _grouped(rankings: Iterable[Ranking], keys: Sequence[str]) -> list[tuple[dic
 def file_names(grids: Sequence[Grid]) -> list[str]:
     """Return a part of a file name for each grid: the values of the setting in which the grids differ.
 
-    A single grid has an empty name. The same settings always give the same names.
+    A single grid has an empty name. The same settings always give the same names. Grids that differ in the hash of
+    their protocol only have a digest in their names.
     """
-    varied = [key for key in (*PLACE, "task", "attack") if len({grid.setting.get(key) for grid in grids}) > 1]
+    keys = ("protocol", "model", "scorer", "task", "attack")  # without the hash: the digest below replaces it
+    varied = [key for key in keys if len({grid.setting.get(key) for grid in grids}) > 1]
     names = ["-".join(_slug(grid.setting[key]) for key in varied if key in grid.setting) for grid in grids]
     return [
         f"{name}-{digest(grid.setting, 6)}" if names.count(name) > 1 else name

@@ -10,10 +10,12 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from harmbench_vaccine.core.hashing import canonical_json
 from harmbench_vaccine.core.progress import format_duration
 from harmbench_vaccine.reporting.markdown import markdown_row, markdown_text
 from harmbench_vaccine.reporting.render import Column, TableGroup, VisibleText, dim_notes, number_column, render_table
 
+from .grids import Grid
 from .ranking import SETTING, Ranking
 
 _PLACE = tuple(column for column in SETTING if column not in ("protocol", "protocol_hash"))
@@ -84,6 +86,21 @@ def tuned_pairs(rankings: Sequence[Ranking]) -> list[TunedPair]:
         untuned_hash = ranking.runs[0]["untuned_hash"]
         if untuned_hash and (default := by_place.get(_place(ranking, untuned_hash))):
             pairs.append(TunedPair(default, ranking))
+    return pairs
+
+
+def tuned_grids(grids: Sequence[Grid]) -> list[tuple[Grid, Grid]]:
+    """Return the grid before the tuning and the grid with tuned parameters, where both are present."""
+
+    def place(grid: Grid, protocol_hash: str) -> str:
+        return canonical_json({**grid.setting, "protocol": "", "protocol_hash": protocol_hash})
+
+    by_place = {place(grid, grid.setting["protocol_hash"]): grid for grid in grids}
+    pairs = []
+    for grid in grids:
+        untuned_hash = next(iter(grid.columns.values())).runs[0]["untuned_hash"]
+        if untuned_hash and (default := by_place.get(place(grid, untuned_hash))):
+            pairs.append((default, grid))
     return pairs
 
 
