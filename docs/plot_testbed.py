@@ -1,7 +1,7 @@
 """Draw the picture of the README: HS and FA of a few defenses against the harmful ratio, from a CSV of results.
 
-python leaderboards/plot_testbed.py                       # leaderboards/testbed.csv -> docs/images/testbed.svg
-python leaderboards/plot_testbed.py --out testbed.png
+python docs/plot_testbed.py                   # leaderboards/testbed.csv -> docs/images/testbed.svg
+python docs/plot_testbed.py --out testbed.png
 """
 
 from __future__ import annotations
