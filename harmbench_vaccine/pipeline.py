@@ -45,14 +45,7 @@ from .plugins.composition import canonical_name
 
 def run(experiment: Experiment, context: RunContext) -> Measurements:
     """Execute an experiment, from the base model to its scores."""
-    aligned, final = train_models(experiment, context)
-    answers = answer_all(experiment, context, aligned, final)
-    verdicts = judge_all(experiment, context, answers)
-    grades = {}
-    if experiment.task.graded:
-        names = {when: f"{when}/task" for when in ("before", "after")}
-        grades = {when: grade(experiment, _labeled(context, name), answers[name]) for when, name in names.items()}
-    return Measurements(aligned, final, answers, verdicts, drift(experiment, context, aligned, final), grades)
+    return measure(experiment, context, *train_models(experiment, context))
 
 
 def train_models(experiment: Experiment, context: RunContext) -> tuple[TrainedModel, TrainedModel]:
@@ -60,6 +53,17 @@ def train_models(experiment: Experiment, context: RunContext) -> tuple[TrainedMo
     aligned = align(experiment, context)
     tuned = finetune(experiment, context, aligned)
     return aligned, repair(experiment, context, aligned, tuned)
+
+
+def measure(experiment: Experiment, context: RunContext, aligned: TrainedModel, final: TrainedModel) -> Measurements:
+    """Generate and score the answers of both models, and measure the drift between them."""
+    answers = answer_all(experiment, context, aligned, final)
+    verdicts = judge_all(experiment, context, answers)
+    grades = {}
+    if experiment.task.graded:
+        names = {when: f"{when}/task" for when in ("before", "after")}
+        grades = {when: grade(experiment, _labeled(context, name), answers[name]) for when, name in names.items()}
+    return Measurements(aligned, final, answers, verdicts, drift(experiment, context, aligned, final), grades)
 
 
 def answer_all(

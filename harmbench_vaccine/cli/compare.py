@@ -1,8 +1,9 @@
-"""`hbv compare`: two runs, defenses or judges, question by question."""
+"""`hbv compare`: two runs, defenses, judges or measurements, question by question."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,7 +11,13 @@ from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import home
 
 from .completion import plugin_names, stored_run
-from .console import print_json, print_view, terminal_progress
+from .console import SuggestingChoice, output_options, print_json, print_view, terminal_progress
+from .device import device_option
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from harmbench_vaccine.inference.engine import Backend
 
 
 @click.command()
@@ -23,9 +30,25 @@ from .console import print_json, print_view, terminal_progress
     metavar="SPEC",
     help="With one RUN: compare the verdicts of two judges, each with its own --scorer. Missing verdicts are added.",
 )
+@click.option(
+    "--repeat",
+    "is_repeat",
+    is_flag=True,
+    help="With one RUN: its stored models answer again and are judged again, which shows the noise floor.",
+)
+@click.option(
+    "--backend",
+    type=SuggestingChoice(["transformers", "vllm"]),
+    default=None,
+    help="With --repeat: engine that generates answers. [default: that of the run]",
+)
+@device_option()
+@output_options
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object, with every question that flips.")
-def compare(runs: tuple[str, ...], scorers: tuple[str, ...], as_json: bool) -> None:
-    """Compare two runs, or two judges of one run, question by question.
+def compare(
+    runs: tuple[str, ...], scorers: tuple[str, ...], is_repeat: bool, backend: Backend | None, as_json: bool
+) -> None:
+    """Compare two runs, two judges of one run, or two measurements of one run, question by question.
 
     The first RUN is the baseline. Two different defenses, attacks or engines are compared over all stored seeds that
     both have. RUN is a run id, a unique prefix of one, or a folder.
@@ -33,6 +56,7 @@ def compare(runs: tuple[str, ...], scorers: tuple[str, ...], as_json: bool) -> N
     \b
     Example: hbv compare sft-99 vaccine-84
     Judges: hbv compare vaccine-84 --scorer beaver_dam --scorer refusal_keywords
+    Noise floor: hbv compare vaccine-84 --repeat
     """
     from harmbench_vaccine.core.jsonl import finite
     from harmbench_vaccine.evaluation.records import find_run
@@ -40,12 +64,17 @@ def compare(runs: tuple[str, ...], scorers: tuple[str, ...], as_json: bool) -> N
     from harmbench_vaccine.evaluation.run_comparison import compare_judges, compare_runs
     from harmbench_vaccine.reporting.run_comparison_view import run_comparison_view
 
-    if (len(runs), len(scorers)) not in {(2, 0), (1, 2)}:
+    if backend and not is_repeat:
+        raise BadInput("--backend needs --repeat: otherwise no model answers.")
+    if (len(runs), len(scorers)) not in ({(1, 0)} if is_repeat else {(2, 0), (1, 2)}):
         raise BadInput(
-            f"{len(runs)} runs and {len(scorers)} scorers cannot be compared; "
-            "allowed: two runs, or one run with --scorer given twice."
+            f"{len(runs)} runs and {len(scorers)} scorers cannot be compared{' with --repeat' if is_repeat else ''}; "
+            "allowed: two runs, or one run with --scorer given twice, or one run with --repeat and no --scorer."
         )
     folders = [find_run(run, home() / "runs") for run in runs]
+    if is_repeat:
+        _repeat(folders[0], backend, as_json)
+        return
     if scorers:
         names = _judge_names(scorers)
         with terminal_progress() as progress:
@@ -57,6 +86,18 @@ def compare(runs: tuple[str, ...], scorers: tuple[str, ...], as_json: bool) -> N
         print_json(finite(asdict(comparison)))
     else:
         print_view(run_comparison_view(comparison))
+
+
+def _repeat(run: Path, backend: Backend | None, as_json: bool) -> None:
+    from harmbench_vaccine.export.repetition import repeat_run
+    from harmbench_vaccine.reporting.noise_floor_view import repeated_run_view
+
+    with terminal_progress() as progress:
+        repeat = repeat_run(run, backend, progress)
+    if as_json:
+        print_json(repeat.model_dump(mode="json"))
+    else:
+        print_view(repeated_run_view(repeat))
 
 
 def _judge_names(scorers: tuple[str, ...]) -> list[str]:

@@ -62,7 +62,7 @@ def measure_result(experiment: Experiment, measurements: Measurements) -> Result
         quantization=protocol.quantization,
         adapted=_adapted_modules(measurements),
         backend=experiment.backend,
-        answered_by=_answered_by(measurements),
+        answered_by=answer_engines(measurements),
         seed=experiment.spec.seed,
         trained=experiment.user_trains,
         **judge_fields(rows, judges),
@@ -195,6 +195,15 @@ def answer_rows(measurements: Measurements) -> list[dict[str, Any]]:
     return rows
 
 
+def answer_engines(measurements: Measurements) -> list[str]:
+    """Return every engine that generated answers of a run."""
+    engines = [
+        artifact.json(ENGINE)["answered_by"] if (artifact.path / ENGINE).is_file() else "transformers"
+        for artifact in measurements.answers.values()
+    ]
+    return list(dict.fromkeys(engines))
+
+
 def stage_records(measurements: Measurements) -> dict[str, StageRecord]:
     """Return the cost and the artifacts of each stage."""
     verdicts = {
@@ -253,14 +262,6 @@ def _interval(scores: Sequence[float]) -> Interval:
 
 def _whole(number: float) -> int | float:
     return int(number) if number == int(number) else number
-
-
-def _answered_by(measurements: Measurements) -> list[str]:
-    engines = [
-        artifact.json(ENGINE)["answered_by"] if (artifact.path / ENGINE).is_file() else "transformers"
-        for artifact in measurements.answers.values()
-    ]
-    return list(dict.fromkeys(engines))
 
 
 def _adapted_modules(measurements: Measurements) -> list[str]:

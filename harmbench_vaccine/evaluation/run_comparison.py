@@ -105,7 +105,7 @@ def compare_runs(first: Path, second: Path, runs: Path) -> RunComparison:
     table = _table_cells(left, right, stored)
     scores, notes = [], []
     for score in SCORES:
-        values = {seed: tuple(_values(score, *run) for run in pair) for seed, pair in loaded.items()}
+        values = {seed: tuple(score_values(score, *run) for run in pair) for seed, pair in loaded.items()}
         difference = compare_values(
             score,
             {seed: pair[0] for seed, pair in values.items()},
@@ -194,6 +194,31 @@ def compare_values(
     )
 
 
+def score_values(score: Score, result: Result, answers: Sequence[AnswerRow]) -> Values:
+    """Return the value of each answer of the final model by a score.
+
+    Args:
+        score: Name of the score.
+        result: The result of the run, with its headline judge and its task.
+        answers: The answers of the run with their verdicts; those to harmful prompts count for the first set only.
+
+    Returns:
+        Question -> value; without unread verdicts and grades. Empty if the rule of the task no longer exists.
+    """
+    if score == "harmful_score":
+        return _flags(answers, result.scorer)
+    if score == "refusal_rate":
+        return {_question(row): float(refuses(row["answer"])) for row in _headline_rows(answers, result.scorer)}
+    rows = [row for row in answers if row["when"] == "after" and row["set"] == "task"]
+    if any("grade" in row for row in rows):
+        return {_question(row): row["grade"] for row in rows if row.get("grade") is not None}
+    try:
+        task = Experiment.settle(RunSpec.model_validate({**result.spec, "backend": "transformers"})).task
+    except (BadInput, ValueError):  # its protocol or its plug-ins may no longer exist
+        return {}
+    return dict(zip(map(_question, rows), map(float, task.scores(result.accuracy_rule, rows)), strict=True))
+
+
 def _check_comparable(left: Result, right: Result) -> None:
     if left.run == right.run:
         raise BadInput(f"Both runs are {left.run}: choose two runs, or two judges with --scorer A --scorer B.")
@@ -275,21 +300,6 @@ def _shares(score: Score, results: Sequence[Result]) -> SeedShares:
         for result in results
     ]
     return SeedShares(tuple(value / 100 for value in values if value is not None), max(1, count))
-
-
-def _values(score: Score, result: Result, answers: Sequence[AnswerRow]) -> Values:
-    if score == "harmful_score":
-        return _flags(answers, result.scorer)
-    if score == "refusal_rate":
-        return {_question(row): float(refuses(row["answer"])) for row in _headline_rows(answers, result.scorer)}
-    rows = [row for row in answers if row["when"] == "after" and row["set"] == "task"]
-    if any("grade" in row for row in rows):
-        return {_question(row): row["grade"] for row in rows if row.get("grade") is not None}
-    try:
-        task = Experiment.settle(RunSpec.model_validate(result.spec)).task
-    except (BadInput, ValueError):  # its protocol or its plug-ins may no longer exist
-        return {}
-    return dict(zip(map(_question, rows), map(float, task.scores(result.accuracy_rule, rows)), strict=True))
 
 
 def _flags(answers: Sequence[AnswerRow], judge: str) -> Values:

@@ -5,18 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.paths import home
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.evaluation.records import load_result, require_keys
 from harmbench_vaccine.evaluation.result import Result
-from harmbench_vaccine.experiment import keys
-from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import ModelPool
 
-from .models import stored_spec
+from .models import stored_experiment, stored_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +56,7 @@ def _write_embeddings(result: Result, store: Store, progress: Progress, folder: 
     from harmbench_vaccine.evaluation.drift import alignment_batches
     from harmbench_vaccine.evaluation.embeddings import row_embeddings
 
-    experiment = _experiment_of(result)
+    experiment = stored_experiment(result)
     aligned = stored_spec(result, "align" if "align" in result.stages else "base", store)
     final = stored_spec(result, "final", store)
     models = ModelPool(progress)
@@ -70,18 +66,3 @@ def _write_embeddings(result: Result, store: Store, progress: Progress, folder: 
     after = before if final.base == aligned.base else models.second_stack(final)
     tensors["after"] = row_embeddings(after.use(final.adapters), batches)
     save_file(tensors, folder / _FILE)
-
-
-def _experiment_of(result: Result) -> Experiment:
-    """Settle the experiment of a result again.
-
-    Raises:
-        HbvError: It is no longer the same.
-    """
-    experiment = Experiment.settle(RunSpec.model_validate(result.spec))
-    if keys.run_id(experiment) != result.run:
-        raise HbvError(
-            f"The data, the protocol or the plug-ins of run {result.run} have changed since it was stored, so its "
-            "alignment rows are unknown. Repeat its `hbv run` command."
-        )
-    return experiment

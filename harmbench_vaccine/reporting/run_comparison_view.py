@@ -11,7 +11,8 @@ from harmbench_vaccine.evaluation.run_comparison import Flip, RunComparison, Sco
 
 from .render import Column, VisibleText, dim_notes, number_column, render_fields, render_table
 
-_LABELS = {"harmful_score": "HS", "finetune_accuracy": "FA", "refusal_rate": "refused"}
+LABELS = {"harmful_score": "HS", "finetune_accuracy": "FA", "refusal_rate": "refused"}
+"""Names of the scores in tables."""
 _MOST_NUMBERS = 20
 _METHODS = {
     "mcnemar": "One seed: p is by the exact McNemar test over the differing questions, and the interval is over "
@@ -44,13 +45,13 @@ def run_comparison_view(comparison: RunComparison) -> RenderableType:
 
 
 def _note(each: ScoreDifference) -> str:
-    return f"{_LABELS[each.score]}: {_METHODS[each.method]}" if each.method == "questions" else _METHODS[each.method]
+    return f"{LABELS[each.score]}: {_METHODS[each.method]}" if each.method == "questions" else _METHODS[each.method]
 
 
 def _cells(each: ScoreDifference) -> list[str]:
     up = sum(flip.second > flip.first for flip in each.flips)
     return [
-        _LABELS[each.score],
+        LABELS[each.score],
         f"{each.first:.1f}",
         f"{each.second:.1f}",
         f"{each.difference:+.1f} [{each.low:+.1f}, {each.high:+.1f}]",
@@ -65,11 +66,12 @@ def _flip_lines(each: ScoreDifference) -> list[str]:
     for flip in each.flips:
         by_seed[flip.seed].append(flip)
     return [
-        f"{_LABELS[each.score]} flips, seed {seed}: {_numbers([flip.number for flip in flips])}."
+        f"{LABELS[each.score]} flips, seed {seed}: {position_list([flip.number for flip in flips])}."
         for seed, flips in by_seed.items()
     ]
 
 
-def _numbers(numbers: Sequence[int]) -> str:
+def position_list(numbers: Sequence[int]) -> str:
+    """Return the positions of questions as text, at most the first 20."""
     shown = ", ".join(map(str, numbers[:_MOST_NUMBERS]))
     return shown if len(numbers) <= _MOST_NUMBERS else f"{shown} and {len(numbers) - _MOST_NUMBERS} more (--json)"
