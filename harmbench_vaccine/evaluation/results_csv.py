@@ -1,4 +1,4 @@
-"""The CSV of results: one row and one line for each run, checked column by column when it is read."""
+"""CSVs of runs, checked column by column when they are read: results, with one line for each run, and others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -33,11 +33,24 @@ Amount = Annotated[float, Field(ge=0)]
 _MAX_NAME = 200  # bytes; a temporary file next to the CSV has a longer name
 
 
-class ResultRow(BaseModel):
-    """The columns of a row. An older CSV may lack columns that have a default here; an empty cell has this default."""
+class RunTableRow(BaseModel):
+    """The columns of a CSV of runs. An older file may lack columns that have a default here, also for empty cells."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    content: ClassVar[str]
+    """The content of the file, for messages."""
+    command: ClassVar[str]
+    """The command that writes it."""
 
+
+R = TypeVar("R", bound=RunTableRow)
+
+
+class ResultRow(RunTableRow):
+    """The columns of a CSV of results."""
+
+    content: ClassVar[str] = "results"
+    command: ClassVar[str] = "hbv run"
     run: Name
     protocol: Name
     protocol_version: Count | None = None
@@ -90,21 +103,30 @@ COLUMNS = list(ResultRow.model_fields)
 """The columns of a CSV of results."""
 
 
-class _Line(NamedTuple):
+class _Line(NamedTuple, Generic[R]):
     cells: dict[str, str]
     """Column -> the cell as it is written; columns that the file lacks are absent."""
-    row: ResultRow
+    row: R
 
 
 def read_csv(path: Path) -> list[ResultRow]:
-    """Read the rows of a CSV of results; a missing file has no rows.
+    """Read the rows of a CSV of results; see `read_run_table`."""
+    return read_run_table(path, ResultRow)
+
+
+def read_run_table(path: Path, kind: type[R]) -> list[R]:
+    """Read the rows of a CSV of runs; a missing file has no rows.
 
     Any line ends, a byte order mark, any order of the columns, quoted numbers and empty lines are accepted.
+
+    Args:
+        path: The file.
+        kind: The class of its rows.
 
     Raises:
         BadInput: The file is not such a CSV, or a row is damaged; the message names the line.
     """
-    return [line.row for line in _read_lines(path)]
+    return [line.row for line in _read_lines(path, kind)]
 
 
 def check_csv(path: Path) -> None:
@@ -132,14 +154,15 @@ def add_row(path: Path, result: Result) -> None:
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     with shared_lock(path.with_name(f".{path.name}.lock")):
-        rows = [line.cells for line in _read_lines(path) if line.row.run != result.run]
-        write_atomically(path, _csv_text([*rows, csv_cells(result)]))
+        rows = [line.cells for line in _read_lines(path, ResultRow) if line.row.run != result.run]
+        write_atomically(path, run_table_text([*rows, csv_cells(result)], COLUMNS))
 
 
 def write_results(path: Path, results: Sequence[Result]) -> None:
     """Write a CSV with the rows of some results, without their times: the same results always give the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _csv_text([{**csv_cells(result), "seconds": ""} for result in results]))
+    rows = [{**csv_cells(result), "seconds": ""} for result in results]
+    write_atomically(path, run_table_text(rows, COLUMNS))
 
 
 def result_rows(results: Sequence[Result]) -> list[ResultRow]:
@@ -152,12 +175,13 @@ def result_rows(results: Sequence[Result]) -> list[ResultRow]:
 
 def csv_cells(result: Result) -> dict[str, str]:
     """Return a result as the cells of its line: column -> text."""
-    return {column: _cell(value) for column, value in csv_row(result).items()}
+    return {column: cell_of_value(value) for column, value in csv_row(result).items()}
 
 
-def _csv_text(rows: Sequence[Mapping[str, str]]) -> str:
+def run_table_text(rows: Sequence[Mapping[str, str]], columns: Sequence[str]) -> str:
+    """Return rows of cells as CSV; the cell of an absent column is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -195,7 +219,8 @@ def csv_row(result: Result) -> dict[str, Any]:
     return {column: derived[column] if column in derived else getattr(result, column) for column in COLUMNS}
 
 
-def _cell(value: Any) -> str:
+def cell_of_value(value: Any) -> str:
+    """Return a text, a number or JSON as a cell; None is an empty cell."""
     if isinstance(value, str):
         return cell_of_text(value)
     if isinstance(value, dict | list):
@@ -205,27 +230,27 @@ def _cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _read_lines(path: Path) -> list[_Line]:
+def _read_lines(path: Path, kind: type[R]) -> list[_Line[R]]:
     header: list[str] = []
     lines = []
     # No cell has a line break, so that damage of one line cannot swallow the next ones.
-    for number, text in enumerate(re.split(r"\r\n|\r|\n", _read_text(path)), start=1):
+    for number, text in enumerate(re.split(r"\r\n|\r|\n", _read_text(path, kind)), start=1):
         cells = _split(text, f"{path}, line {number}")
         if not any(cell.strip() for cell in cells):
             continue  # an empty line, also of a spreadsheet
         if not header:
-            header = _checked_header(cells, path)
+            header = _checked_header(cells, path, kind)
         elif len(cells) != len(header):
             raise BadInput(
                 f"{path}, line {number} has {len(cells)} fields, but the header has {len(header)}. "
                 "Correct or remove this line."
             )
         else:
-            lines.append(_checked_line(dict(zip(header, cells, strict=True)), f"{path}, line {number}"))
+            lines.append(_checked_line(dict(zip(header, cells, strict=True)), f"{path}, line {number}", kind))
     return lines
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, kind: type[RunTableRow]) -> str:
     """Return the text of a file without its byte order mark; a missing file is empty."""
     if not os.path.exists(path):  # `Path.exists` raises where the folder is not readable
         return ""
@@ -235,7 +260,7 @@ def _read_text(path: Path) -> str:
         content = path.read_bytes()
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise BadInput(f"{path} cannot be read as a CSV of results: {error.strerror}.") from error
+        raise BadInput(f"{path} cannot be read as a CSV of {kind.content}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         line = len(re.findall(rb"\r\n|\r|\n", content[: error.start])) + 1
         raise BadInput(f"{path}, line {line} is not UTF-8 text. Save the file as CSV in UTF-8.") from error
@@ -256,26 +281,27 @@ def _split(line: str, place: str) -> list[str]:
         ) from error
 
 
-def _checked_header(columns: list[str], path: Path) -> list[str]:
+def _checked_header(columns: list[str], path: Path, kind: type[RunTableRow]) -> list[str]:
+    allowed = list(kind.model_fields)
     if not {"run", "seed"} & set(columns):
         raise BadInput(
-            f"{path} has other columns than a CSV of results, or other separators than commas. "
-            "Choose a CSV that `hbv run` wrote."
+            f"{path} has other columns than a CSV of {kind.content}, or other separators than commas. "
+            f"Choose a CSV that `{kind.command}` wrote."
         )
     for column in columns:
         if columns.count(column) > 1:
             raise BadInput(f"{path} has the column {column!r} twice. Remove one of them.")
-        if column not in COLUMNS:
-            raise BadInput(f"{path} has an unknown column {shortened(column)!r}. Allowed: {', '.join(COLUMNS)}.")
-    required = [name for name, field in ResultRow.model_fields.items() if field.is_required()]
+        if column not in allowed:
+            raise BadInput(f"{path} has an unknown column {shortened(column)!r}. Allowed: {', '.join(allowed)}.")
+    required = [name for name, field in kind.model_fields.items() if field.is_required()]
     if missing := [name for name in required if name not in columns]:
-        raise BadInput(f"{path} lacks the columns {', '.join(missing)}. Choose a CSV that `hbv run` wrote.")
+        raise BadInput(f"{path} lacks the columns {', '.join(missing)}. Choose a CSV that `{kind.command}` wrote.")
     return columns
 
 
-def _checked_line(cells: dict[str, str], place: str) -> _Line:
+def _checked_line(cells: dict[str, str], place: str, kind: type[R]) -> _Line[R]:
     try:
-        row = ResultRow.model_validate({column: cell for column, cell in cells.items() if cell})
+        row = kind.model_validate({column: cell for column, cell in cells.items() if cell})
     except ValidationError as error:
         raise BadInput(
             f"{place}, column {first_validation_error(error)} Correct or remove this line, or repeat its run."
