@@ -37,34 +37,15 @@ When = Literal["before", "after"]
 
 def measure_result(experiment: Experiment, measurements: Measurements) -> Result:
     """Compute the result of a run."""
-    protocol = experiment.protocol
     rows = answer_rows(measurements)
     judges = {canonical_name([scorer]): scorer_facts(scorer.plugin) for scorer in experiment.scorers}
     drift = drift_fields(measurements.drift)
     resolved = [*experiment.defenses, *experiment.attacks, experiment.task_plugin]
     return Result(
-        run=keys.run_id(experiment),
-        defense=experiment.defense,
-        attack=experiment.attack,
-        defense_params={defense.plugin.name: defense.params for defense in experiment.defenses},
-        attack_params={attack.plugin.name: attack.params for attack in experiment.attacks},
+        **experiment_fields(experiment),
         origins={plugin.plugin.name: plugin.origins for plugin in resolved},
-        task=experiment.task_name,
-        task_params=experiment.task_plugin.params,
-        model=experiment.model,
-        protocol=protocol.name,
-        protocol_version=protocol.version,
-        protocol_hash=protocol.hash,
-        **_tuning(experiment),
-        scorer=protocol.score.scorer,
-        judge=experiment.scorer.params.get("model", ""),
-        dtype=protocol.dtype,
-        quantization=protocol.quantization,
         adapted=_adapted_modules(measurements),
-        backend=experiment.backend,
         answered_by=answer_engines(measurements),
-        seed=experiment.spec.seed,
-        trained=experiment.user_trains,
         **judge_fields(rows, judges),
         **answer_fields(experiment, rows, next(iter(judges)), drift["alignment_loss"]),
         **drift,
@@ -74,6 +55,32 @@ def measure_result(experiment: Experiment, measurements: Measurements) -> Result
         environment=current_environment(vllm=experiment.backend == "vllm"),
         spec=experiment.spec.model_dump(mode="json"),
     )
+
+
+def experiment_fields(experiment: Experiment) -> dict[str, Any]:
+    """Return the fields of a result that name its experiment: the id, the plug-ins, their parameters, the seed."""
+    protocol = experiment.protocol
+    return {
+        "run": keys.run_id(experiment),
+        "defense": experiment.defense,
+        "attack": experiment.attack,
+        "defense_params": {defense.plugin.name: defense.params for defense in experiment.defenses},
+        "attack_params": {attack.plugin.name: attack.params for attack in experiment.attacks},
+        "task": experiment.task_name,
+        "task_params": experiment.task_plugin.params,
+        "model": experiment.model,
+        "protocol": protocol.name,
+        "protocol_version": protocol.version,
+        "protocol_hash": protocol.hash,
+        **_tuning(experiment),
+        "scorer": protocol.score.scorer,
+        "judge": experiment.scorer.params.get("model", ""),
+        "dtype": protocol.dtype,
+        "quantization": protocol.quantization,
+        "backend": experiment.backend,
+        "seed": experiment.spec.seed,
+        "trained": experiment.user_trains,
+    }
 
 
 def judge_fields(rows: Sequence[AnswerRow], judges: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
