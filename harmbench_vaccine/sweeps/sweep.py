@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.paths import ensure_writable
 from harmbench_vaccine.core.progress import Progress
@@ -23,14 +24,14 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.pipeline import run
 from harmbench_vaccine.reporting.dry_run.plan import DryRunStore
+from harmbench_vaccine.reporting.leaderboard.stage_costs import COSTS, StageCost, costs_text, stage_costs
 from harmbench_vaccine.runner import prepare
 
-from .costs import write_costs
 from .failures import Failures
 from .suite import Suite
 from .worker import is_finished
 
-TABLE, COSTS = "results.csv", "costs.csv"
+TABLE = "results.csv"
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,10 @@ class Sweep:
         """Return the results of the finished runs, in the order of the suite."""
         return [result for _, result in self._finished_runs()]
 
+    def costs(self) -> list[StageCost]:
+        """Return the cost of each stage of the finished runs, in the order of the suite."""
+        return [cost for experiment, result in self._finished_runs() for cost in stage_costs(experiment, result)]
+
     def unfinished_runs(self) -> list[str]:
         """Return the plug-ins and the seed of every run without a result, in the order of the suite."""
         return [
@@ -159,11 +164,11 @@ class Sweep:
         Returns:
             The table of results: the same results give the same bytes, while costs differ between executions.
         """
-        finished = self._finished_runs()
+        results = self.results()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_results(self.folder / TABLE, [result for _, result in finished])
-        write_costs(self.folder / COSTS, finished)
-        if len(finished) == len(self.experiments):
+        write_results(self.folder / TABLE, results)
+        write_atomically(self.folder / COSTS, costs_text(self.costs()))
+        if len(results) == len(self.experiments):
             forget_sweep(self.store, self.name)
         return self.folder / TABLE
 

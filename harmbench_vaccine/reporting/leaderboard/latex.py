@@ -1,7 +1,8 @@
 r"""Write rankings as LaTeX tables in the layout of the papers, with the package booktabs.
 
 A row is a defense; a pair of columns is the HS and the FA under one attack, or on one task; the last pair is their
-average. Below every score is its 95% interval, rounded outward to whole points.
+average. Below every score is its 95% interval, rounded outward to whole points. The costs of the defenses are separate
+tables.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from string import ascii_lowercase
 
 from harmbench_vaccine.core.visible import visible
 
+from .costs import COST_COLUMNS, CostTable, cost_cells
 from .grids import Cell, Grid, cell_mark, file_names, paper_grids
 from .ranking import Ranking
 
@@ -60,6 +62,26 @@ def rankings_latex(rankings: Sequence[Ranking], note: str = "") -> str:
             part_label = label if len(parts) == 1 else f"{label}-{number}"
             lines += ["", *_Table(grid, part, number == len(parts)).lines(part_label, note)]
     return "\n".join(lines) + "\n"
+
+
+def costs_latex(tables: Sequence[CostTable]) -> str:
+    r"""Return the costs of defenses as LaTeX, to be read by `\input`: one table for each protocol, model and device."""
+    lines = ["% Written by hbv leaderboard. Required in the preamble: \\usepackage{booktabs}"]
+    for number, table in enumerate(tables, start=1):
+        label = "tab:costs" if len(tables) == 1 else f"tab:costs-{number}"
+        legends = [f"{column.title}: {column.legend}." for column in COST_COLUMNS if column.legend]
+        caption = latex_text(" ".join([f"{table.title}.", *table.notes, *legends]))
+        lines += ["", r"\begin{table*}[t]", r"\centering\small\setlength{\tabcolsep}{4pt}"]
+        lines += [rf"\caption{{{caption}}}", rf"\label{{{label}}}"]
+        lines += [rf"\begin{{tabular}}{{{''.join('r' if column.right else 'l' for column in COST_COLUMNS)}}}"]
+        lines += [r"\toprule", _latex_row([column.title for column in COST_COLUMNS]), r"\midrule"]
+        lines += [*(_latex_row(cost_cells(row)) for row in table.rows), r"\bottomrule"]
+        lines += [r"\end{tabular}", r"\end{table*}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(map(latex_text, cells)) + r" \\"
 
 
 @dataclass(frozen=True)
