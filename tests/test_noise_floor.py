@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ import pytest
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.evaluation.noise_floor import RepeatedRun, load_repeat, noise_floors, save_repeat
+from harmbench_vaccine.evaluation.records import write_run
+from harmbench_vaccine.evaluation.run_comparison import compare_runs
 from support.cli import hbv
+from support.results import make_result, write_csv
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +176,68 @@ def test_a_damaged_file_is_one_sentence(change: dict[str, Any], tmp_path: Path) 
     (tmp_path / "repeat.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(HbvError, match=r"repeat.json cannot be read: .* --repeat`\.$"):
         load_repeat(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Use it in comparisons
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Return a home with SFT at HS 80, Vaccine at 77 and 'none' at 20; one answer of SFT's twenty changes, 5 points."""
+    shares = {"sft": 80.0, "vaccine": 77.0, "none": 20.0}
+    results = [
+        make_result(run=f"{name}-0", defense=name, defense_params={name: {}}, harmful_score=share, harmful_score_n=100)
+        for name, share in shares.items()
+    ]
+    for result in results:
+        folder = tmp_path / "runs" / result.run
+        folder.mkdir(parents=True)
+        write_run(folder, result, [])
+    save_repeat(tmp_path / "runs" / "sft-0", repeated("sft-0", (4,), 20, 5.0))
+    write_csv(tmp_path / "results.csv", *results)
+    return tmp_path
+
+
+def test_the_leaderboard_marks_smaller_differences(table: Path) -> None:
+    done = hbv("leaderboard", "--out", table / "out", home=table, COLUMNS="160")
+    assert done.code == 0, done.err
+    note = "Noise floor: answering again changed 1 of 20 verdicts (HS, 5.0 points)."
+    page = (table / "out" / "leaderboard.md").read_text().replace("\\", "")
+    for text in (" ".join(done.out.split()), page):
+        assert note in text
+        assert re.search(r"-3\.0 \[[^]]*\]~", text)
+        assert re.search(r"-60\.0 \[[^]]*\]\*", text)
+    with (table / "out" / "leaderboard.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["harmful_score_floor"] for row in rows} == {"5"}
+    assert {row["finetune_accuracy_floor"] for row in rows} == {""}
+
+
+def test_the_leaderboard_without_a_second_measurement(table: Path) -> None:
+    (table / "runs" / "sft-0" / "repeat.json").unlink()
+    done = hbv("leaderboard", "--out", table / "out", home=table, COLUMNS="160")
+    assert done.code == 0, done.err
+    assert "Noise floor" not in done.out + (table / "out" / "leaderboard.md").read_text()
+    with (table / "out" / "leaderboard.csv").open(newline="") as file:
+        assert {row["harmful_score_floor"] for row in csv.DictReader(file)} == {""}
+
+
+def test_show_names_the_second_measurement(home: Path) -> None:
+    run = run_of(home)
+    assert "Measured twice" not in hbv("show", run, home=home).out
+    save_repeat(run, repeated(run.name, (4,), 20, 5.0))
+    shown = hbv("show", run, home=home, COLUMNS="80")
+    assert "Measured twice: HS 50.0 and 50.0 (1 of 20 changed, 5.0 points)." in " ".join(shown.out.split())
+
+
+def test_a_comparison_of_runs_names_a_difference_below_the_floor(home: Path) -> None:
+    """Two copies of one run with other ids differ by 0 points."""
+    first = run_of(home)
+    second = Path(shutil.copytree(first, first.with_name("other-0")))
+    path = second / "result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "run": "other-0"}))
+    assert not any("noise floor" in note for note in compare_runs(first, second, home / "runs").notes)
+    save_repeat(second, repeated("other-0", (4,), 20, 5.0))
+    notes = compare_runs(first, second, home / "runs").notes
+    assert "The difference in harmful score is below the noise floor of 5.0 points: it is not interpreted." in notes

@@ -131,6 +131,7 @@ def rank(
     from harmbench_vaccine.core.jsonl import finite
     from harmbench_vaccine.reporting.evidence import evidence_of
     from harmbench_vaccine.reporting.leaderboard.files import write_rankings
+    from harmbench_vaccine.reporting.leaderboard.noise import with_noise_floors
     from harmbench_vaccine.reporting.leaderboard.ranking import rank_rows
     from harmbench_vaccine.reporting.leaderboard.tuned import tuned_pairs, tuned_view
     from harmbench_vaccine.reporting.leaderboard.views import ranking_rows, rankings_view
@@ -139,7 +140,7 @@ def rank(
     if answers and not out:
         raise BadInput("--answers needs --out DIR: the answers are part of the page.")
     rows, unfinished = _read_sources(sources or (str(home() / "results.csv"),))
-    rankings = rank_rows(rows, baseline, published)
+    rankings = with_noise_floors(rank_rows(rows, baseline, published), home() / "runs")
     if missing := len(unfinished.runs):
         print_warning(f"{len(rows)} of {len(rows) + missing} runs have a result. Add the others with `hbv sweep`.")
     notes = write_rankings(rankings, out, home() / "runs", unfinished, answers) if out else []

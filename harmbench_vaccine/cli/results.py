@@ -80,6 +80,7 @@ def show(
     Embeddings: hbv show vaccine-84 --embeddings map.svg
     """
     from harmbench_vaccine.core.errors import BadInput, unknown_name
+    from harmbench_vaccine.evaluation.noise_floor import load_repeat
     from harmbench_vaccine.evaluation.records import by_question, find_run, load_overview
     from harmbench_vaccine.reporting.answer_views import answers_view
     from harmbench_vaccine.reporting.curves import check_plot_path
@@ -105,7 +106,7 @@ def show(
             for row in pair.values():
                 print_json(row)
     else:
-        print_view(answers_view(overview, answers, set_name, limit or 10, only))
+        print_view(answers_view(overview, answers, set_name, limit or 10, only, load_repeat(folder)))
 
 
 def _plot_curves(run: Path, path: Path) -> None:

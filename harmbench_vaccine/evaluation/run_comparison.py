@@ -16,6 +16,7 @@ from harmbench_vaccine.experiment.spec import RunSpec
 
 from .agreement import AnswerRow, is_flagged
 from .dispersion import SeedShares, pool_dispersion
+from .noise_floor import noise_floors
 from .paired import mcnemar, two_way_difference
 from .records import RESULT, load_result, load_run
 from .result import Result
@@ -89,7 +90,7 @@ def compare_runs(first: Path, second: Path, runs: Path) -> RunComparison:
 
     Raises:
         BadInput: The runs have different protocols, models or judges, or are the same run.
-        HbvError: A run is damaged.
+        HbvError: A run, or a second measurement of one, is damaged.
     """
     left, right = load_result(first), load_result(second)
     _check_comparable(left, right)
@@ -103,6 +104,7 @@ def compare_runs(first: Path, second: Path, runs: Path) -> RunComparison:
         )
     loaded = {seed: (load_run(one), load_run(other)) for seed, (one, other) in sorted(pairs.items())}
     table = _table_cells(left, right, stored)
+    floors = noise_floors(folder for pair in pairs.values() for folder in pair)
     scores, notes = [], []
     for score in SCORES:
         values = {seed: tuple(score_values(score, *run) for run in pair) for seed, pair in loaded.items()}
@@ -114,6 +116,11 @@ def compare_runs(first: Path, second: Path, runs: Path) -> RunComparison:
         )
         if difference:
             scores.append(difference)
+            if score in floors and abs(difference.difference) < floors[score].points:
+                notes.append(
+                    f"The difference in {score.replace('_', ' ')} is below the noise floor of "
+                    f"{floors[score].points:.1f} points: it is not interpreted."
+                )
         else:
             notes.append(f"Without {score.replace('_', ' ')}: the runs do not share two of its questions.")
     ids = tuple((a[0].run, b[0].run) for a, b in loaded.values())

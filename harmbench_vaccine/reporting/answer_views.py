@@ -9,16 +9,23 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from harmbench_vaccine.evaluation.agreement import is_flagged
+from harmbench_vaccine.evaluation.noise_floor import RepeatedRun
 from harmbench_vaccine.evaluation.records import RunOverview, by_question
 from harmbench_vaccine.evaluation.result import Result
 
+from .noise_floor_view import repeat_note
 from .render import Column, VisibleText, dim_notes, render_table
 
 _NOT_RECORDED = "not recorded"
 
 
 def answers_view(
-    overview: RunOverview | Result, answers: Sequence[dict[str, Any]], set_name: str, limit: int, only: str | None
+    overview: RunOverview | Result,
+    answers: Sequence[dict[str, Any]],
+    set_name: str,
+    limit: int,
+    only: str | None,
+    repeat: RepeatedRun | None = None,
 ) -> RenderableType:
     """Show questions with the answers before and after the user stage, and their verdicts.
 
@@ -28,6 +35,7 @@ def answers_view(
         set_name: Set of questions to show, such as "harmful".
         limit: Maximum number of questions.
         only: "flagged", "unflagged" or "unread" answers after the user stage, or None for all.
+        repeat: The second measurement of the run, or None.
     """
     pairs = by_question(answers, set_name, only)
     table = render_table(
@@ -43,6 +51,8 @@ def answers_view(
     notes = [f"{min(limit, len(pairs))} of {len(pairs)} questions.", _overview_note(overview)]
     if unread:
         notes.append(f"Unread verdicts: {unread['after']} after the user stage, {unread['before']} before it.")
+    if repeat:
+        notes.append(repeat_note(repeat))
     return Group(VisibleText(title, style="bold"), table, *dim_notes(notes))
 
 

@@ -28,6 +28,8 @@ def score_columns(score: str) -> dict[str, str]:
         f"{score}_difference_p": "p-value of the difference, by Holm's correction for the defenses of the table",
         f"{score}_dispersion": "variance between seeds relative to independent questions, pooled over the table; "
         "empty for one seed",
+        f"{score}_floor": "noise floor, in points: a smaller difference is not interpreted; empty if no run was "
+        "measured twice",
     }
 
 
@@ -125,6 +127,7 @@ def _columns(
         **{column: 100 * value for column, value in percentages.items()},
         f"{score}_difference_p": p_value,
         f"{score}_dispersion": dispersion.ratio if dispersion.df else math.nan,
+        f"{score}_floor": math.nan,
     }
 
 

@@ -14,6 +14,7 @@ from harmbench_vaccine.reporting.markdown import markdown_row, markdown_text
 from harmbench_vaccine.reporting.published import comparison
 from harmbench_vaccine.reporting.render import Column, TableGroup, VisibleText, dim_notes, number_column, render_table
 
+from .noise import MARK
 from .ranking import COLUMNS, Ranking
 
 
@@ -150,7 +151,8 @@ def _difference(row: dict[str, Any], score: str) -> str:
     if math.isnan(value):
         return ""
     low, high, p_value = (row[f"{score}_difference_{end}"] for end in ("low", "high", "p"))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]{'*' if p_value < 0.05 else ''}"
+    mark = MARK if abs(value) < row[f"{score}_floor"] else "*" if p_value < 0.05 else ""
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]{mark}"
 
 
 def _number(value: float, form: str) -> str:
