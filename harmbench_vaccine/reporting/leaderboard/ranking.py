@@ -11,7 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,9 +180,9 @@ def rank_rows(
     rankings = []
     for key, group in runs.groupby(list(SETTING), sort=False):
         rows, notes = _rank_defenses(group, baseline)
-        comparisons = [_compare(group[group["defense"] == row["defense"]]) for row in rows] if published else []
         setting = dict(zip(SETTING, map(str, key), strict=True))
-        rankings.append(Ranking(setting, baseline, rows, notes, comparisons, group.to_dict("records")))
+        ranking = Ranking(setting, baseline, rows, notes, [], group.to_dict("records"))
+        rankings.append(with_published(ranking) if published else ranking)
     return sorted(rankings, key=lambda ranking: [_natural_key(text) for text in ranking.setting.values()])
 
 
@@ -309,14 +309,16 @@ def _is_doubtful(row: dict[str, Any]) -> bool:
     return bool(row["collapsed_cells"] or row["hollow_cells"])
 
 
-def _compare(runs: pd.DataFrame) -> PublishedComparison:
-    """Compare the runs of one defense with published figures."""
-    return compare_rows(
-        [
-            {**row, **{column: json.loads(row[column]) for column in ("defense_params", "attack_params")}}
-            for row in runs.to_dict("records")
-        ]
-    )
+def with_published(ranking: Ranking) -> Ranking:
+    """Return a ranking with a comparison with published figures for each row; it may have them already."""
+    if ranking.published:
+        return ranking
+    runs = [
+        {**run, **{column: json.loads(run[column]) for column in ("defense_params", "attack_params")}}
+        for run in ranking.runs
+    ]
+    comparisons = [compare_rows([run for run in runs if run["defense"] == row["defense"]]) for row in ranking.rows]
+    return replace(ranking, published=comparisons)
 
 
 def _rank_key(row: dict[str, Any]) -> tuple[bool, float, float]:
