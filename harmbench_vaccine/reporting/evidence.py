@@ -17,6 +17,15 @@ from harmbench_vaccine.plugins import Defense
 
 Grade = Literal["authors' code run", "authors' code read", "third-party code", "equations only", "definition"]
 
+GRADES: dict[Grade, str] = {
+    "authors' code run": "the authors' code was run next to the equations, with the same weights and rows",
+    "authors' code read": "written from the equations and from the authors' code, which was not run",
+    "third-party code": "written from the code of another project",
+    "equations only": "written from the text of the paper, without its code",
+    "definition": "a baseline or control without authors: its definition is one line",
+}
+"""The grades, the strongest first, with their explanations."""
+
 
 class Evidence(BaseModel):
     """The evidence for one defense."""

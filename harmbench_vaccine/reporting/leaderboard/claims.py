@@ -150,7 +150,7 @@ def _badge(published: float, low: float, high: float, doubtful: bool, deviations
 # ---------------------------------------------------------------------------------------------------------------------
 # Views
 
-_COLUMNS = [
+LEDGER_COLUMNS = [
     Column("paper", wrap=False),
     Column("table", drop=3, least=8),
     Column("defense"),
@@ -165,23 +165,28 @@ _COLUMNS = [
 
 def ledger_view(rows: Sequence[LedgerRow]) -> RenderableType:
     """Show the ledger in the terminal."""
-    return Group(render_table(_COLUMNS, map(_cells, rows)), *dim_notes(_notes(rows)))
+    return Group(render_table(LEDGER_COLUMNS, map(ledger_cells, rows)), *dim_notes(ledger_notes(rows)))
 
 
 def ledger_markdown(rows: Sequence[LedgerRow]) -> str:
     """Return the ledger as Markdown."""
-    lines = [markdown_row([column.title for column in _COLUMNS]), markdown_row(["---"] * len(_COLUMNS))]
+    lines = [markdown_row([column.title for column in LEDGER_COLUMNS]), markdown_row(["---"] * len(LEDGER_COLUMNS))]
     return "\n".join(
-        [*lines, *(markdown_row(_cells(row)) for row in rows), "", *(f"- {note}" for note in _notes(rows))]
+        [*lines, *(markdown_row(ledger_cells(row)) for row in rows), "", *(f"- {note}" for note in ledger_notes(rows))]
     )
 
 
-def _notes(rows: Sequence[LedgerRow]) -> list[str]:
-    deviations = dict.fromkeys(f"{row.run}: {text}" for row in rows for text in row.deviations)
-    return [f"{RULE}.", *(f"{text}." for text in deviations)]
+def ledger_notes(rows: Sequence[LedgerRow]) -> list[str]:
+    """Return the rule of the badges, and each deviation with the runs that have it."""
+    deviations: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for text in row.deviations:
+            deviations.setdefault(text, {})[row.run] = None
+    return [f"{RULE}.", *(f"{text} ({'; '.join(runs)})." for text, runs in deviations.items())]
 
 
-def _cells(row: LedgerRow) -> list[str]:
+def ledger_cells(row: LedgerRow) -> list[str]:
+    """Return the texts of a row, one for each of `LEDGER_COLUMNS`."""
     figure, difference = row.figure, row.difference
     setting = [figure[column] for column in ("paper", "table", "defense")]
     setting.append(f"{figure['task']} {figure['sweep']}={figure['sweep_value']}")

@@ -18,12 +18,12 @@ from harmbench_vaccine import __version__
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.visible import visible, visible_json_text
-from harmbench_vaccine.reporting.published.comparison import comparison_sheet
+from harmbench_vaccine.reporting.evidence import GRADES
 
 from .page_data import MOST_ANSWERS, defense_facts, page_data
 from .page_sections import ALL_FINISHED, UnfinishedRuns, defense_costs, heat_maps, missing_combinations
-from .ranking import Ranking
-from .tuned import TUNED_COLUMNS, tuned_cells, tuned_pairs
+from .page_tables import table_sections
+from .ranking import Ranking, with_published
 
 PAGE = "index.html"
 
@@ -140,6 +140,7 @@ def render_page(
     )
     environment.policies |= {"json.dumps_function": _compact_json, "json.dumps_kwargs": {}}
     style, script = (loader.get_source(environment, f"page.{ending}")[0] for ending in ("css", "js"))
+    rankings = list(map(with_published, rankings))
     facts = defense_facts(rankings)
     facets = [
         {"key": key, "title": title, "values": _facet_values(key, rankings, facts)} for key, title in FACETS.items()
@@ -156,11 +157,10 @@ def render_page(
         columns=TABLE_COLUMNS,
         rankings=rankings,
         heat_maps=heat_maps(rankings),
-        published=[comparison_sheet(ranking.published) for ranking in rankings if ranking.published],
         costs=defense_costs(rankings, facts),
-        tuned=tuned_pairs(rankings),
-        tuned_columns=TUNED_COLUMNS,
-        tuned_cells=tuned_cells,
+        sections=table_sections(rankings),
+        grades=GRADES,
+        ungated=sum(run["hollow"] is None for ranking in rankings for run in ranking.runs),
         finished=finished,
         planned=finished + len(unfinished.runs),
         unfinished=unfinished,

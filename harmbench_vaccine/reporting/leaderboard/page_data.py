@@ -19,6 +19,7 @@ from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.declarations import Declaration, read_declarations
 from harmbench_vaccine.plugins.registry import DEFENSES
+from harmbench_vaccine.reporting.evidence import load_evidence
 from harmbench_vaccine.reporting.plugin_pages import parameter_text
 from harmbench_vaccine.reporting.published.comparison import SCORES, ComparedFigure, PublishedComparison
 
@@ -27,7 +28,7 @@ from .ranking import SETTING, Ranking
 
 NUMBERS = (
     *("rank", "rank_low", "rank_high", "tie_first", "tie_last", "pareto", "seeds"),
-    *(f"{score}{end}" for score in SCORES for end in ("", "_sd", "_low", "_high")),
+    *(f"{score}{end}" for score in SCORES for end in ("", "_sd", "_low", "_high", "_floor")),
     *(f"{score}_difference{end}" for score in SCORES for end in ("", "_low", "_high", "_p")),
     *("safety_tax", "trained", "harmful_score_before", "refusal_rate", "neither", "neither_before", "task_echo"),
     *("alignment_loss", "embedding_drift", "embedding_drift_per_token", "collapsed_cells", "hollow_cells"),
@@ -51,6 +52,8 @@ COLORS = {
     "after the user stage": "after",
     UNKNOWN: "unknown",
 }
+NO_EVIDENCE = "no evidence"
+"""Badge of a defense that is not built in."""
 SEVERAL = "several"
 """Classes of the style: the color of each stage, and of a defense that acts in several."""
 MOST_ANSWERS = 20
@@ -282,19 +285,20 @@ def defense_facts(rankings: Sequence[Ranking]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _declared(text: str, declarations: Mapping[str, Declaration | None]) -> list[Declaration]:
-    """Return the declarations of the plug-ins of a defense; none if one is not installed.
+def _declared(text: str, declarations: Mapping[str, Declaration | None]) -> dict[str, Declaration]:
+    """Return the declarations of the plug-ins of a defense, by their names; none if one is not installed.
 
     A plug-in file that a CSV names is not read, since it could be any file.
     """
     try:
-        parts = [declarations.get(part.name) for part in parse_plugins(text)]
+        parts = {part.name: declarations.get(part.name) for part in parse_plugins(text)}
     except BadInput:  # a name that no version of hbv writes
-        return []
-    return [part for part in parts if part] if all(parts) else []
+        return {}
+    return {name: part for name, part in parts.items() if part} if all(parts.values()) else {}
 
 
-def _facts_of(parts: Sequence[Declaration], is_baseline: bool) -> dict[str, Any]:
+def _facts_of(declared: Mapping[str, Declaration], is_baseline: bool) -> dict[str, Any]:
+    parts = declared.values()
     stages = {stage for part in parts for stage in part.facts["stages"]}
     if is_baseline or not all(part.facts["trains"] for part in parts):
         titles = [BASELINE]
@@ -310,6 +314,20 @@ def _facts_of(parts: Sequence[Declaration], is_baseline: bool) -> dict[str, Any]
         "passes": _joined(_passes(part) for part in parts),
         "memory": _joined(part.facts["memory"] for part in parts),
         "extra_rows": _joined(extra_rows),
+        **_evidence_facts(declared),
+    }
+
+
+def _evidence_facts(names: Iterable[str]) -> dict[str, str]:
+    """Return the evidence for a defense, and its badge: the grades of its plug-ins."""
+    known = load_evidence()
+    evidence = [known.get(name) for name in names]
+    present = [each for each in evidence if each]
+    if not present or len(present) < len(evidence):
+        return {"evidence": NO_EVIDENCE, "badge": NO_EVIDENCE}
+    return {
+        "evidence": visible("; ".join(each.text for each in present)),
+        "badge": ", ".join(dict.fromkeys(each.grade for each in present)),
     }
 
 

@@ -62,7 +62,7 @@ class SettingsGrid:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader of the table needs to know."""
+        """The notes below the table: its bias, and what is missing."""
         notes = [_BIAS]
         for case in self.worst:
             missing = self.points - case.points - case.doubtful
@@ -132,7 +132,7 @@ def settings_grids_view(grids: Sequence[SettingsGrid]) -> RenderableType:
     """Show the worst harmful score of each defense, one table for each grid."""
     parts: list[RenderableType] = []
     for grid in grids:
-        table = render_table(GRID_COLUMNS, map(_cells_of_case, grid.worst))
+        table = render_table(GRID_COLUMNS, map(worst_case_cells, grid.worst))
         parts += [VisibleText(grid.title, style="bold"), table, *dim_notes(grid.notes), VisibleText()]
     return TableGroup(*parts)
 
@@ -143,12 +143,13 @@ def settings_grids_markdown(grids: Sequence[SettingsGrid]) -> str:
     for grid in grids:
         lines += ["", f"## {markdown_text(grid.title)}", "", markdown_row([column.title for column in GRID_COLUMNS])]
         lines += [markdown_row(["---:" if column.right else "---" for column in GRID_COLUMNS])]
-        lines += [*(markdown_row(_cells_of_case(case)) for case in grid.worst), ""]
+        lines += [*(markdown_row(worst_case_cells(case)) for case in grid.worst), ""]
         lines += [f"- {markdown_text(note)}" for note in grid.notes]
     return "".join(f"{line}\n" for line in lines)
 
 
-def _cells_of_case(case: WorstCase) -> list[str]:
+def worst_case_cells(case: WorstCase) -> list[str]:
+    """Return the texts of the worst point of a defense, one for each of `GRID_COLUMNS`."""
     row = case.row
     score, low, high = (row[f"harmful_score{end}"] for end in ("", "_low", "_high"))
     return [

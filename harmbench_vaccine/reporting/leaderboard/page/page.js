@@ -98,11 +98,12 @@ const FORMATS = {
     : [ranks(cell.tie_first, cell.tie_last), cell.pareto === 1 && small("Pareto")]),
   name: (cell) => [
     html("button", { "data-action": "open", id: `open-${cell.id}`, "aria-expanded": `${state.open.has(cell.id)}` }, cell.defense),
-    html("div", { class: `small dot ${cell.facts.color}` }, cell.facts.stage.join(", "))],
+    html("div", { class: `small dot ${cell.facts.color}` }, cell.facts.stage.join(", ")),
+    html("div", { class: "small tablet" }, cell.facts.badge)],
   score: (cell, key) => [html("b", {}, fixed(cell[key])), html("span", { class: "interval" }, range(cell, key, fixed)),
     key === "finetune_accuracy" && !cell.trained && small("untrained"), bar(cell, key)],
   difference: (cell, key) => (cell[key] === null ? []
-    : [signed(cell[key]) + (cell[`${key}_p`] < 0.05 ? "*" : ""), small(range(cell, key, signed))]),
+    : [signed(cell[key]) + (Math.abs(cell[key]) < cell[key.replace("difference", "floor")] ? "~" : cell[`${key}_p`] < 0.05 ? "*" : ""), small(range(cell, key, signed))]),
   published: (cell, key) => (cell[key] === null ? [] : [fixed(cell[key]), small(signed(cell.harmful_score - cell[key]))]),
   percent: (cell, key) => [fixed(cell[key])],
   number: (cell, key) => [precise(cell[key])],
