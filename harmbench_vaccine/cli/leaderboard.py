@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -25,7 +25,10 @@ from .console import (
 
 if TYPE_CHECKING:
     from harmbench_vaccine.evaluation.results_csv import ResultRow
+    from harmbench_vaccine.reporting.leaderboard.costs import CostTable
     from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns
+    from harmbench_vaccine.reporting.leaderboard.ranking import Ranking
+    from harmbench_vaccine.reporting.leaderboard.stage_costs import StageCost
 
 
 class _RankingGroup(SuggestingGroup):
@@ -61,6 +64,7 @@ def leaderboard() -> None:
     \b
     Example: hbv leaderboard --out tables
     A suite: hbv leaderboard testbed-vaccine-table1 --out tables
+    Costs:   hbv leaderboard testbed-vaccine-table1 --costs
     """
 
 
@@ -110,16 +114,28 @@ def add(result: Path, entries: Path) -> None:
     "--baseline", default="sft", show_default=True, metavar="SPEC", help="Defense to compute differences against."
 )
 @click.option(
+    "--costs",
+    is_flag=True,
+    help="Print the measured cost of each defense instead of the ranking: time, memory, passes and extra rows.",
+)
+@click.option(
     "--published", is_flag=True, help="Compare with published figures, and list the deviations from the paper."
 )
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print a JSON list: one object per row of leaderboard.csv, with the evidence for its defenses.",
+    help="Print a JSON list: one object per row of leaderboard.csv, with the evidence for its defenses; with --costs, "
+    "one per row of cost-table.csv.",
 )
 def rank(
-    sources: tuple[str, ...], out: Path | None, answers: bool, baseline: str, published: bool, as_json: bool
+    sources: tuple[str, ...],
+    out: Path | None,
+    answers: bool,
+    baseline: str,
+    costs: bool,
+    published: bool,
+    as_json: bool,
 ) -> None:
     """Rank defenses over their seeds.
 
@@ -127,64 +143,99 @@ def rank(
 
     \b
     Example: hbv leaderboard rank --out tables
+    Costs:   hbv leaderboard rank --costs
     """
-    from harmbench_vaccine.core.jsonl import finite
-    from harmbench_vaccine.reporting.evidence import evidence_of
+    from harmbench_vaccine.reporting.leaderboard.costs import cost_tables
     from harmbench_vaccine.reporting.leaderboard.files import write_rankings
     from harmbench_vaccine.reporting.leaderboard.noise import with_noise_floors
     from harmbench_vaccine.reporting.leaderboard.ranking import rank_rows
+    from harmbench_vaccine.reporting.leaderboard.stage_costs import WITHOUT_COSTS
+
+    if answers and not out:
+        raise BadInput("--answers needs --out DIR: the answers are part of the page.")
+    sources = sources or (str(home() / "results.csv"),)
+    rows, unfinished, measured = _read_sources(sources, with_costs=costs or out is not None)
+    rankings = with_noise_floors(rank_rows(rows, baseline, published), home() / "runs")
+    tables = cost_tables(rankings, measured)
+    if costs and not tables:
+        raise BadInput(f"These results have no costs: {WITHOUT_COSTS}. Repeat the runs with `hbv run` or `hbv sweep`.")
+    if missing := len(unfinished.runs):
+        print_warning(f"{len(rows)} of {len(rows) + missing} runs have a result. Add the others with `hbv sweep`.")
+    notes = write_rankings(rankings, out, home() / "runs", unfinished, answers, measured) if out else []
+    if costs:
+        _print_costs(tables, as_json)
+    else:
+        _print_rankings(rankings, as_json)
+    for note in [] if as_json else notes:
+        print_line(note)
+
+
+def _print_costs(tables: Sequence[CostTable], as_json: bool) -> None:
+    from harmbench_vaccine.reporting.leaderboard.costs import cost_rows, cost_tables_view
+
+    if as_json:
+        print_json(cost_rows(tables))
+    else:
+        print_view(cost_tables_view(tables))
+
+
+def _print_rankings(rankings: Sequence[Ranking], as_json: bool) -> None:
+    """Print rankings, then default and tuned parameters side by side, then the worst cases."""
+    from harmbench_vaccine.core.jsonl import finite
+    from harmbench_vaccine.reporting.evidence import evidence_of
     from harmbench_vaccine.reporting.leaderboard.tuned import tuned_pairs, tuned_view
     from harmbench_vaccine.reporting.leaderboard.views import ranking_rows, rankings_view
     from harmbench_vaccine.reporting.leaderboard.worst_case import settings_grids, settings_grids_view
 
-    if answers and not out:
-        raise BadInput("--answers needs --out DIR: the answers are part of the page.")
-    rows, unfinished = _read_sources(sources or (str(home() / "results.csv"),))
-    rankings = with_noise_floors(rank_rows(rows, baseline, published), home() / "runs")
-    if missing := len(unfinished.runs):
-        print_warning(f"{len(rows)} of {len(rows) + missing} runs have a result. Add the others with `hbv sweep`.")
-    notes = write_rankings(rankings, out, home() / "runs", unfinished, answers) if out else []
     if as_json:
-        print_json(
-            [
-                {**row, "evidence": evidence_of(json.loads(row["defense_params"]))}
-                for row in finite(ranking_rows(rankings))
-            ]
-        )
+        rows = finite(ranking_rows(rankings))
+        print_json([{**row, "evidence": evidence_of(json.loads(row["defense_params"]))} for row in rows])
         return
     print_view(rankings_view(rankings))
     if pairs := tuned_pairs(rankings):
         print_view(tuned_view(pairs))
     if grids := settings_grids(rankings):
         print_view(settings_grids_view(grids))
-    for note in notes:
-        print_line(note)
 
 
-def _read_sources(sources: Sequence[str]) -> tuple[list[ResultRow], UnfinishedRuns]:
+class _Sources(NamedTuple):
+    rows: list[ResultRow]
+    """The results."""
+    unfinished: UnfinishedRuns
+    """The runs of suites that have no result yet."""
+    costs: list[StageCost]
+    """The measured costs of the runs; empty if they were not requested."""
+
+
+def _read_sources(sources: Sequence[str], with_costs: bool) -> _Sources:
     """Read the results of suites, CSVs and entries.
 
-    Returns:
-        The rows, and the runs of the suites that have no result yet.
+    Costs are read from the runs of a suite, from the CSV of costs next to a CSV, and else from the run folders.
 
     Raises:
         BadInput: A source does not exist or is damaged, or none has results.
     """
     from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns
+    from harmbench_vaccine.reporting.leaderboard.stage_costs import COSTS, read_costs, stored_costs
 
     rows: list[ResultRow] = []
     unfinished = UnfinishedRuns()
+    costs: list[StageCost] = []
     for source in sources:
         if _is_suite(source):
-            finished, others = _read_suite(source)
-            rows, unfinished = rows + finished, unfinished + others
+            suite = _read_suite(source, with_costs)
+            rows, unfinished, costs = rows + suite.rows, unfinished + suite.unfinished, costs + suite.costs
         elif source.endswith(".json") or os.path.isdir(source):
             rows += _read_entries(source)
         else:
             rows += _read_csv(source)
+            costs += read_costs(user_path(source).with_name(COSTS)) if with_costs else []
     if not rows:
         raise BadInput(f"No results in {', '.join(sources)}. Add results with `hbv run` or `hbv sweep`.")
-    return rows, unfinished
+    if with_costs:
+        measured = {cost.run for cost in costs}
+        costs += stored_costs(dict.fromkeys(row.run for row in rows if row.run not in measured), home() / "runs")
+    return _Sources(rows, unfinished, costs)
 
 
 def _read_entries(source: str) -> list[ResultRow]:
@@ -199,8 +250,8 @@ def _is_suite(source: str) -> bool:
     return source.endswith((".yaml", ".yml")) or (source in suite_names() and not Path(source).exists())
 
 
-def _read_suite(name: str) -> tuple[list[ResultRow], UnfinishedRuns]:
-    """Return the rows of the finished runs of a suite, and the others."""
+def _read_suite(name: str, with_costs: bool) -> _Sources:
+    """Return the rows of the finished runs of a suite, the others, and the costs."""
     from harmbench_vaccine.evaluation.results_csv import result_rows
     from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns
     from harmbench_vaccine.sweeps.suite import load_suite
@@ -209,7 +260,7 @@ def _read_suite(name: str) -> tuple[list[ResultRow], UnfinishedRuns]:
     sweep = Sweep.open(load_suite(name), home())
     missing = sweep.unfinished_runs()
     unfinished = UnfinishedRuns(tuple(missing), tuple(sweep.failed_stages()) if missing else ())
-    return result_rows(sweep.results()), unfinished
+    return _Sources(result_rows(sweep.results()), unfinished, sweep.costs() if with_costs else [])
 
 
 def _read_csv(source: str) -> list[ResultRow]:

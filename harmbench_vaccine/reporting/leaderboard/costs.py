@@ -178,7 +178,7 @@ COST_COLUMNS = (
     Column("passes", drop=4, legend="forward (F) and backward (B) passes of each batch"),
     number_column("s/step", legend="seconds of an optimizer step"),
     number_column("stage time", drop=1),
-    number_column("training", drop=3, legend="time of all training stages of a run"),
+    number_column("training time", drop=3, legend="time of all training stages of a run"),
     number_column("memory", legend="peak memory of the stage"),
     number_column("harmful", legend="harmful rows that the defense may draw from in addition to the rows of the stage"),
     number_column("guides", legend="rows without harmful answers that it may draw from in addition"),
@@ -207,20 +207,20 @@ def cost_tables_markdown(tables: Sequence[CostTable]) -> str:
 
 
 def cost_cells(row: Mapping[str, Any]) -> list[str]:
-    """Return the texts of a row, one for each of `COST_COLUMNS`."""
+    """Return the texts of a row, one for each of `COST_COLUMNS`; ratios of the baseline, which are 1, are left out."""
     steps, step_seconds, memory = row["steps"], row["seconds_per_step"], row["peak_memory"]
+
+    def with_ratio(text: str, measure: str) -> str:
+        ratio = row[f"{measure}_ratio"]
+        return text if ratio is None or row["defense"] == row["baseline"] else f"{text} ({ratio:.2f}x)"
+
     return [
         row["defense"],
         row["stage"],
         str(steps or "-"),
         row["passes"] or "-",
-        _with_ratio("-" if step_seconds is None else f"{step_seconds:.3g}", row["seconds_per_step_ratio"]),
-        _with_ratio(format_duration(row["seconds"]), row["seconds_ratio"]),
-        _with_ratio(format_duration(row["training_seconds"]), row["training_seconds_ratio"]),
-        _with_ratio("-" if memory is None else readable_size(memory), row["peak_memory_ratio"]),
+        with_ratio("-" if step_seconds is None else f"{step_seconds:.3g}", "seconds_per_step"),
+        *(with_ratio(format_duration(row[measure]), measure) for measure in ("seconds", "training_seconds")),
+        with_ratio("-" if memory is None else readable_size(memory), "peak_memory"),
         *("-" if row[column] is None else str(row[column]) for column in ("harmful_rows", "guide_rows")),
     ]
-
-
-def _with_ratio(text: str, ratio: float | None) -> str:
-    return text if ratio is None else f"{text} ({ratio:.2f}x)"

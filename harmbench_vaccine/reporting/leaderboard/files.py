@@ -1,4 +1,4 @@
-"""Write the files of a leaderboard: CSV, Markdown, LaTeX and figures."""
+"""Write the files of a leaderboard: page, CSV, Markdown, LaTeX and figures."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from harmbench_vaccine.reporting.figures.pareto import plot_pareto
 from harmbench_vaccine.reporting.figures.ratio_curves import plot_causes, plot_scores, plot_tuned
 from harmbench_vaccine.reporting.figures.style import FORMATS, save_figure
 
+from .costs import CostTable, cost_table_text, cost_tables, cost_tables_markdown
 from .grids import Grid, file_names, place_grids, ratio_grids, task_grids
-from .latex import rankings_latex
+from .latex import costs_latex, rankings_latex
 from .page import PAGE, write_page
 from .page_sections import ALL_FINISHED, UnfinishedRuns
 from .ranking import Ranking
+from .stage_costs import COSTS, WITHOUT_COSTS, StageCost, costs_text
 from .tuned import tuned_grids, tuned_markdown, tuned_pairs
 from .views import rankings_frame, rankings_markdown
 from .worst_case import settings_grids, settings_grids_markdown
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURES = "figures"
+COST_TABLE, COST_LATEX = "cost-table.csv", "costs.tex"
 
 
 def write_rankings(
@@ -37,6 +40,7 @@ def write_rankings(
     runs: Path | None = None,
     unfinished: UnfinishedRuns = ALL_FINISHED,
     answers: bool = False,
+    costs: Sequence[StageCost] = (),
 ) -> list[str]:
     """Write the page, the tables and the figures of rankings into a folder, and create the folder if necessary.
 
@@ -46,9 +50,10 @@ def write_rankings(
         runs: Folder of the run folders, which have the drift of each layer; None: without the figure of it.
         unfinished: The runs that have no result yet.
         answers: Include answers to harmful questions in the page.
+        costs: The measured costs of the runs.
 
     Returns:
-        Notes on what was written and on figures that could not be drawn.
+        Notes on what was written, and on costs and figures without data.
 
     Raises:
         BadInput: The folder is not writable.
@@ -56,30 +61,60 @@ def write_rankings(
     ensure_writable(folder, "The output folder")
     finished = sum(len(ranking.runs) for ranking in rankings)
     note = f"{finished} of {finished + len(unfinished.runs)} runs" if unfinished.runs else ""
-    write_tables(rankings, folder, note)
+    tables = cost_tables(rankings, costs)
+    write_tables(rankings, folder, note, tables)
+    if tables:
+        write_costs(rankings, folder, costs, tables)
     write_page(folder, rankings, runs, unfinished, answers)
     figures, notes = draw_figures(rankings, runs, note)
     with readable_disk_errors("the figures", folder):
         for name, figure in figures.items():
             save_figure(figure, *(folder / FIGURES / f"{name}{suffix}" for suffix in FORMATS))
-    tables = "leaderboard.csv, leaderboard.md, leaderboard.tex"
-    written = f"{folder}: {PAGE}, {tables}, and {len(figures)} figures in {FIGURES}/."
-    return [written, *notes]
+    names = [PAGE, "leaderboard.csv", "leaderboard.md", "leaderboard.tex"]
+    names += [COSTS, COST_TABLE, COST_LATEX] if tables else []
+    if not tables:
+        notes.append(f"Without costs: {WITHOUT_COSTS}.")
+    return [f"{folder}: {', '.join(names)}, and {len(figures)} figures in {FIGURES}/.", *notes]
 
 
-def write_tables(rankings: Sequence[Ranking], folder: Path, note: str = "") -> None:
+def write_tables(rankings: Sequence[Ranking], folder: Path, note: str = "", costs: Sequence[CostTable] = ()) -> None:
     """Write `leaderboard.csv`, `leaderboard.md` and `leaderboard.tex` into a folder.
 
     Args:
         rankings: The rankings.
         folder: The folder, which exists.
         note: A text for the captions, such as "12 of 90 runs".
+        costs: The costs of the defenses, for `leaderboard.md`.
     """
     with readable_disk_errors("the leaderboard", folder):
         write_atomically(folder / "leaderboard.csv", _csv_text(rankings))
-        parts = (tuned_markdown(tuned_pairs(rankings)), settings_grids_markdown(settings_grids(rankings)))
+        parts = (
+            tuned_markdown(tuned_pairs(rankings)),
+            settings_grids_markdown(settings_grids(rankings)),
+            cost_tables_markdown(costs),
+        )
         write_atomically(folder / "leaderboard.md", rankings_markdown(rankings, note) + "".join(parts))
         write_atomically(folder / "leaderboard.tex", rankings_latex(rankings, note))
+
+
+def write_costs(
+    rankings: Sequence[Ranking], folder: Path, costs: Sequence[StageCost], tables: Sequence[CostTable]
+) -> None:
+    """Write the costs of the runs, and those of the defenses as CSV and LaTeX, into a folder.
+
+    The costs of the runs have the format in which they are read, so that a copy of the folder can be ranked again.
+
+    Args:
+        rankings: The rankings; the costs of other runs are left out.
+        folder: The folder, which exists.
+        costs: The costs of the runs.
+        tables: The costs of the defenses.
+    """
+    ranked = {run["run"] for ranking in rankings for run in ranking.runs}
+    with readable_disk_errors("the costs", folder):
+        write_atomically(folder / COSTS, costs_text([cost for cost in costs if cost.run in ranked]))
+        write_atomically(folder / COST_TABLE, cost_table_text(tables))
+        write_atomically(folder / COST_LATEX, costs_latex(tables))
 
 
 def draw_figures(rankings: Sequence[Ranking], runs: Path | None, note: str = "") -> tuple[dict[str, Figure], list[str]]:

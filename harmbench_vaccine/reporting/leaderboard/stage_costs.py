@@ -35,6 +35,8 @@ from harmbench_vaccine.reporting.dry_run.estimate import passes_per_step
 
 COSTS = "costs.csv"
 """The file next to a CSV of results."""
+WITHOUT_COSTS = f"no {COSTS} is next to the results, and the folders of the runs are not in $HBV_HOME/runs"
+"""The reason why runs of a CSV have no costs."""
 COLUMNS = {
     "run": "id of the run",
     "defense": "the defense",
@@ -46,7 +48,7 @@ COLUMNS = {
     "seconds": "time that its artifacts took to create; runs share stages, so that the sum over runs is larger",
     "steps": "optimizer steps; empty for a stage without training",
     "passes": "forward and backward passes of each batch, as the defenses declare them and `hbv check` counts them",
-    "seconds_per_step": "seconds divided by steps",
+    "seconds_per_step": "seconds divided by steps; the time to load the model is included",
     "peak_memory": "peak memory in bytes: of the GPU where one was used, else of the process",
     "harmful_rows": "harmful rows that the defense may draw from in addition to the rows of the stage",
     "guide_rows": "rows without harmful answers that it may draw from in addition",
