@@ -13,8 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmbench_vaccine.evaluation.result import Result
-from harmbench_vaccine.reporting.leaderboard.latex import latex_text, rankings_latex
-from harmbench_vaccine.reporting.leaderboard.ranking import Ranking, rank_results
+from harmbench_vaccine.evaluation.results_csv import result_rows
+from harmbench_vaccine.reporting.leaderboard.costs import COST_COLUMNS, cost_tables
+from harmbench_vaccine.reporting.leaderboard.latex import costs_latex, latex_text, rankings_latex
+from harmbench_vaccine.reporting.leaderboard.ranking import Ranking, rank_results, rank_rows
+from harmbench_vaccine.reporting.leaderboard.stage_costs import StageCost
 from support.results import DEFAULTS, collapsed, make_result, write_csv
 
 COMMANDS = {
@@ -59,7 +62,8 @@ def tables(text: str) -> list[list[list[str]]]:
     result = []
     for columns, body in tabulars:
         lines = re.findall(r"^(.*)\\\\(?:\[2pt\])?$", body, re.MULTILINE)
-        assert len(lines) + 4 == len(body.splitlines())  # three rules, and one line of partial rules
+        rules = 3 + (r"\cmidrule" in body)  # the partial rules are one line
+        assert len(lines) + rules == len(body.splitlines())
         rows = [re.split(r"(?<!\\)&", line) for line in lines]
         for row in rows:
             spans = (int(match[1]) if (match := re.search(r"\\multicolumn\{(\d+)\}", cell)) else 1 for cell in row)
@@ -174,11 +178,50 @@ def test_hostile_names(tmp_path: Path) -> None:
         assert len(table) == 4
 
 
+def costs_of(name: str) -> str:
+    """Return the LaTeX of a defense that takes 3 s instead of the 2 s of sft for 10 steps."""
+    runs = [make_result(defense=defense, seed=0) for defense in ("sft", name)]
+    costs = [
+        StageCost(
+            run=run.run,
+            defense=run.defense,
+            attack=run.attack,
+            task=run.task,
+            seed=0,
+            stage="align",
+            acts=True,
+            seconds=seconds,
+            steps=10,
+            passes="2F 2B",
+            seconds_per_step=seconds / 10,
+            harmful_rows=24,
+            device="cpu",
+        )
+        for run, seconds in zip(runs, (2.0, 3.0), strict=True)
+    ]
+    return costs_latex(cost_tables(rank_rows(result_rows(runs)), costs))
+
+
+def test_costs() -> None:
+    text = costs_of("vaccine")
+    (table,) = tables(text)
+    assert table[0] == [latex_text(column.title) for column in COST_COLUMNS]
+    assert table[2] == ["vaccine", "align", "10", "2F 2B", "0.3 (1.50x)", "3 s (1.50x)", "3 s (1.50x)", "-", "24", "-"]
+    assert r"\caption{Cost of training, base on cpu (protocol tiny aa11). Medians over 1 run of a defense." in text
+
+
+def test_costs_of_hostile_names() -> None:
+    (table,) = tables(costs_of(NAME))
+    assert len(table) == 3
+
+
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
 def test_tables_compile(tmp_path: Path) -> None:
     runs = [*GRID, *(result(NAME, 0, 50, p=number / 10) for number in range(8))]
     (tmp_path / "leaderboard.tex").write_text(rankings_latex(rank(tmp_path, *runs)), encoding="utf-8")
-    document = r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{leaderboard}\end{document}"
+    (tmp_path / "costs.tex").write_text(costs_of(NAME), encoding="utf-8")
+    inputs = r"\input{leaderboard}\input{costs}"
+    document = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{inputs}\end{{document}}"
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", document]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout

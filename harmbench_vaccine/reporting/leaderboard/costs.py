@@ -196,12 +196,13 @@ def cost_tables_view(tables: Sequence[CostTable]) -> RenderableType:
 
 def cost_tables_markdown(tables: Sequence[CostTable]) -> str:
     """Return the tables of `cost_tables_view` as Markdown."""
-    lines = []
+    if not tables:
+        return ""
+    lines = ["", "## Costs", "", *(f"- {column.title}: {column.legend}." for column in COST_COLUMNS if column.legend)]
     for table in tables:
-        lines += ["", f"## {markdown_text(table.title)}", "", markdown_row([column.title for column in COST_COLUMNS])]
+        lines += ["", f"### {markdown_text(table.title)}", "", markdown_row([column.title for column in COST_COLUMNS])]
         lines += [markdown_row(["---:" if column.right else "---" for column in COST_COLUMNS])]
         lines += [*(markdown_row(cost_cells(row)) for row in table.rows), ""]
-        lines += [f"- {column.title}: {column.legend}." for column in COST_COLUMNS if column.legend]
         lines += [f"- {markdown_text(note)}" for note in table.notes]
     return "".join(f"{line}\n" for line in lines)
 
