@@ -126,6 +126,18 @@ def test_hollow_defense_is_shown_and_not_ranked(tmp_path: Path) -> None:
     assert not ranking.rows[-1]["pareto"]
 
 
+def test_runs_without_the_gate_for_hollow_cells_have_a_note(tmp_path: Path) -> None:
+    rows = list(csv.DictReader(write_csv(tmp_path / "new.csv", *SFT).read_text().splitlines()))
+    with (tmp_path / "old.csv").open("w", newline="") as file:  # without the column
+        writer = csv.DictWriter(file, [name for name in rows[0] if name != "hollow"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows[:2])
+    new = write_csv(tmp_path / "one.csv", SFT[2])
+    (ranking,) = rank_results([tmp_path / "old.csv", new])
+    assert "Not checked for hollow cells: 2 of 3 runs are from an earlier version." in " ".join(ranking.notes)
+    assert "hollow" not in " ".join(only(tmp_path, *SFT).notes)
+
+
 def test_baseline_has_no_difference_to_itself(tmp_path: Path) -> None:
     ranking = only(tmp_path, *SFT, *VACCINE)
     sft = by_defense(ranking)["sft"]

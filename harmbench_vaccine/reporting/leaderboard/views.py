@@ -33,7 +33,7 @@ def _columns(baseline: str) -> list[Column]:
         number_column("HS diff.", drop=12, legend=difference),
         number_column("FA %", legend="test items of the task answered correctly (higher: better), mean over seeds"),
         number_column("FA interval", drop=8, legend="95% interval of FA"),
-        number_column("FA diff.", drop=9, legend=difference),
+        number_column("FA diff.", drop=9, legend=f"{difference}; with the opposite sign, the safety tax"),
         number_column("HS before", drop=5, legend="HS of the aligned model"),
         number_column("refused %", drop=10, legend="harmful prompts that are refused"),
         number_column(
