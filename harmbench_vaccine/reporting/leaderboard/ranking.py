@@ -132,8 +132,8 @@ class Ranking:
                 )
         if unchecked := sum(run["hollow"] is None for run in self.runs):
             notes.append(
-                f"Not checked for hollow cells: {unchecked} of {len(self.runs)} runs are from an earlier version. Compare "
-                "HS with neither %."
+                f"Not checked for hollow cells: {unchecked} of {len(self.runs)} runs are from an earlier version. "
+                "Compare HS with neither %."
             )
         notes += self.statistics
         for row in self.rows:
