@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from harmbench_vaccine.data.pools import (
 )
 from harmbench_vaccine.data.prompts import EvalSet
 from harmbench_vaccine.data.sources import RowReader, fingerprint, provenance
+from harmbench_vaccine.plugins import Task
 from harmbench_vaccine.plugins.task_rows import convert_rows, training_and_test_rows
 from harmbench_vaccine.plugins.teams import upload_rows
 
@@ -79,8 +80,7 @@ def user_rows(experiment: Experiment, pools: Pools) -> list[Example]:
 
 def task_rows(experiment: Experiment) -> list[Example]:
     """Return the task's training rows without duplicates and test questions; with `rows=paper`, all of them."""
-    task = _read_task(experiment)
-    return task.rows if experiment.in_order else without_duplicates(task.rows, question_keys(task.items))
+    return _read_task(experiment).rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +117,6 @@ def task_set(experiment: Experiment) -> EvalSet:
     """Return the test items of the user's task, of the part that the protocol names."""
     limits, task = experiment.protocol.answer, experiment.task
     items = _read_task(experiment).items
-    items = items if experiment.in_order else without_duplicates(items)
     count = limits.items.get(task.name, limits.task_items)
     if task.allow_fewer_items:
         count = min(count, len(items))
@@ -220,17 +219,40 @@ def _read_pools(
 @dataclass(frozen=True)
 class _TaskRows:
     rows: list[Example]
-    """Training rows, in the order of the file."""
+    """Training rows in the order of the file, without test questions and duplicates unless the rows are in order."""
     items: list[Example]
-    """Test items, in the order of the file."""
+    """Test items in the order of the file, without duplicates unless the rows are in order."""
     rows_read: dict[str, dict[str, int]]
 
 
+@dataclass(frozen=True)
+class _TaskData:
+    """The task of an experiment with its data: equal if the rows are equal."""
+
+    experiment: Experiment = field(compare=False)
+    task: tuple[type[Task], str]
+    """Class and parameters."""
+    contents: tuple[tuple[str, str, str], ...]
+    """Name, location and fingerprint of each data set."""
+    in_order: bool
+
+
 def _read_task(experiment: Experiment) -> _TaskRows:
-    task, reader = experiment.task, RowReader()
+    task = experiment.task
+    locations = {name: experiment.location(name) for name in task.datasets}
+    contents = tuple((name, place, fingerprint(place, "dataset")) for name, place in locations.items())
+    return _read_task_data(_TaskData(experiment, (type(task), task.model_dump_json()), contents, experiment.in_order))
+
+
+@lru_cache(maxsize=4)  # by content, as above
+def _read_task_data(data: _TaskData) -> _TaskRows:
+    experiment, reader = data.experiment, RowReader()
+    task = experiment.task
 
     def examples(dataset: str, split: str) -> list[Example]:
         return convert_rows(task, split, reader.read(experiment.location(dataset), split, task.fields))
 
     rows, items = training_and_test_rows(task, examples)
+    if not data.in_order:
+        rows, items = without_duplicates(rows, question_keys(items)), without_duplicates(items)
     return _TaskRows(rows, items, reader.counts)
