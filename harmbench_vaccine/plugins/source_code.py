@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import lru_cache
 from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from harmbench_vaccine.core.errors import BadInput
 
 CONTRACT = frozenset(f"{__package__}.{module}" for module in ("base", "defense", "attack", "task", "scorer"))
 """Modules of base classes, which are not part of a fingerprint."""
+_FILES = 512
+"""Number of files whose code is parsed once: every run computes the fingerprints of its plug-ins."""
 
 
 def code_of_modules(modules: Mapping[str, Path]) -> str:
@@ -36,7 +39,8 @@ def code_of_modules(modules: Mapping[str, Path]) -> str:
         covered = helpers | covered
     prompts = [file.with_suffix(".txt") for _, file in sorted(covered.items())]
     helper_files = [covered[name] for name in sorted(covered.keys() - modules.keys())]
-    code = map(_normal_form, dict.fromkeys([*modules.values(), *helper_files]))
+    files = dict.fromkeys([*modules.values(), *helper_files])
+    code = [_normal_form(file.read_text(encoding="utf-8")) for file in files]
     return "".join([*code, *(file.read_text(encoding="utf-8") for file in prompts if file.is_file())])
 
 
@@ -112,21 +116,24 @@ def _helpers(module: str, file: Path) -> Iterator[tuple[str, Path]]:
     """Yield the name and the file of each helper that a module imports, at any depth of its code."""
     package = module.rpartition(".")[0]
     folders = {__package__: Path(__file__).parent, package: file.parent}
-    for name in _imports(file, package):
+    for name in _imports(file.read_text(encoding="utf-8"), package):
         parent, _, stem = name.rpartition(".")
         folder = folders.get(parent)
         if folder and name not in CONTRACT and folder / f"{stem}.py" in folder.glob("*.py"):  # with equal letter case
             yield name, folder / f"{stem}.py"
 
 
-def _imports(file: Path, package: str) -> Iterator[str]:
-    """Yield the dotted names that a file imports, members of modules included."""
-    for node in ast.walk(_parse(file)):
+@lru_cache(maxsize=_FILES)
+def _imports(code: str, package: str) -> tuple[str, ...]:
+    """Return the dotted names that a module of a package imports, members of modules included."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and (package or not node.level):
             source = resolve_name("." * node.level + (node.module or ""), package)
-            yield from (source, *(f"{source}.{alias.name}" for alias in node.names))
+            names += [source, *(f"{source}.{alias.name}" for alias in node.names)]
+    return tuple(names)
 
 
 UNCOVERED = frozenset({"grid"})
@@ -155,9 +162,6 @@ def _assigned_names(statement: ast.stmt) -> set[str]:
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-def _normal_form(file: Path) -> str:
-    return ast.unparse(_CodeOnly().visit(_parse(file)))
-
-
-def _parse(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+@lru_cache(maxsize=_FILES)
+def _normal_form(code: str) -> str:
+    return ast.unparse(_CodeOnly().visit(ast.parse(code)))
