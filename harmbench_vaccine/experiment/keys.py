@@ -87,7 +87,7 @@ def nested_key(
 def answer_key(experiment: Experiment, model: TrainedModel, eval_set: EvalSet, prompts: Sequence[str]) -> Inputs:
     """Return the inputs of the answers of a model to an evaluation set."""
     questions = [
-        [{name: value for name, value in asdict(example).items() if name != "masked"}, prompt]  # masked: for training
+        [{name: value for name, value in vars(example).items() if name != "masked"}, prompt]  # masked: for training
         for example, prompt in zip(eval_set.examples, prompts, strict=True)
     ]
     return {
