@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ from support.runs import run_context
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure times for a short while only: no test depends on their precision."""
     monkeypatch.setattr(timing, "MEASUREMENT_SECONDS", 0.01)
-    timing.measure_training.cache_clear()
+    timing._training_times.cache_clear()
     timing.measure_inference.cache_clear()
 
 
@@ -182,10 +183,35 @@ def test_time_is_extrapolated_over_layers(monkeypatch: pytest.MonkeyPatch, tmp_p
     config.save_pretrained(tmp_path)
     times = {1: BatchSeconds(1.0, 2.0, 0.5), 2: BatchSeconds(1.25, 2.5, 0.5)}
     monkeypatch.setattr(timing, "_measure_training", lambda small, *_: times[small.num_hidden_layers])
-    seconds = timing.measure_training(str(tmp_path), "float32", tiny.settings(), 12)
+    seconds = timing.measure_training(str(tmp_path), "float32", tiny.settings(), 16)
     assert seconds == BatchSeconds(1.0 + 6 * 0.25, 2.0 + 6 * 0.5, 0.5)
     monkeypatch.setattr(timing, "CPU_LIMIT", 1.0)
-    assert timing.measure_training(str(tmp_path), "float32", tiny.settings(), 13) is None or torch.cuda.is_available()
+    assert timing.measure_training(str(tmp_path), "float32", tiny.settings(), 24) is None or torch.cuda.is_available()
+
+
+def test_similar_stages_share_a_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows of 10 and of 12 tokens, and another learning rate, need no further measurement than rows of 16 tokens."""
+    tiny.model().config.save_pretrained(tmp_path)
+    widths = []
+
+    def measure(small: object, dtype: str, settings: object, width: int) -> BatchSeconds:
+        widths.append(width)
+        return BatchSeconds(1.6, 3.2, 0.5)
+
+    monkeypatch.setattr(timing, "_measure_training", measure)
+    settings = tiny.settings()
+    measured = [
+        timing.measure_training(str(tmp_path), "float32", each, width)
+        for each, width in ((settings, 16), (settings, 12), (replace(settings, lr=0.5, epochs=9.0), 10))
+    ]
+    assert [(each.forward, each.backward, each.update) for each in measured if each] == [
+        (pytest.approx(width / 10), pytest.approx(width / 5), 0.5) for width in (16, 12, 10)
+    ]
+    assert set(widths) == {16}
+    assert len(widths) == 2  # one and two layers
+    narrow = replace(settings, max_length=11)  # the model may have no further positions
+    timing.measure_training(str(tmp_path), "float32", narrow, 11)
+    assert widths[2:] == [11, 11]
 
 
 def test_llama_2_7b_is_counted_without_its_weights(tmp_path: Path) -> None:

@@ -12,9 +12,13 @@ import math
 import re
 import statistics
 from collections.abc import Collection, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from harmbench_vaccine.core.errors import HbvError
-from harmbench_vaccine.core.types import StageName
+from harmbench_vaccine.core.types import Example, StageName
+from harmbench_vaccine.data.prompts import PromptTemplate
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import plugin_pools, user_rows
 from harmbench_vaccine.inference.loading import readable_load_errors
@@ -25,6 +29,9 @@ from .devices import THIS_MACHINE, Target
 from .evaluation_estimates import estimate_answers, estimate_drift, estimate_scores
 from .memory import count_memory
 from .timing import measure_training, training_seconds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ESTIMATED: tuple[str, ...] = ("align", "finetune", "answer", "score", "drift")
 """The stages that an estimate covers."""
@@ -101,20 +108,33 @@ def _row_shape(experiment: Experiment, name: StageName, read_rows: bool) -> tupl
     count = experiment.protocol.align.rows if name == "align" else experiment.finetune.samples
     if not read_rows:
         return count, settings.max_length
-    try:
-        from transformers import AutoTokenizer
-
+    with suppress(HbvError):
         from harmbench_vaccine.core.seeds import derive_seed
-        from harmbench_vaccine.data.collate import encode_examples
         from harmbench_vaccine.training.trainer import batch_order
 
         pools = plugin_pools(experiment)
         rows = list(pools.alignment) if name == "align" else user_rows(experiment, pools)
         rows = experiment.stages[name].defenses.fresh().train_on(name, rows, pools)
-        with readable_load_errors(experiment.model) as arguments:
-            tokenizer = AutoTokenizer.from_pretrained(**arguments)
-        lengths = [len(row.ids) for row in encode_examples(tokenizer, experiment.template, rows, settings.max_length)]
-        order = batch_order(len(lengths), settings, derive_seed(experiment.spec.seed, name))
-        return len(lengths), round(statistics.mean(max(lengths[index] for index in batch) for batch in order))
-    except HbvError:
-        return count, settings.max_length
+        counts = (_token_count(experiment.model, experiment.template, row, settings.max_length) for row in rows)
+        if lengths := [count for count in counts if count]:
+            order = batch_order(len(lengths), settings, derive_seed(experiment.spec.seed, name))
+            return len(lengths), round(statistics.mean(max(lengths[index] for index in batch) for batch in order))
+    return count, settings.max_length
+
+
+@lru_cache(maxsize=100_000)  # runs share most rows
+def _token_count(model: str, template: PromptTemplate, row: Example, max_length: int) -> int:
+    """Return the number of tokens of a training row; 0 if no response token remains."""
+    from harmbench_vaccine.data.collate import encode_example
+
+    encoded = encode_example(_tokenizer(model), template, row, max_length)
+    return len(encoded.ids) if encoded else 0
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with readable_load_errors(model) as arguments:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**arguments)
+    return tokenizer

@@ -103,7 +103,7 @@ def _estimates(
         return [], ""
     from .estimate import ESTIMATED, estimate_costs
 
-    shares = _unshared(experiment, earlier)
+    shares = _unshared(experiment, earlier) if missing is None else {}
     needed = [stage for stage in ESTIMATED if (shares[stage] if missing is None else stage in missing)]
     estimate = partial(
         estimate_costs,

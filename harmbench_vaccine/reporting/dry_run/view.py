@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from harmbench_vaccine.data.sources import TESTBED
+from harmbench_vaccine.evaluation.planning import detectable_text
 
 from ..protocol_pages import value_text
 from ..render import VisibleText, dim_notes, render_fields, render_table
@@ -59,7 +60,8 @@ def _detectable(differences: Sequence[Mapping[str, Any]]) -> str:
     """Describe the smallest difference in harmful score that the tables of the runs show."""
     largest = max(differences, key=lambda each: each["difference"])
     least = min(each["difference"] for each in differences)
-    span = f"{least:.1f}" if len(differences) == 1 else f"{least:.1f} to {largest['difference']:.1f}"
+    ends = (detectable_text(least), detectable_text(largest["difference"]))
+    span = " to ".join(dict.fromkeys(ends))
     source = f"{largest['stored_runs']} stored runs" if largest["stored_runs"] else "an assumed dispersion"
     seeds = f"{largest['seeds']} seed{'' if largest['seeds'] == 1 else 's'}"
     return f"differences in HS from {span} points (80% power, {seeds}, by {source})"
