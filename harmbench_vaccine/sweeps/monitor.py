@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from harmbench_vaccine.core.stage_clock import StageClock
 from harmbench_vaccine.core.store import META
-from harmbench_vaccine.experiment import keys
 
 from .failures import Failure, Failures
 from .leases import Lease, Leases
@@ -69,7 +68,7 @@ class SweepMonitor:
         self._stages = {stage.name: stage for stage in sweep.planned_stages}
         self._labels = {name: stage.label for name, stage in self._stages.items()}
         self._missing = {name: stage for name, stage in self._stages.items() if not stage.artifact.cached}
-        self._unfinished = {keys.run_id(experiment): experiment for experiment in sweep.experiments}
+        self._unfinished = set(sweep.by_run)
         self._clock = StageClock(sweep.stages())
 
     def status(self) -> SweepStatus:
@@ -77,8 +76,7 @@ class SweepMonitor:
         sweep = self._sweep
         for name in [name for name, stage in self._missing.items() if (stage.artifact.path / META).is_file()]:
             self._finish(self._missing.pop(name))
-        for run in [run for run, experiment in self._unfinished.items() if is_finished(experiment, sweep.runs)]:
-            del self._unfinished[run]
+        self._unfinished = {run for run in self._unfinished if not is_finished(run, sweep.runs)}
         leases = Leases(sweep.store).all()
         running = {name: lease for name, lease in leases.items() if name in self._missing and lease.is_valid()}
         workers = {lease.holder for lease in running.values()}

@@ -96,7 +96,12 @@ class Sweep:
     @property
     def is_complete(self) -> bool:
         """Return whether every run has a result."""
-        return all(is_finished(experiment, self.runs) for experiment in self.experiments)
+        return all(is_finished(run, self.runs) for run in self.by_run)
+
+    @cached_property
+    def by_run(self) -> dict[str, Experiment]:
+        """Run id -> experiment, in the order of the suite."""
+        return {keys.run_id(experiment): experiment for experiment in self.experiments}
 
     def prepare(self, progress: Progress) -> None:
         """Check every run before the first one starts, build the testbed if one uses it, and record the sweep.
@@ -107,9 +112,8 @@ class Sweep:
         for folder in (self.home, self.store, self.runs, self.folder):
             ensure_writable(folder, "The folder of the sweep")
         prepare(self.experiments, ModelPool(progress), progress=progress)
-        run_ids = [keys.run_id(experiment) for experiment in self.experiments]
         artifacts = [f"{artifact.stage}/{artifact.key}" for artifact in self.stages()]
-        register_sweep(self.store, self.name, self.runs, run_ids, artifacts)
+        register_sweep(self.store, self.name, self.runs, list(self.by_run), artifacts)
 
     def stages(self) -> list[Artifact]:
         """Return the artifacts of all runs, each once, stored or not."""
@@ -145,8 +149,8 @@ class Sweep:
         """Return the plug-ins and the seed of every run without a result, in the order of the suite."""
         return [
             f"{experiment.defense} under {experiment.attack} on {experiment.task_name}, seed {experiment.spec.seed}"
-            for experiment in self.experiments
-            if not is_finished(experiment, self.runs)
+            for run, experiment in self.by_run.items()
+            if not is_finished(run, self.runs)
         ]
 
     def failed_stages(self) -> list[str]:
@@ -174,9 +178,9 @@ class Sweep:
 
     def _finished_runs(self) -> list[tuple[Experiment, Result]]:
         return [
-            (experiment, load_result(self.runs / keys.run_id(experiment)))
-            for experiment in self.experiments
-            if is_finished(experiment, self.runs)
+            (experiment, load_result(self.runs / run))
+            for run, experiment in self.by_run.items()
+            if is_finished(run, self.runs)
         ]
 
     def check_complete(self) -> None:

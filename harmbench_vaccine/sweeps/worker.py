@@ -74,9 +74,14 @@ def work(
         return worker.summary
 
 
-def is_finished(experiment: Experiment, runs: Path) -> bool:
-    """Return whether a run has a result."""
-    return (runs / keys.run_id(experiment) / RESULT).is_file()
+def is_finished(run: str, runs: Path) -> bool:
+    """Return whether a run has a result.
+
+    Args:
+        run: Its id.
+        runs: The folder of the run folders.
+    """
+    return (runs / run / RESULT).is_file()
 
 
 class _Worker:
@@ -132,7 +137,7 @@ class _Worker:
 
     def _is_left_out(self, name: str) -> bool:
         is_stopped = name in self.summary.parked or name in self.summary.too_long
-        return is_stopped or (self._runs / name / RESULT).is_file()
+        return is_stopped or is_finished(name, self._runs)
 
 
 def _train(experiment: Experiment, context: RunContext) -> None:
