@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import RenderableType
 
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.evaluation.planning import detectable_differences
+from harmbench_vaccine.evaluation.planning import detectable_differences, detectable_text
+from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.reporting.dry_run.devices import THIS_MACHINE, Target
 from harmbench_vaccine.reporting.dry_run.plan_json import dry_run_json
 from harmbench_vaccine.reporting.dry_run.view import plan_notes, plan_summary, readable_time
@@ -55,7 +56,7 @@ def sweep_plan_json(
         "suite": suite.name,
         "title": suite.title,
         "workers": workers or 1,
-        "finished": sum(is_finished(experiment, home / "runs") for experiment in plan.experiments),
+        "finished": sum(is_finished(keys.run_id(experiment), home / "runs") for experiment in plan.experiments),
         "device_hours": seconds / 3600,
         "detectable": [vars(each) for each in detectable_differences(plan.experiments, home / "runs")],
         **values,
@@ -120,7 +121,7 @@ def _difference_table(differences: list[Mapping[str, Any]]) -> RenderableType:
             *(str(each[name]) for name in ("protocol", "task", "attack", "defenses", "seeds", "questions")),
             f"{each['harmful_score']:.0f}",
             f"{each['dispersion']:.1f}{'' if each['stored_runs'] else ' assumed'}",
-            f"{each['difference']:.1f}",
+            detectable_text(each["difference"]),
         ]
         for each in differences
     ]
