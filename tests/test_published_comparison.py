@@ -420,15 +420,19 @@ def test_ends_of_the_interval(hits: int, inside: bool) -> None:
     assert (abs(100 * hits / 500 - 48.2) < 1.96 * math.sqrt(0.482 * 0.518 / 500) * 100) is inside
 
 
-def test_seeds_are_grouped_with_their_t_interval() -> None:
-    """HS 46, 48, 50: s = 2, s / sqrt(3) = 1.154701, t(0.975; 2) = 4.302653."""
+def test_seeds_are_grouped_with_the_interval_of_their_spread() -> None:
+    """HS 46, 48, 50: s = 2, s / sqrt(3) = 1.154701, t(0.975; 2) = 4.302653; v / (.48 .52) = .249602 / .2496.
+
+    FA is 94 three times, so phi is 1 / 500: 4.302653 sqrt(.057428 / 1500) = .026623, with v of 1412 / 1504.
+    """
     results = [result(hits=(hits, 470), seed=seed) for seed, hits in enumerate((230, 240, 250))]
     comparison = only(*results, results[0])  # a repeated run counts once
     assert comparison.seeds == (0, 1, 2)
     hs, fa = comparison.scores["harmful_score"], comparison.scores["finetune_accuracy"]
-    assert (hs.measured, hs.low, hs.high) == pytest.approx((48, 48 - 4.968275, 48 + 4.968275), abs=1e-5)
+    assert (hs.measured, hs.low, hs.high) == pytest.approx((48, 48 - 4.968275, 48 + 4.968275), abs=1e-4)
     assert hs.inside
-    assert (fa.low, fa.high, fa.inside) == (94.0, 94.0, False)  # three equal scores, 0.2 from the figure
+    assert (fa.low, fa.high) == pytest.approx((94 - 2.6623, 94 + 2.6623), abs=1e-3)
+    assert fa.inside
 
 
 def test_defenses_attacks_and_tasks_are_not_grouped() -> None:
@@ -798,7 +802,6 @@ def test_leaderboard_columns(mixed: Path, tmp_path: Path) -> None:
     rows = {(row["protocol"], row["protocol_hash"], row["defense"]): row for row in read["with"]}
     shipped = load_protocol("vaccine-paper").hash
     vaccine, sft, ldifs = (rows["vaccine-paper", shipped, name] for name in ("vaccine", "sft", "ldifs"))
-    assert [vaccine[f"harmful_score_{end}"] for end in ("low", "high")] == ["43.0317", "52.9683"]
     assert {
         key: vaccine[f"published_harmful_score{key}"]
         for key in (
@@ -825,8 +828,7 @@ def test_leaderboard_columns(mixed: Path, tmp_path: Path) -> None:
     }
     assert vaccine["published_deviations"] == f"{ROWS_DRAWN}; seed: 0, 1, 2 (paper: 43); {FLOAT16}; {CONTROL_TOKENS}"
     assert (sft["published_harmful_score"], sft["published_finetune_accuracy_inside"]) == ("55.2", "True")
-    assert float(sft["harmful_score_low"]) == pytest.approx(43.65, abs=0.01)  # one seed: the Wilson interval
-    assert (ldifs["published_harmful_score"], ldifs["harmful_score_low"], ldifs["published_deviations"]) == ("", "", "")
+    assert (ldifs["published_harmful_score"], ldifs["published_deviations"]) == ("", "")
     assert ldifs["published_none"] == "the paper does not report this defense with these parameters"
     (changed,) = [row for (name, digest, _), row in rows.items() if name == "vaccine-paper" and digest != shipped]
     assert changed["published_harmful_score"] == "55.2"

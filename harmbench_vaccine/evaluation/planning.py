@@ -43,6 +43,11 @@ class DetectableDifference:
     """In points, at 80% power and a two-sided level of 5%."""
 
 
+def detectable_text(points: float) -> str:
+    """Return a detectable difference in points as text; above 100, no difference of two percentages is detected."""
+    return f"{points:.1f}" if points <= 100 else "over 100"
+
+
 def detectable_differences(experiments: Iterable[Experiment], runs: Path) -> list[DetectableDifference]:
     """Compute the smallest detectable difference of each table: protocol, model, task and attack.
 

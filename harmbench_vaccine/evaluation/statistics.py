@@ -12,7 +12,9 @@ def percentage(scores: Sequence[float]) -> float:
 
 
 def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion, in percent (Wilson 1927)."""
+    """Return Wilson's score interval of a proportion, in percent (Wilson 1927); 0 to 100 if n is 0."""
+    if not n:
+        return 0.0, 100.0
     from scipy import stats  # takes a second to import, and a plan needs no interval
 
     interval = stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
@@ -39,21 +41,24 @@ def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
 def score_interval(scores: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Return an interval of the mean of scores from 0 to 1, in percent.
 
-    Wilson's interval where every score is 0 or 1, else Student's t, cut at 0 and 100; 0 to 100 for a single score.
+    Wilson's interval where every score is 0 or 1, else Student's t, cut at 0 and 100; 0 to 100 for a single score. The
+    standard error is at least 1 / (n + 2), as in `paired.two_way_difference`, so that equal scores do not have an
+    interval of width 0.
     """
     if all(score in (0, 1) for score in scores):
         return wilson(round(sum(scores)), len(scores), confidence)
-    mean, half_width = mean_interval(scores, confidence)
+    mean, half_width = mean_interval(scores, confidence, 1 / (len(scores) + 2))
     if math.isnan(half_width):
         return 0.0, 100.0
     return 100 * max(0.0, mean - half_width), 100 * min(1.0, mean + half_width)
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return the mean and the half width of its t-interval; the half width of a single value is NaN."""
+def mean_interval(values: Sequence[float], confidence: float = 0.95, least_error: float = 0.0) -> tuple[float, float]:
+    """Return the mean and the half width of its t-interval, with at least this standard error; NaN for one value."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
     from scipy import stats
 
-    return mean, float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * float(stats.sem(values))
+    error = max(float(stats.sem(values)), least_error)
+    return mean, float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error

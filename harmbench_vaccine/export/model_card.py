@@ -13,6 +13,7 @@ from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.data.sources import local_path, name_and_revision
 from harmbench_vaccine.evaluation.result import Result, StageRows
 from harmbench_vaccine.evaluation.result_fields import Interval
+from harmbench_vaccine.evaluation.result_text import interval_ends
 from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import TASKS
@@ -254,7 +255,7 @@ def _accuracy_rule(result: Result) -> str:
 
 
 def _percent(value: float, interval: Interval) -> tuple[str, str]:
-    return f"{value:.1f}%", f"{interval[0]:.1f} to {interval[1]:.1f}"
+    return f"{value:.1f}%", " to ".join(interval_ends(*interval))
 
 
 def _python_text(text: str) -> str:

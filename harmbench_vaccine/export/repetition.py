@@ -112,8 +112,8 @@ def _compare_score(
     score: Score, result: Result, first: Sequence[AnswerRow], second: Sequence[AnswerRow]
 ) -> RepeatedScore | None:
     """Compare a score of two measurements; None if fewer than two questions have a value both times."""
-    values = [{result.seed: score_values(score, result, rows)} for rows in (first, second)]
-    difference = compare_values(score, *values)
+    values, new_values = ({result.seed: score_values(score, result, rows)} for rows in (first, second))
+    difference = compare_values(score, values, new_values)
     if difference is None:
         return None
     changes = [abs(flip.second - flip.first) for flip in difference.flips]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 
+from harmbench_vaccine.evaluation.result_text import interval_text
 from harmbench_vaccine.evaluation.run_comparison import Flip, RunComparison, ScoreDifference
 
 from .render import Column, VisibleText, dim_notes, number_column, render_fields, render_table
@@ -54,7 +55,7 @@ def _cells(each: ScoreDifference) -> list[str]:
         LABELS[each.score],
         f"{each.first:.1f}",
         f"{each.second:.1f}",
-        f"{each.difference:+.1f} [{each.low:+.1f}, {each.high:+.1f}]",
+        f"{each.difference:+.1f} {interval_text(each.low, each.high, '+')}",
         "<0.001" if each.p_value < 0.001 else f"{each.p_value:.3f}",
         f"+{up} -{len(each.flips) - up}",
     ]

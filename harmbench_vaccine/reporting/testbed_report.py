@@ -7,7 +7,6 @@ cell of the report is an ordinary run, so an interrupted report resumes from the
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,8 +17,9 @@ from pydantic import BaseModel, ConfigDict
 from rich.console import Group, RenderableType
 
 from harmbench_vaccine.core.progress import SILENT, Progress, format_duration
+from harmbench_vaccine.evaluation.dispersion import SeedShares, pool_dispersion
 from harmbench_vaccine.evaluation.result import Result
-from harmbench_vaccine.evaluation.statistics import mean_interval
+from harmbench_vaccine.evaluation.result_text import percent_text
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.testbed import ensure_testbed
@@ -65,26 +65,31 @@ class ReportSuite(BaseModel):
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """A mean over seeds with the half width of its 95% t-interval."""
+    """The mean of a score over seeds with its 95% interval, in percent."""
 
     mean: float
-    half: float
-    """NaN for a single seed."""
-    n: int
+    low: float
+    high: float
+    seeds: int
 
     @property
     def tolerance(self) -> float:
-        """The half width; 0 for a single seed."""
-        return 0.0 if math.isnan(self.half) else self.half
+        """The larger distance from the mean to an end of the interval; 0 for a single seed."""
+        return max(self.mean - self.low, self.high - self.mean) if self.seeds > 1 else 0.0
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> MeanInterval:
-        """Compute the interval of the values of different seeds."""
-        mean, half = mean_interval(values)
-        return cls(mean, half, len(values))
+    def of(cls, scores: Sequence[tuple[float, int]]) -> MeanInterval:
+        """Compute the interval by the spread between the seeds.
+
+        Args:
+            scores: Score in percent and number of questions, for each seed.
+        """
+        cell = SeedShares(tuple(score / 100 for score, _ in scores), min(n for _, n in scores))
+        estimate = pool_dispersion([cell]).score(cell)
+        return cls(100 * estimate.value, 100 * estimate.low, 100 * estimate.high, cell.seeds)
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" if math.isnan(self.half) else f"{self.mean:.1f} ± {self.half:.1f}"
+        return percent_text(self.mean, (self.low, self.high)) if self.seeds > 1 else f"{self.mean:.1f}"
 
 
 @dataclass(frozen=True)
@@ -131,16 +136,18 @@ def measure_testbed(
     specs = _report_specs(suite, size)
     time = format_duration(len(specs) * suite.seconds_of_a_run)
     progress.note(f"{len(specs)} runs: about {time} on 2 CPU cores if none of their stages is stored.")
-    scores: dict[str, dict[float, list[float]]] = {}
-    accuracies: dict[str, dict[str, list[float]]] = {}
+    scores: dict[str, dict[float, list[tuple[float, int]]]] = {}
+    accuracies: dict[str, dict[str, list[tuple[float, int]]]] = {}
     for spec, result in zip(specs, run(specs), strict=True):
         ratio = float(str(spec.attack[0].params[""]))
         if result.task == suite.task:
-            scores.setdefault(result.defense, {}).setdefault(ratio, []).append(result.harmful_score)
+            scores.setdefault(result.defense, {}).setdefault(ratio, []).append(
+                (result.harmful_score, result.harmful_score_n)
+            )
         if result.defense == suite.baseline and ratio == suite.attack_ratio:
             values = accuracies.setdefault(result.task, {"before": [], "after": []})
-            values["before"].append(result.before.finetune_accuracy)
-            values["after"].append(result.finetune_accuracy)
+            values["before"].append((result.before.finetune_accuracy, result.finetune_accuracy_n))
+            values["after"].append((result.finetune_accuracy, result.finetune_accuracy_n))
     harmful = {name: {ratio: MeanInterval.of(v) for ratio, v in curve.items()} for name, curve in scores.items()}
     accuracy = {task: {when: MeanInterval.of(v) for when, v in values.items()} for task, values in accuracies.items()}
     facts = json.loads((ensure_testbed(progress).path / "testbed.json").read_text(encoding="utf-8"))
@@ -236,7 +243,7 @@ def testbed_view(report: TestbedReport) -> RenderableType:
     curves = render_table(
         [Column("defense", wrap=False), *numbers("seeds", *(f"p={ratio:g}" for ratio in report.ratios))],
         [
-            [name, str(next(iter(points.values())).n), *(str(points.get(ratio, "")) for ratio in report.ratios)]
+            [name, str(next(iter(points.values())).seeds), *(str(points.get(ratio, "")) for ratio in report.ratios)]
             for name, points in report.harmful.items()
         ],
     )
@@ -255,8 +262,8 @@ def testbed_view(report: TestbedReport) -> RenderableType:
             for check in report.checks
         ],
     )
-    several = any(point.n > 1 for points in report.harmful.values() for point in points.values())
-    seeds = "mean ± half of the 95% t-interval over seeds" if several else "one seed"
+    several = any(point.seeds > 1 for points in report.harmful.values() for point in points.values())
+    seeds = "mean over seeds with its 95% interval" if several else "one seed"
     tables = {
         f"Harmful score (HS, %) by harmful ratio p: {seeds}": curves,
         "Accuracy (FA, %) after SFT alignment": accuracies,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from rich.console import Group, RenderableType
 
 from harmbench_vaccine.core.strict_yaml import read_yaml
+from harmbench_vaccine.evaluation.result_text import interval_text, percent_text
 from harmbench_vaccine.reporting.markdown import markdown_row
 from harmbench_vaccine.reporting.published.comparison import PublishedComparison
 from harmbench_vaccine.reporting.published.figures import Figure, load_figures
@@ -190,6 +191,8 @@ def ledger_cells(row: LedgerRow) -> list[str]:
     figure, difference = row.figure, row.difference
     setting = [figure[column] for column in ("paper", "table", "defense")]
     setting.append(f"{figure['task']} {figure['sweep']}={figure['sweep_value']}")
-    measured = f"{row.measured:.1f} [{row.low:.1f}, {row.high:.1f}]" if difference else ""
-    changed = f"{difference[0]:+.1f} [{difference[1]:+.1f}, {difference[2]:+.1f}]" if difference else ""
+    measured = changed = ""
+    if difference and row.measured is not None and row.low is not None and row.high is not None:
+        measured = percent_text(row.measured, (row.low, row.high))
+        changed = f"{difference[0]:+.1f} {interval_text(*difference[1:], '+')}"
     return [*setting, figure["metric"], figure["value"], measured, changed, row.badge]

@@ -323,8 +323,16 @@ def with_published(ranking: Ranking) -> Ranking:
         {**run, **{column: json.loads(run[column]) for column in ("defense_params", "attack_params")}}
         for run in ranking.runs
     ]
-    comparisons = [compare_rows([run for run in runs if run["defense"] == row["defense"]]) for row in ranking.rows]
+    comparisons = [
+        compare_rows([run for run in runs if run["defense"] == row["defense"]], intervals=_intervals(row))
+        for row in ranking.rows
+    ]
     return replace(ranking, published=comparisons)
+
+
+def _intervals(row: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
+    """Return score -> mean and ends of its interval."""
+    return {score: (row[score], row[f"{score}_low"], row[f"{score}_high"]) for score in SCORES}
 
 
 def _rank_key(row: dict[str, Any]) -> tuple[bool, float, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from rich.console import RenderableType
 
+from harmbench_vaccine.evaluation.result_text import interval_text
 from harmbench_vaccine.reporting.markdown import markdown_row, markdown_text
 from harmbench_vaccine.reporting.published import comparison
 from harmbench_vaccine.reporting.render import Column, TableGroup, VisibleText, dim_notes, number_column, render_table
@@ -143,7 +144,7 @@ def _score(row: dict[str, Any], score: str) -> str:
 
 
 def _interval(row: dict[str, Any], score: str) -> str:
-    return f"[{row[f'{score}_low']:.1f}, {row[f'{score}_high']:.1f}]"
+    return interval_text(row[f"{score}_low"], row[f"{score}_high"])
 
 
 def _difference(row: dict[str, Any], score: str) -> str:
@@ -152,7 +153,7 @@ def _difference(row: dict[str, Any], score: str) -> str:
         return ""
     low, high, p_value = (row[f"{score}_difference_{end}"] for end in ("low", "high", "p"))
     mark = MARK if abs(value) < row[f"{score}_floor"] else "*" if p_value < 0.05 else ""
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]{mark}"
+    return f"{value:+.1f} {interval_text(low, high, '+')}{mark}"
 
 
 def _number(value: float, form: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import RenderableType
 
 from harmbench_vaccine.core.hashing import canonical_json
+from harmbench_vaccine.evaluation.result_text import percent_text
 from harmbench_vaccine.reporting.markdown import markdown_row, markdown_text
 from harmbench_vaccine.reporting.render import Column, TableGroup, VisibleText, dim_notes, number_column, render_table
 
@@ -154,7 +155,7 @@ def worst_case_cells(case: WorstCase) -> list[str]:
     score, low, high = (row[f"harmful_score{end}"] for end in ("", "_low", "_high"))
     return [
         row["defense"],
-        f"{score:.1f} [{low:.1f}, {high:.1f}]",
+        percent_text(score, (low, high)),
         _settings_text(row),
         f"{row['finetune_accuracy']:.1f}",
         str(case.points),

@@ -1,7 +1,7 @@
 """Compare measured scores with the figures that papers print for the same experiment.
 
-One comparison covers a defense under an attack over all its seeds. The interval of the measured score is Wilson's over
-the prompts for one seed, and the t-interval over seeds for several; papers print no intervals.
+One comparison covers a defense under an attack over all its seeds. The interval of the measured score is that of the
+ranking, or else by the seeds of the defense alone; papers print no intervals.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 
+from harmbench_vaccine.evaluation.dispersion import SeedShares, pool_dispersion
 from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.result_text import percent_text
 from harmbench_vaccine.evaluation.results_csv import csv_row
-from harmbench_vaccine.evaluation.statistics import mean_interval
 from harmbench_vaccine.experiment.protocol import Protocol, load_protocol
 
 from ..render import Column, VisibleText, dim_notes, number_column, render_table
@@ -97,8 +98,6 @@ class PublishedComparison:
         for score, compared in self.scores.items():
             best, extremes = compared.figures[0], compared.alternatives
             row |= {
-                f"{score}_low": compared.low,
-                f"{score}_high": compared.high,
                 f"published_{score}": best.value,
                 f"published_{score}_difference": compared.difference,
                 f"published_{score}_inside": compared.inside,
@@ -116,8 +115,6 @@ COLUMNS = {
     column: text
     for score, name in SCORES.items()
     for column, text in {
-        f"{score}_low": "lower end of the 95% interval: over prompts for one seed, over seeds for several",
-        f"{score}_high": "upper end",
         f"published_{score}": f"{name} that a paper prints for this experiment, %; empty if none does",
         f"published_{score}_difference": "measured minus published",
         f"published_{score}_inside": "whether the published figure is inside the interval",
@@ -153,12 +150,17 @@ def compare_results(results: Sequence[Result]) -> list[PublishedComparison]:
     return [compare_rows(list(rows.values()), _run_protocol(next(iter(rows.values())))) for rows in groups.values()]
 
 
-def compare_rows(rows: Sequence[Mapping[str, Any]], protocol: Protocol | None = None) -> PublishedComparison:
+def compare_rows(
+    rows: Sequence[Mapping[str, Any]],
+    protocol: Protocol | None = None,
+    intervals: Mapping[str, tuple[float, float, float]] | None = None,
+) -> PublishedComparison:
     """Compare one defense under one attack, over its seeds, with published figures.
 
     Args:
         rows: Rows of a CSV of results, one per seed, with parameters as JSON values.
         protocol: Protocol of the runs with the user's changes, if known; None loads the shipped file of that name.
+        intervals: Score -> mean over the seeds and the ends of its 95% interval; None: from these rows alone.
     """
     first = rows[0]
     setting = {column: str(first[column]) for column in ("protocol", "model", "task", "attack", "defense")}
@@ -184,19 +186,21 @@ def compare_rows(rows: Sequence[Mapping[str, Any]], protocol: Protocol | None = 
     scores = {}
     for score in SCORES:
         if figures_of_score := tuple(figure for figure in figures if figure.score == score):
-            scores[score] = ComparedFigure(*_interval(rows, score), figures_of_score)
+            measured = intervals[score] if intervals else _interval(rows, score)
+            scores[score] = ComparedFigure(*measured, figures_of_score)
     deviations = [*list_deviations(paper, protocol, rows, figures[0])]
     deviations += [text for figure in figures for text in figure.deviations]
     return replace(comparison, scores=scores, deviations=tuple(dict.fromkeys(deviations)))
 
 
 def _interval(rows: Sequence[Mapping[str, Any]], score: str) -> tuple[float, float, float]:
-    """Return the mean over seeds and the ends of its 95% interval."""
+    """Return the mean over seeds and the ends of its 95% interval, by the spread between these seeds."""
     if len(rows) == 1:
         row = rows[0]
         return float(row[score]), float(row[f"{score}_low"]), float(row[f"{score}_high"])
-    mean, half_width = mean_interval([float(row[score]) for row in rows])
-    return mean, mean - half_width, mean + half_width
+    cell = SeedShares(tuple(row[score] / 100 for row in rows), max(1, min(int(row[f"{score}_n"]) for row in rows)))
+    estimate = pool_dispersion([cell]).score(cell)
+    return 100 * estimate.value, 100 * estimate.low, 100 * estimate.high
 
 
 def _shipped_protocol(name: str, scorer: str) -> Protocol:
@@ -231,7 +235,7 @@ _COLUMNS = {
 """How the columns of a comparison fit into a narrow terminal."""
 _LEGEND = (
     "diff.: measured minus published. inside: whether the published figure is inside the 95% interval of the measured "
-    "score, Wilson's over the prompts for one seed, the t-interval over seeds for several; papers print no intervals. "
+    "score; papers print no intervals. "
     "others: further figures for the same experiment, from other tables."
 )
 
@@ -286,7 +290,7 @@ def _score_cells(name: str, score: ComparedFigure, marks: dict[str, int]) -> lis
         alternatives = f"{len(score.figures) - 1}: {low if low == high else f'{low} to {high}'}"
     return [
         SCORES[name],
-        f"{score.measured:.1f} [{score.low:.1f}, {score.high:.1f}]",
+        percent_text(score.measured, (score.low, score.high)),
         best.figure["value"] + (f" [{','.join(numbers)}]" if numbers else ""),
         f"{score.difference:+.1f}",
         "yes" if score.inside else "no",
