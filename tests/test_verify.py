@@ -64,7 +64,7 @@ def test_an_unchanged_run_is_verified_and_nothing_is_written(home: Path) -> None
     done = hbv("verify", run_of(home), "--json", home=home)
     assert done.code == 0, done.err
     (outcome,) = done.results[0]
-    assert (outcome["mismatches"], outcome["unverified"]) == ([], [])
+    assert (outcome["mismatches"], outcome["unverified"], outcome["uncomputed"]) == ([], [], [])
     assert {"harmful scores", "accuracy and validity", "code, data and parameters"} <= set(outcome["checked"])
     assert {path: path.read_bytes() for path in (home / "runs").rglob("*") if path.is_file()} == before
 
@@ -79,9 +79,15 @@ def test_an_unchanged_run_is_verified_and_nothing_is_written(home: Path) -> None
         ("embedding_drift", 1.0),
         ("protocol_hash", "0" * 12),
         ("judge_cut", 5),
+        ("defense", "vaccine"),
+        ("attack", "ratio=0.2"),
+        ("seed", 7),
+        ("task", "agnews"),
+        ("model", "other/model"),
+        ("trained", False),
     ],
 )
-def test_a_changed_metric_is_found(name: str, value: Any, home: Path) -> None:
+def test_a_changed_field_is_found(name: str, value: Any, home: Path) -> None:
     change_result(home, lambda values: values.update({name: value}))
     assert fields(home, "--cached") == [name]
 
@@ -89,6 +95,36 @@ def test_a_changed_metric_is_found(name: str, value: Any, home: Path) -> None:
 def test_a_changed_score_inside_a_record_is_found(home: Path) -> None:
     change_result(home, lambda values: values["validity"]["shares"]["after"].update(over_refusal=99.0))
     assert fields(home, "--cached") == ["validity.shares.after.over_refusal"]
+
+
+def test_a_changed_parameter_and_an_added_tuning_are_found(home: Path) -> None:
+    change_result(home, lambda values: values["attack_params"]["samples"].update(n=7))
+    assert fields(home, "--cached") == ["attack_params.samples.n"]
+    change_result(home, lambda values: values.update(tuning={"untuned_hash": "aa", "runs": 1, "seconds": 2.0}))
+    assert "tuning.runs" in fields(home, "--cached")
+
+
+def test_artifacts_of_another_seed_are_found(home: Path, world: Path) -> None:
+    mine = run_of(home)
+    options = ("--protocol", world, "--defense", "none", "--attack", "samples=8", "--seed", "1")
+    assert hbv("run", *options, home=home).code == 0
+    (other,) = (path for path in (home / "runs").iterdir() if path != mine)
+    (mine / "answers.jsonl").write_bytes((other / "answers.jsonl").read_bytes())
+    stages = json.loads((other / "result.json").read_text())["stages"]
+    values = json.loads((mine / "result.json").read_text())
+    (mine / "result.json").write_text(json.dumps({**values, "stages": stages}))
+    done = hbv("verify", mine, "--cached", "--json", home=home)
+    (outcome,) = done.results[0]
+    assert done.code == 1
+    seeds = {entry["field"]: (entry["stored"], entry["computed"]) for entry in outcome["mismatches"]}
+    assert seeds["inputs of finetune: seed"] == (1, 0)
+
+
+def test_an_absent_metric_is_named(home: Path) -> None:
+    change_result(home, lambda values: values["validity"].pop("hollow"))
+    done = hbv("verify", run_of(home), "--cached", "--json", home=home)
+    (outcome,) = done.results[0]
+    assert (done.code, outcome["uncomputed"]) == (0, ["validity.hollow: absent from the result"])
 
 
 def test_a_changed_answer_differs_from_the_store(home: Path) -> None:

@@ -28,9 +28,9 @@ def verify(sources: tuple[str, ...], cached: bool, as_json: bool) -> None:
     """Verify stored runs, or the rows of a CSV of results.
 
     Judge the stored answers again with the same judges, compute every metric again, and compare with the stored
-    values; compare the hashes of artifacts, code and data. RUN is a run id, a unique prefix of one, or a folder. The
-    runs of a CSV are read from $HBV_HOME/runs. Nothing is trained, generated or written. The exit code is 1 if a value
-    differs or nothing could be compared.
+    values; compare parameters and the hashes of artifacts, code and data. RUN is a run id, a unique prefix of one, or a
+    folder. The runs of a CSV are read from $HBV_HOME/runs. Nothing is trained, generated or written. The exit code is 1
+    if a value differs or nothing could be compared.
 
     \b
     Example: hbv verify vaccine-84
@@ -47,7 +47,7 @@ def verify(sources: tuple[str, ...], cached: bool, as_json: bool) -> None:
     if differing := [outcome.run for outcome in outcomes if outcome.mismatches]:
         raise HbvError(f"{len(differing)} of {len(outcomes)} runs differ from their recomputed values: {differing[0]}.")
     if not any(outcome.checked for outcome in outcomes):
-        raise HbvError(f"Nothing could be verified: {outcomes[0].unverified[0]}.")
+        raise HbvError(f"Nothing could be verified: {outcomes[0].reasons[0]}.")
 
 
 def _verify(source: str, progress: Progress, cached: bool) -> list[VerifiedRun]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from harmbench_vaccine.core.jsonl import finite, read_lines
@@ -22,6 +23,7 @@ from harmbench_vaccine.experiment.artifacts import (
 )
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import data_provenance, dropped_rows, overlapping_questions
+from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import canonical_name
 
 from .agreement import AnswerRow, harmful_shares, judge_scores, pairwise_agreement, scorer_facts, stored_verdict
@@ -81,6 +83,20 @@ def experiment_fields(experiment: Experiment) -> dict[str, Any]:
         "seed": experiment.spec.seed,
         "trained": experiment.user_trains,
     }
+
+
+def settle_again(result: Result) -> Experiment:
+    """Settle the experiment of a stored run again, with the backend that the run requested.
+
+    The backend does not have to be installed on this machine.
+
+    Raises:
+        ValidationError: The specification of the run is not one of this version.
+        BadInput: A protocol or a plug-in of the run no longer exists.
+    """
+    spec = RunSpec.model_validate({**result.spec, "backend": result.backend})
+    experiment = Experiment.settle(spec.model_copy(update={"backend": "transformers"}))
+    return replace(experiment, backend=spec.backend or experiment.backend)
 
 
 def judge_fields(rows: Sequence[AnswerRow], judges: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

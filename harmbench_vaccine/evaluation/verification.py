@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -18,18 +18,17 @@ from harmbench_vaccine.core.store import Artifact, intact_description
 from harmbench_vaccine.data.sources import TESTBED
 from harmbench_vaccine.experiment.artifacts import ANSWERS
 from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.experiment.keys import run_id
-from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.testbed import ensure_testbed
 
 from .agreement import AnswerRow
-from .measure import answer_fields, drift_fields, judge_fields
+from .artifact_inputs import differing_inputs
+from .measure import answer_fields, drift_fields, experiment_fields, judge_fields, settle_again
 from .records import RESULT, judge_facts, load_run, row_identity
 from .rescoring import prepare_scorer, stored_scorers, stored_verdicts
 from .result import Result, StageArtifact
 from .results_csv import ResultRow, read_csv, result_rows
-from .why import compare_inputs
+from .why import Inputs, compare_inputs
 
 TOLERANCE = 1e-5
 """Relative difference from which two numbers differ: a CSV has six digits."""
@@ -59,6 +58,8 @@ class VerifiedRun:
     mismatches: tuple[Mismatch, ...] = ()
     unverified: tuple[str, ...] = ()
     """What could not be compared, each with the reason."""
+    uncomputed: tuple[str, ...] = ()
+    """Metrics that could not be computed again from the answers, each with the reason."""
 
     def __add__(self, other: VerifiedRun) -> VerifiedRun:
         return VerifiedRun(
@@ -66,7 +67,13 @@ class VerifiedRun:
             self.checked + other.checked,
             self.mismatches + other.mismatches,
             self.unverified + other.unverified,
+            self.uncomputed + other.uncomputed,
         )
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Everything that was not verified, each with the reason."""
+        return self.uncomputed + self.unverified
 
     def to_json(self) -> dict[str, Any]:
         """Return the outcome as plain JSON."""
@@ -89,9 +96,10 @@ def verify_run(folder: Path, store: Path, progress: Progress = SILENT, *, cached
     result, answers = load_run(folder)
     if result.scorer not in result.scores:
         raise BadInput(f"Run {result.run} was stored by an earlier version. Repeat its `hbv run` command.")
-    outcome = _verify_artifacts(result, answers, store)
+    stored = _stored_artifacts(result, store)
+    outcome = _verify_artifacts(result, answers, stored, store)
     verdicts, rows = _verify_verdicts(result, answers, store if cached else None, progress)
-    return outcome + verdicts + _verify_metrics(result, rows, progress)
+    return outcome + verdicts + _verify_metrics(result, rows, stored, progress)
 
 
 def verify_csv(
@@ -143,43 +151,61 @@ def _is_close(first: Any, second: Any) -> bool:
 # Artifacts
 
 
-def _verify_artifacts(result: Result, answers: Sequence[AnswerRow], store: Path) -> VerifiedRun:
-    """Compare the hashes of the artifacts, their answers with those of the run, and the drift."""
-    named = [
-        (f"stages.{stage}.artifacts.{name}", stage, name, artifact)
+@dataclass(frozen=True)
+class _StoredArtifact:
+    """An artifact of a run, as it is in the store."""
+
+    field: str
+    """Dotted path in `result.json`."""
+    artifact: Artifact
+    state: Literal["intact", "damaged", "missing"]
+    inputs: Inputs
+    """What it was created from; empty if it is not intact."""
+
+
+def _stored_artifacts(result: Result, store: Path) -> dict[str, _StoredArtifact]:
+    """Return name -> artifact, for every artifact that a result names."""
+    return {
+        name: _stored_artifact(f"stages.{stage}.artifacts.{name}", artifact, store)
         for stage, record in result.stages.items()
         for name, artifact in record.artifacts.items()
-    ]
-    states = {field: _intact_artifact(artifact, store) for field, _, _, artifact in named}
-    intact = {field: state for field, state in states.items() if isinstance(state, Artifact)}
+    }
+
+
+def _stored_artifact(field: str, artifact: StageArtifact, store: Path) -> _StoredArtifact:
+    kind = Path(artifact.path).parent.name
+    path = store / kind / artifact.key
+    stored = Artifact(kind, artifact.key, path, artifact.seconds, cached=True)
+    try:
+        description = intact_description(kind, path)
+    except OSError:
+        return _StoredArtifact(field, stored, "missing", {})
+    if description is None:
+        return _StoredArtifact(field, stored, "damaged", {})
+    return _StoredArtifact(field, stored, "intact", description["inputs"])
+
+
+def _verify_artifacts(
+    result: Result, answers: Sequence[AnswerRow], stored: Mapping[str, _StoredArtifact], store: Path
+) -> VerifiedRun:
+    """Compare the hashes of the artifacts, their answers with those of the run, and the drift."""
+    intact = {name: entry.artifact for name, entry in stored.items() if entry.state == "intact"}
     mismatches = [
-        Mismatch(field, artifact.key, "damaged") for field, _, _, artifact in named if states[field] == "damaged"
+        Mismatch(entry.field, entry.artifact.key, "damaged") for entry in stored.values() if entry.state == "damaged"
     ]
-    missing = sum(state == "missing" for state in states.values())
-    unverified = [f"{missing} of {len(named)} artifacts: they are not in {store}"] if missing or not named else []
-    for field, stage, name, _ in named:
-        if field in intact and stage == "answer":
-            mismatches += _compare_answers(name, intact[field], answers)
-    drift = intact.get("stages.score.artifacts.drift")
-    if drift:
-        fields = drift_fields(drift)
+    missing = sum(entry.state == "missing" for entry in stored.values())
+    unverified = [f"{missing} of {len(stored)} artifacts: they are not in {store}"] if missing or not stored else []
+    for name, artifact in intact.items():
+        if artifact.stage == "answer":
+            mismatches += _compare_answers(name, artifact, answers)
+    if "drift" in intact:
+        fields = drift_fields(intact["drift"])
         mismatches += _compare(fields, result.to_json(), fields)
     else:
         unverified.append("alignment loss and drift: their artifact is not in the store, or is damaged")
     checked = [f"the hashes of {len(intact)} artifacts"] if intact else []
-    checked += ["alignment loss and drift"] if drift else []
+    checked += ["alignment loss and drift"] if "drift" in intact else []
     return VerifiedRun(result.run, tuple(checked), tuple(mismatches), tuple(unverified))
-
-
-def _intact_artifact(artifact: StageArtifact, store: Path) -> Artifact | str:
-    """Return an artifact of the store, or `missing` or `damaged`."""
-    kind = Path(artifact.path).parent.name
-    path = store / kind / artifact.key
-    try:
-        intact = intact_description(kind, path)
-    except OSError:
-        return "missing"
-    return Artifact(kind, artifact.key, path, artifact.seconds, cached=True) if intact else "damaged"
 
 
 def _compare_answers(name: str, artifact: Artifact, answers: Sequence[AnswerRow]) -> list[Mismatch]:
@@ -226,7 +252,7 @@ def _verify_verdicts(
                     prepare_scorer(judge, progress)
                     new = dict(stored_verdicts(judge, answers, cache or Path(scratch), progress))
             except HbvError as error:
-                outcome += VerifiedRun(result.run, unverified=(f"the verdicts of {name}: {error}",))
+                outcome += VerifiedRun(result.run, uncomputed=(f"the verdicts of {name}: {error}",))
                 continue
             outcome += VerifiedRun(
                 result.run, (f"{len(new)} verdicts of {name}",), tuple(_compare_verdicts(name, rows, new))
@@ -274,7 +300,9 @@ def _compare_verdicts(
     return [Mismatch(f"verdicts of {name}: {place}", stored, computed)]
 
 
-def _verify_metrics(result: Result, rows: Sequence[AnswerRow], progress: Progress) -> VerifiedRun:
+def _verify_metrics(
+    result: Result, rows: Sequence[AnswerRow], stored: Mapping[str, _StoredArtifact], progress: Progress
+) -> VerifiedRun:
     """Compute the metrics from the answers and their verdicts, and compare them with the result."""
     facts = {name: judge_facts(result.scores[name]) for name in dict.fromkeys([result.scorer, *result.scores])}
     try:
@@ -284,29 +312,40 @@ def _verify_metrics(result: Result, rows: Sequence[AnswerRow], progress: Progres
         return VerifiedRun(result.run, mismatches=(mismatch,))
     outcome = VerifiedRun(result.run, ("harmful scores",)) + _compared_fields(result, fields)
     try:
-        experiment = Experiment.settle(RunSpec.model_validate(result.spec))
+        experiment = settle_again(result)
         if experiment.model.startswith(TESTBED):
             ensure_testbed(progress)
-        identity = {"run": run_id(experiment), "protocol_hash": experiment.protocol.hash}
-        code = VerifiedRun(result.run, ("code, data and parameters",)) + _compared_fields(result, identity)
+        outcome += _verify_experiment(result, experiment, stored)
         fields = answer_fields(experiment, rows, result.scorer, result.alignment_loss)
     except (HbvError, ValidationError) as error:
         reason = f"accuracy, validity and the hashes of code and data: {error}"
-        return outcome + VerifiedRun(result.run, unverified=(reason,))
-    checked = ("accuracy and validity",)
+        return outcome + VerifiedRun(result.run, uncomputed=(reason,))
     unverified = ("the grades of the task: only their mean was computed again",) if experiment.task.graded else ()
-    return outcome + code + VerifiedRun(result.run, checked, (), unverified) + _compared_fields(result, fields)
+    outcome += VerifiedRun(result.run, ("accuracy and validity",), unverified=unverified)
+    return outcome + _compared_fields(result, fields)
+
+
+def _verify_experiment(result: Result, experiment: Experiment, stored: Mapping[str, _StoredArtifact]) -> VerifiedRun:
+    """Compare the id, the plug-ins and the parameters of a result, and the inputs of its artifacts."""
+    fields = {"tuning": None, **experiment_fields(experiment)}
+    outcome = VerifiedRun(result.run, ("code, data and parameters",)) + _compared_fields(result, fields)
+    artifacts = {name: entry.artifact for name, entry in stored.items()}
+    inputs = {name: entry.inputs for name, entry in stored.items() if entry.state == "intact"}
+    try:
+        differences = differing_inputs(experiment, artifacts, inputs)
+    except HbvError as error:
+        return outcome + VerifiedRun(result.run, unverified=(f"the inputs of artifacts: {error}",))
+    mismatches = tuple(Mismatch(pair.field, pair.earlier, pair.value) for pair in differences)
+    return outcome + VerifiedRun(result.run, ("the inputs of models and answers",) if inputs else (), mismatches)
 
 
 def _compared_fields(result: Result, fields: Mapping[str, Any]) -> VerifiedRun:
-    """Compare computed fields with the result; a field that an earlier version does not have is not verified."""
+    """Compare computed fields with the result; a field that an earlier version does not have is not computed again."""
     stored = result.to_json()
     differing = _compare(result.model_copy(update=dict(fields)).to_json(), stored, fields)
-    absent = tuple(
-        f"{mismatch.field}: the result does not have it" for mismatch in differing if mismatch.stored is None
-    )
+    absent = [mismatch.field for mismatch in differing if mismatch.stored is None]
     return VerifiedRun(
         result.run,
         mismatches=tuple(mismatch for mismatch in differing if mismatch.stored is not None),
-        unverified=absent,
+        uncomputed=(f"{', '.join(absent)}: absent from the result",) if absent else (),
     )

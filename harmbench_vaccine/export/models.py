@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.paths import home
 from harmbench_vaccine.core.store import Store, intact_description
 from harmbench_vaccine.data.sources import fingerprint, local_path
+from harmbench_vaccine.evaluation.measure import settle_again
 from harmbench_vaccine.evaluation.records import load_run, require_keys
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.experiment.artifacts import ADAPTER, CHECKPOINT
 from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.inference.engine import Backend
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 
 if TYPE_CHECKING:
@@ -94,16 +93,13 @@ def stored_spec(result: Result, stage: str, store: Store) -> ModelSpec:
 
 
 def stored_experiment(result: Result) -> Experiment:
-    """Settle the experiment of a stored run again, with the backend that the run requested.
-
-    The backend does not have to be installed on this machine.
+    """Settle the experiment of a stored run again, and check that it is the same.
 
     Raises:
         BadInput: A protocol or a plug-in of the run no longer exists.
         HbvError: The experiment is no longer the same.
     """
-    spec = RunSpec.model_validate({**result.spec, "backend": "transformers"})
-    experiment = replace(Experiment.settle(spec), backend=cast(Backend, result.backend))
+    experiment = settle_again(result)
     if keys.run_id(experiment) != result.run:
         raise HbvError(
             f"The data, the protocol or the plug-ins of run {result.run} have changed since it was stored. Repeat its "

@@ -21,8 +21,8 @@ def verified_runs_view(outcomes: Sequence[VerifiedRun]) -> RenderableType:
         if outcome.mismatches:
             rows = [[entry.field, _text(entry.stored), _text(entry.computed)] for entry in outcome.mismatches]
             parts.append(render_table([Column("field", least=16), "stored", "computed"], rows))
-        notes = [f"Compared: {', '.join(outcome.checked)}."] if outcome.checked else []
-        notes += [f"Not verified: {reason.rstrip('.')}." for reason in outcome.unverified]
+        notes = [f"Compared: {'; '.join(outcome.checked)}."] if outcome.checked else []
+        notes += [f"Not verified: {reason.rstrip('.')}." for reason in outcome.reasons]
         parts += dim_notes(notes)
     return Group(*parts)
 
