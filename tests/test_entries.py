@@ -77,6 +77,14 @@ def test_a_run_that_differs_from_its_answers_is_refused(tmp_path: Path, verified
     assert not (tmp_path / "entries").exists()
 
 
+def test_a_run_whose_metrics_cannot_be_computed_again_is_refused(tmp_path: Path, verified: dict[str, Any]) -> None:
+    verified["uncomputed"] = ("validity.hollow: absent from the result",)
+    done = add(store_run(tmp_path / "runs", run="sft-1"), tmp_path / "entries")
+    assert done.code == 1
+    assert "not all of its metrics could be computed again. Not verified: validity.hollow: absent" in done.sentence
+    assert not (tmp_path / "entries").exists()
+
+
 def test_bad_input(tmp_path: Path, verified: dict[str, Any]) -> None:
     result = store_run(tmp_path / "runs", run="sft-1")
     moved = Path(shutil.copy(result, tmp_path / "other.json"))

@@ -81,7 +81,8 @@ def add_entry(result_file: Path, folder: Path, store: Path, progress: Progress =
     Raises:
         BadInput: The file is not a `result.json` with its answers, the run or its experiment has an entry, or another
             entry is damaged.
-        HbvError: A stored value differs from its recomputed one, or the folder cannot be written.
+        HbvError: A stored value differs from its recomputed one, or cannot be computed here, or the folder cannot be
+            written.
     """
     run = result_file.parent
     if result_file.name != RESULT or not result_file.is_file():
@@ -98,6 +99,11 @@ def add_entry(result_file: Path, folder: Path, store: Path, progress: Progress =
         raise HbvError(
             f"Run {result.run} is not added: {len(outcome.mismatches)} of its values differ from the recomputed ones, "
             f"first {first.field}: {first.stored} instead of {first.computed}. `hbv verify {result.run}` lists them."
+        )
+    if outcome.uncomputed:
+        raise HbvError(
+            f"Run {result.run} is not added: not all of its metrics could be computed again. Not verified: "
+            f"{outcome.uncomputed[0].rstrip('.')}."
         )
     entry = Entry(
         cells={column: cell for column, cell in cells.items() if cell},
