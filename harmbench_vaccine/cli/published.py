@@ -59,7 +59,7 @@ def published(
     """List the figures that papers print.
 
     There is one table per protocol and paper; without a filter or --limit, a summary. Names are the ones in the
-    papers. An average that --check lists is wrong in the paper or in the copy here; the exit code is 0 either way.
+    papers. An average that --check lists is wrong in the paper or in the copy here; the exit code is still 0.
     --deviations lists the differences that remain between a paper and a run of its protocol without further options.
 
     \b

@@ -113,9 +113,9 @@ def tune(
     """Choose the main parameter of defenses, and write a tuned protocol.
 
     Every defense gets the same number of values around its default, at one attack, on seeds and validation prompts
-    that no result uses. Chosen is the value with the highest refusal rate, then the lowest HS, among those that cost at
-    most 2 points of FA and are neither collapsed nor hollow. SUITE is a suite of hbv sweep whose defenses are tuned.
-    To resume after an interruption, repeat the command.
+    that no result uses. A value qualifies if it costs at most 2 points of FA and is neither collapsed nor hollow. Of
+    these, the one with the highest refusal rate is chosen, then the one with the lowest HS. SUITE is a suite of hbv
+    sweep whose defenses are tuned. To resume after an interruption, repeat the command.
 
     \b
     Example: hbv tune testbed-vaccine-table1 --workers 2
