@@ -163,7 +163,7 @@ def test_partial_results_name_what_is_missing() -> None:
     unfinished = UnfinishedRuns(("a", "b", "c", "ewc under ratio=0.2"), ("align ewc failed 3 times: <no> memory.",))
     page = render_page(rankings, unfinished=unfinished + UnfinishedRuns())
     assert "align ewc failed 3 times: &lt;no&gt; memory." in page
-    assert "4 runs have no result yet" in page
+    assert "4 runs without a result" in page
     assert "Partial results: 11 of 15 runs" in page
     assert "lisa under ratio=0.2 on sst2: seed 1" in page
     assert "Partial results" not in render_page(rankings)
@@ -243,7 +243,7 @@ def test_page_of_an_unfinished_suite(own_home: Path, tmp_path: Path) -> None:
     assert done.code == 0
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Partial results: 1 of 4 runs." in page
-    assert "3 runs have no result yet" in page
+    assert "3 runs without a result" in page
     assert "<li>sft under ratio=0.1 on sst2, seed 1</li>" in page
 
 

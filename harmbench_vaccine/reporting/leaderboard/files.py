@@ -65,7 +65,7 @@ def write_rankings(
     write_tables(rankings, folder, note, tables)
     if tables:
         write_costs(rankings, folder, costs, tables)
-    write_page(folder, rankings, runs, unfinished, answers)
+    write_page(folder, rankings, runs, unfinished, answers, tables)
     figures, notes = draw_figures(rankings, runs, note)
     with readable_disk_errors("the figures", folder):
         for name, figure in figures.items():

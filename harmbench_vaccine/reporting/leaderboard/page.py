@@ -20,8 +20,9 @@ from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.visible import visible, visible_json_text
 from harmbench_vaccine.reporting.evidence import GRADES
 
+from .costs import CostTable
 from .page_data import MOST_ANSWERS, defense_facts, page_data
-from .page_sections import ALL_FINISHED, UnfinishedRuns, defense_costs, heat_maps, missing_combinations
+from .page_sections import ALL_FINISHED, UnfinishedRuns, heat_maps, missing_combinations
 from .page_tables import table_sections
 from .ranking import Ranking, with_published
 
@@ -106,6 +107,7 @@ def write_page(
     runs: Path | None = None,
     unfinished: UnfinishedRuns = ALL_FINISHED,
     answers: bool = False,
+    costs: Sequence[CostTable] = (),
 ) -> None:
     """Write `index.html` into a folder.
 
@@ -115,9 +117,10 @@ def write_page(
         runs: Folder of the run folders, which have more facts of a run than a CSV; None: only the rankings.
         unfinished: The runs that have no result yet.
         answers: Include answers to harmful questions, of the runs that have a folder.
+        costs: The measured costs of the defenses.
     """
     with readable_disk_errors("the page of the leaderboard", folder):
-        write_atomically(folder / PAGE, render_page(rankings, runs, unfinished, answers))
+        write_atomically(folder / PAGE, render_page(rankings, runs, unfinished, answers, costs))
 
 
 def render_page(
@@ -125,6 +128,7 @@ def render_page(
     runs: Path | None = None,
     unfinished: UnfinishedRuns = ALL_FINISHED,
     answers: bool = False,
+    costs: Sequence[CostTable] = (),
 ) -> str:
     """Return the page as HTML; the arguments are those of `write_page`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -157,8 +161,8 @@ def render_page(
         columns=TABLE_COLUMNS,
         rankings=rankings,
         heat_maps=heat_maps(rankings),
-        costs=defense_costs(rankings, facts),
-        sections=table_sections(rankings),
+        defenses=len(facts),
+        sections=table_sections(rankings, facts, costs),
         grades=GRADES,
         ungated=sum(run["hollow"] is None for ranking in rankings for run in ranking.runs),
         finished=finished,

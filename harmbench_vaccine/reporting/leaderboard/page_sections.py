@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harmbench_vaccine.core.progress import format_duration
+
 from .grids import Cell, Grid, cell_mark, task_grids
 from .ranking import SETTING, Ranking
 
@@ -87,6 +89,13 @@ class DefenseCost:
     """Time of all stages of a run, mean over the runs; None if a run lacks it."""
     ratio: float | None
     """`seconds` divided by those of the baseline."""
+
+    @property
+    def cells(self) -> list[str]:
+        """The fields as texts, in their order."""
+        seconds = "–" if self.seconds is None else format_duration(self.seconds)
+        ratio = "–" if self.ratio is None else f"× {self.ratio:.2f}"
+        return [self.defense, self.passes, self.memory, self.extra_rows, seconds, ratio]
 
 
 def defense_costs(rankings: Sequence[Ranking], facts: Mapping[str, Mapping[str, Any]]) -> list[DefenseCost]:

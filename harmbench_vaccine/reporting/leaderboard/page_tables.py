@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from harmbench_vaccine.reporting.published.comparison import comparison_sheet
-from harmbench_vaccine.reporting.render import Column
+from harmbench_vaccine.reporting.render import Column, number_column
 
 from .claims import LEDGER_COLUMNS, claims_ledger, ledger_cells, ledger_notes
+from .costs import COST_COLUMNS, CostTable, cost_cells
+from .page_sections import defense_costs
 from .ranking import Ranking
 from .tuned import TUNED_COLUMNS, tuned_cells, tuned_pairs
 from .worst_case import GRID_COLUMNS, settings_grids, worst_case_cells
@@ -23,12 +26,6 @@ class TextTable:
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
 
-    @property
-    def footnotes(self) -> list[str]:
-        """The explanations of the columns, in one line, and the notes."""
-        legend = "; ".join(f"{column.title}: {column.legend}" for column in self.columns if column.legend)
-        return [*([f"{legend}."] if legend else []), *self.notes]
-
 
 @dataclass(frozen=True)
 class TableSection:
@@ -40,18 +37,29 @@ class TableSection:
     lead: str
     tables: Sequence[TextTable]
 
+    @property
+    def legend(self) -> list[str]:
+        """The explanations of the columns of its tables, each once."""
+        columns = [column for table in self.tables for column in table.columns if column.legend]
+        return list(dict.fromkeys(f"{column.title}: {column.legend}." for column in columns))
 
-def table_sections(rankings: Sequence[Ranking]) -> list[TableSection]:
+
+def table_sections(
+    rankings: Sequence[Ranking], facts: Mapping[str, Mapping[str, Any]], costs: Sequence[CostTable] = ()
+) -> list[TableSection]:
     """Return the sections that have a table.
 
     Args:
         rankings: The rankings, with their published comparisons.
+        facts: Defense -> its declared `passes`, `memory` and `extra_rows`.
+        costs: The measured costs of the defenses.
     """
     sections = (
         tuned_section(rankings),
         worst_case_section(rankings),
         claims_section(rankings),
         published_section(rankings),
+        cost_section(rankings, facts, costs),
     )
     return [section for section in sections if section.tables]
 
@@ -107,4 +115,33 @@ def published_section(rankings: Sequence[Ranking]) -> TableSection:
             for sheet in sheets
             if sheet.rows
         ],
+    )
+
+
+_DECLARED_COLUMNS = (
+    Column("defense"),
+    Column("passes", legend="forward (F) and backward (B) passes of each batch"),
+    Column("extra memory"),
+    Column("extra rows", legend="rows that it uses in addition to those of the baseline"),
+    number_column("time", legend="of all stages of a run as measured, mean over all runs; it includes answers"),
+    number_column("of baseline", legend="time divided by that of the baseline"),
+)
+
+
+def cost_section(
+    rankings: Sequence[Ranking], facts: Mapping[str, Mapping[str, Any]], costs: Sequence[CostTable]
+) -> TableSection:
+    """Return the measured cost of the stages of each defense, and what each defense declares."""
+    declared = TextTable(
+        "What each defense declares, and the time of a run",
+        _DECLARED_COLUMNS,
+        [cost.cells for cost in defense_costs(rankings, facts)],
+        ["Time depends on the machine and on its other work."],
+    )
+    measured = [TextTable(table.title, COST_COLUMNS, list(map(cost_cells, table.rows)), table.notes) for table in costs]
+    return TableSection(
+        "cost",
+        "Cost",
+        "What a defense costs the provider: passes of the model, time, memory and rows.",
+        [*measured, declared],
     )

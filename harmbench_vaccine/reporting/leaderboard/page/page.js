@@ -98,8 +98,8 @@ const FORMATS = {
     : [ranks(cell.tie_first, cell.tie_last), cell.pareto === 1 && small("Pareto")]),
   name: (cell) => [
     html("button", { "data-action": "open", id: `open-${cell.id}`, "aria-expanded": `${state.open.has(cell.id)}` }, cell.defense),
-    html("div", { class: `small dot ${cell.facts.color}` }, cell.facts.stage.join(", ")),
-    html("div", { class: "small tablet" }, cell.facts.badge)],
+    html("div", { class: `small dot ${cell.facts.color}` }, cell.facts.stage.join(", "),
+      html("span", { class: "badge tablet" }, cell.facts.badge))],
   score: (cell, key) => [html("b", {}, fixed(cell[key])), html("span", { class: "interval" }, range(cell, key, fixed)),
     key === "finetune_accuracy" && !cell.trained && small("untrained"), bar(cell, key)],
   difference: (cell, key) => (cell[key] === null ? []
