@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from harmbench_vaccine.core.disk_errors import DiskFull
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.sweeps.failures import ATTEMPTS, Failures, StageParked
 from harmbench_vaccine.sweeps.leases import Holder, Leases, current_holder
@@ -203,6 +205,19 @@ def test_interruption_is_not_a_failure(tmp_path: Path) -> None:
     store = SharedStore(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         store.get_or_create("align", {"a": 1}, interrupt)
+    assert Failures(tmp_path).all() == []
+    assert Leases(tmp_path).all() == {}
+
+
+def test_full_disk_is_not_a_failure_of_the_stage(tmp_path: Path) -> None:
+    """Otherwise a full disk would park every stage within seconds, and to free space would not be enough."""
+
+    def fill(folder: Path, checkpoints: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "answers.jsonl"))
+
+    store = SharedStore(tmp_path)
+    with pytest.raises(DiskFull, match="the disk is full"):
+        store.get_or_create("align", {"a": 1}, fill)
     assert Failures(tmp_path).all() == []
     assert Leases(tmp_path).all() == {}
 

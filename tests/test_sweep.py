@@ -24,6 +24,7 @@ from rich.console import Console
 from scipy import stats
 
 import harmbench_vaccine as hbv_module
+from harmbench_vaccine.core.disk_errors import DiskFull
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import Lines
 from harmbench_vaccine.evaluation.planning import detectable_differences
@@ -437,6 +438,20 @@ def test_threads_are_divided() -> None:
     assert threads(2, ["0"], OMP_NUM_THREADS="2") == "2"
     assert threads(2, ["0"], MKL_NUM_THREADS="12") == "8"
     assert worker_environment(3, 4, ["4", "7"], 16, {})["CUDA_VISIBLE_DEVICES"] == "7"
+
+
+def test_full_disk_ends_a_worker(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is tried again or parked: after space is freed, the command is repeated."""
+    sweep, pauses = opened(suite, tmp_path), mock.Mock()
+
+    def fill(*_: object) -> None:
+        raise DiskFull("The disk is full.")
+
+    monkeypatch.setattr("harmbench_vaccine.sweeps.worker.run", fill)
+    with pytest.raises(DiskFull):
+        work(sweep.experiments, SharedStore(sweep.store), sweep.runs, pause=pauses)
+    pauses.assert_not_called()
+    assert Failures(sweep.store).all() == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,6 +33,10 @@ _FULL_PHRASES = ("PytorchStreamWriter failed", "unexpected pos", "iostream error
 """Texts of torch and its libraries for a write that failed; they do not carry the error number."""
 
 
+class DiskFull(HbvError):
+    """A file system has no space left, or a quota or a limit is used up."""
+
+
 @contextmanager
 def readable_disk_errors(content: str, folder: Path) -> Iterator[None]:
     """Translate the disk errors of any library into a one-line error that names the path.
@@ -42,14 +46,15 @@ def readable_disk_errors(content: str, folder: Path) -> Iterator[None]:
         folder: The folder of these files, for errors that do not name a path.
 
     Raises:
-        HbvError: The disk is full, or a file cannot be read or written.
+        DiskFull: The disk is full.
+        HbvError: A file cannot be read or written.
     """
     try:
         yield
     except Exception as error:
         path = _path_of(error, folder)
         if code := _full_disk_error(error):
-            raise HbvError(
+            raise DiskFull(
                 f"While writing {content} to {path}, {_FULL[code]}. Finished stages are kept, and no partial file "
                 "remains. Free space or raise the limit, then repeat the command."
             ) from error
@@ -70,11 +75,11 @@ def ensure_space(folder: Path, size: int, content: str) -> None:
         content: Description of the files, for the error message.
 
     Raises:
-        HbvError: Less space is free.
+        DiskFull: Less space is free.
     """
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise HbvError(
+        raise DiskFull(
             f"The disk is full: {content} needs about {_readable(size)}, but {folder} has {_readable(free)} left. "
             "Free space or choose another folder (HBV_HOME), then repeat the command."
         )

@@ -34,6 +34,11 @@ class Failure:
         return self.attempts >= ATTEMPTS
 
 
+def failure_reason(error: Exception) -> str:
+    """Return the message of an error, with its type unless it is written for users."""
+    return str(error) if isinstance(error, HbvError) else f"{type(error).__name__}: {error}"
+
+
 class StageParked(HbvError):
     """A run needs a stage that failed too often."""
 

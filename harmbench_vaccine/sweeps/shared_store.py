@@ -9,11 +9,12 @@ from typing import Any
 
 from filelock import Timeout
 
+from harmbench_vaccine.core.disk_errors import DiskFull
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.evaluation.sweep_registry import registered_sweeps
 
-from .failures import Failures, StageParked
+from .failures import Failures, StageParked, failure_reason
 from .leases import EXPIRY, Leases, current_holder
 
 
@@ -61,6 +62,7 @@ class SharedStore(Store):
             StageBusy: Another worker, or another command, creates it.
             StageParked: It failed too often.
             StageTooLong: It does not fit into the remaining time.
+            DiskFull: The disk is full.
         """
         path = self.path_of(stage, inputs)
         name = f"{stage}-{path.name}"
@@ -78,10 +80,10 @@ class SharedStore(Store):
         with self._leases.renewed(name, generation):
             try:
                 artifact = super().get_or_create(stage, inputs, create, all_ranks=all_ranks)
-            except (StageUnavailable, StageParked):  # of this stage, or of another one that it needs
+            except (StageUnavailable, StageParked, DiskFull):  # also of another stage that it needs; not its failure
                 raise
             except Exception as error:
-                self._failures.record(name, f"{type(error).__name__}: {error}", current_holder().name)
+                self._failures.record(name, failure_reason(error), current_holder().name)
                 raise
             self._failures.forget(name)
             return artifact

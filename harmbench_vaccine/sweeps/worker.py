@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from harmbench_vaccine.core.disk_errors import DiskFull
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.evaluation.measure import answer_rows, measure_result
 from harmbench_vaccine.evaluation.records import RESULT, save_run_folder
@@ -23,7 +24,7 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.pipeline import answer_all, judge_all, run, train_models
 
-from .failures import ATTEMPTS, StageParked
+from .failures import ATTEMPTS, StageParked, failure_reason
 from .shared_store import SharedStore, StageBusy, StageTooLong
 
 _PAUSE = 2.0
@@ -62,6 +63,9 @@ def work(
         save_share: Share of a training stage's steps between two checkpoints.
         progress: Where progress is reported.
         pause: Waits for other workers.
+
+    Raises:
+        DiskFull: The disk is full.
     """
     with closing(models or ModelPool(progress)) as pool:
         context = RunContext(store, pool, progress, save_share)
@@ -121,8 +125,10 @@ class _Worker:
             self.summary.parked[name] = str(error)
         except StageTooLong:
             self.summary.too_long.append(name)
+        except DiskFull:  # every run would fail
+            raise
         except Exception as error:
-            return self._count_failure(name, f"{type(error).__name__}: {error}")
+            return self._count_failure(name, failure_reason(error))
         return True
 
     def _count_failure(self, name: str, reason: str) -> bool:
