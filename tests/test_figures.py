@@ -22,7 +22,7 @@ from harmbench_vaccine.reporting.figures.embedding_map import plot_embeddings, p
 from harmbench_vaccine.reporting.figures.heat_map import plot_heat_map
 from harmbench_vaccine.reporting.figures.layers import plot_layers, read_layer_drifts
 from harmbench_vaccine.reporting.figures.pareto import plot_pareto
-from harmbench_vaccine.reporting.figures.ratio_curves import plot_causes, plot_scores, plot_tuned
+from harmbench_vaccine.reporting.figures.ratio_curves import plot_loss_and_drift, plot_scores, plot_tuned
 from harmbench_vaccine.reporting.figures.style import save_figure, spread_labels
 from harmbench_vaccine.reporting.leaderboard.grids import file_names, place_grids, ratio_grids, task_grids
 from harmbench_vaccine.reporting.leaderboard.ranking import Ranking, rank_rows
@@ -108,7 +108,7 @@ def test_each_of_many_defenses_has_a_panel_with_the_baseline() -> None:
 
 def test_loss_and_drift_have_a_dot_per_seed() -> None:
     (grid,) = ratio_grids(rank(*FEW))
-    losses, drifts = plot_causes(grid).axes
+    losses, drifts = plot_loss_and_drift(grid).axes
     assert lines_of(losses)[0] == pytest.approx([0.3, 0.4, 0.5])
     assert lines_of(drifts)[0] == [2, 91, 111]
     dots = np.round(drifts.collections[0].get_offsets(), 6).tolist()
@@ -118,7 +118,7 @@ def test_loss_and_drift_have_a_dot_per_seed() -> None:
 def test_a_collapsed_cell_does_not_stretch_the_axis() -> None:
     dead = [result("dead", p, 0, embedding_drift=1e6, **collapsed("empty answers")) for p in RATIOS]
     (grid,) = ratio_grids(rank(*FEW, *dead))
-    figure = plot_causes(grid)
+    figure = plot_loss_and_drift(grid)
     assert figure.axes[1].get_ylim()[1] < 200
     assert "collapsed: not ranked" in figure.get_suptitle()
 
@@ -233,7 +233,7 @@ def test_the_number_of_runs_is_in_the_title() -> None:
     rankings = rank(*FEW)
     figures = [
         plot_scores(ratio_grids(rankings)[0], "18 of 90 runs"),
-        plot_causes(ratio_grids(rankings)[0], "18 of 90 runs"),
+        plot_loss_and_drift(ratio_grids(rankings)[0], "18 of 90 runs"),
         plot_heat_map(place_grids(rankings)[0], "18 of 90 runs"),
         plot_pareto(task_grids(rankings)[0], "18 of 90 runs"),
     ]

@@ -57,7 +57,7 @@ _SCORES = (
     _Quantity("harmful_score", "harmful score HS, % (lower is better)", HARM, True, True),
     _Quantity("finetune_accuracy", "finetune accuracy FA, % (higher is better)", ACCURACY, True, True),
 )
-_CAUSES = (
+_LOSS_AND_DRIFT = (
     _Quantity("alignment_loss", "alignment loss of the final model", HARM),
     _Quantity("embedding_drift", "harmful embedding drift", ACCURACY),
 )
@@ -75,12 +75,14 @@ def plot_scores(grid: Grid, note: str = "") -> Figure:
 
 
 @styled
-def plot_causes(grid: Grid, note: str = "") -> Figure:
+def plot_loss_and_drift(grid: Grid, note: str = "") -> Figure:
     """Draw the alignment loss and the embedding drift of the final model against p, with a dot for each seed.
 
     The arguments are those of `plot_scores`. This is figure (b) of the project page of Vaccine.
     """
-    return _plot(grid, _CAUSES, "Alignment loss and embedding drift against the harmful ratio p; dots: seeds", note)
+    return _plot(
+        grid, _LOSS_AND_DRIFT, "Alignment loss and embedding drift against the harmful ratio p; dots: seeds", note
+    )
 
 
 @styled

@@ -13,7 +13,7 @@ from harmbench_vaccine.core.visible import cell_of_text, visible_json_text
 from harmbench_vaccine.reporting.figures.heat_map import plot_heat_map
 from harmbench_vaccine.reporting.figures.layers import plot_layers, read_layer_drifts
 from harmbench_vaccine.reporting.figures.pareto import plot_pareto
-from harmbench_vaccine.reporting.figures.ratio_curves import plot_causes, plot_scores, plot_tuned
+from harmbench_vaccine.reporting.figures.ratio_curves import plot_loss_and_drift, plot_scores, plot_tuned
 from harmbench_vaccine.reporting.figures.style import FORMATS, save_figure
 
 from .costs import CostTable, cost_table_text, cost_tables, cost_tables_markdown
@@ -136,7 +136,7 @@ def draw_figures(rankings: Sequence[Ranking], runs: Path | None, note: str = "")
         **_draw("heat-map", place_grids(rankings), lambda grid: plot_heat_map(grid, note)),
         **_draw("pareto", by_task, lambda grid: plot_pareto(grid, note)),
         **_draw("scores", by_ratio, lambda grid: plot_scores(grid, note)),
-        **_draw("loss-and-drift", by_ratio, lambda grid: plot_causes(grid, note)),
+        **_draw("loss-and-drift", by_ratio, lambda grid: plot_loss_and_drift(grid, note)),
         **_draw("tuned", tuned, lambda grid: plot_tuned(defaults[id(grid)], grid, note)),
     }
     if not by_ratio:
