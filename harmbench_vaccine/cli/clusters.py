@@ -179,7 +179,7 @@ def submit_to_slurm(
         print_line(f"Submitted jobs {', '.join(ids)}. For their progress: hbv sweep {name} --status")
 
 
-def run_by_ray(
+def sweep_on_ray(
     sweep: Sweep, suite: Suite, workers: int | None, options: ClusterOptions, retry_failed: bool, progress: Progress
 ) -> None:
     """Run a sweep on a Ray cluster, and wait for it. The arguments are those of `submit_to_slurm`.

@@ -10,7 +10,7 @@ import click
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import home, user_path
 
-from .clusters import CLUSTER_OPTIONS, ClusterOptions, cluster_options, parse_limit, run_by_ray, submit_to_slurm
+from .clusters import CLUSTER_OPTIONS, ClusterOptions, cluster_options, parse_limit, submit_to_slurm, sweep_on_ray
 from .completion import suite_name
 from .console import GroupedCommand, output_options, print_json, print_line, print_view, terminal_progress
 from .device import device_option
@@ -170,7 +170,7 @@ def _run(
 
     with terminal_progress() as progress:
         if cluster.executor == "ray":
-            run_by_ray(sweep, suite, workers, cluster, retry_failed, progress)
+            sweep_on_ray(sweep, suite, workers, cluster, retry_failed, progress)
         else:
             sweep.prepare(progress)
             if retry_failed:
