@@ -18,9 +18,11 @@ from harmbench_vaccine.evaluation.records import write_run
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.results_csv import result_rows
 from harmbench_vaccine.experiment import keys
+from harmbench_vaccine.reporting.leaderboard.costs import cost_tables
 from harmbench_vaccine.reporting.leaderboard.page import render_page, write_page
 from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns, missing_combinations
 from harmbench_vaccine.reporting.leaderboard.ranking import Ranking, rank_rows
+from harmbench_vaccine.reporting.leaderboard.stage_costs import StageCost
 from harmbench_vaccine.sweeps.suite import load_suite
 from harmbench_vaccine.sweeps.sweep import Sweep
 from support.browser import CHROMIUM, Browser, open_browser
@@ -250,6 +252,134 @@ def test_page_of_an_unfinished_suite(own_home: Path, tmp_path: Path) -> None:
 def test_answers_need_a_folder(tmp_path: Path) -> None:
     done = hbv("leaderboard", write_csv(tmp_path / "results.csv", *AT_TENTH), "--answers", home=tmp_path)
     assert (done.code, done.sentence) == (2, "hbv: --answers needs --out DIR: the answers are part of the page.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+
+
+class Sections(HTMLParser):
+    """Collects the cells of every table by the id of the section that has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, list[list[str]]] = {}
+        self._section = ""
+        self._is_cell = False
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag == "section":
+            self._section = (dict(attributes).get("aria-labelledby") or "").removesuffix("-title")
+        elif tag == "tr":
+            self.rows.setdefault(self._section, []).append([])
+        elif tag == "td" and self._section:
+            self.rows[self._section][-1].append("")
+        self._is_cell = tag == "td" or (self._is_cell and tag == "span")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_cell = self._is_cell and tag not in ("td", "tr")
+
+    def handle_data(self, data: str) -> None:
+        if self._is_cell and self._section:
+            self.rows[self._section][-1][-1] += data
+
+
+def section_rows(page: str) -> dict[str, list[list[str]]]:
+    """Return the rows of the tables of each section, without their heads."""
+    parser = Sections()
+    parser.feed(page)
+    return {section: [row for row in rows if row] for section, rows in parser.rows.items()}
+
+
+def test_sections_without_data_are_left_out() -> None:
+    assert {"tuned", "worst", "claims", "published"}.isdisjoint(section_rows(render_page(rank(*AT_TENTH))))
+
+
+def test_default_and_tuned_parameters_are_side_by_side_with_their_budget() -> None:
+    params = {"vaccine": {"rho": 2.0, "tau": 1}}
+    tuning = {"untuned_hash": "aa11", "runs": 10, "seconds": 900.0}
+    tuned = {"protocol": "tiny-tuned", "protocol_hash": "bb22", "tuning": tuning}
+    changed = {"defense_params": {"vaccine": {"rho": 6.3, "tau": 1}}, **tuned}
+    runs = [*cell("vaccine", 60, defense_params=params), *cell("vaccine", 40, fa=95, **changed, **hollow())]
+    (row,) = section_rows(render_page(rank(*runs)))["tuned"]
+    assert row[:6] == ["vaccine", "rho=6.3", "60.0", "40.0 unranked", "97.0", "95.0"]
+    assert row[-2:] == ["10", "15 min"]
+
+
+def test_worst_case_over_the_settings_of_the_user() -> None:
+    runs = [
+        run
+        for rate, hs in ((1e-5, 20), (1e-4, 70))
+        for run in cell("lisa", hs, attack=f"optimizer:lr={rate}", attack_params={"optimizer": {"lr": rate}})
+    ]
+    (row,) = section_rows(render_page(rank(*runs)))["worst"]
+    assert row[0] == "lisa"
+    assert row[1].startswith("70.0 [")
+    assert row[2:] == ["lr=0.0001", "97.0", "2"]
+
+
+def test_claims_have_a_badge_and_their_deviations() -> None:
+    page = render_page(rank(*cell("sft", 58.2, protocol="testbed")))
+    rows = section_rows(page)["claims"]
+    assert [row[:3] + row[4:6] for row in rows] == [  # of the papers: HS of SFT at p = 0.1 on SST2
+        ["Vaccine", "Table 1", "SFT", "HS", "55.20"],
+        ["Lisa", "Table 1", "SFT", "HS", "51.60"],
+    ]
+    assert rows[0][7].startswith("+3.0 [")
+    assert {row[8] for row in rows} == {"not comparable"}
+    assert "testbed has another model, other data and another judge than the paper" in page
+
+
+def test_measured_cost_is_next_to_the_declared_one() -> None:
+    costs = [
+        StageCost(
+            run=run.run,
+            defense=run.defense,
+            attack=run.attack,
+            task=run.task,
+            seed=run.seed,
+            stage="align",
+            acts=True,
+            seconds=10.0 * times,
+            steps=100,
+            passes=f"{times}F {times}B",
+            seconds_per_step=0.1 * times,
+            peak_memory=2**20 * times,
+            device="cpu",
+        )
+        for defense, times in (("sft", 1), ("vaccine", 2))
+        for run in cell(defense, 50)
+    ]
+    rankings = rank(*cell("sft", 50), *cell("vaccine", 50))
+    rows = section_rows(render_page(rankings, costs=cost_tables(rankings, costs)))["cost"]
+    measured = {row[0]: row for row in rows[:2]}
+    assert measured["vaccine"][1:5] == ["align", "100", "2F 2B", "0.2 (2.00x)"]
+    assert any("2.00x" in text and "MiB" in text for text in measured["vaccine"])
+    declared = {row[0]: row for row in rows[2:]}
+    assert declared["vaccine"][1] == "2F 2B each step"
+
+
+@pytest.mark.parametrize(
+    ("defense", "badge"),
+    [
+        ("vaccine", "authors' code run"),
+        ("resta", "equations only"),
+        ("vaccine+resta", "authors' code run, equations only"),
+        ("unknown_defense", "no evidence"),
+        ("vaccine+unknown_defense", "no evidence"),
+    ],
+)
+def test_every_defense_has_an_evidence_badge(defense: str, badge: str) -> None:
+    facts = page_json(render_page(rank(*cell(defense, 50))))["defenses"][defense]
+    assert facts["badge"] == badge
+    assert facts["evidence"].startswith(badge.partition(",")[0])
+
+
+def test_runs_without_the_test_for_hollow_answers_are_counted() -> None:
+    rows = result_rows(cell("sft", 50))
+    assert "not tested for hollow answers" not in render_page(rank_rows(rows))
+    old = [row.model_copy(update={"hollow": None}) for row in rows]
+    assert "2 of 2 runs were not tested for hollow answers" in render_page(rank_rows(old))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
