@@ -145,8 +145,11 @@ def test_missing_results_are_reported(suite: Path, tmp_path: Path) -> None:
     assert str(error.value).startswith(
         "4 of 4 runs of pair have no result. align sft, seed 0 failed 3 times: RuntimeError: the engine stopped. "
     )
+    assert str(error.value).endswith("and --retry-failed tries them again.")
     sweep.retry_failed()
     assert Failures(sweep.store).all() == []
+    with pytest.raises(HbvError, match=r"4 of 4 runs of pair have no result\. .* Repeat the command to resume\.$"):
+        sweep.check_complete()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -192,8 +192,9 @@ class Sweep:
         missing = len(self.unfinished_runs())
         if not missing:
             return
-        reason = "".join(f" {failure}" for failure in self.failed_stages()[:1])
-        raise HbvError(
-            f"{missing} of {len(self.experiments)} runs of {self.name} have no result.{reason} The logs are in "
-            f"{self.folder}; --status lists the failed stages, and --retry-failed tries them again."
-        )
+        message = f"{missing} of {len(self.experiments)} runs of {self.name} have no result."
+        logs = f"The logs are in {self.folder}."
+        if failed := self.failed_stages():
+            advice = "--status lists the failed stages, and --retry-failed tries them again."
+            raise HbvError(f"{message} {failed[0]} {logs} {advice}")
+        raise HbvError(f"{message} {logs} Repeat the command to resume.")
