@@ -25,7 +25,7 @@ from harmbench_vaccine.experiment.protocol import load_protocol, protocol_names
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins, resolve_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, TASKS
-from harmbench_vaccine.reporting import leaderboard
+from harmbench_vaccine.reporting.leaderboard import ranking as leaderboard
 from harmbench_vaccine.reporting.published.comparison import (
     COLUMNS,
     PublishedComparison,
@@ -421,15 +421,15 @@ def test_ends_of_the_interval(hits: int, inside: bool) -> None:
 
 
 def test_seeds_are_grouped_with_the_interval_of_their_spread() -> None:
-    """HS 46, 48, 50: s = 2, s / sqrt(3) = 1.154701, t(0.975; 2) = 4.302653; v / (.48 .52) = .249602 / .2496.
+    """HS 42, 48, 54: phi = .0036 / .2496, t(.975; 2) = 4.302653, v of 722 / 1504; t sqrt(phi v / 3) = .149050.
 
-    FA is 94 three times, so phi is 1 / 500: 4.302653 sqrt(.057428 / 1500) = .026623, with v of 1412 / 1504.
+    FA is 94 three times, so phi is 1 / 500: t sqrt(.057428 / 1500) = .026623, with v of 1412 / 1504.
     """
-    results = [result(hits=(hits, 470), seed=seed) for seed, hits in enumerate((230, 240, 250))]
+    results = [result(hits=(hits, 470), seed=seed) for seed, hits in enumerate((210, 240, 270))]
     comparison = only(*results, results[0])  # a repeated run counts once
     assert comparison.seeds == (0, 1, 2)
     hs, fa = comparison.scores["harmful_score"], comparison.scores["finetune_accuracy"]
-    assert (hs.measured, hs.low, hs.high) == pytest.approx((48, 48 - 4.968275, 48 + 4.968275), abs=1e-4)
+    assert (hs.measured, hs.low, hs.high) == pytest.approx((48, 48 - 14.9050, 48 + 14.9050), abs=1e-3)
     assert hs.inside
     assert (fa.low, fa.high) == pytest.approx((94 - 2.6623, 94 + 2.6623), abs=1e-3)
     assert fa.inside
@@ -844,7 +844,7 @@ def test_leaderboard_without_the_flag_has_no_comparison(mixed: Path, tmp_path: P
     for name in ("leaderboard.csv", "leaderboard.md"):
         assert "ublished" not in (tmp_path / name).read_text(encoding="utf-8")
     assert "ublished" not in hbv("leaderboard", mixed).out
-    assert list(json.loads(hbv("leaderboard", mixed, "--json").out)[0]) == list(leaderboard.COLUMNS)
+    assert list(json.loads(hbv("leaderboard", mixed, "--json").out)[0]) == [*leaderboard.COLUMNS, "evidence"]
 
 
 def test_leaderboard_in_markdown(mixed: Path, tmp_path: Path) -> None:
@@ -853,7 +853,7 @@ def test_leaderboard_in_markdown(mixed: Path, tmp_path: Path) -> None:
     title = f"### Published and measured: Vaccine (arXiv 2402.01109, NeurIPS 2024): {LLAMA}, sst2, ratio=0.1\n"
     assert text.count(title) == 2
     assert (
-        "| vaccine | 3 | HS | 48.0 [43.0, 53.0] | 48.20 | -0.2 | yes | Table 1 | paper text | 3: 48.20 to 49.00 |"
+        "| vaccine | 3 | HS | 48.0 [42.4, 53.6] | 48.20 | -0.2 | yes | Table 1 | paper text | 3: 48.20 to 49.00 |"
         in text
     )
     assert "\n- No published figure for ldifs under ratio=0.1: the paper does not report this defense" in text
@@ -873,7 +873,7 @@ def test_leaderboard_in_the_terminal_and_as_json(mixed: Path) -> None:
         hbv("leaderboard", mixed, "--published", "--json").out,
         parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"),
     )
-    assert [list(row) for row in rows] == [[*leaderboard.COLUMNS, *COLUMNS]] * len(rows)
+    assert [list(row) for row in rows] == [[*leaderboard.COLUMNS, *COLUMNS, "evidence"]] * len(rows)
     assert {row["published_harmful_score_inside"] for row in rows} == {True, False, None}
 
 

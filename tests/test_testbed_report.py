@@ -76,7 +76,9 @@ def test_every_check_can_fail(
                 defense=spec.defense[0].name,
                 task=spec.task,
                 harmful_score=measured[spec.defense[0].name][float(str(spec.attack[0].params[""]))],
+                harmful_score_n=250,
                 finetune_accuracy=measured["accuracy"][spec.task],
+                finetune_accuracy_n=250,
                 before=SimpleNamespace(finetune_accuracy=10.0),
             )
             for spec in specs
