@@ -11,11 +11,10 @@ from typing import Literal
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.hashing import canonical_json
 from harmbench_vaccine.data.answer_checks import refuses
-from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.experiment.spec import RunSpec
 
 from .agreement import AnswerRow, is_flagged
 from .dispersion import SeedShares, pool_dispersion
+from .measure import settle_again
 from .noise_floor import noise_floors
 from .paired import mcnemar, two_way_difference
 from .records import RESULT, load_result, load_run
@@ -220,7 +219,7 @@ def score_values(score: Score, result: Result, answers: Sequence[AnswerRow]) -> 
     if any("grade" in row for row in rows):
         return {_question(row): row["grade"] for row in rows if row.get("grade") is not None}
     try:
-        task = Experiment.settle(RunSpec.model_validate({**result.spec, "backend": "transformers"})).task
+        task = settle_again(result).task
     except (BadInput, ValueError):  # its protocol or its plug-ins may no longer exist
         return {}
     return dict(zip(map(_question, rows), map(float, task.scores(result.accuracy_rule, rows)), strict=True))
