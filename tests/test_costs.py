@@ -256,7 +256,8 @@ def test_terminal_of_80_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines = done.out.splitlines()
     assert max(map(len, lines)) <= 80
     (line,) = [line for line in lines if line.startswith("vaccine")]
-    assert line.split() == ["vaccine", "align", "2F", "2B", "5", "(2.50x)", "143.1", "MiB", "(1.50x)", "0", "0"]
+    assert line.split() == ["vaccine", "align", "5", "(2.50x)", "56", "s", "(2.33x)", "143.1", "MiB", "0", "0"]
+    assert lines[lines.index(line) + 1].strip() == "(1.50x)"  # of the memory, below it
     assert "Medians over 3 runs of a defense. Relative to sft in brackets." in " ".join(done.out.split())
     assert "HS" not in done.out  # instead of the ranking
 

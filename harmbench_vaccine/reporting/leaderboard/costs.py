@@ -14,7 +14,15 @@ from harmbench_vaccine.core.progress import format_duration
 from harmbench_vaccine.core.types import STAGES
 from harmbench_vaccine.evaluation.results_csv import cell_of_value, run_table_text
 from harmbench_vaccine.reporting.markdown import markdown_row, markdown_text
-from harmbench_vaccine.reporting.render import Column, TableGroup, VisibleText, dim_notes, number_column, render_table
+from harmbench_vaccine.reporting.render import (
+    Column,
+    TableGroup,
+    VisibleText,
+    dim_notes,
+    number_column,
+    render_table,
+    score_column,
+)
 from harmbench_vaccine.reporting.store_views import readable_size
 
 from .ranking import Ranking
@@ -176,10 +184,10 @@ COST_COLUMNS = (
     Column("stage", legend="training stage in which the defense acts; every stage of the baseline"),
     number_column("steps", drop=2),
     Column("passes", drop=4, legend="forward (F) and backward (B) passes of each batch"),
-    number_column("s/step", legend="seconds of an optimizer step"),
-    number_column("stage time", drop=1),
-    number_column("training time", drop=3, legend="time of all training stages of a run"),
-    number_column("memory", legend="peak memory of the stage"),
+    score_column("s/step", legend="seconds of an optimizer step"),
+    number_column("stage time", drop=1, legend="time of the stage"),
+    score_column("training time", legend="time of all training stages of a run"),
+    score_column("memory", legend="peak memory of the stage"),
     number_column("harmful", legend="harmful rows that the defense may draw from in addition to the rows of the stage"),
     number_column("guides", legend="rows without harmful answers that it may draw from in addition"),
 )
