@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -158,7 +159,11 @@ def main() -> int:
     log.look()
     testbed = set(log.made)
     start = time.monotonic()
-    kills = run(sweep, log, options.kills, options.longest, random.Random(options.seed))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        kills = run(sweep, log, options.kills, options.longest, random.Random(options.seed))
+    finally:
+        sweep.kill()
     seconds = time.monotonic() - start
     made = {name: times for name, times in log.made.items() if name not in testbed and not name.startswith("testbed/")}
     repeated = sorted(name for name, times in log.made.items() if len(times) > 1)
