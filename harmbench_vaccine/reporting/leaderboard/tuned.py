@@ -69,7 +69,7 @@ class TunedPair:
             "tuned_protocol": self.tuned.setting["protocol"],
             **{column: self.tuned.setting[column] for column in _PLACE},
             "defense": tuned["defense"],
-            "tuned_params": _changes(json.loads(default["defense_params"]), json.loads(tuned["defense_params"])),
+            "tuned_params": tuned_changes(default, tuned),
             **{f"{score}{end}": row[score] for score in SCORES for end, row in (("", default), ("_tuned", tuned))},
             "rank": default["rank"],
             "rank_tuned": tuned["rank"],
@@ -108,13 +108,19 @@ def _place(ranking: Ranking, protocol_hash: str) -> tuple[str, ...]:
     return (protocol_hash, *(ranking.setting[column] for column in _PLACE))
 
 
-def _changes(default: Mapping[str, Mapping[str, Any]], tuned: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return `parameter` -> tuned value, for the parameters that differ; of several defenses `defense.parameter`."""
+def tuned_changes(default: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `parameter` -> tuned value, for the parameters that differ; of several defenses `defense.parameter`.
+
+    Args:
+        default: The row of a defense in the ranking before the tuning.
+        tuned: Its row in the ranking with tuned parameters.
+    """
+    before, after = json.loads(default["defense_params"]), json.loads(tuned["defense_params"])
     return {
-        key if len(tuned) == 1 else f"{name}.{key}": value
-        for name, params in tuned.items()
+        key if len(after) == 1 else f"{name}.{key}": value
+        for name, params in after.items()
         for key, value in params.items()
-        if value != default.get(name, {}).get(key)
+        if value != before.get(name, {}).get(key)
     }
 
 
