@@ -259,7 +259,7 @@ def test_answers_need_a_folder(tmp_path: Path) -> None:
 
 
 class Sections(HTMLParser):
-    """Collects the cells of every table by the id of the section that has it."""
+    """Collects the cells of every table by the id of the title above it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,8 +268,8 @@ class Sections(HTMLParser):
         self._is_cell = False
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if tag == "section":
-            self._section = (dict(attributes).get("aria-labelledby") or "").removesuffix("-title")
+        if tag == "h2":
+            self._section = (dict(attributes).get("id") or "").removesuffix("-title")
         elif tag == "tr":
             self.rows.setdefault(self._section, []).append([])
         elif tag == "td" and self._section:
