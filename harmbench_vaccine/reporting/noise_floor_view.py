@@ -41,7 +41,7 @@ def repeated_run_view(repeat: RepeatedRun) -> RenderableType:
     machine = repeat.environment.gpu or repeat.environment.cpu or "unknown machine"
     engine = f"Second measurement by {', '.join(repeat.answered_by)} on {machine}; it is stored with the run."
     title = VisibleText(f"{repeat.run}, measured twice", style="bold")
-    return Group(title, scores, answers, *dim_notes([*flips, _LEGEND, engine]))
+    return Group(title, scores, VisibleText(), answers, *dim_notes([*flips, _LEGEND, engine]))
 
 
 def repeat_note(repeat: RepeatedRun) -> str:
