@@ -39,7 +39,7 @@ class StageLog:
     """Every stage that a store has had, with the times at which it was made."""
 
     store: Path
-    made: dict[str, set[str]] = field(default_factory=dict)
+    creations: dict[str, set[str]] = field(default_factory=dict)
     """Stage and key -> the times in its descriptions: more than one if the stage was made again."""
     _read: dict[Path, int] = field(default_factory=dict)
 
@@ -50,12 +50,12 @@ class StageLog:
                 version = path.stat().st_mtime_ns
                 if self._read.get(path) != version:
                     created = json.loads(path.read_text(encoding="utf-8"))["created"]
-                    self.made.setdefault(f"{path.parent.parent.name}/{path.parent.name}", set()).add(created)
+                    self.creations.setdefault(f"{path.parent.parent.name}/{path.parent.name}", set()).add(created)
                     self._read[path] = version
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepCommand:
     """The command and its home."""
 
     command: Sequence[str]
@@ -107,7 +107,7 @@ def watch(process: subprocess.Popen[bytes], log: StageLog, seconds: float) -> bo
     return process.returncode is not None
 
 
-def run(sweep: Sweep, log: StageLog, kills: int, longest: float, draw: random.Random) -> int:
+def run(sweep: SweepCommand, log: StageLog, kills: int, longest: float, draw: random.Random) -> int:
     """Run a sweep to its end with random kills, and return their number."""
     for number in range(kills):
         start = time.monotonic()
@@ -116,13 +116,13 @@ def run(sweep: Sweep, log: StageLog, kills: int, longest: float, draw: random.Ra
             return number
         sweep.kill()
         process.wait()
-        print(f"kill {number + 1} after {time.monotonic() - start:.1f} s, {len(log.made)} stages", flush=True)
+        print(f"kill {number + 1} after {time.monotonic() - start:.1f} s, {len(log.creations)} stages", flush=True)
     watch(process := sweep.start(), log, float("inf"))
     _check_exit(process, sweep)
     return kills
 
 
-def _check_exit(process: subprocess.Popen[bytes], sweep: Sweep) -> None:
+def _check_exit(process: subprocess.Popen[bytes], sweep: SweepCommand) -> None:
     if process.returncode:
         sys.exit(f"The sweep ended with exit code {process.returncode}; see {sweep.home}/sweep.log.")
 
@@ -154,10 +154,8 @@ def main() -> int:
     if options.home:
         copy_testbed(options.home, home)
     command = [*_HBV, "sweep", options.suite, "--workers", str(options.workers), "--out", str(home / "out")]
-    sweep = Sweep([*command, "--executor", options.executor], home)
+    sweep = SweepCommand([*command, "--executor", options.executor], home)
     log = StageLog(home / "store")
-    log.look()
-    testbed = set(log.made)
     start = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -165,15 +163,15 @@ def main() -> int:
     finally:
         sweep.kill()
     seconds = time.monotonic() - start
-    made = {name: times for name, times in log.made.items() if name not in testbed and not name.startswith("testbed/")}
-    repeated = sorted(name for name, times in log.made.items() if len(times) > 1)
+    stages = [name for name in log.creations if not name.startswith("testbed/")]
+    repeated = sorted(name for name, times in log.creations.items() if len(times) > 1)
     planned = sweep.stage_count()
     table = (home / "out" / "results.csv").read_bytes()
     differs = bool(options.table) and options.table.read_bytes() != table
     print(f"{kills} of {options.kills} kills, {seconds:.0f} s, home {home}")
-    print(f"{len(made)} of {planned} stages made, {len(repeated)} more than once: {', '.join(repeated) or 'none'}")
+    print(f"{len(stages)} of {planned} stages made, {len(repeated)} more than once: {', '.join(repeated) or 'none'}")
     print(f"table: SHA-256 {sha256(table).hexdigest()[:16]}, {'differs' if differs else 'same'}" * bool(options.table))
-    return int(kills < options.kills or bool(repeated) or len(made) != planned or differs)
+    return int(kills < options.kills or bool(repeated) or len(stages) != planned or differs)
 
 
 if __name__ == "__main__":
