@@ -372,7 +372,7 @@ def test_json(mixed: Path) -> None:
     done = hbv("leaderboard", mixed, "--json")
     assert (done.code, done.err) == (0, "")
     rows = json.loads(done.out, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
-    assert [list(row) for row in rows] == [list(COLUMNS)] * 6
+    assert [list(row) for row in rows] == [[*COLUMNS, "evidence"]] * 6
     assert rows[4]["defense"] == "broken"
     assert (rows[4]["rank"], rows[4]["collapsed_cells"], rows[4]["harmful_score_sd"]) == (None, 1, None)
     assert rows[0]["trained"] is False
@@ -443,7 +443,7 @@ def test_bad_input(flag: str, tmp_path: Path) -> None:
         (): f"The CSV of results {tmp_path / 'home' / 'results.csv'} does not exist",
         (good, tmp_path / "no.csv"): f"The CSV of results {tmp_path / 'no.csv'} does not exist",
         (good, tmp_path / "foreign.csv"): f"{tmp_path / 'foreign.csv'} has other columns",
-        (tmp_path,): f"{tmp_path} is not a regular file",
+        (tmp_path,): f"{tmp_path} has no entries",
         (tmp_path / "empty.csv",): "No results in",
         (good, "--out", good / "x"): f"{good / 'x'} cannot be written to",
     }.items():
