@@ -41,7 +41,7 @@ CELL_COLUMNS = (
 )
 """The values of a cell, in their order; `seconds` is the mean and `memory` (bytes) the maximum of its runs."""
 RUN_COLUMNS = ("run", "seed", "harmful_score", "finetune_accuracy", "seconds", "versions", "machine", "key")
-"""The values of a run, in their order; `key` is the beginning of the key of its final model."""
+"""The values of a run, in their order; `key` is the beginning of the key of its final model, absent if unknown."""
 STAGE_TITLES = {"align": "alignment", "finetune": "user stage", "repair": "after the user stage"}
 BASELINE, UNKNOWN = "baseline", "unknown"
 """Stages of a defense that is compared with, and of one that is not installed."""
@@ -189,7 +189,8 @@ def _run(run: Mapping[str, Any], result: Result | None, texts: PageTexts) -> lis
         "machine": texts.index(machine),
         "key": _model_key(result) if result else None,
     }
-    return [values[column] for column in RUN_COLUMNS]
+    row = [values[column] for column in RUN_COLUMNS]
+    return row if row[-1] else row[:-1]  # a large page has thousands of runs
 
 
 def _model_key(result: Result) -> str | None:
