@@ -126,6 +126,18 @@ def test_the_script_is_short() -> None:
     assert len((PAGE_FOLDER / "page.js").read_text().splitlines()) < 300
 
 
+def test_first_view_has_the_widest_middle_half() -> None:
+    """At 1% only the unaligned model differs, though by more; at 10% the others differ too."""
+    scores = {0.01: (2, 3, 4, 98), 0.1: (20, 40, 60, 95)}
+    runs = [
+        run
+        for ratio, values in scores.items()
+        for name, hs in zip(("vaccine", "lisa", "sft", "none"), values, strict=True)
+        for run in cell(name, hs, ratio)
+    ]
+    assert page_json(render_page(rank(*runs)))["start"] == {"attack": ["ratio=0.1"]}
+
+
 def test_hostile_names_are_text() -> None:
     runs = [run for name in NAMES for run in cell(name, 50)]
     page = render_page(rank(*runs, *cell("sft", 80)))

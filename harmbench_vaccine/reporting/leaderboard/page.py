@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import quantiles
 from typing import Any, Literal
 
 from harmbench_vaccine import __version__
@@ -21,6 +22,7 @@ from harmbench_vaccine.core.visible import visible, visible_json_text
 from harmbench_vaccine.reporting.evidence import GRADES
 
 from .costs import CostTable
+from .grids import cell_mark
 from .page_data import MOST_ANSWERS, defense_facts, page_data
 from .page_sections import ALL_FINISHED, UnfinishedRuns, heat_maps, missing_combinations
 from .page_tables import table_sections
@@ -193,11 +195,15 @@ def _place_value(ranking: Ranking, facet: str) -> str:
 
 
 def _first_view(rankings: Sequence[Ranking]) -> dict[str, list[str]]:
-    """Return the filters at first sight: the setting with the most defenses, and of these with the widest scores."""
+    """Return the filters at first sight: the setting with the most defenses, of these that in which HS differs most.
+
+    The measure is the range of the middle half, since a model without alignment is at the end of every setting.
+    """
 
     def interest(ranking: Ranking) -> tuple[int, float]:
-        scores = [row["harmful_score"] for row in ranking.rows if row["rank"] is not None]
-        return len(ranking.rows), max(scores, default=0) - min(scores, default=0)
+        scores = [row["harmful_score"] for row in ranking.rows if cell_mark(row) != "collapsed"]
+        quartiles = quantiles(scores, method="inclusive") if len(scores) > 1 else [0.0]
+        return len(ranking.rows), quartiles[-1] - quartiles[0]
 
     best = max(rankings, key=interest)
     varied = [facet for facet in PLACE_FACETS if len({_place_value(ranking, facet) for ranking in rankings}) > 1]
