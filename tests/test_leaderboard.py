@@ -474,9 +474,8 @@ def test_committed_table_is_complete_and_matches_the_markdown() -> None:
     assert runs == {(name, ratio, seed) for name in names for ratio in ratios for seed in (0, 1)}
     assert len(rows) == len(runs)
     assert len({row.protocol_hash for row in rows}) == 1
-    assert rankings_markdown(rank_results([folder / "testbed.csv"])) == (folder / "testbed.md").read_text(
-        encoding="utf-8"
-    )
+    markdown = (folder / "testbed" / "leaderboard.md").read_text(encoding="utf-8")
+    assert rankings_markdown(rank_results([folder / "testbed.csv"])) == markdown
 
 
 @pytest.mark.parametrize("baseline", ["foo", "", "vacine", "x" * 300])
