@@ -5,6 +5,7 @@ python docs/render_leaderboard.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,14 +18,24 @@ RESULTS = ROOT / "leaderboards" / "testbed-vaccine-table1" / "results.csv"
 PAGES = ROOT / "README.md", ROOT / "docs" / "leaderboard.md"
 BEGIN, END = "<!-- Written by docs/render_leaderboard.py: {} -->", "<!-- end: {} -->"
 MARKS = {"": "", "collapsed": "†", "hollow": "‡"}
+LEVEL = 0.05
 DETAILED = "p = 10%"
 """The column whose other scores are shown."""
 
 
-def score_text(cell: Cell, score: str) -> str:
-    """Return a score with its 95% interval in whole points, and the mark of a cell without a rank."""
-    low, high = cell[f"{score}_low"], cell[f"{score}_high"]
-    return f"{cell[score]:.1f}{MARKS[cell_mark(cell)]} [{low:.0f}, {high:.0f}]"
+def score_text(cell: Cell) -> str:
+    """Return HS with the mark of a cell without a rank, and its 95% interval, rounded outward to whole points."""
+    low, high = math.floor(cell["harmful_score_low"]), math.ceil(cell["harmful_score_high"])
+    return f"{cell['harmful_score']:.1f}{MARKS[cell_mark(cell)]} [{low}, {high}]"
+
+
+def difference_text(cell: Cell) -> str:
+    """Return the difference in HS to SFT with its 95% interval; `*` marks a significant one."""
+    low, high = (cell[f"harmful_score_difference_{end}"] for end in ("low", "high"))
+    if not math.isfinite(low):
+        return ""
+    star = "*" if cell["harmful_score_difference_p"] < LEVEL else ""
+    return f"{cell['harmful_score_difference']:+.1f}{star} [{math.floor(low):+}, {math.ceil(high):+}]"
 
 
 def table_row(cells: Sequence[str]) -> str:
@@ -48,7 +59,7 @@ def harmful_scores(default: Grid, tuned: Grid) -> list[str]:
         table_row(["HS %", *default.columns]),
         table_row(["---", *("---:" for _ in default.columns)]),
         *(
-            table_row([label, *(score_text(cell, "harmful_score") if cell else "" for cell in grid.cells(name))])
+            table_row([label, *(score_text(cell) if cell else "" for cell in grid.cells(name))])
             for label, grid, name in defense_rows(default, tuned)
         ),
     ]
@@ -61,8 +72,8 @@ def answers(default: Grid, tuned: Grid) -> list[str]:
         "refused %": lambda cell: f"{cell['refusal_rate']:.1f}",
         "neither %": lambda cell: f"{cell['neither']:.1f}",
         "task echo %": lambda cell: f"{cell['task_echo']:.1f}",
-        "FA %": lambda cell: score_text(cell, "finetune_accuracy"),
-        "rank": lambda cell: f"{cell['rank_low']} to {cell['rank_high']}" if cell["rank"] else "",
+        "FA %": lambda cell: f"{cell['finetune_accuracy']:.1f}",
+        "HS - HS of `sft`": difference_text,
     }
     rows = [(label, grid.cell(name, DETAILED)) for label, grid, name in defense_rows(default, tuned)]
     return [

@@ -286,6 +286,13 @@ def test_results_page_has_the_fields_of_the_schema() -> None:
     assert text == script["page"](text), "run: python docs/render_results.py"
 
 
+def test_tables_of_the_testbed_are_those_of_its_results() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "render_leaderboard.py"))
+    for path in script["PAGES"]:
+        text = path.read_text(encoding="utf-8")
+        assert text == script["page"](text), "run: python docs/render_leaderboard.py"
+
+
 def test_architecture_page_names_every_room_and_only_files_that_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
