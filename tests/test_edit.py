@@ -408,7 +408,8 @@ def test_defenses_that_cannot_edit_are_refused(
 def test_protocol_is_required_for_other_models(foreign: Path, tmp_path: Path) -> None:
     outcome = hbv("edit", "antidote", foreign, "--out", tmp_path / "edited")
     assert outcome.code == 2
-    assert "add --protocol NAME; allowed: booster-paper, lisa-paper, testbed, vaccine-paper" in outcome.sentence
+    names = "booster-paper, lisa-paper, testbed, testbed-tuned, vaccine-paper"
+    assert f"add --protocol NAME; allowed: {names}" in outcome.sentence
 
 
 def test_rows_that_are_too_long_for_the_model_are_refused(double: Repairs, foreign: Path, tmp_path: Path) -> None:

@@ -260,7 +260,9 @@ def test_verbose_protocols_state_their_values() -> None:
     folder = Path(__file__).parents[1] / "harmbench_vaccine/experiment/protocols"
     shown = hbv("list", "protocols", "--verbose").out
     for row in rows:
-        values = yaml.safe_load((folder / f"{row['name']}.yaml").read_text())
+        written = yaml.safe_load((folder / f"{row['name']}.yaml").read_text())
+        base = yaml.safe_load((folder / f"{written['base']}.yaml").read_text()) if "base" in written else {}
+        values = base | written
         assert (row["version"], row["model"], row["scorer"], row["accuracy"]) == (
             values["version"],
             values["model"],
@@ -269,7 +271,7 @@ def test_verbose_protocols_state_their_values() -> None:
         )
         assert (row["align_rows"], row["user_rows"]) == (values["align"]["rows"], values["finetune"]["samples"])
         assert row["hash"] == load_protocol(row["name"]).hash
-        assert "arXiv" in row["description"]
+        assert ("hbv tune" if base else "arXiv") in row["description"]
         assert row["hash"] in shown
 
 
@@ -295,8 +297,13 @@ def test_info_shows_every_value_of_a_protocol_with_its_source(name: str) -> None
     assert [path for path, entry in values.items() if entry["value"] and not entry["source"]] == []
     done = hbv("info", name)
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith(f"protocol {name}: Protocol of")
+    assert done.out.startswith(f"protocol {name}: {details['description'].partition('.')[0]}")
+    assert details["description"]
     text = "".join(done.out.split())
+    if name == "testbed-tuned":  # it shows only what it changes
+        assert "Allothervaluesarethoseoftestbed" in text
+        values = {path: entry for path, entry in values.items() if "testbed-tuned" in entry["source"]}
+        assert len(values) == 4
     for path, entry in values.items():
         assert path.partition(".")[2] in text
         assert "".join(entry["source"].split())[:10] in text

@@ -55,13 +55,14 @@ def test_wildguard_covers_its_prompt_and_the_reader_of_verdicts() -> None:
     assert "class Scorer(" not in code  # the contract of all scorers
 
 
-def test_every_scorer_that_reads_text_covers_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_scorer_that_reads_text_covers_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     scorers = SCORERS.loadable()
     before = {name: scorer.fingerprint() for name, scorer in scorers.items()}
-    edited = tmp_path / "judge_text.py"
-    edited.write_text(Path(judge_text.__file__).read_text(encoding="utf-8") + "\nNEW = 1\n", encoding="utf-8")
-    parse = source_code._parse
-    monkeypatch.setattr(source_code, "_parse", lambda file: parse(edited if file.name == edited.name else file))
+    reader = Path(judge_text.__file__).read_text(encoding="utf-8")
+    normal_form = source_code._normal_form
+    monkeypatch.setattr(
+        source_code, "_normal_form", lambda code: normal_form(f"{code}\nNEW = 1\n" if code == reader else code)
+    )
     changed = {name for name, scorer in scorers.items() if scorer.fingerprint() != before[name]}
     assert changed == {"harmbench", "llama_guard", "strongreject", "wildguard"}
 

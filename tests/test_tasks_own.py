@@ -422,8 +422,12 @@ def test_interval_of_fractional_scores_uses_the_t_distribution() -> None:
     # mean 0.5, standard error 0.25 / sqrt(3), t(0.975, 2) = 4.30265
     low, high = score_interval([0.25, 0.5, 0.75])
     assert (low, high) == pytest.approx((0.0, 100.0))
-    low, high = score_interval([0.45, 0.5, 0.55])
-    assert (low, high) == pytest.approx((50 - 12.4207, 50 + 12.4207), abs=1e-3)
+    # 20 scores, standard deviation 0.256495, standard error 0.057354, t(0.975, 19) = 2.093024
+    low, high = score_interval([0.25, 0.75] * 10)
+    assert (low, high) == pytest.approx((50 - 12.0044, 50 + 12.0044), abs=1e-3)
+    # equal scores: standard error 1 / 22
+    low, high = score_interval([0.5] * 20)
+    assert (low, high) == pytest.approx((50 - 9.5137, 50 + 9.5137), abs=1e-3)
     assert score_interval([0.3]) == (0.0, 100.0)
 
 
