@@ -459,9 +459,14 @@ def test_ray_is_not_installed(suite: Path, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture
 def ray_home() -> Iterator[None]:
-    """Ray with its files in a short path: those of sockets are limited to 107 characters."""
-    with tempfile.TemporaryDirectory(prefix="ray") as folder, mock.patch.dict(os.environ, {"RAY_TMPDIR": folder}):
-        yield
+    """Ray with its files in a short path, as those of sockets are limited to 107 characters, and not niced.
+
+    At Ray's niceness of 15, its workers make no progress while another test uses the cores.
+    """
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        variables = {"RAY_TMPDIR": folder, "RAY_worker_niceness": "0"}
+        with mock.patch.dict(os.environ, variables):
+            yield
 
 
 @pytest.mark.slow

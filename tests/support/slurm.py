@@ -80,7 +80,9 @@ def _submit(script: Path | None) -> None:
     first, last = map(int, re.match(r"(\d+)-(\d+)", directives(text).get("array", "0-0")).groups())  # type: ignore[union-attr]
     for number in range(first, last + 1):
         command = [sys.executable, __file__, "--job", str(job), str(number)]
-        subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        # without pipes: submitit waits for the end of both
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        subprocess.Popen(command, start_new_session=True, **streams)  # type: ignore[call-overload]
     print(f"Submitted batch job {job}")
 
 
