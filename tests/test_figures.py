@@ -123,6 +123,15 @@ def test_a_collapsed_cell_does_not_stretch_the_axis() -> None:
     assert "collapsed: not ranked" in figure.get_suptitle()
 
 
+def test_a_hollow_cell_is_inside_the_axis() -> None:
+    validity = {**DEFAULTS["validity"], "hollow": True}
+    hollow = [result("hollow", p, 40, fa=80, embedding_drift=500, validity=validity) for p in RATIOS]
+    (grid,) = ratio_grids(rank(*FEW, *hollow))
+    assert plot_loss_and_drift(grid).axes[1].get_ylim()[1] > 500
+    (grid,) = task_grids(rank(*FEW, *hollow))
+    assert all(axes.get_xlim()[0] < 80 for axes in plot_pareto(grid).axes if axes.get_visible())
+
+
 def test_ratios_of_one_attack_share_a_figure() -> None:
     """`backdoor+ratio=p` is another attack than `ratio=p`; one ratio alone is not a curve."""
     other = [

@@ -40,13 +40,13 @@ def plot_pareto(grid: Grid, note: str = "") -> Figure:
 
 
 def _draw_panel(axes: Axes, cells: list[Cell]) -> None:
-    ranked = [cell for cell in cells if not cell_mark(cell)]
-    least = min((cell["finetune_accuracy_low"] for cell in ranked or cells), default=0.0)
+    working = [cell for cell in cells if cell_mark(cell) != "collapsed"]
+    least = min((cell["finetune_accuracy_low"] for cell in working or cells), default=0.0)
     axes.set_xlim(min(least - 0.5, 100 - _LEAST_RANGE), 100.4)
     axes.set_ylim(-3, 103)
     axes.set_xlabel("FA, % (higher is better)")
     axes.set_ylabel("HS, % (lower is better)")
-    _draw_front(axes, [cell for cell in ranked if cell["pareto"]])
+    _draw_front(axes, [cell for cell in cells if cell["pareto"]])
     labels, outside = [], []
     for cell in cells:
         x, y = cell["finetune_accuracy"], cell["harmful_score"]

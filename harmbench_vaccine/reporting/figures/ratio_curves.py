@@ -231,10 +231,10 @@ def _values(grid: Grid, defense: str, quantity: _Quantity, end: str = "") -> lis
 
 
 def _set_limits(axes: Axes, grid: Grid, quantity: _Quantity) -> None:
-    """Set the limits of the vertical axis by the cells that are ranked; others may be outside."""
+    """Set the limits of the vertical axis by the cells without a collapsed run; the others may be outside."""
     cells = [cell for name in grid.defenses for cell in grid.cells(name) if cell]
     column = f"{quantity.column}_low" if quantity.has_interval else quantity.column
-    values = [cell[column] for cell in cells if not cell_mark(cell)] or [cell[column] for cell in cells]
+    values = [cell[column] for cell in cells if cell_mark(cell) != "collapsed"] or [cell[column] for cell in cells]
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return
