@@ -40,12 +40,20 @@ def experiments(world: Path, defenses: tuple[str, ...] = DEFENSES, seeds: tuple[
 
 
 def scores(home: Path) -> dict[str, str]:
-    """Return run -> hash of everything in its result that another execution repeats, and of its answers."""
+    """Return run -> hash of everything in its result that another execution repeats, and of its answers.
+
+    Without the probabilities of the judge: a batch leaves out what is judged already, so their last digits depend on
+    the order of the runs.
+    """
     hashes = {}
     for path in (home / "runs").glob("*/result.json"):
         result = json.loads(path.read_text())
         repeated = {key: value for key, value in result.items() if key not in ("stages", "environment")}
-        hashes[path.parent.name] = digest([repeated, (path.parent / "answers.jsonl").read_text()])
+        answers = [json.loads(line) for line in (path.parent / "answers.jsonl").read_text().splitlines()]
+        for answer in answers:
+            for verdict in (answer, *answer.get("verdicts", {}).values()):
+                verdict.pop("probabilities", None)
+        hashes[path.parent.name] = digest([repeated, answers])
     return hashes
 
 
