@@ -97,7 +97,7 @@ def stored_experiment(result: Result) -> Experiment:
 
     Raises:
         BadInput: A protocol or a plug-in of the run no longer exists.
-        HbvError: The experiment is no longer the same.
+        HbvError: The data, the protocol or the plug-ins have changed since the run.
     """
     experiment = settle_again(result)
     if keys.run_id(experiment) != result.run:
