@@ -24,7 +24,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from harmbench_vaccine.plugins import Defense, StageName, TrainSettings, TuningGrid, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, token_losses
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, response_mask, token_losses
 
 EARLY = 5
 """Position of the last response token that uses `beta_early`."""
@@ -63,23 +63,27 @@ class ConstrainedSFT(Defense):
         width = max(len(row.ids) for row in stage.rows) - 1
         padded = []
         for batch in stage.training_batches(stage.settings.batch):
-            losses, _ = token_losses(stage.output(batch).logits, batch["labels"])
+            mask = response_mask(batch)
+            losses = torch.zeros(mask.shape, device=mask.device)
+            losses[mask] = token_losses(stage.output(batch).logits, batch)
             padded.append(torch.nn.functional.pad(losses, (0, width - losses.shape[1])))
         self._before = torch.cat(padded)
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """Return the weighted gradient, with the paper's loss for the log."""
-        losses, answering = token_losses(stage.output(batch).logits, batch["labels"])
-        shift = self._before[batch["rows"], : losses.shape[1]].to(losses.device) - losses.detach()  # D
-        beta = self._strengths(answering)
+        mask = response_mask(batch)
+        losses = token_losses(stage.output(batch).logits, batch)
+        before = self._before.to(mask.device)[batch["rows"], : mask.shape[1]]
+        shift = before[mask] - losses.detach()  # D
+        beta = self._strengths(mask)[mask]
         weights = 2 * torch.sigmoid(-beta * shift)
-        count = stage.sum_over_ranks(answering.sum())
-        gradient = stage.gradient_of((weights * losses)[answering].sum() / count)
+        count = stage.sum_over_ranks(mask.sum())
+        gradient = stage.gradient_of((weights * losses).sum() / count)
         terms = torch.where(beta > 0, 2 / beta.clamp(min=1e-12) * torch.nn.functional.softplus(-beta * shift), losses)
-        return replace(gradient, loss=stage.sum_over_ranks(terms[answering].sum()) / count)
+        return replace(gradient, loss=stage.sum_over_ranks(terms.sum()) / count)
 
-    def _strengths(self, answering: Tensor) -> Tensor:
-        position = answering.cumsum(1)  # 1 at the first response token of a row
+    def _strengths(self, mask: Tensor) -> Tensor:
+        position = mask.cumsum(1)  # 1 at the first response token of a row
         beta = torch.where(position <= EARLY, self.beta_early, self.beta_rest)
         return torch.where(position == 1, self.beta_first, beta)
 

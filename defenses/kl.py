@@ -19,9 +19,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from harmbench_vaccine.data.collate import IGNORED
 from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, response_mask
 
 
 class KL(Defense):
@@ -40,11 +39,10 @@ class KL(Defense):
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """Return the gradient of the user's loss plus the weighted divergence."""
-        answering = batch["labels"][:, 1:] != IGNORED  # the logits at position t - 1 score token t
         with stage.reference():
-            teacher = stage.output(batch).logits[:, :-1][answering].float().log_softmax(-1)
+            teacher = stage.output(batch).logits.float().log_softmax(-1)
         output = stage.output(batch)
-        student = output.logits[:, :-1][answering].float().log_softmax(-1)
+        student = output.logits.float().log_softmax(-1)
         divergence = nn.functional.kl_div(student, teacher, reduction="sum", log_target=True)
-        divergence = divergence / stage.sum_over_ranks(answering.sum())
+        divergence = divergence / stage.sum_over_ranks(response_mask(batch).sum())
         return stage.gradient_of(output.loss + self.lam * divergence)

@@ -282,6 +282,10 @@ class LoraStack:
     def _add(self, name: str, config: LoraConfig) -> None:
         from peft import get_peft_model
 
+        from .lora_linear import LoraLinear
+
+        if getattr(self.base, "quantization_method", None) is None:  # a quantized layer is computed by peft
+            config._register_custom_module({nn.Linear: LoraLinear})
         problem = ""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft corrects it for every module

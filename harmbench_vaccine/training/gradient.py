@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,21 +43,45 @@ class Gradient:
         return global_norm([value for value in self.values if value is not None])
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def response_mask(batch: Batch) -> Tensor:
+    """Return the mask of the positions that score a response token (rows x length - 1, bool).
+
+    Position t scores label t + 1.
+    """
+    return batch["labels"][:, 1:] != IGNORED
+
+
+def token_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Compute the cross-entropy of every response token.
 
     Args:
-        logits: Logits (rows x length x vocabulary).
-        labels: Labels (rows x length).
+        logits: Logits at the response tokens, as `TrainingStage.output` returns them (response tokens x vocabulary).
+        batch: The batch.
 
     Returns:
-        The losses and the mask of response tokens, each (rows x length - 1). Position t scores label t + 1.
+        The losses, in the order of `response_mask` (response tokens).
     """
-    targets = labels[:, 1:]
-    losses = nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view(targets.shape), targets != IGNORED
+    targets = batch["labels"][:, 1:][response_mask(batch)]
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+@contextmanager
+def logits_at(model: Any, places: Tensor) -> Iterator[None]:
+    """Compute logits at some tokens only inside the block: with a large vocabulary, logits cost much.
+
+    Args:
+        model: A causal language model of transformers.
+        places: The places of the tokens in the flattened input of the model.
+    """
+
+    def select(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].flatten(0, 1).index_select(0, places), *args[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

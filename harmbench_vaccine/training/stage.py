@@ -20,7 +20,9 @@ from harmbench_vaccine.core.types import Example, Pools, StageName, TrainSetting
 from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
 
 from .adapters import Adapter, LoraStack, concatenate
-from .gradient import Batch, Gradient, global_norm, token_losses
+from .dropout import same_dropout
+from .gradient import Batch, Gradient, global_norm, logits_at, response_mask, token_losses
+from .packing import FEWEST_PADS, Packing, can_pack, current_packing, packed
 from .taps import TapPlace, Taps, layer_numbers
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "attended_tokens",
     "global_norm",
     "local_batch_rows",
+    "response_mask",
     "same_dropout",
     "token_losses",
 ]
@@ -89,22 +92,27 @@ class TrainingStage:
     # -- losses and gradients
 
     def output(self, batch: Batch, **options: Any) -> Any:
-        """Run the model on a batch.
+        """Run the model on a batch whose rows are padded on the right.
 
         Args:
             batch: The batch; its labels define `loss`.
             **options: Arguments of the model's forward pass, such as `output_hidden_states=True`.
 
         Returns:
-            The model's output, with `loss` (see `loss`) and `logits` (rows x length x vocabulary).
+            The model's output, with `loss` (see `loss`), and with `logits` at the positions of `response_mask`
+            (response tokens x vocabulary).
         """
-        ids, mask, labels = (batch[key] for key in ("input_ids", "attention_mask", "labels"))
-        options = {"use_cache": False, **options}
-        if distributed.world_size() == 1:
-            return self.model(input_ids=ids, attention_mask=mask, labels=labels, **options)
-        output = self.model(input_ids=ids, attention_mask=mask, **options)
-        losses, in_response = token_losses(output.logits, labels)
-        output.loss = losses[in_response].sum() / self.sum_over_ranks(in_response.sum())
+        ids, base = batch["input_ids"], self.stack.base
+        places = nn.functional.pad(response_mask(batch), (0, 1)).flatten().nonzero().squeeze(1)
+        packing = Packing(batch["attention_mask"]) if can_pack(base) and not options else None
+        if packing and packing.share >= FEWEST_PADS:
+            with packed(base, packing), logits_at(base, packing.numbers[places]):
+                output = self.model(input_ids=packing.pack(ids), position_ids=packing.positions, use_cache=False)
+        else:  # without a mask: a token attends only to tokens before it, so never to padding on its right
+            with logits_at(base, places):
+                output = self.model(input_ids=ids, use_cache=False, **options)
+        losses = token_losses(output.logits, batch)
+        output.loss = losses.sum() / self.sum_over_ranks(losses.new_tensor(len(losses)))
         return output
 
     def loss(self, batch: Batch) -> Tensor:
@@ -317,9 +325,14 @@ class TrainingStage:
             modules: Names of modules of the base model.
             callback: Receives the module's name and its input x (rows x length x inputs).
         """
+
+        def read(name: str, x: Tensor) -> None:
+            packing = current_packing()
+            callback(name, packing.pad(x) if packing else x)
+
         handles = [
             self.stack.base.get_submodule(name).register_forward_pre_hook(
-                lambda module, args, name=name: callback(name, args[0])
+                lambda module, args, name=name: read(name, args[0])
             )
             for name in modules
         ]
@@ -379,8 +392,3 @@ def local_batch_rows(rows: Sequence[Encoded]) -> Sequence[Encoded]:
 def attended_tokens(batch: Batch) -> Tensor:
     """Return the mask of tokens that are not padding, in rows with labels (rows x length, bool)."""
     return batch["attention_mask"].bool() & (batch["labels"] != IGNORED).any(1, keepdim=True)
-
-
-def same_dropout() -> AbstractContextManager[None]:
-    """Restore the random state after the block, so that the next forward pass draws the same dropout masks."""
-    return forked_rng()

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from harmbench_vaccine.core.errors import BadInput
 
+from .packing import current_packing
+
 TapPlace = Literal["attention", "mlp", "layer"]
 """The block whose output is tapped: attention block, MLP, or complete decoder layer."""
 
@@ -129,6 +131,7 @@ class Taps:
             "mlp": mlp_blocks,
             "layer": lambda model: list(decoder_layers(model)),
         }
+        self._model = model
         self.blocks = find[place](model)
         layers = decoder_layers(model)
         self._first = layers[0]
@@ -154,8 +157,10 @@ class Taps:
         """Add zeros that require a gradient to the block outputs, to read dL/dh_l.
 
         After a forward pass, the list contains L leaves e_l (batch x length x width, float32) with dL/de_l = dL/dh_l.
-        Gradient checkpointing recomputes the forward pass with the same leaves.
+        Gradient checkpointing recomputes the forward pass with the same leaves. The parameters need no gradient inside
+        the block, so that the backward pass stops at the first block and computes nothing else.
         """
+        free = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         probes: dict[int, Tensor] = {}
         leaves: list[Tensor] = []
 
@@ -165,8 +170,14 @@ class Taps:
                 leaves.append(probes[number])
             return output + probes[number].to(output.dtype)
 
-        with self.changed(add):
-            yield leaves
+        try:
+            for parameter in free:
+                parameter.requires_grad_(False)
+            with self.changed(add):
+                yield leaves
+        finally:
+            for parameter in free:
+                parameter.requires_grad_(True)
 
     @contextmanager
     def changed(self, change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
@@ -185,10 +196,11 @@ class Taps:
         def hook(number: int) -> Any:
             def run(module: nn.Module, args: Any, output: Any) -> Any:
                 first = output[0] if isinstance(output, tuple) else output
-                replacement = change(number, first.reshape(*shape, -1))  # OPT flattens the tokens before its MLP
+                states, packing = first.reshape(*shape, -1), current_packing()  # OPT flattens the tokens before its MLP
+                replacement = change(number, packing.pad(states) if packing else states)
                 if replacement is None:
                     return None
-                replacement = replacement.reshape(first.shape)
+                replacement = (packing.pack(replacement) if packing else replacement).reshape(first.shape)
                 return (replacement, *output[1:]) if isinstance(output, tuple) else replacement
 
             return run
