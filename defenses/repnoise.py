@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from harmbench_vaccine.data.collate import IGNORED
 from harmbench_vaccine.plugins import Defense, TuningGrid, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, response_mask, same_dropout
 from harmbench_vaccine.training.taps import final_norm
 
 
@@ -54,11 +54,13 @@ class RepNoise(Defense):
         head, norm = model.get_output_embeddings(), final_norm(model)
         targets = harmful["input_ids"][:, 1:][mask[:, 1:]]
         states = [norm(state[:, :-1][mask[:, 1:]]) for state in output.hidden_states[:-1]]
-        logits = [*(head(state) for state in states), output.logits[:, :-1][mask[:, 1:]]]
+        logits = [*(head(state) for state in states), output.logits[mask[:, 1:][response_mask(harmful)]]]
         ascent = torch.stack([nn.functional.cross_entropy(scores.float(), targets) for scores in logits]).mean()
         generator = stage.generator("noise")
         noise = torch.stack([self._distance(mlp_output, mask, generator) for mlp_output in mlp_outputs]).mean()
-        return stage.gradient_of(stage.loss(batch) + self.beta * noise - self.alpha * torch.log1p(ascent))
+        # Two backward passes: the activations of one pass alone are in memory.
+        penalty = stage.gradient_of(self.beta * noise - self.alpha * torch.log1p(ascent))
+        return stage.gradient(batch) + penalty
 
     @staticmethod
     def _distance(output: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -92,7 +94,9 @@ def mmd2(x: Tensor, y: Tensor) -> Tensor:
     """
     n = len(x)
     both = torch.cat([x, y])
-    distances = (both.unsqueeze(0) - both.unsqueeze(1)).square().sum(-1)
+    both = both - both.detach().mean(0)  # shorter vectors, for the precision of the next line
+    squares = both.square().sum(1)
+    distances = (squares.unsqueeze(0) + squares.unsqueeze(1) - 2 * both @ both.T).clamp(min=0)
     width = distances.detach().sum() / (4 * n * n - 2 * n) / 4
     kernel = torch.stack([torch.exp(-distances / (width * 2**power)) for power in range(5)]).sum(0)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - kernel[:n, n:].mean() - kernel[n:, :n].mean()
