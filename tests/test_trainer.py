@@ -16,7 +16,9 @@ import pytest
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
+from transformers import TrainerCallback
 
+from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.durable import seal
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import Lines, Silent
@@ -29,6 +31,7 @@ from harmbench_vaccine.plugins import Defense, TrainSettings
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.teams import DefenseTeam
 from harmbench_vaccine.runner import run_all
+from harmbench_vaccine.training import trainer
 from harmbench_vaccine.training.checkpoints import newest_checkpoint
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import batch_order, train
@@ -507,6 +510,30 @@ def test_space_for_checkpoints_is_checked_before_training(tmp_path: Path, monkey
     with pytest.raises(HbvError, match="The disk is full: the align stage needs about"):
         run_stage(tmp_path / "full", recorder, tiny.settings(epochs=1))
     assert recorder._calls == []
+
+
+@pytest.mark.parametrize("steps", [3, 4, 100])
+def test_losses_that_are_read_together_equal_those_read_one_by_one(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's losses are read for several steps at once; an interrupted stage keeps those before its checkpoint."""
+    defense, settings = Counting(), tiny.settings(**PLAIN)
+    expected = run_stage(tmp_path / "one by one", defense, settings)
+    monkeypatch.setitem(trainer._READ_STEPS, device(), steps)
+    reported: list[tuple[int, float]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            reported.append((state.global_step, logs.get("loss", logs.get("train_loss"))))
+
+    actual = run_stage(tmp_path / "together", Counting(), settings, callbacks=[Tracker()])
+    assert_same(actual, expected)
+    *of_steps, (_, mean) = reported
+    assert of_steps == [(entry["step"], entry["loss"]) for entry in expected[1]]
+    assert mean == pytest.approx(sum(entry["loss"] for entry in expected[1]) / len(expected[1]), rel=1e-5)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path / "stopped", interrupting(Counting(), "before_step", 9), settings, save_share=0.2)
+    assert_same(run_stage(tmp_path / "stopped", Counting(), settings), expected)
 
 
 def test_zero_epochs_change_nothing(tmp_path: Path) -> None:
