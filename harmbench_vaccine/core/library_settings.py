@@ -11,10 +11,9 @@ _DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # they would break our progress bars
     "HF_HUB_VERBOSITY": "error",  # failures are reported in one line
-    "MKL_CBWR": "AVX2,STRICT",  # matrix products have the same bits for any number of threads
 }
-_WIDE_VECTORS = {"ATEN_CPU_CAPABILITY": "avx2"}
-"""For a CPU with AVX-512: torch computes with the vectors of `MKL_CBWR`, as it does on other x86 CPUs."""
+_SAME_BITS = "MKL_CBWR"
+"""With a branch of MKL that is named, and "STRICT", matrix products have the same bits for any number of threads."""
 
 
 def set_library_defaults() -> None:
@@ -36,11 +35,11 @@ def library_defaults() -> Iterator[None]:
 
 
 def _defaults() -> dict[str, str]:
-    return _DEFAULTS | (_WIDE_VECTORS if _has_avx512() else {})
+    return {**_DEFAULTS, _SAME_BITS: f"{'AVX512' if _has_avx512() else 'AVX2'},STRICT"}
 
 
 def _has_avx512() -> bool:
-    """Return whether the CPU has AVX-512. Where the kernel does not list its features, torch keeps its choice."""
+    """Return whether the CPU has AVX-512; False where the kernel does not list its features."""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         return any("avx512f" in line for line in file if line.startswith("flags"))
     return False
