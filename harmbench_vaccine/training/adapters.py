@@ -149,11 +149,13 @@ class LoraStack:
         self.model: PreTrainedModel | PeftModel = base.requires_grad_(False)
         self._names: dict[Path, str] = {}
         self._active: list[str] = []
+        self._found: list[nn.Module] | None = None
         self._count = 0
 
     def use(self, adapters: Sequence[Path]) -> nn.Module:
         """Return the model with exactly these adapters active, frozen and in evaluation mode."""
         self._activate(self._load(adapters))
+        self.model.requires_grad_(False)
         return self.model.eval()
 
     def train(
@@ -245,16 +247,17 @@ class LoraStack:
             adapters: The adapters; `()` runs the base model alone.
         """
         training, active = self.model.training, self._active
-        free = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        missing = any(path not in self._names for path in adapters)
+        free = [parameter for parameter in self.model.parameters() if parameter.requires_grad] if missing else []
         self._activate(self._load(adapters))
-        self.model.eval()
+        self._set_training(False)
         try:
             with torch.no_grad():
                 yield
         finally:
             self._activate(active)
-            self.model.train(training)
-            for parameter in free:
+            self._set_training(training)
+            for parameter in free:  # peft changes them when it adds an adapter
                 parameter.requires_grad_(True)
 
     def _load(self, paths: Sequence[Path]) -> list[str]:
@@ -286,7 +289,7 @@ class LoraStack:
 
         if getattr(self.base, "quantization_method", None) is None:  # a quantized layer is computed by peft
             config._register_custom_module({nn.Linear: LoraLinear})
-        problem = ""
+        self._found, problem = None, ""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "fan_in_fan_out is set")  # peft corrects it for every module
             warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # `merge_adapter` unties them
@@ -308,6 +311,7 @@ class LoraStack:
 
     def _delete(self, name: str) -> None:
         assert _has_adapters(self.model)
+        self._found = None
         remaining = [adapter for adapter in self.model.peft_config if adapter != name]
         if remaining:  # peft must not refer to a deleted adapter
             self.model.set_adapter(remaining[0])
@@ -331,16 +335,23 @@ class LoraStack:
             )
 
     def _activate(self, names: Sequence[str]) -> None:
+        """Select adapters as peft's `set_adapter` does, but leave `requires_grad`, whose changes take 40 ms."""
         self._active = list(names)
-        if not _has_adapters(self.model):
-            return
-        tuner: Any = self.model.base_model
-        if names:
-            tuner.enable_adapter_layers()
-            tuner.set_adapter(list(names))
-        else:
-            tuner.disable_adapter_layers()
-        self.model.requires_grad_(False)
+        for module in self._modules:
+            if "_active_adapter" in vars(module):  # a layer of peft
+                vars(module)["_disable_adapters"] = not names
+                vars(module)["_active_adapter"] = list(names) or vars(module)["_active_adapter"]
+
+    def _set_training(self, mode: bool) -> None:
+        for module in self._modules:
+            vars(module)["training"] = mode
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        """All modules of the model: a search for them takes several ms, and a step of some defenses needs them."""
+        if self._found is None:
+            self._found = list(self.model.modules())
+        return self._found
 
 
 def available_targets(base: nn.Module, targets: Sequence[str]) -> list[str]:

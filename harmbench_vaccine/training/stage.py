@@ -310,7 +310,7 @@ class TrainingStage:
     def taps_on(self, place: TapPlace) -> Taps:
         """Return taps on the outputs of the attention blocks, the MLPs or the decoder layers."""
         if place not in self._taps:
-            self._taps[place] = Taps(self.model, place)
+            self._taps[place] = Taps(self.model, place, lambda: self.trainable.values())
         return self._taps[place]
 
     @cached_property

@@ -9,7 +9,7 @@ residual is added.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -120,18 +120,24 @@ class Taps:
     Args:
         model: The model.
         place: The blocks to tap.
+        trainable: Returns the trainable parameters; by default they are searched in the model.
 
     Raises:
         BadInput: The model has no such blocks.
     """
 
-    def __init__(self, model: nn.Module, place: TapPlace = "attention") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        place: TapPlace = "attention",
+        trainable: Callable[[], Iterable[nn.Parameter]] | None = None,
+    ) -> None:
         find: dict[TapPlace, Callable[[nn.Module], Sequence[nn.Module]]] = {
             "attention": attention_blocks,
             "mlp": mlp_blocks,
             "layer": lambda model: list(decoder_layers(model)),
         }
-        self._model = model
+        self._trainable = trainable or model.parameters
         self.blocks = find[place](model)
         layers = decoder_layers(model)
         self._first = layers[0]
@@ -160,7 +166,7 @@ class Taps:
         Gradient checkpointing recomputes the forward pass with the same leaves. The parameters need no gradient inside
         the block, so that the backward pass stops at the first block and computes nothing else.
         """
-        free = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        free = [parameter for parameter in self._trainable() if parameter.requires_grad]
         probes: dict[int, Tensor] = {}
         leaves: list[Tensor] = []
 
