@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from harmbench_vaccine.core.library_settings import set_library_defaults
 set_library_defaults()  # before a test imports torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+TEST_DEVICE = os.environ.get("HBV_TEST_DEVICE", "cpu")
+"""The device of the models in tests: cpu, cuda, or simulated (`support.simulated_gpu`)."""
 os.environ["COLUMNS"] = "170"  # tables have all their columns, whatever the terminal
 
 
@@ -36,11 +39,26 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+@pytest.fixture(autouse=True, scope="session")
+def gpu() -> Iterator[None]:
+    """Simulate a GPU for all tests if HBV_TEST_DEVICE is `simulated`."""
+    with ExitStack() as stack:
+        if TEST_DEVICE == "simulated":
+            from support.simulated_gpu import simulated_gpu
+
+            stack.enter_context(simulated_gpu())
+        yield
+
+
 @pytest.fixture(autouse=True)
-def own_device() -> Iterator[None]:
-    """Restore the choice of a device, which a command stores in the environment of its process."""
+def own_device(gpu: None) -> Iterator[None]:
+    """Run models on the CPU, also on a machine with a GPU, or on the device that HBV_TEST_DEVICE names.
+
+    A command stores its choice of a device in the environment of its process: it is restored after the test.
+    """
     names = ("HBV_DEVICE", "CUDA_VISIBLE_DEVICES")
-    before = {name: os.environ.pop(name, None) if name == "HBV_DEVICE" else os.environ.get(name) for name in names}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ["HBV_DEVICE"] = "cpu" if TEST_DEVICE == "cpu" else "cuda"
     yield
     for name, value in before.items():
         os.environ.pop(name, None)
