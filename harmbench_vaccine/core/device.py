@@ -9,10 +9,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .errors import BadInput, unknown_name
 
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+ModelT = TypeVar("ModelT", bound="Module")
 VARIABLE = "HBV_DEVICE"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _GPU = re.compile(r"cuda:(\d{1,3})", re.ASCII)
@@ -72,6 +76,19 @@ def select_device(name: str) -> Device:
     kind: Device = "cpu" if name == "cpu" else "cuda"
     os.environ[VARIABLE] = kind
     return kind
+
+
+def place_model(model: ModelT) -> ModelT:
+    """Move a model to the device of this process, in place, before a hook or an adapter uses it.
+
+    Weights that have a place of their own stay there: quantized or sharded ones, and those without storage (`meta`).
+
+    Returns:
+        The same model.
+    """
+    weight: Any = next(model.parameters(), None)
+    has_own_place = weight is None or weight.is_meta or hasattr(weight, "device_mesh")  # of a sharded weight
+    return model if has_own_place or getattr(model, "quantization_method", None) else model.to(device())
 
 
 def forked_rng() -> AbstractContextManager[None]:
