@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, Literal
 
-from harmbench_vaccine.core.device import device
+from harmbench_vaccine.core.device import device, place_model
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.data import hub
 from harmbench_vaccine.data.sources import local_path, name_and_revision
@@ -98,7 +98,7 @@ def load_judge(location: str, head: JudgeHead, dtype: str = "auto") -> tuple[Any
         multimodal = "ConditionalGeneration" in (config.architectures or [""])[0]  # Llama Guard 4
         kind = transformers.AutoModelForImageTextToText if multimodal else transformers.AutoModelForCausalLM
     model = load_model(kind, location, "Judge", dtype=weights_dtype)
-    return tokenizer, model.to(device()).eval()
+    return tokenizer, place_model(model).eval()
 
 
 def load_tokenizer_and_config(location: str, what: str = "Judge") -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harmbench_vaccine.core import distributed
-from harmbench_vaccine.core.device import device
+from harmbench_vaccine.core.device import device, place_model
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.data.sources import local_path
@@ -307,8 +307,7 @@ class ModelPool:
             from harmbench_vaccine.training.sharding import shard
 
             return shard(model)
-        place: Any = device()  # Any: transformers types `to` too narrowly
-        return model if options else model.to(place)  # bitsandbytes has placed what it quantized
+        return place_model(model)
 
     def _unload_stack(self) -> None:
         self._stack = None

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harmbench_vaccine.core.device import forked_rng
+from harmbench_vaccine.core.device import forked_rng, place_model
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.types import TrainSettings
 
@@ -134,7 +134,7 @@ class LoraStack:
     """One frozen base model with LoRA adapters, of which one combination is active at a time.
 
     Args:
-        base: The base model; its weights are frozen.
+        base: The base model; its weights are frozen, and moved to the device of this process (`place_model`).
         note: Prints a line for the user; every line is printed once.
     """
 
@@ -146,7 +146,7 @@ class LoraStack:
     def __init__(self, base: PreTrainedModel, note: Callable[[str], None] = lambda text: None) -> None:
         self.base = base
         self._note = cache(note)  # print every line once
-        self.model: PreTrainedModel | PeftModel = base.requires_grad_(False)
+        self.model: PreTrainedModel | PeftModel = place_model(base).requires_grad_(False)
         self._names: dict[Path, str] = {}
         self._active: list[str] = []
         self._found: list[nn.Module] | None = None

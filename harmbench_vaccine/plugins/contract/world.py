@@ -15,7 +15,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any
 
-from harmbench_vaccine.core.device import device, forked_rng
+from harmbench_vaccine.core.device import forked_rng, place_model
 from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, Mix, Pools, StageName, TrainSettings, Verdict
 from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate, prompt_template
@@ -156,8 +156,7 @@ class TinyWorld:
         with forked_rng():
             torch.manual_seed(0)
             model: PreTrainedModel = LlamaForCausalLM(config)
-        place: Any = device()  # Any: transformers types `to` too narrowly
-        return model.to(place, getattr(torch, dtype)).eval()
+        return place_model(model.to(getattr(torch, dtype))).eval()
 
     def random_adapter(self, seed: int) -> Adapter:
         """Return a LoRA of random numbers on every target module of the base model."""

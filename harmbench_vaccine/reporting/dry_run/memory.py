@@ -97,7 +97,7 @@ def _activation_bytes(stack: LoraStack, rows: int, width: int) -> int:
     import torch
 
     model = stack.model
-    ids = torch.zeros(rows, width, dtype=torch.long)
+    ids = torch.zeros(rows, width, dtype=torch.long, device=next(model.parameters()).device)
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     sizes: dict[int, int] = {}
 
