@@ -14,6 +14,8 @@ from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.booster import Booster
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, Pools
+from harmbench_vaccine.training import lora_linear
+from harmbench_vaccine.training.dropout import draw_mask
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train
 from support import tiny
@@ -26,6 +28,7 @@ from support.autograd import (
     replace_harmful_loss,
 )
 from support.compare import close_in_norm, same
+from support.hooks import recorded_rows
 from support.optimizers import assert_equal_where_firm, plain_adamw
 from support.trainer import assert_same, interrupting
 
@@ -133,7 +136,8 @@ def test_correction_tends_to_the_hessian_along_the_harmful_gradient() -> None:
     gradient = Booster(lam=lam, alpha=alpha).gradient(training, batch)
     correction = [a - b for a, b in zip(gradient.values, training.gradient(batch).values, strict=True)]
     parameters = list(training.trainable.values())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # supports a second derivative
+    # `cross_entropy` and this kernel have a second derivative
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         g_h = torch.autograd.grad(cross_entropy(training.model, harmful[0]), parameters, create_graph=True)
         squared_norm = sum((g * g.detach()).sum() for g in g_h)
         hessian_products = torch.autograd.grad(squared_norm, parameters)  # type: ignore[arg-type]
@@ -202,18 +206,14 @@ def test_a_frozen_parameter_has_no_gradient() -> None:
 
 def test_two_passes_use_the_same_harmful_rows_and_one_uses_the_batch() -> None:
     training, batch = stage(), tiny.batch()
-    passes: list[Any] = []
-    training.model.register_forward_pre_hook(
-        lambda module, args, more: passes.append(more["input_ids"].tolist()), with_kwargs=True
-    )
-    Booster().gradient(training, batch)
+    with recorded_rows(training.model) as passes:
+        Booster().gradient(training, batch)
     first, second, third = passes
     assert first == second
-    assert third == batch["input_ids"].tolist()
+    assert third == [[token for token in row if token != tiny.PAD] for row in batch["input_ids"].tolist()]
     pool = [row.ids for row in tiny.encode(POOLS.harmful)]
     assert len(first) == training.settings.batch
-    for row in first:
-        assert [token for token in row if token != tiny.PAD] in pool
+    assert all(row in pool for row in first)
 
 
 def test_missing_harmful_rows_are_refused() -> None:
@@ -227,14 +227,18 @@ def test_missing_harmful_rows_are_refused() -> None:
 # Dropout
 
 
-def test_both_harmful_passes_see_the_same_dropout_masks() -> None:
+def test_both_harmful_passes_see_the_same_dropout_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     training = stage(lora_dropout=0.3)
     training.model.train()
     masks: list[list[Tensor]] = []
     training.model.register_forward_pre_hook(lambda module, args: masks.append([]))
-    for module in training.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(lambda module, args, output: masks[-1].append(output == 0))
+
+    def draw(x: Tensor, rate: float) -> Tensor:
+        mask = draw_mask(x, rate)
+        masks[-1].append(mask == 0)
+        return mask
+
+    monkeypatch.setattr(lora_linear, "draw_mask", draw)
     torch.manual_seed(5)
     Booster(lam=5.0, alpha=5.0).gradient(training, tiny.batch())
     torch.manual_seed(6)

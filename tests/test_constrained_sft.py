@@ -150,17 +150,15 @@ def weights(betas: tuple[float, float, float], labels: Tensor, shift: Tensor) ->
     """
     z = torch.nn.Parameter(torch.randn(*labels.shape, 7, generator=torch.Generator().manual_seed(0)))
     stage = TrainingStage("finetune", SimpleNamespace(), {"z": z}, 0)
-    stage.output = lambda batch: SimpleNamespace(logits=z)
-    p = z.detach().softmax(-1)[:, :-1]
-    y, answering = torch.nn.functional.one_hot(labels[:, 1:].clamp(min=0), 7).float(), labels[:, 1:] != IGNORED
+    answering = labels[:, 1:] != IGNORED
+    stage.output = lambda batch: SimpleNamespace(logits=z[:, :-1][answering])
+    p, y = z.detach().softmax(-1)[:, :-1], torch.nn.functional.one_hot(labels[:, 1:].clamp(min=0), 7).float()
     losses = -(p * y).sum(-1).log()
     defense = ConstrainedSFT(**params(betas))
     defense.restore({"before": torch.where(answering, losses + shift, 0)})
     gradient = defense.gradient(stage, {"labels": labels, "rows": torch.arange(len(labels))})
     values = gradient.values[0]
     assert values is not None
-    assert not values[:, :-1][~answering].any()
-    assert not values[:, -1].any()
     slopes = (p - y) / answering.sum()
     omega = (values[:, :-1] * slopes).sum(-1) / slopes.square().sum(-1)
     torch.testing.assert_close(values[:, :-1], torch.where(answering, omega, 0)[..., None] * slopes)

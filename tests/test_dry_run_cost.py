@@ -20,6 +20,7 @@ from harmbench_vaccine.plugins.registry import SCORERS
 from harmbench_vaccine.reporting.dry_run.devices import DeviceRates, device_table, find_device
 from harmbench_vaccine.reporting.dry_run.memory import count_memory
 from harmbench_vaccine.reporting.dry_run.random_models import load_config, model_shapes, random_model
+from support.autograd import peft_computation
 from support.cli import hbv
 
 SHAPES = {shape.models[0]: shape for shape in model_shapes().values()}
@@ -122,10 +123,16 @@ def test_shared_stages_cost_once(world: Path, own_home: Path) -> None:
 
 
 def test_memory_is_near_the_measured_one() -> None:
-    """24.5 GB were measured; the note of the command states what is estimated."""
+    """24.5 GB were measured with LoRA layers of peft; the note of the command states what is estimated.
+
+    peft also keeps a float32 copy of the inputs.
+    """
     settings = replace(load_protocol("vaccine-paper").align.settings, batch=5)
+    with peft_computation():  # `count_memory` stores its results
+        measured = count_memory.__wrapped__(LLAMA, "bfloat16", "none", settings, 200)
+    assert measured.peak == pytest.approx(28.5e9, rel=0.01)
     memory = count_memory(LLAMA, "bfloat16", "none", settings, 200)
-    assert memory.peak == pytest.approx(28.5e9, rel=0.01)
+    assert memory.peak == pytest.approx(22.1e9, rel=0.01)
     less = count_memory(LLAMA, "bfloat16", "none", settings, 200, gradient_checkpointing=True)
     layer_inputs = 32 * 5 * 200 * 4096 * 2
     assert less.activations == pytest.approx(layer_inputs + memory.activations / 32, rel=0.01)
@@ -176,7 +183,7 @@ def test_answer_comes_first(own_home: Path) -> None:
 def test_memory_that_does_not_fit_has_advice(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each stage that does not fit has its advice, and with all advice the run fits."""
     monkeypatch.setattr(engine, "find_spec", lambda name: name)  # vLLM may be missing here
-    small = (*PAPER, "--on", "rtx-4090-24gb")
+    small = (*PAPER, "--set", "align.settings.batch=10", "--on", "rtx-4090-24gb")
     memory = summary(hbv(*small).out)["memory"]
     assert "(stage score): does not fit; try fewer rows per batch" in memory
     assert "--backend vllm" in memory

@@ -165,7 +165,7 @@ def test_more_padding_has_no_effect(size: tuple[int, ...], aligned: Aligned) -> 
 
 def on_logits(scores: Tensor, teacher: Tensor, labels: Tensor, lam: float = 1.0) -> tuple[float, Tensor]:
     """Return the loss and gradient of KL if the logits are the parameters and the user's loss is 0."""
-    z, inside = torch.nn.Parameter(scores.clone()), []
+    z, inside, answering = torch.nn.Parameter(scores.clone()), [], labels[:, 1:] != IGNORED
     stage = TrainingStage("finetune", SimpleNamespace(), {"z": z}, 0)
 
     @contextmanager
@@ -176,7 +176,7 @@ def on_logits(scores: Tensor, teacher: Tensor, labels: Tensor, lam: float = 1.0)
         inside.pop()
 
     stage.reference = reference
-    stage.output = lambda batch: SimpleNamespace(logits=teacher if inside else z, loss=0 * z.sum())
+    stage.output = lambda batch: SimpleNamespace(logits=(teacher if inside else z)[:, :-1][answering], loss=0 * z.sum())
     gradient = KL(lam=lam).gradient(stage, {"labels": labels})
     assert gradient.values[0] is not None
     return gradient.loss.item(), gradient.values[0]
@@ -223,15 +223,26 @@ def test_a_change_that_is_constant_over_positions_is_penalized() -> None:
     assert on_logits(teacher + 3.0, teacher, LABELS)[0] == pytest.approx(0, abs=1e-6)  # the same distribution
 
 
-def test_prompt_and_padding_do_not_count() -> None:
-    scores, teacher = random_logits(7, 0), random_logits(7, 1)
-    plain = on_logits(scores, teacher, LABELS)
-    changed = torch.where(ANSWERING[..., None], scores, scores + 5 * random_logits(7, 2))
-    assert on_logits(changed, teacher, LABELS)[0] == plain[0]
-    assert not on_logits(changed, teacher, LABELS)[1][~ANSWERING].any()
-    wide = [torch.cat([values, random_logits(7, 3)], 1) for values in (scores, teacher)]
-    labels = torch.cat([LABELS, torch.full((2, 5), IGNORED)], 1)
-    assert on_logits(wide[0], wide[1], labels)[0] == pytest.approx(plain[0], rel=1e-6)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # without and with padding
+def test_prompt_and_padding_do_not_count(attention: str, aligned: Aligned) -> None:
+    """States that score no response token have no effect on the loss and the gradient."""
+    base, batch = tiny.model(attn_implementation=attention), tiny.batch()
+    stage = tiny.stage(base, name="finetune", below=[aligned[0]], stirred=True)[0]
+    elsewhere = torch.nn.functional.pad(batch["labels"][:, 1:] == IGNORED, (0, 1), value=True)
+    plain, sizes = KL(lam=0.7).gradient(stage, batch), []
+
+    def change(module: torch.nn.Module, args: Any, states: Tensor, where: Tensor) -> Tensor:
+        noise = 5 * torch.randn(*batch["input_ids"].shape, 64) * where[..., None]
+        real = batch["attention_mask"].bool()
+        sizes.append(states.shape[:2].numel())
+        return states + (noise if states.shape == noise.shape else noise[real][None])
+
+    for where, equal in ((elsewhere, True), (~elsewhere, False)):
+        with base.model.norm.register_forward_hook(lambda *args, where=where: change(*args, where)):
+            gradient = KL(lam=0.7).gradient(stage, batch)
+        assert torch.equal(gradient.loss, plain.loss) is equal
+        assert same(gradient.values, plain.values) is equal
+    assert set(sizes) == {21 if attention == "sdpa" else 27}
 
 
 def test_the_order_of_positions_does_not_matter_and_the_order_of_words_does() -> None:
@@ -263,10 +274,13 @@ def test_the_teacher_has_no_dropout_when_the_student_has(topology: str, aligned:
     tiny.stir(stage.trainable, seed=8)
     stage.model.train()
     teacher, dropped = outputs(stage, lambda: KL().gradient(stage, batch))
-    real = batch["attention_mask"].bool()
-    torch.testing.assert_close(teacher[real], logits(batch, aligned[1])[real], atol=1e-5, rtol=1e-5)
-    undropped = student(aligned, topology, batch, leaves(stage))
-    assert (dropped - undropped)[real].abs().max() > 1e-2
+    answering = batch["labels"][:, 1:] != IGNORED
+    expected, undropped = (
+        scores[:, :-1][answering]
+        for scores in (logits(batch, aligned[1]), student(aligned, topology, batch, leaves(stage)))
+    )
+    torch.testing.assert_close(teacher, expected, atol=1e-5, rtol=1e-5)
+    assert (dropped - undropped).abs().max() > 1e-2
     assert stage.model.training
 
 
@@ -293,9 +307,9 @@ def test_the_reference_restores_the_model(topology: str, training: bool, failing
             assert not output.requires_grad
             assert not torch.is_grad_enabled()
             assert not stage.model.training
-            real = batch["attention_mask"].bool()
             expected = logits(batch, *([] if topology == "unaligned" else [aligned[1]]))
-            torch.testing.assert_close(output[real], expected[real], atol=1e-5, rtol=1e-5)
+            answering = batch["labels"][:, 1:] != IGNORED
+            torch.testing.assert_close(output, expected[:, :-1][answering], atol=1e-5, rtol=1e-5)
             if failing:
                 raise RuntimeError("broken")
 

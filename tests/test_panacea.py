@@ -33,6 +33,7 @@ from support.autograd import (
     replace_harmful_loss,
 )
 from support.compare import close_in_norm, same
+from support.hooks import recorded_rows
 from support.optimizers import assert_equal_where_firm, plain_adamw
 from support.runs import run_context
 from support.trainer import assert_same, interrupting
@@ -263,17 +264,14 @@ def test_a_frozen_parameter_has_no_gradient_and_no_shift() -> None:
 
 def test_two_passes_use_the_same_harmful_rows_and_one_uses_the_batch() -> None:
     training, batch = stage(), tiny.batch()
-    passes: list[Any] = []
-    training.model.register_forward_pre_hook(
-        lambda module, args, more: passes.append(more["input_ids"].tolist()), with_kwargs=True
-    )
-    Panacea().gradient(training, batch)
+    with recorded_rows(training.model) as passes:
+        Panacea().gradient(training, batch)
     first, second, third = passes
     assert first == second
-    assert third == batch["input_ids"].tolist()
+    assert third == [[token for token in row if token != tiny.PAD] for row in batch["input_ids"].tolist()]
     pool = [row.ids for row in tiny.encode(POOLS.harmful)]  # the rows of the defender, not of the attacker
     assert len(first) == training.settings.batch
-    assert all([token for token in row if token != tiny.PAD] in pool for row in first)
+    assert all(row in pool for row in first)
 
 
 def test_missing_harmful_rows_are_refused() -> None:

@@ -26,7 +26,7 @@ from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress, Silent
 from harmbench_vaccine.core.store import META
 from harmbench_vaccine.core.types import Example, TrainSettings
-from harmbench_vaccine.data.collate import Encoded
+from harmbench_vaccine.data.collate import IGNORED, Encoded
 from harmbench_vaccine.defenses.random_perturbation import RandomPerturbation
 from harmbench_vaccine.defenses.realign import Realign
 from harmbench_vaccine.experiment.artifacts import TrainedModel
@@ -403,7 +403,7 @@ def test_separate_training_leaves_the_model_without_dropout(defense: str, world:
 
 @dataclass(frozen=True)
 class Edit:
-    """The model before and after an edit: its adapter, its logits, its mode."""
+    """The model before and after an edit: its adapter, its logits at response tokens, its mode."""
 
     before: Adapter
     logits: Tensor
@@ -632,7 +632,10 @@ def test_a_chained_edit_uses_the_model_with_the_previous_edit(world: World, tmp_
         world.models(f"sft+random_perturbation=3{suffix}").final_adapter for suffix in ("", "+safe_lora=1")
     )
     base = world.base()
-    expected = [logits(base, [*models.below, adapter]) for adapter in (models.tuned_adapter, first, second)]
+    answering = tiny.batch()["labels"][:, 1:] != IGNORED
+    expected = [
+        logits(base, [*models.below, adapter])[:, :-1][answering] for adapter in (models.tuned_adapter, first, second)
+    ]
     for edit, expected_logits in zip(edits, expected, strict=True):
         assert (edit.logits - expected_logits).abs().max() < 1e-5 * expected_logits.abs().max()
     assert (expected[0] - expected[1]).abs().max() > 1e-2

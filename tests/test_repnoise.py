@@ -23,7 +23,7 @@ from harmbench_vaccine.training.trainer import train
 from support import tiny
 from support.autograd import cross_entropy
 from support.compare import close_in_norm, same
-from support.hooks import decoder_layers
+from support.hooks import decoder_layers, recorded_rows
 from support.optimizers import assert_equal_where_firm, plain_adamw
 from support.trainer import assert_same, interrupting
 
@@ -318,16 +318,13 @@ def test_padding_has_no_effect(samples: list[tuple[Tensor, Tensor]]) -> None:
 def test_pairs_stay_together_in_two_passes() -> None:
     training, batch = stage(), tiny.batch()
     pairs = record_pairs(training)
-    passes: list[Any] = []
-    training.model.register_forward_pre_hook(
-        lambda module, args, more: passes.append(more["input_ids"].tolist()), with_kwargs=True
-    )
-    RepNoise().gradient(training, batch)
-    safe, harmful = ([[t for t in row if t] for row in side["input_ids"].tolist()] for side in pairs[0])
+    with recorded_rows(training.model) as passes:
+        RepNoise().gradient(training, batch)
+    safe, harmful, rows = ([[t for t in row if t] for row in side["input_ids"].tolist()] for side in (*pairs[0], batch))
     pool = [[row.ids for row in tiny.encode(pair)] for pair in POOLS.paired]
     assert len(safe) == training.settings.batch
     assert all([left, right] in pool for left, right in zip(safe, harmful, strict=True))
-    assert passes == [pairs[0][1]["input_ids"].tolist(), batch["input_ids"].tolist()]
+    assert passes == [harmful, rows]
 
 
 def test_missing_pairs_are_refused() -> None:

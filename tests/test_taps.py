@@ -117,6 +117,8 @@ def test_hooks_are_removed_after_an_error(architecture: str) -> None:
 @pytest.mark.parametrize("defense", [SFT(), Vaccine(rho=2.0), RandomVaccine(variance=0.1)], ids=lambda d: d.name or "")
 def test_gradient_checkpointing_gives_the_same_gradient(architecture: str, defense: Defense) -> None:
     gradients, passes = [], []
+    # GPT-2 draws dropout masks in peft, which depend on the padding; a checkpointed model runs on padded rows.
+    batch = tiny.batch((9, 9, 9) if architecture == "gpt2" else (9, 5, 7))
     for checkpointing in (False, True):
         settings = tiny.settings(lora_dropout=0.3, lora_targets=tiny.targets(architecture))
         stage, _ = tiny.stage(tiny.model(architecture), trained_with=settings, stirred=True)
@@ -131,7 +133,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(architecture: str, defen
 
         torch.manual_seed(1)
         with hooked(stage.model, tally):
-            gradients.append(defense.gradient(stage, tiny.batch()).values)
+            gradients.append(defense.gradient(stage, batch).values)
         passes.append(count)
     assert passes[1] == 2 * passes[0]  # every block runs again in the backward pass
     for plain, recomputed in zip(*gradients, strict=True):

@@ -22,7 +22,7 @@ from harmbench_vaccine.training.trainer import train
 from support import tiny
 from support.autograd import cross_entropy
 from support.compare import close, same
-from support.hooks import applied_shifts, decoder_layers, hooked
+from support.hooks import applied_shifts, decoder_layers, hooked, recorded_rows
 from support.optimizers import assert_equal_where_firm, plain_adamw
 from support.trainer import assert_same, interrupting
 
@@ -296,15 +296,11 @@ def test_importance_is_the_share_of_each_layer_in_the_harmful_gradient_norms() -
 def test_importance_uses_one_pass_over_harmful_rows_and_has_no_side_effect() -> None:
     training = stage(lora_dropout=0.3)
     training.model.train()
-    rows: list[list[int]] = []
-
-    def record(module: Any, args: Any, more: Any) -> None:
-        rows.extend([token for token in row if token != tiny.PAD] for row in more["input_ids"].tolist())
-
-    training.model.register_forward_pre_hook(record, with_kwargs=True)
     torch.manual_seed(3)
     random_state = torch.get_rng_state()
-    TVaccine(gamma=1).before_step(training)
+    with recorded_rows(training.model) as passes:
+        TVaccine(gamma=1).before_step(training)
+    [rows] = passes
     assert torch.equal(torch.get_rng_state(), random_state)
     assert training.model.training
     assert all(parameter.grad is None for parameter in training.trainable.values())
@@ -316,7 +312,7 @@ def test_importance_uses_one_pass_over_harmful_rows_and_has_no_side_effect() -> 
 def test_a_gradient_at_a_padding_position_has_no_effect() -> None:
     importances = []
     for size in (0.0, 1e3):
-        training = stage()
+        training = stage(base=tiny.model(num_hidden_layers=LAYERS, attn_implementation="eager"))  # runs on padded rows
         padding = (1 - training.stream("harmful", POOLS.harmful)["attention_mask"])[..., None].float()
         assert padding.sum() > 0
 

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from harmbench_vaccine.training.lora_linear import LoraLinear
 from harmbench_vaccine.training.stage import Batch, TrainingStage
 
 
+@contextmanager
+def peft_computation() -> Iterator[None]:
+    """Let LoRA layers compute their outputs as in peft inside the block, with any number of derivatives."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraLinear, "forward", Linear.forward)
+        yield
+
+
 def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean of -log p(next token) over the response tokens, taken one by one."""
-    log_p = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
+    """Return the mean of -log p(next token) over the response tokens, taken one by one from all logits."""
+    with peft_computation():
+        log_p = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
     places = [(r, t) for r, row in enumerate(batch["labels"].tolist()) for t, label in enumerate(row) if label >= 0]
     return -torch.stack([log_p[r, t - 1, batch["labels"][r, t]] for r, t in places]).mean()
 
