@@ -12,7 +12,7 @@ from harmbench_vaccine.core.device import forked_rng
 
 from .packing import current_packing
 
-_Draw = tuple[bytes, torch.Size, torch.dtype, float]
+_Draw = tuple[bytes, tuple[int, ...], torch.dtype, float]
 """The random state before a mask, the mask's shape and dtype, and the rate."""
 
 
@@ -46,14 +46,22 @@ def draw_mask(x: Tensor, rate: float) -> Tensor:
     """
     if x.device.type != "cpu":
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate)
+    packing = current_packing()
+    if packing and x.shape[:-1].numel() == len(packing.places):  # not the LM head, which reads response tokens only
+        return packing.pack(_padded_mask((*packing.shape, x.shape[-1]), x.dtype, rate)).view(x.shape)
+    return _padded_mask(tuple(x.shape), x.dtype, rate)
+
+
+def _padded_mask(shape: tuple[int, ...], dtype: torch.dtype, rate: float) -> Tensor:
+    """Return the mask of a layer of the padded batch, from the memory if it was drawn before."""
     if not (_memory.records or _memory.masks):
-        return _draw(x, rate)
-    draw = _random_state(), x.shape, x.dtype, rate
+        return _draw(shape, dtype, rate)
+    draw = _random_state(), shape, dtype, rate
     if draw in _memory.masks:
         mask, after = _memory.masks[draw]
         torch.set_rng_state(after)
-        return mask.to(x.dtype)
-    mask = _draw(x, rate)
+        return mask.to(dtype)
+    mask = _draw(shape, dtype, rate)
     if _memory.records:
         _memory.masks[draw] = mask.bool(), torch.get_rng_state()
     return mask
@@ -81,11 +89,8 @@ def forget_masks() -> None:
     _memory.masks.clear()
 
 
-def _draw(x: Tensor, rate: float) -> Tensor:
-    packing = current_packing()
-    if packing is None:
-        return torch.empty_like(x).bernoulli_(1 - rate)
-    return packing.pack(x.new_empty(*packing.shape, x.shape[-1]).bernoulli_(1 - rate))  # as for padded rows
+def _draw(shape: tuple[int, ...], dtype: torch.dtype, rate: float) -> Tensor:
+    return torch.empty(shape, dtype=dtype).bernoulli_(1 - rate)
 
 
 def _random_state() -> bytes:

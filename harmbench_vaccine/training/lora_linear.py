@@ -25,7 +25,8 @@ class LoraLinear(Linear):
         """Return the output of the layer under its active adapters (... x outputs)."""
         base = self.base_layer
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
-        if args or kwargs or self.merged or self.lora_variant or type(base) is not nn.Linear or base._forward_hooks:
+        is_plain = type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
+        if args or kwargs or self.merged or self.lora_variant or not is_plain:
             output: Tensor = super().forward(x, *args, **kwargs)
             return output
         if not names:

@@ -2,7 +2,7 @@
 
 Everything in a decoder but attention works on one token at a time, so the result is the same and padding costs nothing.
 Attention pads queries, keys and values again, because one causal product for all rows is faster than a mask over all
-tokens. Taps, dropout masks and logits keep the shapes and values of the padded batch.
+tokens. Taps and logits keep the shapes of the padded batch, and on a CPU dropout keeps its masks.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 FEWEST_PADS = 0.05
 """Share of padding from which a batch is packed; below, padding costs less than packing."""
@@ -68,7 +66,10 @@ def packed(model: Any, packing: Packing) -> Iterator[None]:
         model: A model for which `can_pack` is true.
         packing: The packing of the batch.
     """
+    from transformers import AttentionInterface
+
     global _packing
+    AttentionInterface.register(_ATTENTION, _attend)
     before, _packing = _packing, packing
     attention = model.config._attn_implementation
     model.config._attn_implementation = _ATTENTION
@@ -82,14 +83,16 @@ def packed(model: Any, packing: Packing) -> Iterator[None]:
 def can_pack(model: Any) -> bool:
     """Return whether only the attention of a model mixes tokens, by torch's kernel over all tokens before.
 
-    Other attention (sliding windows, eager implementations) and recurrent layers run on padded rows. So does a model
-    that computes its activations again in the backward pass, where the packing is no longer known.
+    Other attention (sliding windows, eager implementations), other positions than those of OPT and of rotary
+    embeddings, and recurrent layers need padded rows. So does a model that computes its activations again in the
+    backward pass, where the packing is no longer known.
     """
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
     return (
         config._attn_implementation == "sdpa"
         and bool(getattr(model, "_supports_attention_backend", False))
         and not getattr(model, "is_gradient_checkpointing", False)
+        and bool(getattr(config, "rope_parameters", None) or config.model_type == "opt")
         and not getattr(config, "sliding_window", None)
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     )
@@ -99,10 +102,9 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Attend within each row of the packed batch; the tensors are (1 x heads x tokens x head size)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     assert _packing is not None
     query, key, value = (_packing.pad(tensor.transpose(1, 2)).transpose(1, 2) for tensor in (query, key, value))
     attended, _ = sdpa_attention_forward(module, query, key, value, None, **options)
     return _packing.pack(attended), None
-
-
-AttentionInterface.register(_ATTENTION, _attend)
