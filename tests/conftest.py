@@ -16,9 +16,24 @@ from harmbench_vaccine.core.library_settings import set_library_defaults
 set_library_defaults()  # before a test imports torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-TEST_DEVICE = os.environ.get("HBV_TEST_DEVICE", "cpu")
-"""The device of the models in tests: cpu, cuda, or simulated (`support.simulated_gpu`)."""
 os.environ["COLUMNS"] = "170"  # tables have all their columns, whatever the terminal
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Run models on the CPU, also on a machine with a GPU, unless HBV_TEST_DEVICE is `cuda` or `simulated`.
+
+    It is set before a test module is imported, because some create models. `simulated`: see `support.simulated_gpu`.
+    """
+    name = os.environ.get("HBV_TEST_DEVICE", "cpu")
+    if name not in ("cpu", "cuda", "simulated"):
+        raise pytest.UsageError(f"HBV_TEST_DEVICE is {name!r}; allowed: cpu, cuda, simulated.")
+    os.environ["HBV_DEVICE"] = "cpu" if name == "cpu" else "cuda"
+    if name == "simulated":
+        from support.simulated_gpu import simulated_gpu
+
+        simulation = ExitStack()
+        simulation.enter_context(simulated_gpu())
+        config.add_cleanup(simulation.close)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -39,26 +54,11 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-@pytest.fixture(autouse=True, scope="session")
-def gpu() -> Iterator[None]:
-    """Simulate a GPU for all tests if HBV_TEST_DEVICE is `simulated`."""
-    with ExitStack() as stack:
-        if TEST_DEVICE == "simulated":
-            from support.simulated_gpu import simulated_gpu
-
-            stack.enter_context(simulated_gpu())
-        yield
-
-
 @pytest.fixture(autouse=True)
-def own_device(gpu: None) -> Iterator[None]:
-    """Run models on the CPU, also on a machine with a GPU, or on the device that HBV_TEST_DEVICE names.
-
-    A command stores its choice of a device in the environment of its process: it is restored after the test.
-    """
+def own_device() -> Iterator[None]:
+    """Restore the choice of a device, which a command stores in the environment of its process."""
     names = ("HBV_DEVICE", "CUDA_VISIBLE_DEVICES")
     before = {name: os.environ.get(name) for name in names}
-    os.environ["HBV_DEVICE"] = "cpu" if TEST_DEVICE == "cpu" else "cuda"
     yield
     for name, value in before.items():
         os.environ.pop(name, None)

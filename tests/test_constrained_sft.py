@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.func import functional_call
 
-from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
+from harmbench_vaccine.data.collate import IGNORED, Encoded
 from harmbench_vaccine.defenses.constrained_sft import ConstrainedSFT
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -73,7 +73,7 @@ def train_adapter(
 
 
 def numbered_batch(rows: Sequence[Encoded], numbers: Sequence[int]) -> Batch:
-    return {**collate([rows[n] for n in numbers], tiny.PAD), "rows": torch.tensor(numbers)}
+    return tiny.collated([rows[n] for n in numbers]) | tiny.on_device({"rows": torch.tensor(numbers)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

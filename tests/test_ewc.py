@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.data.collate import Encoded, collate
+from harmbench_vaccine.data.collate import Encoded
 from harmbench_vaccine.defenses.ewc import EWC
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -35,7 +35,7 @@ def fisher(values: Values, rows: Sequence[Encoded], kind: str) -> list[Tensor]:
     size = 5 if kind == "batch" else 1
     squares = []
     for start in range(0, len(rows), size):
-        squares.append([g**2 for g in slopes(values, collate(rows[start : start + size], tiny.PAD))])
+        squares.append([g**2 for g in slopes(values, tiny.collated(rows[start : start + size]))])
     totals = [torch.stack(parts).sum(0) for parts in zip(*squares, strict=True)]
     return totals if kind == "batch" else [total / len(rows) for total in totals]
 
@@ -88,7 +88,7 @@ def test_three_steps_equal_plain_pytorch(
     pulls = []
     for step in range(3):
         micro = [
-            collate([rows[n] for n in numbers], tiny.PAD)
+            tiny.collated([rows[n] for n in numbers])
             for numbers in order[step * accumulation : (step + 1) * accumulation]
         ]
         task = torch.stack([cross_entropy(values, batch) for batch in micro]).mean()
@@ -173,7 +173,7 @@ def test_fisher_of_rows_with_known_gradients(aligned: Path) -> None:
 def test_two_rows_of_one_length_are_averaged_before_or_after_the_square(aligned: Path) -> None:
     examples = [Example("one", "abc", "hello"), Example("two", "xyz", "world")]
     stage = user_stage(aligned, pools=Pools(alignment=examples))
-    first, second = (slopes(leaves(stage), collate([row], tiny.PAD)) for row in tiny.encode(examples))
+    first, second = (slopes(leaves(stage), tiny.collated([row])) for row in tiny.encode(examples))
     pairs = list(zip(first, second, strict=True))
     squares = {"batch": [((a + b) / 2) ** 2 for a, b in pairs], "sample": [(a**2 + b**2) / 2 for a, b in pairs]}
     for kind, expected in squares.items():

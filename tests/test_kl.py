@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from harmbench_vaccine.data.collate import IGNORED, collate
+from harmbench_vaccine.data.collate import IGNORED
 from harmbench_vaccine.defenses.kl import KL
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, TrainSettings
@@ -122,7 +122,7 @@ def test_three_steps_equal_plain_pytorch(topology: str, aligned: Aligned, tmp_pa
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     firm = [torch.ones_like(parameter, dtype=torch.bool) for parameter in parameters]
     for entry, numbers in zip(log, batch_order(12, settings, twin.seed), strict=True):
-        batch = collate([rows[n] for n in numbers], tiny.PAD)
+        batch = tiny.collated([rows[n] for n in numbers])
         scores = student(aligned, topology, batch, values)
         loss = cross_entropy(scores, batch) + 20.0 * divergence(scores, logits(batch, aligned[1]), batch)
         optimizer.zero_grad()
@@ -373,7 +373,7 @@ def test_an_interrupted_stage_gives_the_same_result(topology: str, aligned: Alig
 
 def test_a_larger_lam_keeps_the_answers_closer_to_the_aligned_model(aligned: Aligned, tmp_path: Path) -> None:
     settings, distances = tiny.settings(epochs=6, weight_decay=0.0), []
-    batch = collate(tiny.rows(12), tiny.PAD)
+    batch = tiny.collated(tiny.rows(12))
     for lam in (0.0, 30.0, 1000.0):
         values, _ = train_adapter(KL(lam=lam), aligned, "double", tmp_path / str(lam), settings)
         named = dict(zip(user_stage(aligned, "double").trainable, values, strict=True))

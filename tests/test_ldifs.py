@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from harmbench_vaccine.data.collate import IGNORED, collate
+from harmbench_vaccine.data.collate import IGNORED
 from harmbench_vaccine.defenses.ldifs import LDIFS
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, TrainSettings
@@ -152,7 +152,7 @@ def test_three_steps_equal_plain_pytorch(
     parameters, penalty_values = list(values.values()), []
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     for entry, numbers in zip(log, batch_order(12, settings, twin.seed), strict=True):
-        batch = collate([rows[n] for n in numbers], tiny.PAD)
+        batch = tiny.collated([rows[n] for n in numbers])
         loss, terms = objective(variant, alpha, batch, aligned[1], *adapters(aligned, topology, values))
         penalty_values += terms
         optimizer.zero_grad()
@@ -341,7 +341,7 @@ def test_alpha_0_equals_sft_bit_for_bit_with_dropout(
 
 def test_a_larger_alpha_keeps_the_features_closer_to_the_aligned_model(aligned: Aligned, tmp_path: Path) -> None:
     settings, distances = tiny.settings(epochs=4, weight_decay=0.0), []
-    batch = collate(tiny.rows(12), tiny.PAD)
+    batch = tiny.collated(tiny.rows(12))
     for alpha in (0.0, 300.0, 3e4):
         values, _ = train_adapter(LDIFS(alpha=alpha), aligned, "double", tmp_path / str(alpha), settings)
         named = dict(zip(user_stage(aligned).trainable, values, strict=True))

@@ -12,7 +12,6 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.data.collate import collate
 from harmbench_vaccine.defenses.lisa import Lisa
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.plugins import Defense, Pools, TrainSettings
@@ -90,7 +89,7 @@ def test_steps_equal_plain_pytorch(k1: int, k2: int, states: str, tmp_path: Path
     for step, (state, numbers) in enumerate(zip(states, order, strict=True), 1):
         if state != last:
             anchor, last = [value.detach().clone() for value in parameters], state
-        batch = aligning[step] if state == "A" else collate([rows[n] for n in numbers], tiny.PAD)
+        batch = aligning[step] if state == "A" else tiny.collated([rows[n] for n in numbers])
         pull = 30.0 / 2 * sum(((w - w_s) ** 2).sum() for w, w_s in zip(parameters, anchor, strict=True))
         loss = cross_entropy(values, batch) + pull
         pulls.append(pull.item())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.data.collate import IGNORED, collate, encode_example
+from harmbench_vaccine.data.collate import IGNORED, encode_example
 from harmbench_vaccine.data.prompts import TEMPLATES
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -189,7 +189,7 @@ def test_three_joint_steps_equal_plain_pytorch(accumulation: int, tmp_path: Path
     order = batch_order(len(rows), settings, twin.seed)
     for step in range(3):
         losses = [
-            cross_entropy(values, collate([rows[n] for n in numbers], tiny.PAD))
+            cross_entropy(values, tiny.collated([rows[n] for n in numbers]))
             + 0.7 * cross_entropy(values, next(guides))
             for numbers in order[step * accumulation : (step + 1) * accumulation]
         ]

@@ -22,7 +22,6 @@ from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.durable import seal
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import Lines, Silent
-from harmbench_vaccine.data.collate import collate
 from harmbench_vaccine.defenses.random_vaccine import RandomVaccine
 from harmbench_vaccine.defenses.sft import SFT
 from harmbench_vaccine.defenses.vaccine import Vaccine
@@ -93,7 +92,7 @@ def test_accumulation_uses_every_micro_batch(rows: int, tmp_path: Path) -> None:
     steps = [order[start : start + 2] for start in range(0, len(order), 2)]
     assert len(log) == len(steps)
     for entry, micro_batches in zip(log, steps, strict=True):
-        losses = [twin.model(**collate([data[row] for row in batch], tiny.PAD)).loss for batch in micro_batches]
+        losses = [twin.model(**tiny.collated([data[row] for row in batch])).loss for batch in micro_batches]
         mean = torch.stack(losses).mean()
         for parameter, gradient in zip(parameters, torch.autograd.grad(mean, parameters), strict=True):
             parameter.grad = gradient

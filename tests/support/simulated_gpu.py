@@ -132,6 +132,8 @@ class _DeviceNames(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and _is_gpu(device := kwargs.get("device")):
             return func(*args, **{**kwargs, "device": "cpu"}).to(_backend_name(device))  # they copy to a device unseen
+        if func is torch.device:
+            return func(*args, **kwargs)
         if func is Tensor.cuda:
             return args[0].to(_backend_name(GPU))
         return func(*map(_backend_name, args), **{name: _backend_name(value) for name, value in kwargs.items()})
@@ -158,6 +160,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain_args, plain_kwargs = tree_map_only(SimulatedTensor, lambda tensor: tensor.numbers, (args, kwargs))
     if device is not None and is_on_gpu:
         plain_kwargs["device"] = torch.device("cpu")
+    if kwargs.get("pin_memory"):
+        plain_kwargs["pin_memory"] = False
     is_random = is_on_gpu and torch.Tag.nondeterministic_seeded in func.tags
     with _gpu_random_numbers(is_random):
         result = func(*plain_args, **plain_kwargs)
@@ -214,10 +218,6 @@ def _gpu_random_numbers(is_random: bool) -> Iterator[None]:
         torch.default_generator.set_state(state)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Do nothing."""
-
-
 def _get_state(*args: Any) -> Tensor:
     return _GENERATOR.get_state()
 
@@ -261,14 +261,18 @@ _CUDA: dict[str, Any] = {
     "is_bf16_supported": lambda *args, **kwargs: True,
     "memory_allocated": lambda *args: 0,
     "max_memory_allocated": lambda *args: 1,
-    **dict.fromkeys(
-        ("init", "_lazy_init", "set_device", "empty_cache", "synchronize", "reset_peak_memory_stats", "ipc_collect"),
-        _nothing,
-    ),
+    **{
+        name: lambda *args, **kwargs: None  # a function of its own for each name: torch looks them up by identity
+        for name in (
+            *("init", "_lazy_init", "set_device", "empty_cache", "synchronize", "ipc_collect"),
+            "reset_peak_memory_stats",
+        )
+    },
 }
 _REPLACEMENTS: list[tuple[Any, dict[str, Any]]] = [
     (torch.cuda, _CUDA | _RANDOM),
     (torch.cuda.random, _RANDOM),
+    (torch.accelerator, {"current_accelerator": lambda *args, **kwargs: None}),
     (torch, {"load": _load(torch.load)}),
 ]
 

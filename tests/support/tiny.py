@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from harmbench_vaccine.core.device import device, place_model
 from harmbench_vaccine.core.types import Example
-from harmbench_vaccine.data.collate import IGNORED, Encoded
+from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
 from harmbench_vaccine.plugins import Pools, TrainSettings
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
@@ -73,7 +74,7 @@ def model(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreT
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         decoder = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**config, **changes}))
-    return decoder.float().eval()
+    return place_model(decoder.float()).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def rows(count: int, *, seed: int = 0, shortest: int = 4, longest: int = 12) -> 
 
 
 def batch(lengths: Sequence[int] = (9, 5, 7), *, seed: int = 0, width: int | None = None) -> dict[str, Tensor]:
-    """Draw random rows of these lengths, padded on the right to the longest or to `width`."""
+    """Draw random rows of these lengths on the device, padded on the right to the longest or to `width`."""
     width = width or max(lengths)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(3, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
@@ -100,7 +101,18 @@ def batch(lengths: Sequence[int] = (9, 5, 7), *, seed: int = 0, width: int | Non
     mask = torch.tensor([[int(place < length) for place in range(width)] for length in lengths])
     labels = torch.where(mask.bool(), ids, IGNORED)
     labels[:, :2] = IGNORED
-    return {"input_ids": torch.where(mask.bool(), ids, PAD), "attention_mask": mask, "labels": labels}
+    ids = torch.where(mask.bool(), ids, PAD)
+    return on_device({"input_ids": ids, "attention_mask": mask, "labels": labels})
+
+
+def collated(rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    """Return rows as a padded batch on the device of models."""
+    return on_device(collate(rows, PAD))
+
+
+def on_device(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on the device of models, as the trainer does."""
+    return {name: value.to(device()) for name, value in batch.items()}
 
 
 def settings(**changes: Any) -> TrainSettings:
@@ -239,7 +251,7 @@ def judge(**changes: Any) -> PreTrainedModel:
         classifier = transformers.LlamaForSequenceClassification(config)
         with torch.no_grad():
             classifier.score.weight[2:] = 0
-    return classifier.float().eval()
+    return place_model(classifier.float()).eval()
 
 
 def save(network: PreTrainedModel, words: PreTrainedTokenizerFast, folder: Path) -> None:
