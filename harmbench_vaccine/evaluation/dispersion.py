@@ -14,6 +14,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .statistics import student_quantile, student_tail, wilson
+
 _EXTREME = 0.005
 """Shares closer to 0 or 1 do not contribute to the dispersion: their variance is too small to divide by."""
 
@@ -83,8 +85,6 @@ class Dispersion:
         Without degrees of freedom the interval is Wilson's over the questions alone.
         """
         if not self.df:
-            from .statistics import wilson
-
             total = cell.seeds * cell.n
             low, high = (end / 100 for end in wilson(round(cell.mean * total), total, confidence))
             return IntervalEstimate(cell.mean, low, high, over_questions_only=True)
@@ -93,12 +93,10 @@ class Dispersion:
 
     def difference(self, cell: SeedShares, baseline: SeedShares, confidence: float = 0.95) -> IntervalEstimate:
         """Return the mean of a cell minus that of the baseline, with its interval, cut at -1 and 1."""
-        from scipy import stats
-
         value = cell.mean - baseline.mean
         error = math.hypot(self._standard_error(cell), self._standard_error(baseline))
         half = self._quantile(confidence) * error
-        p_value = 2 * float(stats.t.sf(abs(value) / error, self.df or math.inf))
+        p_value = 2 * student_tail(abs(value) / error, self.df or math.inf)
         return IntervalEstimate(value, max(-1.0, value - half), min(1.0, value + half), p_value, not self.df)
 
     def outlier_p_value(self, cell: SeedShares) -> float:
@@ -111,9 +109,9 @@ class Dispersion:
         """
         if cell.seeds < 2 or not self.df:
             return math.nan
-        from scipy import stats
+        from scipy.special import chdtrc
 
-        return float(stats.chi2.sf(cell.squared_deviations / (self.phi * cell.variance), cell.seeds - 1))
+        return float(chdtrc(cell.seeds - 1, cell.squared_deviations / (self.phi * cell.variance)))
 
     def detectable_difference(self, cell: SeedShares, baseline: SeedShares, power: float = 0.8) -> float:
         """Return the smallest difference that a two-sided test at 5% detects with the given power, 0 to 1.
@@ -128,9 +126,7 @@ class Dispersion:
 
     def _quantile(self, confidence: float) -> float:
         """Return the two-sided quantile of Student's t, or of the normal distribution without degrees of freedom."""
-        from scipy import stats
-
-        return float(stats.t.ppf((1 + confidence) / 2, self.df or math.inf))
+        return student_quantile((1 + confidence) / 2, self.df or math.inf)
 
 
 def pool_dispersion(cells: Iterable[SeedShares]) -> Dispersion:

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from .dispersion import IntervalEstimate
+from .statistics import student_quantile, student_tail
 
 
 def two_way_difference(
@@ -36,8 +37,6 @@ def two_way_difference(
     Raises:
         ValueError: There is no question, or one seed with one cluster.
     """
-    from scipy import stats
-
     values = np.asarray(differences, dtype=float)
     seeds, questions = values.shape
     names = list(range(questions)) if clusters is None else list(clusters)
@@ -54,8 +53,8 @@ def two_way_difference(
     variance = max(by_seed + by_question - by_both, by_seed, by_question, 1 / (questions + 2) ** 2)
     df = (seeds if seeds > 1 else len(numbers)) - 1
     value, error = float(values.mean()), math.sqrt(variance)
-    half = float(stats.t.ppf((1 + confidence) / 2, df)) * error
-    p_value = 2 * float(stats.t.sf(abs(value) / error, df))
+    half = student_quantile((1 + confidence) / 2, df) * error
+    p_value = 2 * student_tail(abs(value) / error, df)
     return IntervalEstimate(value, max(-1.0, value - half), min(1.0, value + half), p_value, seeds == 1)
 
 

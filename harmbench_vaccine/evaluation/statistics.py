@@ -1,9 +1,14 @@
-"""Proportions with confidence intervals."""
+"""Proportions with confidence intervals.
+
+`scipy.stats` takes a second to import, and the result of a run needs none of it: Wilson's interval is a closed formula,
+and `scipy.special` has the distribution of Student's t.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 
 def percentage(scores: Sequence[float]) -> float:
@@ -12,13 +17,18 @@ def percentage(scores: Sequence[float]) -> float:
 
 
 def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return Wilson's score interval of a proportion, in percent (Wilson 1927); 0 to 100 if n is 0."""
+    """Return Wilson's score interval of a proportion, in percent; 0 to 100 if n is 0.
+
+    (2 n p + z^2 +- z sqrt(z^2 + 4 n p (1 - p))) / (2 (n + z^2)) with p = hits / n and the normal quantile z (Wilson
+    1927).
+    """
     if not n:
         return 0.0, 100.0
-    from scipy import stats  # takes a second to import, and a plan needs no interval
-
-    interval = stats.binomtest(hits, n).proportion_ci(confidence, method="wilson")
-    return 100 * float(interval.low), 100 * float(interval.high)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    center = 2 * hits + z**2
+    spread = z * math.sqrt(z**2 + 4 * hits * (n - hits) / n)
+    low, high = (100 * (center + sign * spread) / (2 * (n + z**2)) for sign in (-1, 1))
+    return low if hits else 0.0, high if hits < n else 100.0
 
 
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -58,7 +68,20 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95, least_error
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, math.nan
-    from scipy import stats
+    standard_error = math.hypot(*(value - mean for value in values)) / math.sqrt(len(values) * (len(values) - 1))
+    error = max(standard_error, least_error)
+    return mean, student_quantile((1 + confidence) / 2, len(values) - 1) * error
 
-    error = max(float(stats.sem(values)), least_error)
-    return mean, float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * error
+
+def student_quantile(probability: float, df: float) -> float:
+    """Return a quantile of Student's t with `df` degrees of freedom; infinite ones give the normal distribution."""
+    from scipy.special import ndtri, stdtrit
+
+    return float(ndtri(probability) if math.isinf(df) else stdtrit(df, probability))
+
+
+def student_tail(value: float, df: float) -> float:
+    """Return the probability that Student's t with `df` degrees of freedom, also infinite ones, exceeds a value."""
+    from scipy.special import ndtr, stdtr
+
+    return float(ndtr(-value) if math.isinf(df) else stdtr(df, -value))
