@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .errors import BadInput, unknown_name
+from .torch_build import is_cpu_build
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -36,6 +38,8 @@ def device() -> Device:
     """
     name = os.environ.get(VARIABLE, "")
     if not name:
+        if "torch" not in sys.modules and is_cpu_build():  # to import torch takes a second
+            return "cpu"
         import torch
 
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import harmbench_vaccine
 from harmbench_vaccine.core.device import device
+from harmbench_vaccine.core.torch_build import cuda_version
 from harmbench_vaccine.inference.engine import installed_vllm
 
 from .result import Environment
@@ -40,15 +41,13 @@ def current_environment(*, vllm: bool = False) -> Environment:
 
 
 def _versions() -> dict[str, str]:
-    import torch
-
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    return {**versions, "cuda": str(torch.version.cuda or "none")}
+    return {**versions, "cuda": cuda_version() or "none"}
 
 
 def _cpu() -> str:
