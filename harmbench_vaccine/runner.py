@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 
 from .core import distributed
@@ -28,6 +28,8 @@ from .inference.engine import GPU_MEMORY
 from .inference.loading import check_model, check_quantization
 from .inference.model_pool import ModelPool
 from .pipeline import answer_all, judge_all, run, train_models
+from .plugins import Scorer
+from .plugins.registry import require_imports
 from .reporting.dry_run.plan import DryRunStore, Plan, plan_runs
 from .testbed import ensure_testbed
 from .training.trackers import Tracker, check_trackers
@@ -71,9 +73,9 @@ def run_all(
     _check_outputs(out, table, check_writable)
     check_trackers(report_to)
     models = ModelPool(progress, gradient_checkpointing, shard, gpu_memory or GPU_MEMORY)
-    prepare(experiments, models, shard=shard, progress=progress)
+    planned = prepare(experiments, models, shard=shard, progress=progress)
     root, runs, csv = _check_outputs(out, table, ensure_writable)  # last: bad input creates no folder
-    clock = StageClock(_planned_artifacts(experiments, models, root / "store"))
+    clock = StageClock(planned)
     title = "1 run" if len(experiments) == 1 else f"{len(experiments)} runs"
     results = []
     with progress.bar(title, len(clock)) as advance, closing(models):
@@ -94,8 +96,10 @@ def run_all(
 
 def prepare(
     experiments: Sequence[Experiment], models: ModelPool, *, shard: bool = False, progress: Progress = SILENT
-) -> None:
+) -> list[Artifact]:
     """Check everything that could stop one of the experiments later, and build the testbed if one uses it.
+
+    The models and the rows of experiments whose stages are all stored are not checked: they are not read.
 
     Args:
         experiments: The experiments.
@@ -103,13 +107,23 @@ def prepare(
         shard: Whether the base model is spread over the ranks.
         progress: Where the progress of building the testbed is reported.
 
+    Returns:
+        The artifacts of all stages, stored or not; none on another rank than 0, which alone shows progress.
+
     Raises:
         BadInput: A location, a model, a judge or a number of rows is not available.
     """
     _check_locations(experiments, shard)
+    store = DryRunStore(home() / "store")
+    unstored = _unstored(experiments, models, store)
+    _check_imports(unstored)
+    _check_models(unstored)
     if any(location.startswith(TESTBED) for experiment in experiments for location in _locations(experiment)):
+        is_built = is_available(f"{TESTBED}model")
         ensure_testbed(progress)
-    _check_rows(experiments, models)
+        unstored = unstored if is_built else _unstored(experiments, models, store)  # now the stages are known
+    _check_rows(unstored, models)
+    return list(store.requested.values())
 
 
 def plan_all(
@@ -128,13 +142,15 @@ def plan_all(
     experiments = settle_all(specs)
     _check_outputs(out, table, check_writable)
     check_trackers(report_to)
-    _check_locations(experiments, shard, is_available)
+    _check_locations(experiments, shard)
+    _check_models(experiments, is_available)
     plan = plan_runs(experiments, home() / "store")
+    unstored = [experiment for index, experiment in enumerate(experiments) if not plan.is_stored(index)]
+    _check_imports(unstored)
     available = [
         experiment
-        for index, experiment in enumerate(experiments)
-        if not plan.is_stored(index)
-        and all(map(is_available, [experiment.model, *data_locations(experiment).values()]))
+        for experiment in unstored
+        if all(map(is_available, [experiment.model, *data_locations(experiment).values()]))
     ]
     _check_rows(available, ModelPool())
     return plan
@@ -151,23 +167,39 @@ def _check_outputs(out: Path | None, table: Path | None, check: Callable[[Path, 
     return root, runs, csv
 
 
-def _check_locations(
-    experiments: Sequence[Experiment], shard: bool, is_readable: Callable[[str], bool] = lambda location: True
-) -> None:
-    """Check locations, judges and models of all experiments; models that are not readable are not opened."""
+def _check_locations(experiments: Sequence[Experiment], shard: bool) -> None:
+    """Check the locations, the judges and the hardware of all experiments; no model is opened."""
     for experiment in experiments:
         for location in _locations(experiment):
             check_testbed_part(location)
         check_quantization(experiment.protocol.quantization)
         if shard:
             _check_sharding(experiment)
-    scorers = {canonical_json(scorer.identity): scorer for experiment in experiments for scorer in experiment.scorers}
-    for scorer in scorers.values():
-        scorer.plugin.check()
-    judges = {model for scorer in scorers.values() for model in scorer_models(scorer.plugin)}
+    for scorer in _scorers(experiments):
+        scorer.check()
+
+
+def _check_imports(experiments: Sequence[Experiment]) -> None:
+    """Import what the plug-ins of experiments import, which may be left out until they are used."""
+    for experiment in experiments:
+        for resolved in (*experiment.defenses, *experiment.attacks, *experiment.scorers, experiment.task_plugin):
+            require_imports(type(resolved.plugin))
+
+
+def _check_models(
+    experiments: Sequence[Experiment], is_readable: Callable[[str], bool] = lambda location: True
+) -> None:
+    """Check the models and the judges of all experiments, except those that are not readable."""
+    judges = {model for scorer in _scorers(experiments) for model in scorer_models(scorer)}
     for model in sorted(judges | {experiment.model for experiment in experiments}):
         if is_readable(model) and not model.startswith(TESTBED):
             check_model(model, known_judges() if model in judges else protocol_models())
+
+
+def _scorers(experiments: Sequence[Experiment]) -> list[Scorer]:
+    """Return the scorers of all experiments, each once."""
+    scorers = {canonical_json(scorer.identity): scorer for experiment in experiments for scorer in experiment.scorers}
+    return [scorer.plugin for scorer in scorers.values()]
 
 
 def _check_rows(experiments: Sequence[Experiment], models: ModelPool) -> None:
@@ -206,13 +238,21 @@ def _check_sharding(experiment: Experiment) -> None:
         raise BadInput(f"The base model cannot be sharded: {reason}.")
 
 
-def _planned_artifacts(experiments: Sequence[Experiment], models: ModelPool, root: Path) -> list[Artifact]:
-    """Return the artifacts of all stages, stored or not; rank 0 alone shows progress and needs them."""
-    store = DryRunStore(root)
-    for experiment in experiments if distributed.rank() == 0 else ():
-        with suppress(HbvError):  # the run itself reports it
+def _unstored(experiments: Sequence[Experiment], models: ModelPool, store: DryRunStore) -> list[Experiment]:
+    """Request all stages, and return the experiments with stages that are not stored; only rank 0 reads the store."""
+    if distributed.rank() != 0:
+        return list(experiments)
+    unstored = []
+    for experiment in experiments:
+        earlier = len(store.requested)
+        try:
             run(experiment, RunContext(store, models))
-    return list(store.requested.values())
+            is_stored = all(artifact.cached for artifact in list(store.requested.values())[earlier:])
+        except HbvError:  # the checks, or the run itself, report it
+            is_stored = False
+        if not is_stored:
+            unstored.append(experiment)
+    return unstored
 
 
 def _run_stage_by_stage(experiments: Sequence[Experiment], context: RunContext) -> None:

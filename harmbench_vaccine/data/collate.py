@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example
 
@@ -16,6 +14,7 @@ from .model_limits import embedding_rows
 from .prompts import Conversation, PromptTemplate
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
@@ -114,6 +113,8 @@ def collate(rows: Sequence[Encoded], pad: int) -> dict[str, torch.Tensor]:
     Returns:
         `input_ids`, `attention_mask` and `labels`, each (rows x longest row).
     """
+    import torch
+
     width = max(len(row.ids) for row in rows)
 
     def padded(values: Sequence[Any], fill: int) -> torch.Tensor:
@@ -139,6 +140,8 @@ def left_padded_batches(
     Yields:
         The row numbers, the ids and the attention mask (both rows x longest row).
     """
+    import torch
+
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     for start in range(0, len(order), size):
         numbers = order[start : start + size]

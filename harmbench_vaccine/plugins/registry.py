@@ -7,7 +7,6 @@ without torch and despite a broken third-party package.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import os
@@ -30,6 +29,7 @@ from harmbench_vaccine.core.paths import user_path
 from .attack import Attack
 from .base import Plugin, name_of_class
 from .defense import Defense
+from .late_imports import finish_imports, import_late, load_late
 from .scorer import Scorer
 from .signatures import require_interface
 from .task import Task
@@ -136,7 +136,8 @@ class Registry(Generic[P]):
             raise missing_plugin(self.base.kind, name, entries)
         entry = entries[name].entry
         with _readable_import_errors(f"{self.base.kind} {name!r}"):
-            loaded = importlib.import_module(entry) if isinstance(entry, str) else entry.load()
+            module = import_late(entry if isinstance(entry, str) else entry.module)
+            loaded = module if isinstance(entry, str) else entry.load()
         return self._class(loaded, name)
 
     def _file(self, name: str) -> type[P]:
@@ -153,10 +154,8 @@ class Registry(Generic[P]):
         spec = importlib.util.spec_from_file_location(module_name, path)
         if spec is None or spec.loader is None:
             raise BadInput(f"{name!r} is not a Python file.")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
         with _readable_import_errors(repr(name)):
-            spec.loader.exec_module(module)
+            module = load_late(spec)
         self._files[path] = content, self._class(module, _canonical(path.stem))
         return self._files[path][1]
 
@@ -183,6 +182,16 @@ class Registry(Generic[P]):
         bases = (Defense, Attack, Task, Scorer)  # a registry of any kind of plug-in has none of them
         require_interface(plugin, next((base for base in bases if issubclass(plugin, base)), self.base))
         return plugin
+
+
+def require_imports(cls: type[Plugin]) -> None:
+    """Execute the imports of a plug-in that were left out, so that a mistake in them is reported before any work.
+
+    Raises:
+        BadInput: An import fails.
+    """
+    for base in cls.__mro__:
+        finish_imports(sys.modules[base.__module__])
 
 
 @contextmanager

@@ -6,6 +6,8 @@ code treats them in a special way.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from harmbench_vaccine.core.paths import ensure_writable, home
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Artifact, Store
@@ -14,9 +16,11 @@ from harmbench_vaccine.data.sources import TESTBED_VERSION
 
 def ensure_testbed(progress: Progress = SILENT) -> Artifact:
     """Return the testbed, and build it if this user has none of this version (one to two minutes on two cores)."""
-    from .build import build_testbed
+
+    def create(folder: Path, checkpoints: Path) -> None:
+        from .build import build_testbed  # imports torch and transformers
+
+        build_testbed(folder, progress)
 
     store = Store(ensure_writable(home(), "The cache folder") / "store", progress)
-    return store.get_or_create(
-        "testbed", {"version": TESTBED_VERSION}, lambda folder, checkpoints: build_testbed(folder, progress)
-    )
+    return store.get_or_create("testbed", {"version": TESTBED_VERSION}, create)

@@ -26,7 +26,7 @@ from harmbench_vaccine.inference.model_pool import ModelPool
 from ..base import Plugin, Resolved
 from ..composition import Component, canonical_name, parse_plugins, resolve_plugins
 from ..defense import Defense
-from ..registry import REGISTRIES, Registry, is_plugin_path, missing_plugin
+from ..registry import REGISTRIES, Registry, is_plugin_path, missing_plugin, require_imports
 from ..scorer import Scorer
 from ..task import Task
 
@@ -111,6 +111,7 @@ def find_plugins(text: str) -> list[Resolved]:
             raise missing_plugin("plug-in", name, {*chain.from_iterable(kind.entries() for kind in REGISTRIES)})
     plugins = [resolve_plugins(components, registry, {}, "")[0] for registry in registries]
     for resolved in plugins:
+        require_imports(type(resolved.plugin))
         if not isinstance(resolved.plugin, tuple(registry.base for registry in REGISTRIES)):
             raise BadInput(f"{name!r} is a {resolved.plugin.kind}, which hbv check does not take.")
         if isinstance(resolved.plugin, Task):
