@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from harmbench_vaccine.core.errors import BadInput
@@ -24,6 +23,7 @@ from harmbench_vaccine.inference.judge_prompts import judge_prompt_ids
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.runner import run_all
+from harmbench_vaccine.training.adapters import LoraStack
 from support import tiny
 from support.world import make_world
 
@@ -234,30 +234,17 @@ def test_stop_tokens_of_each_family(tokenizers: Any, name: str) -> None:
 def test_generation_stops_at_the_end_of_the_turn(tokenizers: Any) -> None:
     words = tokenizers["qwen2"]
     reply, turn = words("It is", add_special_tokens=False)["input_ids"], words.convert_tokens_to_ids("<|im_end|>")
-    ends: list[Any] = []
+    written = [*reply, turn, *reply]
+    base = tiny.model(vocab_size=len(words))
+    steps = iter(written)
 
-    class Model:
-        name_or_path = "stub"
-        config = LlamaConfig()
-        generation_config: Any = None
+    def next_logits(*_: Any) -> torch.Tensor:  # the model writes `written`, whatever it reads
+        return torch.nn.functional.one_hot(torch.tensor([[next(steps)]]), len(words)).float()
 
-        def parameters(self) -> Any:
-            yield torch.zeros(1)
-
-        def generate(self, input_ids: Any, attention_mask: Any, generation_config: Any) -> Any:
-            ends.append(generation_config.eos_token_id)
-            ids = torch.cat([input_ids, torch.tensor([[*reply, turn, *reply]])], 1)
-            return SimpleNamespace(sequences=ids, logits=None)
-
-    class OfModel:
-        base = Model()
-
-        def use(self, adapters: Any) -> Model:
-            return self.base
-
-    [answer] = TransformersEngine(OfModel(), words).generate([], [question("What?")], 9)  # type: ignore[arg-type]
-    assert ends == [[turn, words.eos_token_id]]
+    base.lm_head.register_forward_hook(next_logits)
+    [answer] = TransformersEngine(LoraStack(base), words).generate([], [question("What?")], len(written))
     assert (answer.text, answer.tokens, answer.finished) == ("It is", len(reply) + 1, True)
+    assert list(steps) == reply  # nothing is computed after the end of the turn
 
 
 def test_tokenizer_without_chat_template_is_refused() -> None:

@@ -20,6 +20,7 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference import engine
+from harmbench_vaccine.inference.batch_size import cache_bytes
 from harmbench_vaccine.plugins import Form, Scorer
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import SCORERS
@@ -28,7 +29,7 @@ from harmbench_vaccine.reporting.dry_run.costs import Estimate
 from harmbench_vaccine.reporting.dry_run.devices import Target, find_device
 from harmbench_vaccine.reporting.dry_run.estimate import estimate_costs
 from harmbench_vaccine.reporting.dry_run.evaluation_estimates import generated_tokens, judge_width
-from harmbench_vaccine.reporting.dry_run.memory import cache_bytes, count_weights, drift_bytes
+from harmbench_vaccine.reporting.dry_run.memory import count_weights, drift_bytes
 from harmbench_vaccine.reporting.dry_run.plan import describe_source
 from harmbench_vaccine.reporting.dry_run.random_models import gated_models, load_config, model_shapes
 from support import tiny

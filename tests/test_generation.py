@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from harmbench_vaccine.inference.batch_size import cache_bytes, rows_that_fit
 from harmbench_vaccine.inference.engine import Answer
+from harmbench_vaccine.inference.generation import cut_at_stop, generate_greedy
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
 from support import tiny
@@ -62,8 +67,8 @@ def with_end(token: int) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gemma3"])
-@pytest.mark.parametrize("batch", [1, 4, 64])
-def test_batched_answers_equal_single_ones(architecture: str, batch: int) -> None:
+@pytest.mark.parametrize("batch", [1, 4, None])
+def test_batched_answers_equal_single_ones(architecture: str, batch: int | None) -> None:
     base = model(architecture)
     answers = TransformersEngine(LoraStack(base), tokenizer(), batch).generate([], PROMPTS, LIMIT)
     end = tokenizer().eos_token_id
@@ -92,6 +97,88 @@ def test_answer_that_ends_at_the_limit_is_finished() -> None:
     engine = TransformersEngine(LoraStack(base), with_end(run[-1]))
     assert engine.generate([], [prompt], 4)[0] == Answer(tokenizer().decode(run[:-1]), 4, True)
     assert engine.generate([], [prompt], 3)[0] == Answer(tokenizer().decode(run[:-1]), 3, False)
+
+
+# Architectures with other positions, caches or inputs than those of `tiny`: ALiBi, a state space, no cache at all.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("Bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 2}),
+    "gpt_neox": ("GPTNeoX", {**tiny.LLAMA, "num_hidden_layers": 2}),
+    "mamba": ("Mamba", {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}),
+    "phi3": ("Phi3", tiny.LLAMA),
+    "openai": ("OpenAIGPT", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+}
+
+
+def other_model(name: str) -> PreTrainedModel:
+    prefix, sizes = OTHERS[name]
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
+    config = getattr(transformers, f"{prefix}Config")(**{**sizes, **tokens, "vocab_size": len(tokenizer())})
+    suffix = "LMHeadModel" if name == "openai" else "ForCausalLM"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network: PreTrainedModel = getattr(transformers, f"{prefix}{suffix}")(config)
+    return network.eval()
+
+
+@pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, *OTHERS])
+def test_rows_that_end_leave_the_batch_without_a_change_of_others(architecture: str) -> None:
+    base = other_model(architecture) if architecture in OTHERS else model(architecture, **WINDOW)
+    prompts = [tokenizer()(prompt)["input_ids"] for prompt in PROMPTS]
+    # The longest answers without a stop token, one prompt at a time, by the generator of transformers.
+    runs = [generate_of_transformers(base, prompt, LIMIT) for prompt in prompts]
+    ends = stops_of_some(runs)
+    rows_per_step: list[int] = []
+    base.register_forward_pre_hook(
+        lambda _, __, inputs: rows_per_step.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    generated = generate_greedy(base, prompts, LIMIT, batch=len(prompts), pad=0, ends=ends, advance=lambda rows: None)
+    assert generated == [cut_at_stop(run, ends) for run in runs]
+    lengths = [len(row.tokens) + row.finished for row in generated]
+    assert len(set(lengths)) > 1
+    assert rows_per_step == [sum(length > step for length in lengths) for step in range(max(lengths))]
+
+
+WINDOW = {"sliding_window": 8}  # shorter than prompts with their answers; architectures without windows ignore it
+
+
+def generate_of_transformers(base: PreTrainedModel, prompt: list[int], limit: int) -> list[int]:
+    config = GenerationConfig(max_new_tokens=limit, do_sample=False, pad_token_id=0, eos_token_id=None)
+    base.generation_config = GenerationConfig()
+    return base.generate(input_ids=torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+
+
+def stops_of_some(runs: list[list[int]]) -> list[int]:
+    """Return two tokens that end some of the answers, at different positions."""
+    counts = {token: sum(token in run for run in runs) for run in runs for token in run}
+    frequent = [token for token in sorted(counts, key=counts.__getitem__, reverse=True) if counts[token] < len(runs)]
+    return frequent[:2]
+
+
+@pytest.mark.parametrize("batch", [1, 14])
+def test_log_probabilities_are_those_of_the_whole_text(batch: int) -> None:
+    base = model().double()
+    prompts = [tokenizer()(prompt)["input_ids"] for prompt in PROMPTS]
+    ends = stops_of_some([generate_of_transformers(base, prompt, LIMIT) for prompt in prompts])
+    watched = [7, 300, ends[0]]
+    rows = generate_greedy(
+        base, prompts, LIMIT, batch=batch, pad=0, ends=ends, advance=lambda rows: None, watched=watched
+    )
+    for prompt, row in zip(prompts, rows, strict=True):
+        with torch.no_grad():
+            logits = base(input_ids=torch.tensor([prompt + row.tokens])).logits[0, len(prompt) - 1 :]
+        expected = logits.log_softmax(-1)[: len(row.tokens) + row.finished, watched]
+        torch.testing.assert_close(torch.tensor(row.log_probs, dtype=torch.float64), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_takes_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = model()
+    row = cache_bytes(base.config, "float32", 1, 50) + 50 * 4 * (4 * 64 + 3 * 96) + 8 * len(tokenizer())
+
+    def with_free(count: float) -> int:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * count * row))
+        return rows_that_fit(base, 50)
+
+    assert [with_free(count) for count in (0, 1, 3.9, 4, 40, 1e6)] == [1, 1, 2, 4, 32, 128]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7])

@@ -1,17 +1,28 @@
-"""Batched greedy generation, shared by the engines that answer prompts and by the judges that write text."""
+"""Batched greedy generation, shared by the engines that answer prompts and by the judges that write text.
+
+`model.generate` of transformers computes every row of a batch until the longest answer ends. Here, a row that ended
+leaves the batch, and its keys and values leave the cache. The inputs of each step are those of
+`model.prepare_inputs_for_generation`, so that a model of any architecture gets what `model.generate` gives it.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
 
 from harmbench_vaccine.core.progress import Advance
 from harmbench_vaccine.data.collate import left_padded_batches
 from harmbench_vaccine.data.model_limits import check_readable
+
+from .batch_size import rows_that_fit
+
+_CACHES = ("past_key_values", "cache_params")
+"""Names of a model's cache in its inputs and outputs: keys and values, or states of linear attention."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ def generate_greedy(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    batch: int,
+    batch: int | None = None,
     pad: int,
     ends: Sequence[int],
     advance: Advance,
@@ -57,7 +68,7 @@ def generate_greedy(
         model: A causal language model of transformers, or a peft model around one.
         prompts: Token ids of each prompt.
         max_new_tokens: Largest number of generated tokens, with the stop token.
-        batch: Largest number of prompts in a batch.
+        batch: Largest number of prompts in a batch; by default, as many as `rows_that_fit` returns.
         pad: Id of the padding token.
         ends: Ids of the stop tokens.
         advance: Called with the number of prompts of each finished batch.
@@ -71,23 +82,75 @@ def generate_greedy(
             embedding.
     """
     check_readable(model.name_or_path, model.config, prompts, max_new_tokens)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad,
-        eos_token_id=list(ends),
-        use_cache=True,
-        output_logits=bool(watched),
-        return_dict_in_generate=True,
-    )
-    device = next(model.parameters()).device
+    decoder = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft changes its layers in place
+    size = batch or rows_that_fit(decoder, max(map(len, prompts), default=0) + max_new_tokens)
     rows: dict[int, GeneratedTokens] = {}
-    with torch.inference_mode():
-        for numbers, ids, mask in left_padded_batches(prompts, batch, pad):
-            output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
-            steps = [logits.float().log_softmax(-1)[:, list(watched)].tolist() for logits in output.logits or ()]
-            sequences = output.sequences[:, ids.shape[1] :].tolist()
-            for row, (number, sequence) in enumerate(zip(numbers, sequences, strict=True)):
-                rows[number] = cut_at_stop(sequence, ends, [step[row] for step in steps])
-            advance(len(numbers))
+    for numbers, ids, mask in left_padded_batches(prompts, size, pad):
+        generated = _Generation(decoder, ids.to(decoder.device), mask.to(decoder.device), ends, watched)
+        for _ in range(max_new_tokens):
+            if not generated.step():
+                break
+        for number, tokens, log_probs in zip(numbers, generated.tokens, generated.log_probs, strict=True):
+            rows[number] = cut_at_stop(tokens, ends, log_probs)
+        advance(len(numbers))
     return [rows[number] for number in range(len(prompts))]
+
+
+class _Generation:
+    """The state of one batch: its unfinished rows with their cache, and the tokens of all rows."""
+
+    def __init__(self, model: Any, ids: Tensor, mask: Tensor, ends: Sequence[int], watched: Sequence[int]) -> None:
+        self.tokens: list[list[int]] = [[] for _ in ids]
+        self.log_probs: list[list[list[float]]] = [[] for _ in ids]
+        self._model, self._ids, self._mask = model, ids, mask
+        self._padded = not bool(mask.all())
+        self._ends, self._watched = torch.tensor(ends, device=ids.device), list(watched)
+        self._unfinished = list(range(len(ids)))
+        self._caches: dict[str, Any] = {}
+        accepted = inspect.signature(model.forward).parameters
+        self._has_positions = "position_ids" in accepted
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Append the most likely token to every unfinished row; return whether a row is unfinished afterwards."""
+        output = self._model(**self._inputs(), return_dict=True)
+        self._caches = {name: output[name] for name in _CACHES if output.get(name) is not None}
+        logits = output.logits[:, -1]
+        best = logits.argmax(-1)
+        for row, token in zip(self._unfinished, best.tolist(), strict=True):
+            self.tokens[row].append(token)
+        if self._watched:
+            watched = logits.float().log_softmax(-1)[:, self._watched].tolist()
+            for row, log_probs in zip(self._unfinished, watched, strict=True):
+                self.log_probs[row].append(log_probs)
+        self._ids = torch.cat([self._ids, best[:, None]], 1)
+        self._mask = torch.cat([self._mask, torch.ones_like(best)[:, None]], 1)
+        self._keep(torch.isin(best, self._ends, invert=True).nonzero()[:, 0])
+        return bool(self._unfinished)
+
+    def _inputs(self) -> dict[str, Any]:
+        options = dict(self._options)
+        if self._padded:  # without a mask, attention takes faster kernels
+            options["attention_mask"] = self._mask
+        if self._has_positions:
+            options["position_ids"] = (self._mask.cumsum(-1) - 1).clamp(min=0)
+        inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
+            self._ids,
+            next_sequence_length=1 if self._caches else None,
+            is_first_iteration=not self._caches,
+            use_cache=True,
+            **self._caches,
+            **options,
+        )
+        return inputs
+
+    def _keep(self, places: Tensor) -> None:
+        """Remove all rows but those at these places of the batch."""
+        if len(places) == len(self._unfinished):
+            return
+        self._unfinished = [self._unfinished[place] for place in places.tolist()]
+        self._ids, self._mask = self._ids[places], self._mask[places]
+        if self._unfinished:
+            for cache in self._caches.values():
+                cache.reorder_cache(places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.data.chat import stop_token_ids
@@ -21,17 +21,15 @@ class TransformersEngine:
 
     answered_by = "transformers"
 
-    def __init__(self, stack: LoraStack, tokenizer: PreTrainedTokenizerBase, batch: int = 64) -> None:
+    def __init__(self, stack: LoraStack, tokenizer: PreTrainedTokenizerBase, batch: int | None = None) -> None:
         """Wrap a stack, which stays the property of the caller.
 
         Args:
             stack: The base model with its adapters.
             tokenizer: The tokenizer of the base model.
-            batch: Largest number of prompts in a batch.
+            batch: Largest number of prompts in a batch; by default, as many as fit into the free memory.
         """
         self.stack, self.tokenizer, self.batch = stack, tokenizer, batch
-        # A model's own generation_config.json would fill in what greedy decoding leaves open, such as penalties.
-        stack.base.generation_config = GenerationConfig()
 
     def generate(
         self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress = SILENT

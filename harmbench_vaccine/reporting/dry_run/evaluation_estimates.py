@@ -14,6 +14,7 @@ from harmbench_vaccine.data.model_limits import position_limit
 from harmbench_vaccine.evaluation.verdicts import scorer_models
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import eval_sets, harmful_sets
+from harmbench_vaccine.inference.batch_size import cache_bytes
 from harmbench_vaccine.inference.engine import Backend
 from harmbench_vaccine.inference.loading import JudgeHead
 from harmbench_vaccine.inference.vllm_process import CPU_CACHE
@@ -21,7 +22,7 @@ from harmbench_vaccine.plugins import Scorer
 
 from .costs import BatchSeconds, Estimate
 from .devices import Target
-from .memory import cache_bytes, count_weights, drift_bytes
+from .memory import count_weights, drift_bytes
 from .random_models import load_config
 from .timing import MANY_TOKENS, measure_inference, measure_training
 

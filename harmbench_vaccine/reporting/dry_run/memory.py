@@ -117,29 +117,6 @@ def _activation_bytes(stack: LoraStack, rows: int, width: int) -> int:
 # Inference
 
 
-def cache_bytes(config: Any, dtype: str, rows: int, length: int) -> int:
-    """Return the bytes of the keys and values that attention keeps of `rows` texts of `length` tokens.
-
-        2 x layers x heads of keys x size of a head x bytes per number x rows x length
-
-    Source: Kwon et al., arXiv 2309.06180, section 3 (800 KB per token of OPT-13B in 16 bits). With grouped queries,
-    several heads of queries share one head of keys (Ainslie et al., arXiv 2305.13245). Layers with a sliding window
-    keep less than this of a text that is longer than the window.
-
-    Args:
-        config: Configuration of the model.
-        dtype: Data type of keys and values, that of the weights.
-        rows: Number of texts in a batch.
-        length: Tokens of a text, prompt and answer together.
-    """
-    import torch
-
-    text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * layer_count(config) * heads * size * getattr(torch, dtype).itemsize * rows * length)
-
-
 def drift_bytes(config: Any, dtype: str, rows: int, width: int) -> int:
     """Return the bytes of the tensors by which drift and alignment loss compare two models on one batch.
 
