@@ -19,11 +19,12 @@ from harmbench_vaccine.core.progress import Silent
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.inference import engine, vllm_engine, vllm_process, vllm_worker
+from harmbench_vaccine.inference import engine, vllm_process, vllm_runner
 from harmbench_vaccine.inference.engine import Answer
 from harmbench_vaccine.inference.model_pool import ModelPool
-from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmEngine
+from harmbench_vaccine.inference.vllm_engine import VllmEngine
 from harmbench_vaccine.inference.vllm_process import EngineRefused, VllmProcess
+from harmbench_vaccine.inference.vllm_runner import EngineShape, VllmRunner
 from harmbench_vaccine.training.adapters import Adapter
 from support import tiny
 from support.world import make_world
@@ -83,7 +84,7 @@ class Notes(Silent):
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_engine, "VllmProcess", RecordingProcess)
+    monkeypatch.setattr(vllm_runner, "VllmProcess", RecordingProcess)
     monkeypatch.setattr(RecordingProcess, "requests", [])
     monkeypatch.setattr(RecordingProcess, "refusals", {})
     monkeypatch.setattr(RecordingProcess, "running", 0)
@@ -96,7 +97,8 @@ def vllm(tmp_path: Path, recording: None) -> VllmEngine:
     def merge(adapters: Sequence[Path], folder: Path) -> None:
         tiny.model().config.save_pretrained(folder)
 
-    return VllmEngine(str(tmp_path / "model"), TOKENIZER, "float32", merge, FallbackEngine)
+    runner = VllmRunner(str(tmp_path / "model"), "float32", "generate")
+    return VllmEngine(runner, TOKENIZER, merge, FallbackEngine)
 
 
 def adapter(folder: Path, rank: int, fill: float = 1.0) -> Path:
@@ -204,26 +206,6 @@ def test_shape_serves_smaller_shapes() -> None:
     assert not any(shape.serves(needed) for needed in larger)
 
 
-@pytest.mark.parametrize(
-    ("error", "kind", "reason"),
-    [
-        (ValueError("LoRA rank 9 is greater than max_lora_rank 8."), "adapter", "LoRA rank 9 is greater than"),
-        (ValueError("Free memory on device (1/2 GiB) on startup"), "memory", "Free memory"),
-        (ValueError("1 validation error for C\n  Value error, No model. Use [type=value_error]"), "model", "No model"),
-        (ValueError("GPT2LMHeadModel does not support LoRA yet."), "adapter", "GPT2LMHeadModel does not support LoRA"),
-        (NotImplementedError(), "model", "NotImplementedError"),
-        (KeyError("x" * 500), "model", "'xxx"),
-    ],
-)
-def test_vllm_error_becomes_a_kind_and_a_short_reason(error: Exception, kind: str, reason: str) -> None:
-    assert vllm_worker._kind(error) == kind
-    text = vllm_worker._reason(error)
-    assert text.startswith(reason)
-    assert not text.endswith("yet.")  # a full stop follows
-    assert "\n" not in text
-    assert len(text) < 210
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The process
 
@@ -254,7 +236,7 @@ def test_process_replies_reports_its_steps_and_refuses(echo: VllmProcess) -> Non
     assert echo.request("x", steps.append, reply={"rows": [1]}) == {"rows": [1]}
     assert steps == [2, 3]
     with pytest.raises(EngineRefused, match=r"vLLM does not serve 'some/model': no\.") as refusal:
-        echo.request("x", reply={"failed": "model", "text": "no"})
+        echo.request("x", reply={"failed": [{"name": "ValueError", "text": "no", "frames": [], "source": ""}]})
     assert (refusal.value.what, refusal.value.reason) == ("model", "no")
     child = echo._child
     echo.close()
@@ -291,6 +273,7 @@ def test_worker_ends_with_its_parent() -> None:
 
 
 def set_machine(monkeypatch: pytest.MonkeyPatch, *, vllm: bool, cuda: bool) -> None:
+    monkeypatch.delenv("HBV_DEVICE", raising=False)
     monkeypatch.setattr(engine, "find_spec", lambda name: object() if vllm else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
 
@@ -342,6 +325,7 @@ def test_on_a_gpu_one_model_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> Non
         def close(self) -> None:
             evicted.append(self.name)
 
+    monkeypatch.delenv("HBV_DEVICE", raising=False)
     training, vllm = Model("training"), Model("engine")
     pool = ModelPool()
     for cuda in (False, True):

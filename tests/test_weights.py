@@ -30,7 +30,7 @@ from harmbench_vaccine.experiment.protocol import protocol_models
 from harmbench_vaccine.inference import loading
 from harmbench_vaccine.inference.loading import check_model, load_judge, load_model, readable_load_errors
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
-from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmRunner
+from harmbench_vaccine.inference.vllm_runner import EngineShape, VllmRunner
 from harmbench_vaccine.plugins.registry import SCORERS
 from harmbench_vaccine.reporting.dry_run import random_models
 from support import tiny
@@ -212,7 +212,7 @@ from transformers import AutoModelForCausalLM
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.inference.loading import check_model, load_judge, load_model, readable_load_errors
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
-from harmbench_vaccine.inference.vllm_engine import EngineShape, VllmRunner
+from harmbench_vaccine.inference.vllm_runner import EngineShape, VllmRunner
 for location in sys.argv[1:]:
     for attempt in (lambda: load_model(AutoModelForCausalLM, location), lambda: check_model(location, [])):
         try:
@@ -292,7 +292,7 @@ def test_code_of_a_folder_never_runs(folder: Path, tmp_path: Path, monkeypatch: 
         lambda: ModelPool().tokenizer_and_config(str(folder)),
         lambda: ModelPool().merged(ModelSpec(str(folder))),
         lambda: load_judge(str(folder), "generator"),
-        lambda: VllmRunner(str(folder), "float32", "generate").start(EngineShape(str(folder), 0, 9), 0, SILENT),
+        lambda: VllmRunner(str(folder), "float32", "generate").run(EngineShape(str(folder), 0, 9), 0, SILENT, bool),
     ]
     for attempt in attempts:
         with pytest.raises(BadInput, match=sentence.replace("Model", "(Model|Judge)")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,7 @@ from .thinking import THINKING_TOKENS, after_thinking, can_think, count_thoughts
 
 if TYPE_CHECKING:
     from .generation import GeneratedTokens
-    from .vllm_engine import VllmRunner
+    from .vllm_runner import VllmRunner
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,17 @@ class TransformersGenerator:
 class VllmGenerator:
     """A causal language model, run by vLLM in a process of its own that keeps running between calls."""
 
-    def __init__(self, location: str, model: str, runner: VllmRunner) -> None:
+    def __init__(self, location: str, runner: VllmRunner, fallback: Callable[[], Generator]) -> None:
         """Load the tokenizer; the process starts at the first call.
 
         Args:
             location: Folder or hub id.
-            model: The location as vLLM gets it: a local path where one exists.
-            runner: Runs the process.
+            runner: Runs the process; its name is the location as vLLM gets it: a local path where one exists.
+            fallback: Returns the generator that continues prompts where vLLM refuses the model.
         """
         self.tokenizer, _ = load_tokenizer_and_config(location)
-        self._ends = _stop_tokens(self.tokenizer, generation_settings(location))
-        self._model, self._runner = model, runner
+        self._location, self._ends = location, _stop_tokens(self.tokenizer, generation_settings(location))
+        self._runner, self._fallback = runner, fallback
 
     def generate(
         self,
@@ -107,13 +107,23 @@ class VllmGenerator:
         progress: Progress = SILENT,
     ) -> list[Continuation]:
         """Continue each prompt (see `Generator.generate`)."""
-        from .vllm_engine import EngineShape
+        from .vllm_process import EngineRefused
+        from .vllm_runner import EngineShape
 
         if not prompts:
             return []
-        self._runner.start(EngineShape(self._model, 0, max(map(len, prompts)) + max_new_tokens), 0, progress)
-        with progress.bar("judge", len(prompts)) as advance:
-            rows = self._runner.generate(prompts, max_new_tokens, self._ends, advance, watched)
+
+        def request() -> list[GeneratedTokens]:
+            with progress.bar("judge", len(prompts)) as advance:
+                return self._runner.generate(prompts, max_new_tokens, self._ends, advance, watched)
+
+        shape = EngineShape(self._runner.name, 0, max(map(len, prompts)) + max_new_tokens)
+        try:
+            rows = self._runner.run(shape, 0, progress, request)
+        except EngineRefused as refusal:
+            note = f"vLLM does not serve {self._location}: {refusal.reason}. transformers runs it instead."
+            self._runner.note_once(note, progress)
+            return self._fallback().generate(prompts, max_new_tokens, watched, progress)
         return [_decode_continuation(self.tokenizer, row, watched) for row in rows]
 
 

@@ -23,6 +23,7 @@ from .loading import (
     load_tokenizer_and_config,
     quantization_options,
 )
+from .tensor_parallel import largest_division
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from .classifiers import Classify
     from .generators import Generator
-    from .vllm_engine import VllmRunner
+    from .vllm_runner import VllmRunner
 
 Occupant = Literal["training", "engine", "judge", "judge engine", "judge classifier"]
 """Kinds of models in memory: the model in training, the vLLM engine of answers, a judge of transformers, and the vLLM
@@ -66,6 +67,7 @@ class ModelPool:
         gradient_checkpointing: bool = False,
         shard: bool = False,
         gpu_memory: float = GPU_MEMORY,
+        tensor_parallel: int = 1,
     ) -> None:
         """Create an empty pool.
 
@@ -74,12 +76,14 @@ class ModelPool:
             gradient_checkpointing: Compute activations again in the backward pass: less memory, one more forward pass
                 per step.
             shard: Spread the base model over the ranks.
-            gpu_memory: Share of the GPU's memory that a vLLM engine takes.
+            gpu_memory: Share of the memory of each GPU that a vLLM engine takes.
+            tensor_parallel: Number of GPUs that share the weights of a vLLM engine.
         """
         self.progress = progress
         self.gradient_checkpointing = gradient_checkpointing
         self.shard = shard
         self.gpu_memory = gpu_memory
+        self.tensor_parallel = tensor_parallel
         self._evictions: dict[Occupant, Callable[[], None]] = {}
         self._tokenizers: dict[str, tuple[PreTrainedTokenizerBase, Any]] = {}
         self._stack: tuple[ModelSpec, LoraStack] | None = None
@@ -195,6 +199,7 @@ class ModelPool:
         if backend == "transformers" or unsupported:
             return TransformersEngine(self.stack(spec), self.tokenizer(spec))
         from .vllm_engine import VllmEngine
+        from .vllm_runner import VllmRunner
 
         base = spec.on_top()
         if self._engine is None or self._engine[0] != base:
@@ -203,23 +208,16 @@ class ModelPool:
             def merge(adapters: Sequence[Path], folder: Path) -> None:
                 self.merged(base.on_top(*adapters)).save_pretrained(folder)
 
-            engine = VllmEngine(
-                spec.base,
-                self.tokenizer(spec),
-                spec.dtype,
-                merge,
-                fallback=lambda: self.engine(base),
-                acquire=partial(self.acquire, "engine"),
-                gpu_memory=self.gpu_memory,
-            )
-            self._engine = base, engine
+            acquire = partial(self.acquire, "engine")
+            runner = VllmRunner(spec.base, spec.dtype, "generate", acquire, self.gpu_memory, self.tensor_parallel)
+            self._engine = base, VllmEngine(runner, self.tokenizer(spec), merge, lambda: self.engine(base))
         return self._engine[1]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Judges
 
     def judge_generator(self, location: str, backend: str = "transformers", batch: int = 16) -> Generator:
-        """Return a judge that writes text.
+        """Return a judge that writes text; transformers runs it if vLLM refuses it.
 
         Args:
             location: Folder or hub id.
@@ -236,7 +234,8 @@ class ModelPool:
         model = str(local_path(location) or location)
         _, config = load_tokenizer_and_config(location)
         dtype = str(config.get_text_config().dtype or "float32").removeprefix("torch.")
-        return VllmGenerator(location, model, self._judge_runner("judge engine", model, dtype, "generate"))
+        runner = self._judge_runner("judge engine", model, dtype, "generate")
+        return VllmGenerator(location, runner, lambda: self.judge_generator(location, "transformers", batch))
 
     def judge_classifier(
         self, location: str, backend: str = "transformers", dtype: str = "float32", batch: int = 32
@@ -265,7 +264,8 @@ class ModelPool:
             try:
                 return runner.classify(model, texts, progress)
             except EngineRefused as refusal:
-                progress.note(f"vLLM does not serve {location}: {refusal.reason}. transformers runs it instead.")
+                note = f"vLLM does not serve {location}: {refusal.reason}. transformers runs it instead."
+                runner.note_once(note, progress)
                 return self.judge_classifier(location, "transformers", dtype, batch)(texts, progress)
 
         return classify
@@ -281,13 +281,16 @@ class ModelPool:
 
     def _judge_runner(self, occupant: Occupant, model: str, dtype: str, runner: str) -> VllmRunner:
         """Return the vLLM process of a judge, not started yet; the process of another judge is ended."""
-        from .vllm_engine import VllmRunner
+        from .vllm_runner import VllmRunner
 
         key = (model, dtype)
         if occupant not in self._runners or self._runners[occupant][0] != key:
             self.evict(occupant)
             acquire = partial(self.acquire, occupant)
-            self._runners[occupant] = key, VllmRunner(model, dtype, runner, acquire, self.gpu_memory)
+            gpus = self.tensor_parallel
+            if gpus > 1:
+                gpus = largest_division(load_tokenizer_and_config(model)[1], gpus)
+            self._runners[occupant] = key, VllmRunner(model, dtype, runner, acquire, self.gpu_memory, gpus)
         return self._runners[occupant][1]
 
     # -----------------------------------------------------------------------------------------------------------------

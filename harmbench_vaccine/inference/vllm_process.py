@@ -14,6 +14,8 @@ from typing import Any
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import Advance
 
+from .vllm_errors import RaisedError, Refused, explain
+
 WORKER = Path(__file__).with_name("vllm_worker.py")
 PATIENCE = 5.0
 """Seconds that an idle process has to end by itself before it is killed."""
@@ -23,6 +25,7 @@ CPU_CACHE = 1
 
 _OVERRIDES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the worker: ending the worker ends everything
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # on several GPUs; the worker uses a GPU before it starts the others
     "PYTHONUNBUFFERED": "1",
 }
 _DEFAULTS = {
@@ -35,13 +38,13 @@ _DEFAULTS = {
 class EngineRefused(HbvError):
     """vLLM does not serve a request."""
 
-    def __init__(self, model: str, what: str, reason: str) -> None:
+    def __init__(self, model: str, what: Refused, reason: str) -> None:
         """Store the reason.
 
         Args:
-            model: Name of the model.
-            what: What vLLM refuses: "model", "adapter", "memory" or "length".
-            reason: One line of the library's error.
+            model: Name of the model in messages.
+            what: What vLLM refuses.
+            reason: One line in the words of vLLM.
         """
         super().__init__(f"vLLM does not serve {model!r}: {reason}.")
         self.what, self.reason = what, reason
@@ -71,8 +74,8 @@ class VllmProcess:
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                env={**_DEFAULTS, **os.environ, **_OVERRIDES, "TMPDIR": str(folder)},
-                start_new_session=True,  # Ctrl-C reaches the harness alone, which ends the worker
+                env=_environment(folder),
+                start_new_session=True,  # Ctrl-C reaches the harness alone, which ends the worker and its processes
             )
 
     def request(self, do: str, advance: Advance | None = None, **values: Any) -> dict[str, Any]:
@@ -89,7 +92,7 @@ class VllmProcess:
         """
         assert self._child.stdin is not None
         assert self._child.stdout is not None
-        self._busy = True
+        self._busy, log_start = True, self._log.stat().st_size
         with suppress(BrokenPipeError):
             self._child.stdin.write(json.dumps({"do": do, **values}) + "\n")
             self._child.stdin.flush()
@@ -100,7 +103,9 @@ class VllmProcess:
                 if "step" not in reply:
                     self._busy = False
                     if "failed" in reply:
-                        raise EngineRefused(self._model, reply["failed"], reply["text"])
+                        chain = [RaisedError(**error) for error in reply["failed"]]
+                        failure = explain(chain, self._logged(log_start))
+                        raise EngineRefused(self._model, failure.what, failure.reason)
                     return reply
                 if advance:
                     advance(reply["step"])
@@ -120,11 +125,30 @@ class VllmProcess:
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
+        self._end_group()
         self._child.stdout.close()
+
+    def _end_group(self) -> None:
+        """End the processes that the worker started for further GPUs: they outlive a killed worker for a while."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._child.pid, signal.SIGKILL)
+
+    def _logged(self, start: int = 0) -> str:
+        """Return the log from a byte on."""
+        return self._log.read_bytes()[start:].decode(errors="replace")
 
     def _cause(self) -> str:
         code = self._child.wait()
+        self._end_group()
         ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line.strip() for line in lines if "Error" in line and "Traceback" not in line]
+        errors = [line.strip() for line in self._logged().splitlines() if "Error" in line and "Traceback" not in line]
         return f" ({ending}){': ' + errors[-1][:200].rstrip('.') if errors else ''}"
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    """Return the environment of a worker, whose temporary files are in a folder."""
+    cache = os.environ.get("VLLM_CACHE_ROOT") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "vllm"
+    )
+    defaults = {**_DEFAULTS, "TORCHINDUCTOR_CACHE_DIR": os.path.join(cache, "inductor")}  # not in TMPDIR: it is reused
+    return {**defaults, **os.environ, **_OVERRIDES, "TMPDIR": str(folder)}

@@ -2,14 +2,15 @@
 
 vLLM changes the process that it is loaded into (threads, environment, logging, standard output) and reliably frees its
 memory only when that process ends. So it runs in a process of its own, which the harness starts and ends; the harness's
-end is `vllm_process.py`. The engine runs inside this process and starts no further one.
+end is `vllm_process.py`. The engine runs inside this process. On several GPUs it starts a further process for each,
+in the process group of this one.
 
     {"do": "start", ...}     -> {"rank": of the largest adapter; 0: no adapters}
     {"do": "adapter", ...}   -> {}
     {"do": "generate", ...}  -> {"step": prompts just done}, ..., {"rows": token ids, "watched": log-probabilities}
     {"do": "classify", ...}  -> {"step": rows just done}, ..., {"rows": logits}
 
-The reply to a request that fails is {"failed": "model", "adapter" or "memory", "text": the reason}.
+The reply to a request that fails is {"failed": the exception and its causes, as `_error_chain` describes them}.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from __future__ import annotations
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -42,7 +45,7 @@ def main() -> None:
             send(getattr(server, request.pop("do"))(**request))
         except Exception as error:  # whatever vLLM raises is reported; the process keeps running
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
-            send({"failed": _kind(error), "text": _reason(error)})
+            send({"failed": _error_chain(error)})
 
 
 def _requests() -> queue.Queue[dict[str, Any] | None]:
@@ -57,6 +60,8 @@ def _requests() -> queue.Queue[dict[str, Any] | None]:
             requests.put(json.loads(line))
         requests.put(None)
         time.sleep(GRACE)
+        if os.getpgrp() == os.getpid():  # the processes of further GPUs end too
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=listen, daemon=True).start()
@@ -72,7 +77,17 @@ class Server:
         self._adapter: Any = None
 
     def start(
-        self, model: str, revision: str | None, dtype: str, length: int, memory: float, runner: str, **lora: int
+        self,
+        model: str,
+        revision: str | None,
+        dtype: str,
+        length: int,
+        memory: float,
+        runner: str,
+        gpus: int = 1,
+        attention: str | None = None,
+        eager: bool = False,
+        **lora: int,
     ) -> dict[str, Any]:
         """Load a model.
 
@@ -83,6 +98,9 @@ class Server:
             length: Longest sequence in tokens.
             memory: Share of the GPU's memory.
             runner: "generate" or "pooling", as vLLM calls it.
+            gpus: Number of GPUs that share the weights.
+            attention: Attention backend; None: vLLM chooses it.
+            eager: Whether to run without compilation and CUDA graphs.
             lora: `need` is the rank of the adapter to serve, `room` the rank to leave room for; 0: no adapters.
 
         Returns:
@@ -90,15 +108,11 @@ class Server:
         """
         import torch
         from vllm import LLM, SamplingParams
-        from vllm.config.lora import MaxLoRARanks
 
-        rank, adapter_options = 0, {}
-        if lora.get("room"):
-            allowed = sorted(get_args(MaxLoRARanks))
-            if lora["need"] > allowed[-1]:
-                raise _RankError(f"rank {lora['need']} is above {allowed[-1]}, the largest that vLLM supports")
-            rank = next((value for value in allowed if value >= lora["room"]), allowed[-1])
-            adapter_options = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 4}
+        rank = _largest_rank(lora["need"], lora["room"]) if lora.get("room") else 0
+        options: dict[str, Any] = {"attention_config": {"backend": attention}} if attention else {}
+        if rank:
+            options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 4}
         if torch.cuda.is_available():  # vLLM refuses to start where its share is not free
             free, total = torch.cuda.mem_get_info()
             memory = min(memory, round(free / total - 0.02, 2))
@@ -109,12 +123,13 @@ class Server:
             dtype=dtype,
             max_model_len=length,
             gpu_memory_utilization=memory,
+            tensor_parallel_size=gpus,
             skip_tokenizer_init=True,  # prompts and answers are token ids
             trust_remote_code=False,
             generation_config="vllm",  # the model's own settings may have penalties
-            enforce_eager=True,  # a few hundred answers do not pay for a compilation
+            enforce_eager=eager,
             disable_log_stats=True,
-            **adapter_options,
+            **options,
         )
         first = {"prompt_token_ids": [0]}  # some requirements of a model are checked only when it runs
         if runner == "generate":
@@ -156,6 +171,7 @@ class Server:
             logprob_token_ids=watched,
         )
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        self._forget()
         outputs = self._llm.generate(inputs, greedy, use_tqdm=self._bar, lora_request=self._adapter)
         sequences = [output.outputs[0] for output in outputs]
         log_probs = [
@@ -171,8 +187,18 @@ class Server:
 
         inputs = [{"prompt_token_ids": ids} for ids in rows]
         raw = PoolingParams(use_activation=False)
+        self._forget()
         outputs = self._llm.encode(inputs, raw, pooling_task="classify", use_tqdm=self._bar)
         return {"rows": [output.outputs.data.float().tolist() for output in outputs]}
+
+    def _forget(self) -> None:
+        """Forget the keys and values of earlier requests, so that a reply depends on its own request only.
+
+        vLLM computes the common beginning of prompts once. A prompt whose beginning is known is computed in other
+        shapes, which gives the same numbers only if the kernels are batch-invariant (VLLM_BATCH_INVARIANT=1), and else
+        differs in rounding. Within a request this is like the choice of batches: it is the same in every repetition.
+        """
+        self._llm.reset_prefix_cache()
 
     def _bar(self, iterable: Any = None, **settings: Any) -> Any:
         """Return a progress bar for vLLM that prints nothing and reports the finished requests."""
@@ -189,24 +215,31 @@ class Server:
         return ReportingBar(iterable, **{**settings, "file": open(os.devnull, "w", encoding="utf-8")})
 
 
-class _RankError(ValueError):
-    pass
+def _largest_rank(needed: int, room: int) -> int:
+    """Return the smallest largest rank that vLLM supports with this room, or the largest of all."""
+    from vllm.config.lora import MaxLoRARanks
+
+    allowed = sorted(get_args(MaxLoRARanks))
+    if needed > allowed[-1]:
+        raise ValueError(f"LoRA rank {needed} is above {allowed[-1]}, the largest that vLLM supports")
+    return next((rank for rank in allowed if rank >= room), allowed[-1])
 
 
-def _kind(error: Exception) -> str:
-    """Return what vLLM refuses: "adapter", "memory" or "model"."""
-    text = f"{type(error).__name__} {error}".lower()
-    if isinstance(error, _RankError) or "lora" in text:
-        return "adapter"
-    return "memory" if "memory" in text or "kv cache" in text else "model"
-
-
-def _reason(error: Exception) -> str:
-    """Return the line of an error that names the problem, short enough for a message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = next((line for line in lines if line.startswith("Value error, ")), lines[0])
-    line = line.removeprefix("Value error, ").partition(" [type=")[0].partition(". ")[0].rstrip(".")
-    return line if len(line) <= 200 else f"{line[:200]}..."
+def _error_chain(error: BaseException | None) -> list[dict[str, Any]]:
+    """Describe an exception and its causes, as values of `RaisedError` in `vllm_errors.py`."""
+    chain: list[dict[str, Any]] = []
+    while error is not None and len(chain) < 10:
+        frames = traceback.extract_tb(error.__traceback__)
+        chain.append(
+            {
+                "name": type(error).__name__,
+                "text": str(error)[:2000],
+                "frames": [f"{frame.filename}:{frame.name}" for frame in frames],
+                "source": (frames[-1].line or "") if frames else "",
+            }
+        )
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return chain
 
 
 if __name__ == "__main__":
