@@ -52,6 +52,7 @@ class RunOptions(TypedDict, total=False):
     device: str | None
     backend: Backend | None
     gpu_memory: float | None
+    tensor_parallel: int | None
     gradient_checkpointing: bool
     save_every: float
     out: str | Path | None
@@ -96,6 +97,7 @@ def run(
     device: str | None = None,
     backend: Backend | None = None,
     gpu_memory: float | None = None,
+    tensor_parallel: int | None = None,
     gradient_checkpointing: bool = False,
     save_every: float = 0.1,
     out: str | Path | None = None,
@@ -126,6 +128,7 @@ def run(
         device: "cpu", "cuda" or "cuda:N"; None: `$HBV_DEVICE`, or else a GPU if one is available.
         backend: "transformers" or "vllm"; None: vLLM if it is installed and a GPU is available.
         gpu_memory: Share of a GPU's memory for vLLM, from 0.05 to 1.
+        tensor_parallel: Number of GPUs over which vLLM divides a model; None: 1.
         gradient_checkpointing: Save memory in training, for one more forward pass per step.
         save_every: Share of the steps of a training stage between two checkpoints, from 0.001 to 1.
         out: Folder for run folders; None: `$HBV_HOME/runs`.
@@ -169,6 +172,7 @@ def run(
                 save_share=checked_share("save_every", save_every, 0.001),
                 gradient_checkpointing=checked_flag("gradient_checkpointing", gradient_checkpointing),
                 gpu_memory=None if gpu_memory is None else checked_share("gpu_memory", gpu_memory, 0.05),
+                tensor_parallel=1 if tensor_parallel is None else checked_count("tensor_parallel", tensor_parallel),
                 report_to=_checked_trackers(report_to),
                 progress=receiver,
             )

@@ -27,6 +27,7 @@ from .experiment.spec import RunSpec
 from .inference.engine import GPU_MEMORY
 from .inference.loading import check_model, check_quantization
 from .inference.model_pool import ModelPool
+from .inference.tensor_parallel import check_gpus, check_heads
 from .pipeline import answer_all, judge_all, run, train_models
 from .plugins import Scorer
 from .plugins.registry import require_imports
@@ -44,6 +45,7 @@ def run_all(
     gradient_checkpointing: bool = False,
     shard: bool = False,
     gpu_memory: float | None = None,
+    tensor_parallel: int = 1,
     report_to: Sequence[Tracker] = (),
     progress: Progress = SILENT,
     on_result: Callable[[Result], None] | None = None,
@@ -61,6 +63,7 @@ def run_all(
         gradient_checkpointing: Compute activations again in the backward pass.
         shard: Spread the base model over the ranks.
         gpu_memory: Share of a GPU's memory for a vLLM engine.
+        tensor_parallel: Number of GPUs that share the weights of a vLLM engine.
         report_to: Trackers that receive the steps of the training stages.
         progress: Where progress is reported.
         on_result: Called with every result.
@@ -72,7 +75,8 @@ def run_all(
     experiments = settle_all(specs)
     _check_outputs(out, table, check_writable)
     check_trackers(report_to)
-    models = ModelPool(progress, gradient_checkpointing, shard, gpu_memory or GPU_MEMORY)
+    check_gpus(tensor_parallel, (experiment.backend for experiment in experiments))
+    models = ModelPool(progress, gradient_checkpointing, shard, gpu_memory or GPU_MEMORY, tensor_parallel)
     planned = prepare(experiments, models, shard=shard, progress=progress)
     root, runs, csv = _check_outputs(out, table, ensure_writable)  # last: bad input creates no folder
     clock = StageClock(planned)
@@ -132,6 +136,7 @@ def plan_all(
     out: Path | None = None,
     table: Path | None = None,
     shard: bool = False,
+    tensor_parallel: int = 1,
     report_to: Sequence[Tracker] = (),
 ) -> Plan:
     """Plan the runs and refuse what `run_all` refuses, without creating or downloading anything.
@@ -142,6 +147,7 @@ def plan_all(
     experiments = settle_all(specs)
     _check_outputs(out, table, check_writable)
     check_trackers(report_to)
+    check_gpus(tensor_parallel, (experiment.backend for experiment in experiments))
     _check_locations(experiments, shard)
     _check_models(experiments, is_available)
     plan = plan_runs(experiments, home() / "store")
@@ -152,7 +158,7 @@ def plan_all(
         for experiment in unstored
         if all(map(is_available, [experiment.model, *data_locations(experiment).values()]))
     ]
-    _check_rows(available, ModelPool())
+    _check_rows(available, ModelPool(tensor_parallel=tensor_parallel))
     return plan
 
 
@@ -213,7 +219,9 @@ def _check_rows(experiments: Sequence[Experiment], models: ModelPool) -> None:
         check_rows(experiment)
         model = experiment.model
         if model not in limits:
-            limits[model] = LimitCheck(model, *models.tokenizer_and_config(model))
+            tokenizer, config = models.tokenizer_and_config(model)
+            check_heads(model, config, models.tensor_parallel)
+            limits[model] = LimitCheck(model, tokenizer, config)
         limits[model].check(experiment)
 
 

@@ -36,7 +36,7 @@ _OPTION_GROUPS = {
     "What to run": ("defenses", "attacks", "tasks", "seeds", "dry_run", "device_name"),
     "Protocol": ("protocol", "model", "data", "values"),
     "Judge": ("scorers",),
-    "Hardware": ("device", "backend", "gpu_memory", "gradient_checkpointing", "shard", "save_every"),
+    "Hardware": ("device", "backend", "gpu_memory", "tensor_parallel", "gradient_checkpointing", "shard", "save_every"),
     "Output": ("out", "table", "published", "as_json", "report_to", "quiet", "verbose", "log_file"),
 }
 
@@ -119,6 +119,14 @@ _OPTION_GROUPS = {
     help="Share of a GPU's memory for vLLM. [default: 0.85, or the free share]",
 )
 @click.option(
+    "--tensor-parallel",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Number of GPUs over which vLLM divides a model.",
+)
+@click.option(
     "--out",
     type=user_path,
     default=None,
@@ -177,6 +185,7 @@ def run(
     values: tuple[str, ...],
     backend: Literal["transformers", "vllm"] | None,
     gpu_memory: float | None,
+    tensor_parallel: int,
     out: Path | None,
     table: Path | None,
     published: bool,
@@ -216,7 +225,7 @@ def run(
     if dry_run:
         from harmbench_vaccine.runner import plan_all
 
-        plan = plan_all(specs, out=out, table=table, shard=shard, report_to=report_to)
+        plan = plan_all(specs, out=out, table=table, shard=shard, tensor_parallel=tensor_parallel, report_to=report_to)
         _print_dry_run(plan, device_name, gpu_memory, gradient_checkpointing, as_json)
         return
     if device_name:
@@ -233,6 +242,7 @@ def run(
             gradient_checkpointing=gradient_checkpointing,
             shard=shard,
             gpu_memory=gpu_memory,
+            tensor_parallel=tensor_parallel,
             report_to=report_to,
             progress=progress,
             on_result=print_result if as_json else None,
