@@ -71,7 +71,7 @@ class RaisedError:
 
 @dataclass(frozen=True)
 class EngineFailure:
-    """What vLLM refuses, and why."""
+    """The refused part, and the reason for it."""
 
     what: Refused
     reason: str

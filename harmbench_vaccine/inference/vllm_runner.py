@@ -57,7 +57,7 @@ class EngineShape:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How vLLM runs a model; the answers differ in rounding at most."""
+    """Options of an engine that change answers by rounding at most."""
 
     attention: str | None = None
     """Attention backend; None: vLLM chooses."""

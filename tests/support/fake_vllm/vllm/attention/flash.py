@@ -1,0 +1,2 @@
+def attend(dtype: str = "float32") -> None:
+    assert dtype != "float32"
