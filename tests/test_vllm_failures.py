@@ -1,6 +1,6 @@
 """What follows when vLLM fails: another attention backend, eager mode, merged weights, transformers.
 
-The worker process is the real one. It imports the `vllm` of `support/fake_vllm`, which fails as each test says.
+The worker process is the real one. It imports the `vllm` of `support/fake_vllm`, which fails in the ways that a test lists.
 """
 
 from __future__ import annotations
