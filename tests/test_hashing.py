@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from harmbench_vaccine.core import hashing
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.hashing import CACHED_ABOVE, content_hash
 from harmbench_vaccine.data.sources import read_rows
@@ -50,6 +52,38 @@ def test_file_with_a_name_in_another_encoding_is_hashed(tmp_path: Path, size: in
         (tmp_path / "set" / os.fsdecode(b"\xff.bin")).write_bytes(content * size)
         hashes.add(content_hash(tmp_path / "set"))
     assert len(hashes) == 3
+
+
+def test_unchanged_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that changed a moment ago is read again: another change may leave the same size and times."""
+    reads: list[Path] = []
+    sha256 = hashing.sha256
+    monkeypatch.setattr(hashing, "sha256", lambda path: reads.append(path) or sha256(path))
+    (tmp_path / "rows.jsonl").write_text(ROW)
+    for recent, count in ((hashing._RECENT, 3), (0, 1)):
+        monkeypatch.setattr(hashing, "_RECENT", recent)
+        reads.clear()
+        assert len({content_hash(tmp_path) for _ in range(3)}) == 1
+        assert len(reads) == count
+
+
+@pytest.mark.parametrize("recent", [0, hashing._RECENT])
+@pytest.mark.parametrize("change", ["write", "replace", "keep times"])
+def test_changed_file_of_the_same_size_has_another_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, recent: int
+) -> None:
+    monkeypatch.setattr(hashing, "_RECENT", recent)
+    path, hashes = tmp_path / "rows.jsonl", []
+    for number in range(5):
+        written = tmp_path / "new" if change == "replace" else path
+        before = path.stat() if path.exists() else None
+        written.write_bytes(str(number).encode())
+        if change == "keep times" and before:
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.replace(written, path)
+        hashes.append(content_hash(path))
+        time.sleep(0.02)  # longer than a tick of the clock of the file system
+    assert len(set(hashes)) == 5
 
 
 @pytest.mark.parametrize("use", [read, content_hash])

@@ -7,8 +7,10 @@ import json
 import os
 import sqlite3
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +19,8 @@ from .paths import home
 
 CACHED_ABOVE = 1 << 20
 """Bytes above which the hash of a file is cached: smaller files are hashed faster than looked up."""
+_RECENT = 2_000_000_000
+"""Nanoseconds after a change within which a file may change again without another time stamp."""
 
 
 def canonical_json(value: Any) -> str:
@@ -74,11 +78,27 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's content (64 hexadecimal digits), from the cache where the file did not change."""
+    """Return the SHA-256 of a file's content (64 hexadecimal digits), from a cache where the file did not change.
+
+    A process reads a file once: a plan of many runs needs the hash of each data set for every stage.
+    """
     status = path.stat()
-    if status.st_size < CACHED_ABOVE:
+    if time.time_ns() - status.st_ctime_ns < _RECENT:
+        return _stored_hash(path, status.st_size, status.st_mtime_ns)
+    inode = (status.st_dev, status.st_ino, status.st_ctime_ns)
+    return _hash_of_inode(path, status.st_size, status.st_mtime_ns, inode)
+
+
+@lru_cache(maxsize=10_000)
+def _hash_of_inode(path: Path, size: int, modified: int, inode: tuple[int, int, int]) -> str:
+    return _stored_hash(path, size, modified)
+
+
+def _stored_hash(path: Path, size: int, modified: int) -> str:
+    """Return the hash of a file from the cache of this user if it is large, or else read the file."""
+    if size < CACHED_ABOVE:
         return sha256(path)
-    key = (str(path.absolute()), status.st_size, status.st_mtime_ns)
+    key = (str(path.absolute()), size, modified)
     with suppress(OSError, UnicodeError, sqlite3.Error):  # a cache that cannot be used costs time only
         home().mkdir(parents=True, exist_ok=True)
         file = home() / "hashes.sqlite"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import linecache
+import os
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,7 +120,7 @@ def _helpers(module: str, file: Path) -> Iterator[tuple[str, Path]]:
     for name in _imports(file.read_text(encoding="utf-8"), package):
         parent, _, stem = name.rpartition(".")
         folder = folders.get(parent)
-        if folder and name not in CONTRACT and folder / f"{stem}.py" in folder.glob("*.py"):  # with equal letter case
+        if folder and name not in CONTRACT and f"{stem}.py" in os.listdir(folder):  # with equal letter case
             yield name, folder / f"{stem}.py"
 
 
