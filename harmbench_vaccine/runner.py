@@ -131,7 +131,7 @@ def prepare(
 
 
 def plan_all(
-    specs: Sequence[RunSpec],
+    experiments: Sequence[Experiment],
     *,
     out: Path | None = None,
     table: Path | None = None,
@@ -142,9 +142,8 @@ def plan_all(
     """Plan the runs and refuse what `run_all` refuses, without creating or downloading anything.
 
     Models and rows that are not on this machine are not checked, and neither are those of runs whose stages are all
-    stored. Arguments and errors are those of `run_all`.
+    stored. The experiments are those of the specifications; other arguments and the errors are those of `run_all`.
     """
-    experiments = settle_all(specs)
     _check_outputs(out, table, check_writable)
     check_trackers(report_to)
     check_gpus(tensor_parallel, (experiment.backend for experiment in experiments))

@@ -223,9 +223,13 @@ def run(
         values=parse_assignments("--set", "PATH=VALUE", values),
     )
     if dry_run:
+        from harmbench_vaccine.experiment.experiment import settle_all
         from harmbench_vaccine.runner import plan_all
 
-        plan = plan_all(specs, out=out, table=table, shard=shard, tensor_parallel=tensor_parallel, report_to=report_to)
+        experiments = settle_all(specs)
+        plan = plan_all(
+            experiments, out=out, table=table, shard=shard, tensor_parallel=tensor_parallel, report_to=report_to
+        )
         _print_dry_run(plan, device_name, gpu_memory, gradient_checkpointing, as_json)
         return
     if device_name:

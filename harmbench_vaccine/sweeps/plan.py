@@ -49,7 +49,7 @@ def sweep_plan_json(
     Raises:
         BadInput: A run of the suite is not possible.
     """
-    plan = plan_all([experiment.spec for experiment in suite.settle()])
+    plan = plan_all(suite.settle())
     values = dry_run_json(plan, Store(home / "store"), target)
     seconds = sum(estimate["seconds"] for run in values["experiments"] for estimate in run["estimate"])
     return {
