@@ -60,26 +60,31 @@ def combine_specs(
     listed_tasks = list(tasks)
     if (runs := len(listed_tasks) * len(numbers) * len(listed_attacks) * len(listed_defenses)) > MOST_RUNS:
         raise BadInput(f"The lists of values give {runs} runs; allowed: at most {MOST_RUNS}. Shorten the lists.")
+    parsed_defenses = [parse_specification(defense, DEFENSES) for defense in listed_defenses]
+    parsed_attacks = [parse_specification(attack, ATTACKS) for attack in listed_attacks]
+    parsed_tasks = [task if isinstance(task, str) else parse_specification(task, TASKS) for task in listed_tasks]
     judges = [
         component
         for scorer in scorers
         for component in ([scorer] if isinstance(scorer, str) else parse_specification(scorer, SCORERS))
     ]
+    locations = {name: str(path) for name, path in (data or {}).items()}
+    texts = {path: yaml_text(value) for path, value in (values or {}).items()}
     try:
         return [
             RunSpec(
                 protocol=str(protocol),
-                defense=parse_specification(defense, DEFENSES),
-                attack=parse_specification(attack, ATTACKS),
-                task=task if isinstance(task, str) else parse_specification(task, TASKS),
+                defense=defense,
+                attack=attack,
+                task=task,
                 seed=seed,
                 model=None if model is None else str(model),
                 scorers=tuple[str | Component, ...](judges),
-                data={name: str(path) for name, path in (data or {}).items()},
-                values={path: yaml_text(value) for path, value in (values or {}).items()},
+                data=locations,
+                values=texts,
                 backend=backend,
             )
-            for task, seed, attack, defense in product(listed_tasks, numbers, listed_attacks, listed_defenses)
+            for task, seed, attack, defense in product(parsed_tasks, numbers, parsed_attacks, parsed_defenses)
         ]
     except ValidationError as error:
         raise BadInput(f"Argument {first_validation_error(error)}") from error

@@ -13,16 +13,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from harmbench_vaccine.core.errors import BadInput, shortened, too_few_rows, unknown_name
 from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.seeds import random_stream
-from harmbench_vaccine.inference.model_pool import ModelPool
 
 from .source_code import CONTRACT, code_of_definitions, code_of_modules
+
+if TYPE_CHECKING:
+    from harmbench_vaccine.inference.model_pool import ModelPool
 
 T = TypeVar("T")
 P = TypeVar("P", bound="Plugin", covariant=True)
@@ -104,6 +106,8 @@ class Plugin(BaseModel):
     def models(self) -> ModelPool:
         """The pool that loads models for this plug-in: the attached pool, or a new one."""
         if self._models is None:
+            from harmbench_vaccine.inference.model_pool import ModelPool
+
             self._models = ModelPool()
         return self._models
 

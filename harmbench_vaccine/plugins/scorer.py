@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import PrivateAttr
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment, Verdict
-from harmbench_vaccine.inference.model_pool import ModelPool
 
 from .base import Plugin
+
+if TYPE_CHECKING:
+    from harmbench_vaccine.inference.model_pool import ModelPool
 
 Form = Literal["classifier", "generative", "rule"]
 

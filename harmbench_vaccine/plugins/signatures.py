@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cached_property
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 
@@ -24,7 +24,7 @@ def require_interface(cls: type[Plugin], base: type[Plugin]) -> None:
             a method, or it takes other arguments.
     """
     plugin = f"{cls.kind.capitalize()} {cls.name!r}"
-    types = get_type_hints(base)
+    types = inspect.get_annotations(base, eval_str=True)
     for name in base.__annotations__:
         if "ClassVar" in base.__annotations__[name]:
             if not hasattr(cls, name):

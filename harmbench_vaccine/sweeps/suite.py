@@ -26,7 +26,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -35,10 +35,12 @@ from harmbench_vaccine.core.hashing import canonical_json
 from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.core.strict_yaml import read_yaml
 from harmbench_vaccine.data.text_files import read_text
-from harmbench_vaccine.experiment.experiment import Experiment, settle_all
 from harmbench_vaccine.experiment.spec import SEED_LIMIT, RunSpec, first_validation_error
 from harmbench_vaccine.experiment.spec_lists import combine_specs, parse_seeds, yaml_text
 from harmbench_vaccine.plugins.composition import Composition, expand_values, parse_plugins
+
+if TYPE_CHECKING:
+    from harmbench_vaccine.experiment.experiment import Experiment
 
 
 def _listed(value: Any) -> Any:
@@ -154,6 +156,8 @@ class Suite(BaseModel):
         Raises:
             BadInput: A run of the suite is not possible.
         """
+        from harmbench_vaccine.experiment.experiment import settle_all
+
         unique: dict[str, Experiment] = {}
         for experiment in settle_all(self.specs()):
             unique.setdefault(_identity(experiment), experiment)

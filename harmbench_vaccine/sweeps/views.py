@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
 from harmbench_vaccine.core.progress import format_duration
 from harmbench_vaccine.reporting.render import Column, TableGroup, dim_notes, number_column, render_table
 
-from .failures import Failure
-from .leases import Lease
-from .monitor import SweepStatus
 from .suite import load_suite, suite_names
+
+if TYPE_CHECKING:
+    from .failures import Failure
+    from .leases import Lease
+    from .monitor import SweepStatus
 
 _SHOWN_WORKERS = 12
 """Workers that the view lists; it counts the others."""
