@@ -20,6 +20,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from harmbench_vaccine.core.device import place_model
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
@@ -58,13 +59,14 @@ def merged(base: PreTrainedModel, *adapters: Adapter) -> PreTrainedModel:
     with torch.no_grad():
         for lora in adapters:
             for name, (a, b) in lora.factors.items():
-                model.get_submodule(name).weight += lora.scale * (b @ a)
+                weight = model.get_submodule(name).weight
+                weight += lora.scale * (b @ a).to(weight.device)
     return model.eval()
 
 
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        return model(**tiny.batch()).logits
+        return place_model(model)(**tiny.batch()).logits
 
 
 def weights(model: nn.Module) -> Mapping[str, Tensor]:

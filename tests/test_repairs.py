@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from harmbench_vaccine.core.device import place_model
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress, Silent
 from harmbench_vaccine.core.store import META
@@ -77,7 +78,7 @@ class World:
         return Models(settled, aligned, tuned, repair(settled, context, aligned, tuned))
 
     def base(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.protocol.parent / "model").eval()
+        return place_model(AutoModelForCausalLM.from_pretrained(self.protocol.parent / "model")).eval()
 
     def fresh(self, folder: Path, progress: Progress = SILENT) -> RunContext:
         """Return a context with a new store that contains the aligned and tuned models, but no repaired one."""
@@ -158,7 +159,7 @@ def delta(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
 def logits(base: PreTrainedModel, adapters: Sequence[Adapter]) -> Tensor:
     """Return the logits of the merged model on a fixed batch."""
     weights = {
-        f"{module}.weight": base.get_submodule(module).weight.detach() + change.float()
+        f"{module}.weight": base.get_submodule(module).weight.detach() + change.float().to(base.device)
         for module, change in delta(adapters).items()
     }
     with torch.no_grad():

@@ -86,7 +86,7 @@ def differs(safe: Batch, harmful: Batch) -> Tensor:
         for position in range(length):
             equal = position < safe_length and safe["input_ids"][row, position].item() == ids[position]
             m[row, position] = harmful["labels"][row, position] >= 0 and not equal
-    return m
+    return m.to(harmful["labels"].device)
 
 
 @contextmanager

@@ -75,4 +75,4 @@ def replace_harmful_loss(stage: TrainingStage, loss: Callable[[list[Tensor]], Te
 def random_coefficients(stage: TrainingStage, seed: int) -> list[Tensor]:
     """Draw a random tensor of the shape of every trainable parameter."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(value.shape, generator=generator) for value in stage.trainable.values()]
+    return [torch.randn(value.shape, generator=generator).to(value.device) for value in stage.trainable.values()]

@@ -96,8 +96,11 @@ class SimulatedTensor(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        assert isinstance(value, SimulatedTensor) and value.shape == self.shape
-        self.numbers = value.numbers
+        assert isinstance(value, SimulatedTensor)
+        if value.shape == self.shape and value.dtype == self.dtype:
+            self.numbers = value.numbers
+        else:  # `numbers` alone would leave the old shape or type
+            torch.utils.swap_tensors(self, torch.nn.Parameter(SimulatedTensor(value.numbers), self.requires_grad))
 
 
 @contextmanager
@@ -149,6 +152,8 @@ def _backend_name(value: Any) -> Any:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on the numbers of its inputs; its results are on the device of the inputs, or on `device`."""
+    if func.overloadpacket is torch.ops.aten.to:  # in inference mode, `to` is not split into simpler operations
+        args, kwargs = _named_arguments(func, args, kwargs)
     inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     simulated = [value for value in inputs if isinstance(value, SimulatedTensor)]
     if 0 < len(simulated) < len(inputs):
@@ -173,6 +178,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return wrappers[id(tensor)] if id(tensor) in wrappers else SimulatedTensor(tensor)
 
     return tree_map_only(Tensor, on_gpu, result)
+
+
+def _named_arguments(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Name all arguments but the first; a tensor whose device and type `to` takes is replaced by these."""
+    names = [argument.name for argument in func._schema.arguments]
+    named = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+    if "other" in named:
+        raise NotImplementedError("the simulated GPU has no `to(other)` in inference mode; use `to(other.device)`")
+    return args[:1], named
 
 
 def _check_mixture(func: Any, args: Any, inputs: list[Tensor]) -> None:
