@@ -64,12 +64,12 @@ def load_model(kind: Any, location: str, what: str = "Model", **options: Any) ->
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}."
         )
     for name, weight in model.named_parameters():
-        if not _is_finite(weight):
+        if not is_finite(weight):
             raise HbvError(f"{what} {location!r} has broken weights: {name} has a value that is not a finite number.")
     return model
 
 
-def _is_finite(weight: Any) -> bool:
+def is_finite(weight: Any) -> bool:
     """Return False for a weight with NaN or an infinite value; quantized weights (a byte or less) are not examined."""
     if not weight.numel() or not weight.is_floating_point() or weight.dtype.itemsize == 1:
         return True

@@ -23,6 +23,7 @@ from .loading import (
     load_tokenizer_and_config,
     quantization_options,
 )
+from .sharded_loading import load_sharded
 from .tensor_parallel import largest_division
 
 if TYPE_CHECKING:
@@ -301,15 +302,15 @@ class ModelPool:
 
         dtype = getattr(torch, spec.dtype)
         options = quantization_options(spec.quantization, dtype)
-        model: PreTrainedModel = load_model(AutoModelForCausalLM, spec.base, dtype=dtype, **options)
+        model: PreTrainedModel
+        if self.shard:
+            model = load_sharded(spec.base, dtype)
+        else:
+            model = load_model(AutoModelForCausalLM, spec.base, dtype=dtype, **options)
         if self.gradient_checkpointing:
             if not model.supports_gradient_checkpointing:
                 raise BadInput(f"{type(model).__name__} does not support gradient checkpointing.")
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if self.shard:
-            from harmbench_vaccine.training.sharding import shard
-
-            return shard(model)
         return place_model(model)
 
     def _unload_stack(self) -> None:
