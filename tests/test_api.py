@@ -333,6 +333,8 @@ def test_fingerprint_needs_whole_statements(tmp_path: Path) -> None:
         ({"seed": []}, None, "seed is an empty list"),
         ({"save_every": 2}, None, "save_every is 2; allowed: a number from 0.001 to 1"),
         ({"gpu_memory": float("nan")}, None, "gpu_memory is nan"),
+        ({"tensor_parallel": 0}, None, "tensor_parallel is 0"),
+        ({"tensor_parallel": 2}, None, "models run on the CPU"),
         ({"defense": 5}, None, "5 specifies no defense"),
         ({"defense": TASKS.get("sst2")}, None, "specifies no defense"),
         ({"defense": [{"defence": "sft"}]}, None, "Did you mean 'defense'"),

@@ -226,6 +226,8 @@ def test_settings_that_a_defense_changes_have_the_same_ranges(setting: str, mess
         (("--seed", "99999999999999999999"), ("--seed", "2**63")),
         (("--seed", NINES), ("--seed",)),
         (("--gpu-memory", "nan"), ("--gpu-memory",)),
+        (("--tensor-parallel", "0"), ("--tensor-parallel", "1<=x<=1024")),
+        (("--tensor-parallel", "2"), ("models run on the CPU", "Allowed: 1, or --device cuda")),
         (("--save-every", "nan"), ("--save-every",)),
         (("--backend", "vlm"), ("Unknown value 'vlm' of --backend. Did you mean 'vllm'?",)),
         (("--attack", "samples=0"), ("n=0", ">= 1")),

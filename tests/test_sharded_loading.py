@@ -58,17 +58,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = torch.load(folder / "found.pt", weights_only=True)
+def loaded(folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
     return results
 
 
 @pytest.mark.parametrize(
     "name", [*tiny.ARCHITECTURES, "tied", "uneven", "one row", "several files", "half", "without head"]
 )
-def test_sharded_model_equals_the_whole_model(name: str, folder: Path, found: dict[str, Any]) -> None:
+def test_sharded_model_equals_the_whole_model(name: str, folder: Path, loaded: dict[str, Any]) -> None:
     whole = AutoModelForCausalLM.from_pretrained(folder / "models" / name, dtype=torch.float32)
-    result = found[name]
+    result = loaded[name]
     assert "error" not in result, result
     assert result["weights"].keys() == dict(whole.state_dict()).keys()
     for key, weight in whole.state_dict().items():
@@ -91,10 +91,10 @@ def test_sharded_model_equals_the_whole_model(name: str, folder: Path, found: di
     ],
 )
 def test_missing_and_broken_weights_have_the_sentences_of_whole_models(
-    name: str, sentence: str, folder: Path, found: dict[str, Any]
+    name: str, sentence: str, folder: Path, loaded: dict[str, Any]
 ) -> None:
-    assert sentence in found[name]["error"]
-    assert found[name]["error"].startswith(f"Model {str(folder / 'models' / name)!r} ")
+    assert sentence in loaded[name]["error"]
+    assert loaded[name]["error"].startswith(f"Model {str(folder / 'models' / name)!r} ")
 
 
 def test_no_rank_has_the_whole_model_in_memory(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What follows when vLLM fails: another attention backend, eager mode, merged weights, transformers.
+"""Replacements of a vLLM that fails: another attention backend, eager mode, merged weights, transformers.
 
 The worker process is the real one. It imports the `vllm` of `support/fake_vllm`, which fails in the ways that a test lists.
 """

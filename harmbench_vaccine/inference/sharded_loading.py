@@ -118,8 +118,8 @@ def _stored_weights(model: PreTrainedModel, tensors: Mapping[str, _StoredTensor]
     """
     prefix = f"{model.base_model_prefix}."
     names = [*dict(model.named_parameters()), *dict(model.named_buffers())]
-    found = {name: tensors.get(name) or tensors.get(name.removeprefix(prefix)) for name in names}
-    stored = {name: tensor for name, tensor in found.items() if tensor}
+    candidates = {name: tensors.get(name) or tensors.get(name.removeprefix(prefix)) for name in names}
+    stored = {name: tensor for name, tensor in candidates.items() if tensor}
     is_complete = all(
         name in stored and stored[name].shape == weight.shape for name, weight in model.named_parameters()
     )

@@ -1,7 +1,7 @@
 """Models loaded in shards, for tests/test_sharded_loading.py.
 
 `PYTHONPATH=tests torchrun --nproc-per-node 2 -m support.shard_ranks FOLDER` loads every model in `FOLDER/models` over
-the ranks. Rank 0 writes `FOLDER/found.pt`: `{name: {"weights", "buffers", "logits"} or {"error"}}`. For the model in
+the ranks. Rank 0 writes `FOLDER/results.pt`: `{name: {"weights", "buffers", "logits"} or {"error"}}`. For the model in
 `FOLDER/large`, each rank writes `FOLDER/peak-RANK`: the growth of its largest resident memory, in bytes.
 """
 
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
     del large
     results = {path.name: parts(path) for path in sorted((folder / "models").iterdir())}
     if distributed.rank() == 0:
-        torch.save(results, folder / "found.pt")
+        torch.save(results, folder / "results.pt")
     distributed.shutdown()
 
 
