@@ -83,12 +83,13 @@ def select_listed_runs(
     Raises:
         BadInput: No stored run and no installed plug-in or protocol has such a name.
     """
-    for kind, values in names.items():
+    selected = {kind: values for kind, values in names.items() if values}
+    for kind, values in selected.items():
         known = {*_installed_names(kind), *(name for run in runs for name in _names(kind, run.overview))}
         for value in values:
             if _normal(value) not in set(map(_normal, known)):
                 raise unknown_plugin(kind, value, known)
-    selected_names = {kind: set(map(_normal, values)) for kind, values in names.items() if values}
+    selected_names = {kind: set(map(_normal, values)) for kind, values in selected.items()}
     return [
         run
         for run in runs
