@@ -1,6 +1,7 @@
 """Replacements of a vLLM that fails: another attention backend, eager mode, merged weights, transformers.
 
-The worker process is the real one. It imports the `vllm` of `support/fake_vllm`, which fails in the ways that a test lists.
+The worker process is the real one. It imports the `vllm` of `support/fake_vllm`, which fails in the ways that a test
+lists.
 """
 
 from __future__ import annotations
@@ -160,6 +161,20 @@ def test_kernels_that_refuse_the_dtype_of_adapters_leave_them_to_transformers(
         f'vLLM does not serve the adapters of {spec.base}: AssertionError in kernels.py: assert dtype in ["float16", '
         '"bfloat16"]. transformers answers instead.'
     ]
+
+
+def test_merged_weights_are_served_without_compilation(
+    fake: Fake, on_gpu: None, spec: ModelSpec, tmp_path: Path
+) -> None:
+    wide = Adapter(
+        {name: (a.repeat(20, 1), b.repeat(1, 20)) for name, (a, b) in Adapter.load(spec.adapters[0]).factors.items()},
+        0.5,
+    )
+    wide.save(tmp_path / "wide")
+    results, answered_by, (note,) = answers(spec.on_top(tmp_path / "wide"))
+    assert (results, answered_by) == ([BY_VLLM] * 2, "vllm, merged weights")
+    assert "LoRA rank 40 is above 32" in note
+    assert fake.starts("enforce_eager", "enable_lora") == [(True, None)]
 
 
 @pytest.mark.parametrize(

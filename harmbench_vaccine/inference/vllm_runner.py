@@ -176,6 +176,9 @@ class VllmRunner:
             name, revision = source["pretrained_model_name_or_path"], source.get("revision")
         limit = self._length_limit(needed.model) or needed.length
         length = min(max(MIN_LENGTH, 1 << (needed.length - 1).bit_length()), limit)
+        options = self._options
+        if needed.model != self.name:  # vLLM would not reuse the compilation of a temporary folder with merged weights
+            options = replace(options, eager=True)
         with progress.bar("vLLM starts", 1) as advance:
             self._process = VllmProcess(self.name, self.folder)
             reply = self.request(
@@ -189,7 +192,7 @@ class VllmRunner:
                 gpus=self._gpus,
                 need=needed.rank,
                 room=room,
-                **asdict(self._options),
+                **asdict(options),
             )
             advance(1)
         self._shape = EngineShape(needed.model, reply["rank"], length)
