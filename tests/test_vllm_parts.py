@@ -214,7 +214,7 @@ import json, os, sys
 for line in sys.stdin:
     request = json.loads(line)
     if request["do"] == "die":
-        print("Traceback (most recent call last)\\nValueError: it broke.", file=sys.stderr, flush=True)
+        print(request["log"], file=sys.stderr, flush=True)
         print(request["written"], end="", flush=True)
         os.kill(os.getpid(), 9)
     for step in (2, 3):
@@ -243,12 +243,24 @@ def test_process_replies_reports_its_steps_and_refuses(echo: VllmProcess) -> Non
     assert child.returncode == 0  # it ended by itself
 
 
-@pytest.mark.parametrize("written", ["", '{"rows": [1, '], ids=["between replies", "within a reply"])
-def test_dead_process_is_reported_with_its_last_error(written: str, echo: VllmProcess) -> None:
+TRACEBACK = "Traceback (most recent call last):\n"
+SILENT_ERROR = f'{TRACEBACK}  File "a.py", line 3, in f\n    assert size == 32\nAssertionError'
+
+
+@pytest.mark.parametrize(
+    ("written", "log", "cause"),
+    [
+        ("", f"{TRACEBACK}ValueError: it broke.", "ValueError: it broke"),
+        ('{"rows": [1, ', f"{TRACEBACK}ValueError: it broke.", "ValueError: it broke"),
+        ("", SILENT_ERROR, "AssertionError in a.py: assert size == 32"),
+    ],
+    ids=["between replies", "within a reply", "without a message"],
+)
+def test_dead_process_is_reported_with_its_last_error(written: str, log: str, cause: str, echo: VllmProcess) -> None:
     with pytest.raises(HbvError) as error:
-        echo.request("die", written=written)
+        echo.request("die", written=written, log=log)
     assert str(error.value) == (
-        "The vLLM engine of 'some/model' died (SIGKILL): ValueError: it broke. "
+        f"The vLLM engine of 'some/model' died (SIGKILL): {cause}. "
         "Finished stages are stored: run the same command again, or add --backend transformers."
     )
     with pytest.raises(HbvError, match="died"):

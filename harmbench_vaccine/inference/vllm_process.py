@@ -14,7 +14,7 @@ from typing import Any
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.progress import Advance
 
-from .vllm_errors import RaisedError, Refused, explain
+from .vllm_errors import RaisedError, Refused, explain, logged_errors
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 PATIENCE = 5.0
@@ -141,7 +141,9 @@ class VllmProcess:
         code = self._child.wait()
         self._end_group()
         ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        errors = [line.strip() for line in self._logged().splitlines() if "Error" in line and "Traceback" not in line]
+        log = self._logged()
+        lines = [line.strip() for line in log.splitlines() if "Error" in line and "Traceback" not in line]
+        errors = [line for line in lines if " " in line] or [error.reason for error in logged_errors(log)]
         return f" ({ending}){': ' + errors[-1][:200].rstrip('.') if errors else ''}"
 
 
