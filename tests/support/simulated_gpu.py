@@ -12,7 +12,7 @@ CPUs refuses `cuda` before any code of a test could run. `torch.cuda` is replace
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU = torch.device("cuda", 0)
 _BACKEND = "simulated"
@@ -154,7 +153,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on the numbers of its inputs; its results are on the device of the inputs, or on `device`."""
     if func.overloadpacket is torch.ops.aten.to:  # in inference mode, `to` is not split into simpler operations
         args, kwargs = _named_arguments(func, args, kwargs)
-    inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    inputs = [*_tensors(args), *_tensors(kwargs.values())]
     simulated = [value for value in inputs if isinstance(value, SimulatedTensor)]
     if 0 < len(simulated) < len(inputs):
         _check_mixture(func, args, inputs)
@@ -162,7 +161,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     is_on_gpu = bool(simulated) if device is None else _is_gpu(device)
     if is_on_gpu and isinstance(generator := kwargs.get("generator"), torch.Generator):
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device}'")
-    plain_args, plain_kwargs = tree_map_only(SimulatedTensor, lambda tensor: tensor.numbers, (args, kwargs))
+    plain_args = _map_tensors(_numbers, args)
+    plain_kwargs = {name: _map_tensors(_numbers, value) for name, value in kwargs.items()}
     if device is not None and is_on_gpu:
         plain_kwargs["device"] = torch.device("cpu")
     if kwargs.get("pin_memory"):
@@ -177,7 +177,25 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def on_gpu(tensor: Tensor) -> Tensor:
         return wrappers[id(tensor)] if id(tensor) in wrappers else SimulatedTensor(tensor)
 
-    return tree_map_only(Tensor, on_gpu, result)
+    return _map_tensors(on_gpu, result)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)([_map_tensors(change, item) for item in value]) if isinstance(value, list | tuple) else value
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    return tensor.numbers if isinstance(tensor, SimulatedTensor) else tensor
 
 
 def _named_arguments(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -208,7 +226,16 @@ def _check_mixture(func: Any, args: Any, inputs: list[Tensor]) -> None:
         )
 
 
-_SCALAR_INPUTS = ("index_put", "index_put_", "_index_put_impl_", "masked_fill", "masked_fill_", "fill", "fill_", "where")
+_SCALAR_INPUTS = (
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+    "masked_fill",
+    "masked_fill_",
+    "fill",
+    "fill_",
+    "where",
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
