@@ -35,6 +35,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from harmbench_vaccine.core.device import place_model
 from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.inference.engine import Engine, installed_vllm
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
@@ -196,7 +197,7 @@ def _save_model(folder: Path) -> Path:
 
 def _save_adapters(base: Path, folder: Path, dtype: torch.dtype) -> tuple[LoraStack, tuple[Path, ...]]:
     """Save two random adapters of rank 8."""
-    stack = LoraStack(AutoModelForCausalLM.from_pretrained(base, dtype=dtype))
+    stack = LoraStack(place_model(AutoModelForCausalLM.from_pretrained(base, dtype=dtype)))
     paths = (folder / "aligned", folder / "tuned")
     for path in paths:
         for parameter in stack.train((), TrainSettings(lr=1e-3, epochs=1, batch=1), seed=0).values():
