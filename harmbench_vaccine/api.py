@@ -21,8 +21,9 @@ from .core.errors import BadInput, shortened, unknown_name
 from .core.library_settings import library_defaults
 from .core.paths import home, user_path
 from .core.progress import SILENT, Lines, Progress, Terminal
-from .evaluation.records import RESULT, find_run, load_run
+from .evaluation.records import find_run, load_run
 from .evaluation.result import Result
+from .evaluation.run_overview import RESULT
 from .evaluation.run_registry import run_folders
 from .experiment.spec import RunSpec
 from .experiment.spec_lists import combine_specs

@@ -16,9 +16,10 @@ from rich.console import Console
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.evaluation.measure import answer_rows, measure_result
-from harmbench_vaccine.evaluation.records import RESULT, find_run, load_run, save_run
+from harmbench_vaccine.evaluation.records import find_run, load_run, save_run
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.results_csv import COLUMNS, csv_row
+from harmbench_vaccine.evaluation.run_overview import RESULT
 from harmbench_vaccine.evaluation.statistics import mean_interval, percentage, wilson
 from harmbench_vaccine.experiment.artifacts import ANSWERS, ROWS, VERDICTS, Measurements, TrainedModel
 from harmbench_vaccine.experiment.experiment import Experiment

@@ -20,7 +20,8 @@ import pytest
 
 from harmbench_vaccine.core.store import META, Store
 from harmbench_vaccine.data.sources import TESTBED_VERSION
-from harmbench_vaccine.evaluation.records import RESULT, save_run
+from harmbench_vaccine.evaluation.records import save_run
+from harmbench_vaccine.evaluation.run_overview import RESULT
 from support.cli import hbv
 from support.results import make_result
 

@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 
 from harmbench_vaccine.cli.console import WIDTH_WITHOUT_TERMINAL
-from harmbench_vaccine.evaluation.records import RunOverview
+from harmbench_vaccine.evaluation.run_overview import RunOverview
 from harmbench_vaccine.evaluation.why import Difference, Explanation
 from harmbench_vaccine.experiment.protocol import protocol_names
 from harmbench_vaccine.plugins.registry import REGISTRIES

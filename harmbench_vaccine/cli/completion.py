@@ -62,6 +62,6 @@ def described_name() -> Iterable[str]:
 def stored_run() -> Iterable[str]:
     """Complete the id of a stored run."""
     from harmbench_vaccine.core.paths import home
-    from harmbench_vaccine.evaluation.records import RESULT
+    from harmbench_vaccine.evaluation.run_overview import RESULT
 
     return sorted(path.parent.name for path in (home() / "runs").glob(f"*/{RESULT}"))

@@ -11,7 +11,7 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.experiment.experiment import Experiment
 
 from .dispersion import Dispersion, SeedShares, pool_dispersion
-from .records import RESULT, RunOverview, read_overview
+from .run_overview import RESULT, RunOverview, read_overview
 
 ASSUMED_RATIO = 3.0
 """phi n where no stored runs show it: the harmful score of the testbed has 3.1 at p = 0.1."""

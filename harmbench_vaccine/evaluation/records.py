@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from filelock import FileLock
-from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.hashing import digest
-from harmbench_vaccine.core.jsonl import finite, parse_json, read_lines
+from harmbench_vaccine.core.jsonl import finite, read_lines
 from harmbench_vaccine.core.locks import shared_lock
 from harmbench_vaccine.core.paths import home
 from harmbench_vaccine.core.visible import visible_json
@@ -22,36 +22,12 @@ from harmbench_vaccine.experiment.spec import first_validation_error
 
 from .agreement import SCORER_FACTS, AnswerRow, judge_scores, pairwise_agreement
 from .result import JudgeScore, Result
-from .result_fields import Date, Percent
 from .results_csv import add_row
+from .run_overview import RESULT, RunOverview, read_overview, read_result_file
 from .run_registry import register_run_folder
 
-RESULT, ANSWERS = "result.json", "answers.jsonl"
-
-R = TypeVar("R")
+ANSWERS = "answers.jsonl"
 _FURTHER_FIELDS = ConfigDict(extra="allow", strict=True)
-
-
-class RunOverview(BaseModel):
-    """The identity and the headline scores of a stored run; None is a part that an old result does not have."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    run: str
-    defense: str
-    attack: str
-    task: str | None = None
-    seed: int | None = None
-    model: str | None = None
-    protocol: str | None = None
-    protocol_hash: str | None = None
-    scorer: str | None = None
-    harmful_score: Percent | None = None
-    finetune_accuracy: Percent | None = None
-    date: Date | None = Field(None, validation_alias=AliasPath("environment", "date"))
-    """UTC date and time."""
-    collapsed: bool | None = Field(None, validation_alias=AliasPath("validity", "collapsed"))
-    """True if the final model fails a gate."""
 
 
 class _StoredVerdict(BaseModel):
@@ -131,7 +107,7 @@ def load_result(folder: Path) -> Result:
     Raises:
         HbvError: The file is damaged or cannot be read.
     """
-    return _read_result(folder / RESULT, Result.from_json)
+    return read_result_file(folder / RESULT, Result.from_json)
 
 
 def require_keys(result: Result) -> None:
@@ -153,26 +129,6 @@ def load_overview(folder: Path) -> tuple[RunOverview, list[dict[str, Any]]]:
         HbvError: A file is damaged or cannot be read.
     """
     return read_overview(folder), _read_answers(folder / ANSWERS)
-
-
-def read_overview(folder: Path) -> RunOverview:
-    """Read the overview of a run, whose result may be old and incomplete, without its answers.
-
-    Raises:
-        HbvError: The file is damaged or cannot be read.
-    """
-    return _read_result(folder / RESULT, RunOverview.model_validate)
-
-
-def _read_result(path: Path, parse: Callable[[Any], R]) -> R:
-    try:
-        return parse(parse_json(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise HbvError(
-            f"{path} is not a result of this version: {first_validation_error(error)} Repeat its command."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HbvError(f"{path} cannot be read: {error}. Repeat the run's command to write it again.") from error
 
 
 def _read_answers(path: Path) -> list[dict[str, Any]]:

@@ -17,8 +17,9 @@ from .dispersion import SeedShares, pool_dispersion
 from .measure import settle_again
 from .noise_floor import noise_floors
 from .paired import mcnemar, two_way_difference
-from .records import RESULT, load_result, load_run
+from .records import load_result, load_run
 from .result import Result
+from .run_overview import RESULT
 
 Score = Literal["harmful_score", "finetune_accuracy", "refusal_rate"]
 SCORES: tuple[Score, ...] = ("harmful_score", "finetune_accuracy", "refusal_rate")

@@ -10,9 +10,10 @@ from pathlib import Path
 from harmbench_vaccine.core.errors import BadInput, HbvError, unknown_name
 from harmbench_vaccine.core.paths import home
 
-from .records import RESULT, load_result, require_keys
+from .records import load_result, require_keys
 from .result import Result
 from .results_csv import read_csv
+from .run_overview import RESULT
 from .run_registry import run_folders
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harmbench_vaccine.core.durable import write_atomically
 
-from .records import RESULT
+from .run_overview import RESULT
 
 _FOLDER = ".sweeps"
 """The folder of a store with one file for each sweep."""

@@ -24,10 +24,11 @@ from harmbench_vaccine.testbed import ensure_testbed
 from .agreement import AnswerRow
 from .artifact_inputs import differing_inputs
 from .measure import answer_fields, drift_fields, experiment_fields, judge_fields, settle_again
-from .records import RESULT, judge_facts, load_run, row_identity
+from .records import judge_facts, load_run, row_identity
 from .rescoring import prepare_scorer, stored_scorers, stored_verdicts
 from .result import Result, StageArtifact
 from .results_csv import ResultRow, read_csv, result_rows
+from .run_overview import RESULT
 from .why import Inputs, compare_inputs
 
 TOLERANCE = 1e-5

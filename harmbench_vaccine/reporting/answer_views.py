@@ -10,8 +10,9 @@ from rich.console import Group, RenderableType
 
 from harmbench_vaccine.evaluation.agreement import is_flagged
 from harmbench_vaccine.evaluation.noise_floor import RepeatedRun
-from harmbench_vaccine.evaluation.records import RunOverview, by_question
+from harmbench_vaccine.evaluation.records import by_question
 from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.run_overview import RunOverview
 
 from .noise_floor_view import repeat_note
 from .render import Column, VisibleText, dim_notes, render_table

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
-from harmbench_vaccine.evaluation.records import RESULT, RunOverview, read_overview
+from harmbench_vaccine.evaluation.run_overview import RESULT, RunOverview, read_overview
 from harmbench_vaccine.experiment.protocol import protocol_models, protocol_names
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import REGISTRIES, unknown_plugin

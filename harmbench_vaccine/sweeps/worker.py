@@ -17,7 +17,8 @@ from pathlib import Path
 from harmbench_vaccine.core.disk_errors import DiskFull
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.evaluation.measure import answer_rows, measure_result
-from harmbench_vaccine.evaluation.records import RESULT, save_run_folder
+from harmbench_vaccine.evaluation.records import save_run_folder
+from harmbench_vaccine.evaluation.run_overview import RESULT
 from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.experiment.context import RunContext
 from harmbench_vaccine.experiment.experiment import Experiment

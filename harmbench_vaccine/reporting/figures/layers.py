@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harmbench_vaccine.core.errors import HbvError
-from harmbench_vaccine.evaluation.records import RESULT, load_result
+from harmbench_vaccine.evaluation.records import load_result
+from harmbench_vaccine.evaluation.run_overview import RESULT
 from harmbench_vaccine.reporting.leaderboard.grids import Grid
 
 from .style import GRAY, MUTED, new_figure, panel_grid, short_name, styled

@@ -20,8 +20,9 @@ from harmbench_vaccine.core.jsonl import parse_json
 from harmbench_vaccine.core.paths import ensure_writable
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.visible import visible_json
-from harmbench_vaccine.evaluation.records import ANSWERS, RESULT, load_result
+from harmbench_vaccine.evaluation.records import ANSWERS, load_result
 from harmbench_vaccine.evaluation.results_csv import ResultRow, csv_cells
+from harmbench_vaccine.evaluation.run_overview import RESULT
 from harmbench_vaccine.evaluation.verification import verify_run
 from harmbench_vaccine.experiment.spec import first_validation_error
 
