@@ -122,11 +122,9 @@ def measure_drift(
             after, logits = attention_outputs(model(), batch)
             meter.add(before, after, batch["attention_mask"].to(logits.device))
             labels = batch["labels"][:, 1:].to(logits.device)
-            loss += float(
-                nn.functional.cross_entropy(
-                    logits[:, :-1].flatten(0, 1).double(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-                )
-            )
-            tokens += int((labels != IGNORED).sum())
+            is_response = labels != IGNORED  # in float64, the logits of other tokens would take most of the memory
+            responses = logits[:, :-1][is_response].double()
+            loss += float(nn.functional.cross_entropy(responses, labels[is_response], reduction="sum"))
+            tokens += len(responses)
             advance(1)
     return loss / tokens, meter.result()

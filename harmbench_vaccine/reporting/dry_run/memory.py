@@ -123,7 +123,7 @@ def drift_bytes(config: Any, dtype: str, rows: int, width: int) -> int:
         attention outputs of both models: 2 x layers x rows x width x hidden size x bytes per number
         logits of both models, and in float64 with their logarithms: rows x width x vocabulary x (2 x bytes + 16)
 
-    Source: `evaluation/drift.py`.
+    An upper bound: only the logits of response tokens are in float64. Source: `evaluation/drift.py`.
 
     Args:
         config: Configuration of the model.
