@@ -82,14 +82,13 @@ def explain(chain: Sequence[RaisedError], log: str) -> EngineFailure:
 
     Args:
         chain: The exception that ended the request, and then its causes.
-        log: What vLLM and its processes logged during the request. It is used where `chain` has no message.
+        log: What vLLM and its processes logged during the request: `chain` may only refer to it.
     """
-    error = next((error for error in chain if error.is_informative), None)
-    if error is None:
-        logged = [each for each in logged_errors(log) if not each.is_reference]
-        silent = [each for each in chain if not each.text.strip()]
-        error = next((each for each in logged if each.is_informative), (silent or logged or list(chain))[-1])
-        chain = [*chain, *logged]
+    informative = [error for error in chain if error.is_informative]
+    silent = [error for error in chain if not error.text.strip()]
+    logged = [] if informative or silent else [error for error in logged_errors(log) if not error.is_reference]
+    error = [*informative, *reversed(silent), *logged, *chain][0]
+    chain = [*chain, *logged]
     return EngineFailure(_refused(error, [frame for each in chain for frame in each.frames]), error.reason)
 
 

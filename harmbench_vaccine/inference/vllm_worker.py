@@ -2,8 +2,8 @@
 
 vLLM changes the process that it is loaded into (threads, environment, logging, standard output) and reliably frees its
 memory only when that process ends. So it runs in a process of its own, which the harness starts and ends; the harness's
-end is `vllm_process.py`. The engine runs inside this process. On several GPUs it starts a further process for each,
-in the process group of this one.
+end is `vllm_process.py`. On a CPU the engine runs inside this process. On a GPU it has a process of its own, on several
+GPUs one for each, in the process group of this one.
 
     {"do": "start", ...}     -> {"rank": of the largest adapter; 0: no adapters}
     {"do": "adapter", ...}   -> {}
@@ -60,7 +60,7 @@ def _requests() -> queue.Queue[dict[str, Any] | None]:
             requests.put(json.loads(line))
         requests.put(None)
         time.sleep(GRACE)
-        if os.getpgrp() == os.getpid():  # the processes of further GPUs end too
+        if os.getpgrp() == os.getpid():  # the processes of the engine end too
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
