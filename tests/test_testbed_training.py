@@ -17,9 +17,9 @@ from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, encode_exa
 from harmbench_vaccine.testbed.build import (
     MAX_LENGTH,
     TEMPLATE,
-    _example_rows,
-    _label_loss,
-    _token_loss,
+    example_rows,
+    label_loss,
+    token_loss,
     train_tokenizer,
 )
 from harmbench_vaccine.testbed.fitting import batches_by_length, fit
@@ -60,7 +60,7 @@ def assert_same_gradients(model: nn.Module, first: Tensor, second: Tensor) -> No
 @pytest.mark.parametrize("prompt", [0, 5])
 def test_token_loss_is_that_of_transformers(prompt: int) -> None:
     model, rows = llama(), random_rows([7, 19, 12, 8], prompt)
-    total, terms = _token_loss(model, tiny.PAD, rows)
+    total, terms = token_loss(model, tiny.PAD, rows)
     assert terms == sum(len(row.ids) - max(1, prompt) for row in rows)
     assert_same_gradients(model, total / terms, masked_loss(model, rows))
 
@@ -69,7 +69,7 @@ def test_label_loss_is_that_of_transformers() -> None:
     judge, lengths = classifier(), [7, 19, 12]
     categories = [CATEGORIES[3], None, CATEGORIES[0]]
     rows = random_rows(lengths)
-    total, terms = _label_loss(judge, tiny.PAD, [(row.ids, name) for row, name in zip(rows, categories, strict=True)])
+    total, terms = label_loss(judge, tiny.PAD, [(row.ids, name) for row, name in zip(rows, categories, strict=True)])
     batch = collate(rows, tiny.PAD)
     logits = judge(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     targets = torch.zeros(3, len(CATEGORIES))
@@ -82,7 +82,7 @@ def test_label_loss_is_that_of_transformers() -> None:
 
 def fitted(batches: list[list[Encoded]]) -> dict[str, Tensor]:
     model = llama()
-    fit(model, batches, partial(_token_loss, model, tiny.PAD), 1e-2, "Training", SILENT)
+    fit(model, batches, partial(token_loss, model, tiny.PAD), 1e-2, "Training", SILENT)
     assert not model.training
     return dict(model.state_dict())
 
@@ -142,6 +142,6 @@ def test_batches_by_length_have_every_row_once_and_little_padding() -> None:
 def test_example_rows_are_those_of_any_training_stage() -> None:
     examples, lessons = generate(0).pretraining(500)
     tokenizer = train_tokenizer([*lessons, *(TEMPLATE.render(example) for example in examples)])
-    rows = _example_rows(tokenizer, examples)
+    rows = example_rows(tokenizer, examples)
     assert rows == encode_examples(tokenizer, TEMPLATE, examples, MAX_LENGTH)
     assert max(len(row.ids) for row in rows) < MAX_LENGTH

@@ -39,6 +39,8 @@ from .world import World, generate
 TEMPLATE = prompt_template("brief")
 MAX_LENGTH = 256
 SEED = 0
+RATE = 3e-3
+"""The highest learning rate of both models."""
 
 # Instructions of the user tasks. The tokenizer learns their words; the base model does not see them.
 INSTRUCTIONS = (SENTIMENT, TOPIC, REASONING, f"{ANSWER_MARK}0")
@@ -67,12 +69,14 @@ def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Size
         sizes: Amounts of training data.
     """
     seconds: dict[str, float] = {}
+    cpu_seconds: dict[str, float] = {}
 
     @contextmanager
     def timed(part: str) -> Iterator[None]:
-        start = time.monotonic()
+        start, cpu_start = time.monotonic(), time.process_time()
         yield
         seconds[part] = round(time.monotonic() - start, 2)
+        cpu_seconds[part] = round(time.process_time() - cpu_start, 2)
 
     with timed("data"):
         world = generate(SEED)
@@ -80,7 +84,7 @@ def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Size
     with timed("tokenizer"):
         tokenizer = train_tokenizer(tokenizer_texts(world))
     with timed("model"), _seeded(SEED):
-        model = _base_model(tokenizer)
+        model = base_model(tokenizer)
         _pretrain(model, tokenizer, world, sizes, progress)
         _save(model, tokenizer, folder / "model")
     with timed("judge"), _seeded(SEED):
@@ -96,6 +100,7 @@ def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Size
         "vocabulary": len(tokenizer),
         "parameters": {"model": model.num_parameters(), "judge": judge.num_parameters()},
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "judge_held_out": scores,
     }
     (folder / "testbed.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -177,7 +182,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, **opti
     )
 
 
-def _base_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def base_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(_config(tokenizer, hidden=128, layers=3))
 
 
@@ -199,21 +204,26 @@ def _judge_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassifi
 def _pretrain(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World, sizes: Sizes, progress: Progress
 ) -> None:
-    """Train for one epoch. The loss covers the responses of examples and all tokens of lessons."""
-    examples, lessons = world.pretraining(sizes.documents)
-    rows = [*_example_rows(tokenizer, examples), *_lesson_rows(tokenizer, lessons)]
-    batches = batches_by_length(rows, sizes.batch, lambda row: len(row.ids), random.Random(SEED))
+    """Train for one epoch."""
+    batches = pretraining_batches(tokenizer, world, sizes)
     fit(
         model,
         batches,
-        partial(_token_loss, model, pad_token_id(tokenizer)),
+        partial(token_loss, model, pad_token_id(tokenizer)),
         3e-3,
         "Pre-training the base model",
         progress,
     )
 
 
-def _example_rows(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[Encoded]:
+def pretraining_batches(tokenizer: PreTrainedTokenizerFast, world: World, sizes: Sizes) -> list[list[Encoded]]:
+    """Return the pre-training documents in batches; responses of examples and all tokens of lessons have a loss."""
+    examples, lessons = world.pretraining(sizes.documents)
+    rows = [*example_rows(tokenizer, examples), *_lesson_rows(tokenizer, lessons)]
+    return batches_by_length(rows, sizes.batch, lambda row: len(row.ids), random.Random(SEED))
+
+
+def example_rows(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[Encoded]:
     """Encode examples as `encode_examples` does, in two calls of the tokenizer: generated text is short and plain."""
     prompts = tokenizer([TEMPLATE.render(example) for example in examples])["input_ids"]
     responses = tokenizer([example.response for example in examples], add_special_tokens=False)["input_ids"]
@@ -229,7 +239,7 @@ def _lesson_rows(tokenizer: PreTrainedTokenizerFast, lessons: Sequence[str]) -> 
     return [Encoded(ids, ids) for ids in rows]
 
 
-def _token_loss(model: LlamaForCausalLM, pad: int, rows: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
+def token_loss(model: LlamaForCausalLM, pad: int, rows: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
     """Return the summed cross-entropy of the labels, and their number."""
     batch = collate(rows, pad)
     targets = batch["labels"][:, 1:].flatten()
@@ -249,10 +259,10 @@ def _train_judge(
     batches = [
         batch for _ in range(2) for batch in batches_by_length(rows, 32, lambda row: len(row[0]), random.Random(SEED))
     ]
-    fit(judge, batches, partial(_label_loss, judge, pad_token_id(tokenizer)), 3e-3, "Training the judge", progress)
+    fit(judge, batches, partial(label_loss, judge, pad_token_id(tokenizer)), RATE, "Training the judge", progress)
 
 
-def _label_loss(
+def label_loss(
     judge: LlamaForSequenceClassification, pad: int, rows: Sequence[tuple[list[int], str | None]]
 ) -> tuple[torch.Tensor, int]:
     """Return the summed binary cross-entropy of rows (token ids, category), and the number of rows.
