@@ -32,6 +32,7 @@ from .pipeline import answer_all, judge_all, run, train_models
 from .plugins import Scorer
 from .plugins.registry import require_imports
 from .reporting.dry_run.plan import DryRunStore, Plan, plan_runs
+from .reporting.gpu_use import check_gpu_memory
 from .testbed import ensure_testbed
 from .training.trackers import Tracker, check_trackers
 
@@ -115,13 +116,15 @@ def prepare(
         The artifacts of all stages, stored or not; none on another rank than 0, which alone shows progress.
 
     Raises:
-        BadInput: A location, a model, a judge or a number of rows is not available.
+        BadInput: A location, a model, a judge or a number of rows is not available, or other processes leave too
+            little memory of the GPU.
     """
     _check_locations(experiments, shard)
     store = DryRunStore(home() / "store")
     unstored = _unstored(experiments, models, store)
     _check_imports(unstored)
     _check_models(unstored)
+    check_gpu_memory(unstored, progress)
     if any(location.startswith(TESTBED) for experiment in experiments for location in _locations(experiment)):
         is_built = is_available(f"{TESTBED}model")
         ensure_testbed(progress)

@@ -106,7 +106,8 @@ def test_an_unknown_device_fails() -> None:
 
 def test_a_gpu_that_torch_does_not_use_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name in ("HBV_DEVICE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
     finding = doctor._device(parse_gpus(GPUS, ""))
     assert finding.state == "absent"
     assert "driver 535.104.05" in finding.detail
@@ -187,11 +188,11 @@ def test_processes_have_their_user_and_command() -> None:
         running.kill()
     (process,) = gpu.processes
     assert (process.user, process.command) == (getpass.getuser(), "sleep 60")
-    assert doctor._holder(process) == f"\npid {running.pid} has 2.0 GiB ({process.user}: sleep 60)"
+    assert str(process) == f"pid {running.pid} has 2.0 GiB ({process.user}: sleep 60)"
     (gpu,) = parse_gpus(
         GPUS.splitlines()[0], "GPU-11111111-2222-3333-4444-555555555555, 99999999, [N/A]\n", describe=True
     )
-    assert doctor._holder(gpu.processes[0]) == "\npid 99999999 has unknown (of another user or container)"
+    assert str(gpu.processes[0]) == "pid 99999999 has unknown (of another user or container)"
 
 
 @pytest.mark.parametrize("script", ["", "#!/bin/sh\nexit 9\n", "#!/bin/sh\necho NVIDIA-SMI has failed\n", GPUS])

@@ -20,7 +20,7 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.paths import check_writable, home
 from harmbench_vaccine.inference.engine import installed_vllm
 
-from .gpus import Gpu, GpuProcess, list_gpus
+from .gpus import Gpu, gibibytes, list_gpus
 from .render import render_table
 from .store_views import readable_size
 
@@ -207,21 +207,8 @@ def _container_limit() -> int | None:
 
 
 def _gpu(gpu: Gpu) -> MachinePart:
-    detail = (
-        f"{gpu.name}, {_gibibytes(gpu.memory)} of memory, {_gibibytes(gpu.used)} in use, driver {gpu.driver}"
-        f"{''.join(map(_holder, gpu.processes))}"
-    )
-    return MachinePart(f"gpu {gpu.index}", "ok", detail)
-
-
-def _holder(process: GpuProcess) -> str:
-    command = process.command if len(process.command) <= 60 else f"{process.command[:60]}..."
-    owner = f"{process.user}: {command}" if command else "of another user or container"
-    return f"\npid {process.pid} has {_gibibytes(process.memory)} ({owner})"
-
-
-def _gibibytes(mebibytes: int | None) -> str:
-    return "unknown" if mebibytes is None else f"{mebibytes / 1024:.1f} GiB"
+    detail = f"{gpu.name}, {gibibytes(gpu.memory)} of memory, {gibibytes(gpu.used)} in use, driver {gpu.driver}"
+    return MachinePart(f"gpu {gpu.index}", "ok", "\n".join([detail, *map(str, gpu.processes)]))
 
 
 def _device(gpus: list[Gpu]) -> MachinePart:

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _GPU_FIELDS = "uuid,index,name,memory.total,memory.used,driver_version"
 _PROCESS_FIELDS = "gpu_uuid,pid,used_memory"
 _TIMEOUT = 20
 """Seconds for one query; a GPU that fell off the bus can block it."""
+_WIDTH = 60
+"""Characters of a command that are printed."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class GpuProcess:
     user: str = ""
     command: str = ""
     """Empty for a process that this user or container cannot see."""
+
+    def __str__(self) -> str:
+        command = self.command if len(self.command) <= _WIDTH else f"{self.command[:_WIDTH]}..."
+        owner = f"{self.user}: {command}" if command else "of another user or container"
+        return f"pid {self.pid} has {gibibytes(self.memory)} ({owner})"
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,17 @@ class Gpu:
     """MiB in use."""
     driver: str
     processes: tuple[GpuProcess, ...] = ()
+    uuid: str = field(default="", compare=False)
+
+    @property
+    def free(self) -> int | None:
+        """MiB that no process uses; None where the driver does not report it."""
+        return None if self.memory is None or self.used is None else self.memory - self.used
+
+
+def gibibytes(mebibytes: int | None) -> str:
+    """Format a number of MiB in GiB."""
+    return "unknown" if mebibytes is None else f"{mebibytes / 1024:.1f} GiB"
 
 
 def list_gpus() -> list[Gpu]:
@@ -71,7 +89,7 @@ def parse_gpus(gpus: str, processes: str, *, describe: bool = False) -> list[Gpu
         process = GpuProcess(int(pid), _mebibytes(memory))
         users.setdefault(uuid, []).append(_described(process) if describe else process)
     return [
-        Gpu(int(index), name, _mebibytes(total), _mebibytes(used), driver, tuple(users.get(uuid, ())))
+        Gpu(int(index), name, _mebibytes(total), _mebibytes(used), driver, tuple(users.get(uuid, ())), uuid)
         for uuid, index, name, total, used, driver in _lines(gpus)
     ]
 
