@@ -43,16 +43,18 @@ def model(architecture: str = "llama", **changes: Any) -> PreTrainedModel:
     )
 
 
-def greedy(model: nn.Module, prompt: str, limit: int, end: int) -> list[int]:
+def greedy(model: PreTrainedModel, prompt: str, limit: int, end: int) -> list[int]:
     """Append the most likely token until the end token or the limit."""
     prompt_ids, ids = tokenizer()(prompt)["input_ids"], []
     while len(ids) < limit and (not ids or ids[-1] != end):
         with torch.no_grad():
-            ids.append(int(model(input_ids=torch.tensor([prompt_ids + ids])).logits[0, -1].argmax()))
+            ids.append(
+                int(model(input_ids=torch.tensor([prompt_ids + ids], device=model.device)).logits[0, -1].argmax())
+            )
     return ids
 
 
-def expected(model: nn.Module, prompt: str, limit: int, end: int) -> Answer:
+def expected(model: PreTrainedModel, prompt: str, limit: int, end: int) -> Answer:
     ids = greedy(model, prompt, limit, end)
     finished = ids[-1] == end
     return Answer(tokenizer().decode(ids[: len(ids) - finished], skip_special_tokens=True), len(ids), finished)
@@ -144,7 +146,8 @@ WINDOW = {"sliding_window": 8}  # shorter than prompts with their answers; archi
 def generate_of_transformers(base: PreTrainedModel, prompt: list[int], limit: int) -> list[int]:
     config = GenerationConfig(max_new_tokens=limit, do_sample=False, pad_token_id=0, eos_token_id=None)
     base.generation_config = GenerationConfig()
-    return base.generate(input_ids=torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist()
+    ids = torch.tensor([prompt], device=base.device)
+    return base.generate(input_ids=ids, generation_config=config)[0, len(prompt) :].tolist()
 
 
 def stops_of_some(runs: list[list[int]]) -> list[int]:
@@ -165,20 +168,30 @@ def test_log_probabilities_are_those_of_the_whole_text(batch: int) -> None:
     )
     for prompt, row in zip(prompts, rows, strict=True):
         with torch.no_grad():
-            logits = base(input_ids=torch.tensor([prompt + row.tokens])).logits[0, len(prompt) - 1 :]
-        expected = logits.log_softmax(-1)[: len(row.tokens) + row.finished, watched]
+            logits = base(input_ids=torch.tensor([prompt + row.tokens], device=base.device)).logits[
+                0, len(prompt) - 1 :
+            ]
+        expected = logits.log_softmax(-1)[: len(row.tokens) + row.finished, watched].cpu()
         torch.testing.assert_close(torch.tensor(row.log_probs, dtype=torch.float64), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_batch_takes_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    base = model()
-    row = cache_bytes(base.config, "float32", 1, 50) + 50 * 4 * (4 * 64 + 3 * 96) + 8 * len(tokenizer())
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_batch_takes_half_of_the_free_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = model().config
+    row = cache_bytes(config, "bfloat16", 1, 50) + 50 * 2 * (4 * 64 + 3 * 96) + 8 * len(tokenizer())
+    decoder = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device(device))
+    reserved, allocated = 7 * row, 4 * row
 
-    def with_free(count: float) -> int:
-        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * count * row))
-        return rows_that_fit(base, 50)
+    def rows_with_free(count: float) -> int:
+        free = 2 * count * row
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free - (reserved - allocated), 1 << 40))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+        return rows_that_fit(decoder, 50)
 
-    assert [with_free(count) for count in (0, 1, 3.9, 4, 40, 1e6)] == [1, 1, 2, 4, 32, 128]
+    most = {"cpu": 128, "cuda": 256}[device]
+    assert [rows_with_free(count) for count in (0, 1, 3.9, 4, 40, 1e6)] == [1, 1, 2, 4, 32, most]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7])
