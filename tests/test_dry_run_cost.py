@@ -1,13 +1,10 @@
-"""The cost that a dry run states: shapes of models, rates of devices, the answer first, light imports."""
+"""The cost that a dry run states: shapes of models, rates of devices, the answer first."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -239,25 +236,6 @@ def test_bad_device_is_one_sentence(options: tuple[str, ...], parts: tuple[str, 
     assert refused.code == 2
     assert all(part in refused.sentence for part in parts), refused.sentence
     assert not own_home.exists()
-
-
-@pytest.mark.slow
-def test_stored_run_needs_no_heavy_import(world: Path, own_home: Path) -> None:
-    """With everything stored, nothing is estimated: transformers, peft and datasets are not imported.
-
-    scipy is, for the quantiles of the detectable difference.
-    """
-    options = ["run", "--protocol", str(world), "--defense", "vaccine", "--attack", "ratio=0.1"]
-    assert hbv(*options, home=own_home).code == 0
-    code = (
-        "import sys, atexit; sys.argv = ['hbv', *sys.argv[1:]]; heavy = ('transformers', 'peft', 'datasets'); "
-        "atexit.register(lambda: print([name for name in heavy if name in sys.modules])); "
-        "from harmbench_vaccine.cli import main; main()"
-    )
-    done: Any = subprocess.run([sys.executable, "-c", code, *options, "--dry-run"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "nothing to run: all" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_unknown_device_name_is_an_error() -> None:

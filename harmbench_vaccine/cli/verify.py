@@ -53,10 +53,11 @@ def verify(sources: tuple[str, ...], cached: bool, as_json: bool) -> None:
 def _verify(source: str, progress: Progress, cached: bool) -> list[VerifiedRun]:
     from harmbench_vaccine.evaluation.records import find_run
     from harmbench_vaccine.evaluation.verification import verify_csv, verify_run
-    from harmbench_vaccine.reporting.leaderboard.ranking import read_results_table
 
     runs, store = home() / "runs", home() / "store"
     if source.endswith(".csv"):
+        from harmbench_vaccine.reporting.leaderboard.ranking import read_results_table
+
         read_results_table(user_path(source))
         return verify_csv(user_path(source), runs, store, progress, cached=cached)
     return [verify_run(find_run(source, runs), store, progress, cached=cached)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .dispersion import IntervalEstimate
 from .statistics import student_quantile, student_tail
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def two_way_difference(
@@ -37,6 +39,8 @@ def two_way_difference(
     Raises:
         ValueError: There is no question, or one seed with one cluster.
     """
+    import numpy as np
+
     values = np.asarray(differences, dtype=float)
     seeds, questions = values.shape
     names = list(range(questions)) if clusters is None else list(clusters)
@@ -64,13 +68,12 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
     It compares two answers to each question, for example of two judges or of two engines. Of one seed of two defenses,
     it does not extend to a newly trained model.
     """
-    from scipy import stats
+    from scipy.special import bdtr
 
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    if not only_first + only_second:
-        return 1.0
-    return float(stats.binomtest(only_first, only_first + only_second).pvalue)
+    tail = float(bdtr(min(only_first, only_second), only_first + only_second, 0.5))  # both tails are equal
+    return min(1.0, 2 * tail)
 
 
 def _clustered(sums: np.ndarray, total: int) -> float:
