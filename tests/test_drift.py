@@ -87,8 +87,8 @@ def test_sum_of_the_paper_is_the_squares_of_ten_padded_batches() -> None:
     assert measured.total == pytest.approx(SIZE * math.sqrt(12 * 9), rel=1e-5)
 
 
-def test_every_batch_runs_the_reference_before_the_model() -> None:
-    # Two experiments of one stack share their weights, so both are loaded again for every batch.
+def test_models_that_share_weights_take_turns() -> None:
+    # Two experiments of one stack share their weights, so each batch needs the other model to be activated.
     model, calls = with_bias(), []
     projection = next(m for name, m in model.named_modules() if name.endswith("1.self_attn.o_proj"))
 
@@ -99,7 +99,7 @@ def test_every_batch_runs_the_reference_before_the_model() -> None:
         return model
 
     _, measured = measure_drift(lambda: load("reference", torch.zeros(64)), lambda: load("model", V), BATCHES)
-    assert calls == ["reference", "model"] * len(BATCHES)
+    assert calls == (["reference", "model"] * len(BATCHES))[: len(BATCHES) + 1]
     assert measured.per_token == pytest.approx(SIZE, rel=1e-5)
 
 

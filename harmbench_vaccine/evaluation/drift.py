@@ -117,9 +117,13 @@ def measure_drift(
     """
     meter, loss, tokens = DriftMeter(), 0.0, 0
     with progress.bar("score: drift", len(batches)) as advance:
+        network, order = reference(), [reference, model]
         for batch in batches:
-            before, _ = attention_outputs(reference(), batch)
-            after, logits = attention_outputs(model(), batch)
+            first = attention_outputs(network, batch)
+            network = order[1]()
+            second = attention_outputs(network, batch)
+            (before, _), (after, logits) = (first, second) if order[0] is reference else (second, first)
+            order.reverse()  # the active model reads the next batch first: to activate adapters takes time
             meter.add(before, after, batch["attention_mask"].to(logits.device))
             labels = batch["labels"][:, 1:].to(logits.device)
             is_response = labels != IGNORED  # in float64, the logits of other tokens would take most of the memory
