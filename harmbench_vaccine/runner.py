@@ -88,6 +88,7 @@ def run_all(
         context = RunContext(store, models, progress, save_share, tuple(report_to))
         if models.one_at_a_time() and len(experiments) > 1:
             _run_stage_by_stage(experiments, context)
+            store.replay()
         for experiment in experiments:
             measurements = run(experiment, context)
             result = measure_result(experiment, measurements)

@@ -47,6 +47,9 @@ def test_experiments_run_stage_by_stage_if_models_take_turns(tmp_path: Path, mon
     assert orders[1] == ["train", "answer", "score", "drift"]
     for together, in_turns in zip(*results, strict=True):
         assert together.model_dump(include=set(SAME)) == in_turns.model_dump(include=set(SAME))
+        for name, record in together.stages.items():
+            created = {key: artifact.cached for key, artifact in record.artifacts.items()}
+            assert created == {key: artifact.cached for key, artifact in in_turns.stages[name].artifacts.items()}
 
 
 @pytest.mark.parametrize("task", ["own:data=testbed:data/alpaca", "own:data=ROWS,rule=judge,model=testbed:model"])

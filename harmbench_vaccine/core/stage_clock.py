@@ -77,6 +77,8 @@ class ReportingStore(Store):
         super().__init__(root, progress)
         self._clock, self._advance = clock, advance
         self._reused: set[str] = set()
+        self._created: dict[str, Artifact] = {}
+        self._replayed: dict[str, Artifact] = {}
         advance(0, *clock.estimate())
 
     def get_or_create(
@@ -84,9 +86,17 @@ class ReportingStore(Store):
     ) -> Artifact:
         """Return the artifact as `Store` does, and report it."""
         artifact = super().get_or_create(stage, inputs, create, all_ranks=all_ranks)
+        if artifact.key in self._replayed:
+            return self._replayed.pop(artifact.key)
+        if not artifact.cached:
+            self._created[artifact.key] = artifact
         if self._clock.finish(artifact):
             self._advance(1, *self._clock.estimate())
         elif artifact.cached and artifact.key not in self._reused:
             self._reused.add(artifact.key)
             self.progress.detail(f"{stage} {artifact.key}: reused")
         return artifact
+
+    def replay(self) -> None:
+        """Return every artifact that was created so far as a new one at its next use, as to the run that created it."""
+        self._replayed, self._created = self._created, {}
