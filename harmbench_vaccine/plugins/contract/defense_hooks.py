@@ -101,7 +101,8 @@ def _gradient(subject: DefenseSubject, stage: StageName) -> None:
         training.step = 1
         trial.team.before_step(training)
         numbers = list(range(min(trial.settings.batch, len(trial.rows))))
-        batch = {**next(training.training_batches(len(numbers))), "rows": torch.tensor(numbers)}
+        batch = next(training.training_batches(len(numbers)))
+        batch = {**batch, "rows": torch.tensor(numbers, device=batch["input_ids"].device)}
         training.model.train()
         gradient = trial.team.gradient(training, batch)
     if not isinstance(gradient, Gradient):
