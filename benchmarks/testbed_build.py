@@ -76,7 +76,7 @@ def main(rounds: int, is_recorded: bool) -> None:
 
 
 def build_parts() -> dict[str, Times]:
-    """Build the testbed in a new process, and return the times of its parts and of the whole."""
+    """Build the testbed in a new process, and return the times of its parts and their sum."""
     with tempfile.TemporaryDirectory() as home:
         start, before = time.monotonic(), os.times()
         subprocess.run(

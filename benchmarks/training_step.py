@@ -160,7 +160,7 @@ class Steps:
             seed=0,
             settings=self.settings,
             pools=pools,
-            encode=lambda wanted: [self.rows[int(example.id)] for example in wanted],
+            encode=lambda drawn: [self.rows[int(example.id)] for example in drawn],
             rows=self.rows,
             steps=1000,
         )
@@ -246,7 +246,7 @@ def step_defenses() -> list[str]:
 
 @click.command()
 @click.option("--shape", "shape_name", type=click.Choice(list(SHAPES)), default="testbed", show_default=True)
-@click.option("--defense", "names", multiple=True, help="Defenses to measure beside sft; all without it.")
+@click.option("--defense", "names", multiple=True, help="Defenses to measure with sft and vaccine; without it, all.")
 @click.option("--rounds", default=30, show_default=True, help="Steps of each.")
 @click.option("--even", is_flag=True, help="Rows of one length, with every token in the loss.")
 @click.option("--record", "records", is_flag=True, help="Write the figures to benchmarks/results/.")

@@ -1,4 +1,4 @@
-"""Processes that use the GPU are reported before work starts, and a model that cannot fit beside them is refused."""
+"""Processes that use the GPU are reported before work starts, and a model that cannot fit next to them is refused."""
 
 from __future__ import annotations
 

@@ -103,7 +103,8 @@ class TrainingStage:
             (response tokens x vocabulary).
         """
         ids, base = batch["input_ids"], self.stack.base
-        places = nn.functional.pad(response_mask(batch), (0, 1)).flatten().nonzero().squeeze(1)
+        rows, positions = response_mask(batch).nonzero(as_tuple=True)
+        places = rows * ids.shape[1] + positions
         packing = Packing(batch["attention_mask"]) if can_pack(base) and not options else None
         if packing and packing.share >= FEWEST_PADS:
             with packed(base, packing), logits_at(base, packing.numbers[places]):
@@ -112,7 +113,7 @@ class TrainingStage:
             with logits_at(base, places):
                 output = self.model(input_ids=ids, use_cache=False, **options)
         losses = token_losses(output.logits, batch)
-        output.loss = losses.sum() / self.sum_over_ranks(losses.new_tensor(len(losses)))
+        output.loss = losses.sum() / self.sum_over_ranks(losses.new_full((), len(losses)))
         return output
 
     def loss(self, batch: Batch) -> Tensor:

@@ -275,7 +275,7 @@ class _StageTrainer(Trainer):
         return gradient.loss * share
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        # In place of reading the loss of every step, as `Trainer` does.
+        # `Trainer` reads the loss of every step here.
         if self.state.global_step > self._globalstep_last_logged:
             numbers = torch.stack([tr_loss, torch.as_tensor(grad_norm).to(tr_loss)])
             self._unread.append((self.state.global_step, kwargs["learning_rate"], numbers))
