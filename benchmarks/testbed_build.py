@@ -1,13 +1,13 @@
 """Measure the time to build the testbed, and a step of its training next to a plain loop.
 
     python benchmarks/testbed_build.py
-    python benchmarks/testbed_build.py --rounds 20 --record
+    python benchmarks/testbed_build.py --rounds 10 --record
 
 The build runs in a new process and an empty home. Each part is shown with its wall time and its CPU time; the rest is
 the start of Python and the import of the libraries.
 
 The plain loop computes the loss with the model's own forward pass (an attention mask, logits at every position) on
-whole batches, with all threads in every operation. Each round runs the same ten batches with both, so that other work
+whole batches, with all threads in every operation. Each round runs the same 20 batches with both, so that other work
 on the machine slows both alike.
 """
 
@@ -39,7 +39,7 @@ from harmbench_vaccine.testbed import build
 from harmbench_vaccine.testbed.fitting import fit
 
 GOAL = 60.0
-BATCHES = 10
+BATCHES = 20
 
 Batches = Sequence[list[Encoded]]
 
@@ -52,7 +52,7 @@ class Times(NamedTuple):
 
 
 @click.command()
-@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Rounds of ten steps.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds of 20 steps.")
 @click.option("--record", "is_recorded", is_flag=True, help="Write the figures to benchmarks/results/.")
 def main(rounds: int, is_recorded: bool) -> None:
     """Print the time of every part of the build, and the time of a step with its ratio to the plain loop."""
