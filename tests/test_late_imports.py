@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import permutations
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -130,6 +130,20 @@ def test_annotations_import_nothing(load: Load) -> None:
     module = load(HEAD + code + MINE + body)
     assert module.Mine()._thing is None
     assert not is_imported()
+
+
+def test_type_hints_import_what_they_name(load: Load) -> None:
+    code = "from slow_library.inner import Thing\n\ndef f(x: Thing | None) -> Thing: ...\n"
+    module = load(f"from __future__ import annotations\n{code}")
+    assert not is_imported()
+    hints = get_type_hints(module.f)
+    assert hints["return"] is sys.modules["slow_library.inner"].Thing
+
+
+def test_file_in_another_encoding_is_read(load: Load, tmp_path: Path) -> None:
+    code = "# coding: latin-1\nimport slow_library\n\ndef f():\n    return slow_library.double('\xe9')\n"
+    (tmp_path / "late_latin.py").write_bytes(code.encode("latin-1"))
+    assert late_imports.import_late("late_latin").f() == "\xe9\xe9"
 
 
 def test_field_of_a_late_type_is_whole(load: Load) -> None:

@@ -108,12 +108,11 @@ def _executed_late(spec: ModuleSpec) -> ModuleType | None:
     file = str(spec.origin)
     try:
         code = Path(file).read_bytes()
-        tree = ast.parse(code, file)
+        tree, symbols = ast.parse(code, file), symtable(code, file, "exec")
     except (OSError, SyntaxError, ValueError):  # the usual import reports it
         return None
     tree.body, late = _divided(tree.body)
-    symbols = symtable(code.decode(errors="replace"), file, "exec") if late else None
-    if symbols is None or any(symbols.lookup(name).is_assigned() for name in late):
+    if not late or any(symbols.lookup(name).is_assigned() for name in late):
         return None
     before = sys.modules.get(spec.name)
     module = sys.modules[spec.name] = module_from_spec(spec)
