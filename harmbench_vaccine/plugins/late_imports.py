@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec, module_from_spec
+from importlib.util import decode_source, find_spec, module_from_spec
 from pathlib import Path
 from symtable import symtable
 from types import ModuleType
@@ -107,7 +107,7 @@ def _executed_late(spec: ModuleSpec) -> ModuleType | None:
     """Return the module of a spec with its late imports; None, and no change, if it has to be imported as usual."""
     file = str(spec.origin)
     try:
-        code = Path(file).read_bytes()
+        code = decode_source(Path(file).read_bytes())
         tree, symbols = ast.parse(code, file), symtable(code, file, "exec")
     except (OSError, SyntaxError, ValueError):  # the usual import reports it
         return None
