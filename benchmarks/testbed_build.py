@@ -76,7 +76,7 @@ def main(rounds: int, is_recorded: bool) -> None:
 
 
 def build_parts() -> dict[str, Times]:
-    """Build the testbed in a new process, and return the times of its parts and their sum."""
+    """Build the testbed in a new process, and return the times of its parts and in total."""
     with tempfile.TemporaryDirectory() as home:
         start, before = time.monotonic(), os.times()
         subprocess.run(
@@ -88,12 +88,12 @@ def build_parts() -> dict[str, Times]:
         )
         after = os.times()
         cpu = after.children_user + after.children_system - before.children_user - before.children_system
-        whole = Times(time.monotonic() - start, cpu)
+        total = Times(time.monotonic() - start, cpu)
         (file,) = Path(home).glob("store/testbed/*/testbed.json")
         facts = json.loads(file.read_text(encoding="utf-8"))
     parts = {name: Times(facts["seconds"][name], facts["cpu_seconds"][name]) for name in facts["seconds"]}
     walls, cpus = zip(*parts.values(), strict=True)
-    return {**parts, "rest": Times(whole.wall - sum(walls), whole.cpu - sum(cpus)), "whole": whole}
+    return {**parts, "rest": Times(total.wall - sum(walls), total.cpu - sum(cpus)), "total": total}
 
 
 def compare_steps(rounds: int) -> dict[str, Times]:
