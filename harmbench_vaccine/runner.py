@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import filterfalse
 from pathlib import Path
 
 from .core import distributed
@@ -122,15 +123,15 @@ def prepare(
     """
     _check_locations(experiments, shard)
     store = DryRunStore(home() / "store")
-    unstored = _unstored(experiments, models, store)
+    absent = list(filterfalse(_is_on_this_machine, experiments))
+    unstored = [*_unstored(list(filter(_is_on_this_machine, experiments)), models, store), *absent]
     _check_imports(unstored)
     _check_models(unstored)
     check_gpu_memory(unstored, progress)
     if any(location.startswith(TESTBED) for experiment in experiments for location in _locations(experiment)):
-        is_built = is_available(f"{TESTBED}model")
         ensure_testbed(progress)
-        unstored = unstored if is_built else _unstored(experiments, models, store)  # now the stages are known
     _check_rows(unstored, models)
+    _unstored(absent, models, store)  # their models and data are on this machine now, so that their stages are known
     return list(store.requested.values())
 
 
@@ -156,12 +157,7 @@ def plan_all(
     plan = plan_runs(experiments, home() / "store")
     unstored = [experiment for index, experiment in enumerate(experiments) if not plan.is_stored(index)]
     _check_imports(unstored)
-    available = [
-        experiment
-        for experiment in unstored
-        if all(map(is_available, [experiment.model, *data_locations(experiment).values()]))
-    ]
-    _check_rows(available, ModelPool(tensor_parallel=tensor_parallel))
+    _check_rows(list(filter(_is_on_this_machine, unstored)), ModelPool(tensor_parallel=tensor_parallel))
     return plan
 
 
@@ -174,6 +170,11 @@ def _check_outputs(out: Path | None, table: Path | None, check: Callable[[Path, 
     check(csv.resolve().parent, "The folder of the CSV file")
     check_csv(csv)
     return root, runs, csv
+
+
+def _is_on_this_machine(experiment: Experiment) -> bool:
+    """Return whether the model and the data of an experiment can be read without a network and without a build."""
+    return all(map(is_available, [experiment.model, *data_locations(experiment).values()]))
 
 
 def _check_locations(experiments: Sequence[Experiment], shard: bool) -> None:
