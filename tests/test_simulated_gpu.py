@@ -159,6 +159,25 @@ class EditOnBothDevices(Defense):
         return adapter
 
 
+class SumOnCpu(Defense):
+    """Keeps its state on the CPU, next to a model on the GPU."""
+
+    _sum: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(1))
+
+    def after_step(self, stage: TrainingStage) -> None:
+        self._sum = self._sum + torch.rand(1, generator=stage.generator("sum"))
+
+    def state(self) -> dict[str, Tensor]:
+        return {"sum": self._sum}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._sum = state["sum"]
+
+
+def test_state_returns_to_the_device_where_it_was(gpu: None, world: TinyWorld) -> None:
+    run_hooks(world, SumOnCpu, "align")
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -195,7 +195,7 @@ class Recording(Defense):
         self.note("after_step", stage.name, stage.step)
     def edit(self, stage, adapter):
         import torch
-        active = stage.model(input_ids=torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+        active = stage.model(input_ids=torch.tensor([[5, 6, 7]], device=stage.model.device)).logits.isfinite().all()
         self.note("edit", stage.name, adapter.rank, bool(active))
         return type(adapter)(adapter.factors, adapter.scale / 2)
 """

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from harmbench_vaccine.core import distributed
@@ -53,6 +56,19 @@ def newest_checkpoint(folder: Path, progress: Progress = SILENT, ranks: int = 1)
             progress.note(f"{folder.name}: checkpoint {step} is {problem}; training starts without it")
         _remove(path)
     return newest
+
+
+def save_state(state: Mapping[str, Tensor], path: Path, device: torch.device) -> None:
+    """Store the state of a defense, and which of its tensors are on the CPU while the model is on another device."""
+    on_cpu = {name: "cpu" for name, value in state.items() if value.device.type != device.type}
+    save_file(dict(state), path, metadata=on_cpu or None)  # safetensors writes a broken file for {}
+
+
+def load_state(path: Path, device: torch.device) -> dict[str, Tensor]:
+    """Return a stored state: tensors that were on the device of the model are on `device`, the others on the CPU."""
+    with safe_open(path, framework="pt") as file:
+        on_cpu = file.metadata() or {}
+        return {name: file.get_tensor(name).to("cpu" if name in on_cpu else device) for name in file.keys()}  # noqa: SIM118  # not iterable itself
 
 
 def remove_incomplete(folder: Path) -> None:

@@ -28,7 +28,14 @@ from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.data.collate import Encoded, collate
 
 from .adapters import Adapter
-from .checkpoints import check_space, finish_checkpoint, newest_checkpoint, remove_incomplete
+from .checkpoints import (
+    check_space,
+    finish_checkpoint,
+    load_state,
+    newest_checkpoint,
+    remove_incomplete,
+    save_state,
+)
 from .dropout import forget_masks
 from .hooks import PlainFinetuning, StepHooks
 from .stage import TrainingStage, local_batch_rows
@@ -319,7 +326,7 @@ class _StageTrainer(Trainer):
         save_file(
             {name: value.detach().contiguous() for name, value in self.stage.trainable.items()}, folder / _TRAINABLE
         )
-        save_file(self.hooks.state(), folder / _STATE)
+        save_state(self.hooks.state(), folder / _STATE, self.args.device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -327,7 +334,7 @@ class _StageTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self.stage.trainable.items():
                 parameter.copy_(stored[name])
-        self.hooks.restore(load_file(folder / _STATE, device=str(self.args.device)))
+        self.hooks.restore(load_state(folder / _STATE, self.args.device))
 
 
 class _Clock(TrainerCallback):
