@@ -168,6 +168,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if kwargs.get("pin_memory"):
         plain_kwargs["pin_memory"] = False
     is_random = is_on_gpu and torch.Tag.nondeterministic_seeded in func.tags
+    if func is torch.ops.aten.mm.dtype:  # a product with another data type, which torch has for CUDA only
+        left, right, dtype = plain_args
+        return SimulatedTensor(left.to(dtype) @ right.to(dtype))
     with _gpu_random_numbers(is_random):
         result = func(*plain_args, **plain_kwargs)
     if not is_on_gpu:
