@@ -98,5 +98,5 @@ class ReportingStore(Store):
         return artifact
 
     def replay(self) -> None:
-        """Return every artifact that was created until now as a new one at its next use, as to the run that created it."""
+        """Return every artifact that was created until now as a new one at its next use, by the run that needs it first."""
         self._replayed, self._created = self._created, {}

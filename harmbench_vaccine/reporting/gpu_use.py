@@ -67,5 +67,5 @@ def _other_processes(gpu: Gpu) -> list[GpuProcess]:
     """Return the processes that use a GPU, without this one and those that it started."""
     import psutil
 
-    pids = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
-    return [process for process in gpu.processes if process.pid not in pids]
+    family = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    return [process for process in gpu.processes if process.pid not in family]

@@ -1,6 +1,6 @@
 """A GPU that the CPU simulates, so that a test without a GPU notices tensors on two devices.
 
-The device of a tensor on the simulated GPU is `cuda:0`. The tensor contains an ordinary tensor with its numbers. Every
+A tensor on the simulated GPU reports the device `cuda:0`, and contains an ordinary tensor with its numbers. Every
 operation of torch runs on these numbers, so that models train, generate and branch on values as usual. An operation on
 tensors of both devices raises the error of torch, with the exceptions that torch makes for CUDA: `copy_` and `to`, a
 CPU tensor without dimensions among the inputs of a pointwise operation, and CPU indices of a GPU tensor. The GPU has
