@@ -122,10 +122,12 @@ def other_model(name: str) -> PreTrainedModel:
     return network.eval()
 
 
+@pytest.mark.parametrize("prefix", [[], list(range(20, 32))], ids=["no_prefix", "prefix"])
 @pytest.mark.parametrize("architecture", [*tiny.ARCHITECTURES, *OTHERS])
-def test_rows_that_end_leave_the_batch_without_a_change_of_others(architecture: str) -> None:
-    base = other_model(architecture) if architecture in OTHERS else model(architecture, **WINDOW)
-    prompts = [tokenizer()(prompt)["input_ids"] for prompt in PROMPTS]
+def test_rows_that_end_leave_the_batch_without_a_change_of_others(architecture: str, prefix: list[int]) -> None:
+    window = WINDOW if architecture in WINDOWED else {}
+    base = other_model(architecture) if architecture in OTHERS else model(architecture, **window)
+    prompts = [prefix + tokenizer()(prompt)["input_ids"] for prompt in PROMPTS]
     # The longest answers without a stop token, one prompt at a time, by the generator of transformers.
     runs = [generate_of_transformers(base, prompt, LIMIT) for prompt in prompts]
     ends = stops_of_some(runs)
@@ -137,10 +139,25 @@ def test_rows_that_end_leave_the_batch_without_a_change_of_others(architecture: 
     assert generated == [cut_at_stop(run, ends) for run in runs]
     lengths = [len(row.tokens) + row.finished for row in generated]
     assert len(set(lengths)) > 1
+    if prefix and architecture not in (*WINDOWED, "mamba", "openai"):
+        assert rows_per_step.pop(0) == 1  # one row reads the prefix where no layer has a window or a state
     assert rows_per_step == [sum(length > step for length in lengths) for step in range(max(lengths))]
 
 
-WINDOW = {"sliding_window": 8}  # shorter than prompts with their answers; architectures without windows ignore it
+WINDOWED = ("gemma2", "gemma3", "mistral")
+WINDOW = {"sliding_window": 8}  # shorter than prompts with their answers
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "bloom"])
+def test_rows_of_one_length_share_a_prefix(architecture: str, length: int) -> None:
+    base = other_model(architecture) if architecture in OTHERS else model(architecture)
+    prompts = [[*range(20, 32), *range(40 + number, 40 + number + length)] for number in range(6)]
+    reads: list[tuple[int, ...]] = []
+    base.register_forward_pre_hook(lambda _, __, inputs: reads.append(inputs["input_ids"].shape), with_kwargs=True)
+    generated = generate_greedy(base, prompts, 4, batch=6, pad=0, ends=[], advance=lambda rows: None)
+    assert reads == [(1, 12), (6, length), (6, 1), (6, 1), (6, 1)]
+    assert [row.tokens for row in generated] == [generate_of_transformers(base, prompt, 4) for prompt in prompts]
 
 
 def generate_of_transformers(base: PreTrainedModel, prompt: list[int], limit: int) -> list[int]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from harmbench_vaccine.core.progress import Advance
 from harmbench_vaccine.data.collate import left_padded_batches
@@ -23,6 +25,8 @@ from .batch_size import rows_that_fit
 
 _CACHES = ("past_key_values", "cache_params")
 """Names of a model's cache in its inputs and outputs: keys and values, or states of linear attention."""
+_SHORTEST_PREFIX = 8
+"""Tokens of a common prefix from which it is read once: a separate pass takes as long as a step."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def generate_greedy(
     rows: dict[int, GeneratedTokens] = {}
     for numbers, ids, mask in left_padded_batches(prompts, size, pad):
         generated = _Generation(decoder, ids.to(decoder.device), mask.to(decoder.device), ends, watched)
+        generated.read_prefix(_common_prefix([prompts[number] for number in numbers]))
         for _ in range(max_new_tokens):
             if not generated.step():
                 break
@@ -94,6 +99,10 @@ def generate_greedy(
             rows[number] = cut_at_stop(tokens, ends, log_probs)
         advance(len(numbers))
     return [rows[number] for number in range(len(prompts))]
+
+
+def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))]
 
 
 class _Generation:
@@ -107,9 +116,32 @@ class _Generation:
         self._ends, self._watched = torch.tensor(ends, device=ids.device), list(watched)
         self._unfinished = list(range(len(ids)))
         self._caches: dict[str, Any] = {}
+        self._cached = 0  # positions
         accepted = inspect.signature(model.forward).parameters
-        self._has_positions = "position_ids" in accepted
+        self._has_positions, self._has_cache = "position_ids" in accepted, "past_key_values" in accepted
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    @torch.inference_mode()
+    def read_prefix(self, prefix: Sequence[int]) -> None:
+        """Read the first tokens of all rows once, where they are the same and every layer attends to all positions.
+
+        The padding of a row is then between the prefix and the rest of the row. A window of attention would count it.
+
+        Args:
+            prefix: The longest common prefix of the rows.
+        """
+        count = min(len(prefix), int(self._mask.sum(1).min()) - 1)  # a row keeps a token, which gives the next one
+        cache = DynamicCache(config=self._model.config)
+        attends_to_all = self._has_cache and all(type(layer) is DynamicLayer for layer in cache.layers)
+        if len(self._ids) == 1 or count < _SHORTEST_PREFIX or not attends_to_all:
+            return
+        first = torch.tensor([prefix[:count]], device=self._ids.device)
+        self._model(input_ids=first, past_key_values=cache, use_cache=True, **self._options)
+        cache.batch_repeat_interleave(len(self._ids))
+        rest = self._mask * (self._mask.cumsum(-1) > count)  # 1 for the tokens after the prefix
+        self._ids = torch.cat([first.expand(len(rest), -1), self._ids[:, count:]], 1)
+        self._mask = torch.cat([torch.ones_like(rest[:, :count]), rest[:, count:]], 1)
+        self._caches, self._cached = {"past_key_values": cache}, count
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -124,6 +156,7 @@ class _Generation:
             watched = logits.float().log_softmax(-1)[:, self._watched].tolist()
             for row, log_probs in zip(self._unfinished, watched, strict=True):
                 self.log_probs[row].append(log_probs)
+        self._cached = self._ids.shape[1] if self._caches else 0
         self._ids = torch.cat([self._ids, best[:, None]], 1)
         self._mask = torch.cat([self._mask, torch.ones_like(best)[:, None]], 1)
         self._keep(torch.isin(best, self._ends, invert=True).nonzero()[:, 0])
@@ -137,7 +170,7 @@ class _Generation:
             options["position_ids"] = (self._mask.cumsum(-1) - 1).clamp(min=0)
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
             self._ids,
-            next_sequence_length=1 if self._caches else None,
+            next_sequence_length=self._ids.shape[1] - self._cached,
             is_first_iteration=not self._caches,
             use_cache=True,
             **self._caches,
