@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from harmbench_vaccine.core.progress import SILENT
 from harmbench_vaccine.data.beavertails import CATEGORIES
@@ -17,14 +27,19 @@ from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, encode_exa
 from harmbench_vaccine.testbed.build import (
     MAX_LENGTH,
     TEMPLATE,
+    Sizes,
+    build_testbed,
     example_rows,
     label_loss,
+    pretraining_batches,
     token_loss,
     train_tokenizer,
 )
 from harmbench_vaccine.testbed.fitting import batches_by_length, fit
 from harmbench_vaccine.testbed.world import generate
 from support import tiny
+
+PARTS = ["data", "tokenizer", "model", "judge", "judge held-out"]
 
 
 def random_rows(lengths: list[int], prompt: int = 0) -> list[Encoded]:
@@ -44,9 +59,9 @@ def classifier() -> LlamaForSequenceClassification:
     return LlamaForSequenceClassification(LlamaConfig(**tiny.LLAMA, num_labels=len(CATEGORIES)))
 
 
-def masked_loss(model: LlamaForCausalLM, rows: list[Encoded]) -> Tensor:
+def masked_loss(model: LlamaForCausalLM, rows: list[Encoded], pad: int = tiny.PAD) -> Tensor:
     """Return the mean loss of a batch by the model's own forward pass, with a mask and all logits."""
-    loss: Tensor = model(**collate(rows, tiny.PAD)).loss
+    loss: Tensor = model(**collate(rows, pad)).loss
     return loss
 
 
@@ -145,3 +160,20 @@ def test_example_rows_are_those_of_any_training_stage() -> None:
     rows = example_rows(tokenizer, examples)
     assert rows == encode_examples(tokenizer, TEMPLATE, examples, MAX_LENGTH)
     assert max(len(row.ids) for row in rows) < MAX_LENGTH
+
+
+def test_small_testbed_has_ordinary_models_and_the_time_of_every_part(tmp_path: Path) -> None:
+    sizes = Sizes(documents=320, judgments=192, held_out=60, batch=16)
+    build_testbed(tmp_path, sizes=sizes)
+    facts = json.loads((tmp_path / "testbed.json").read_text(encoding="utf-8"))
+    assert list(facts["seconds"]) == list(facts["cpu_seconds"]) == PARTS
+    assert facts["cpu_seconds"]["model"] > 0
+    assert facts["pretraining_documents"] == 320
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert facts["vocabulary"] == len(tokenizer) == model.config.vocab_size
+    with torch.inference_mode():
+        loss = masked_loss(model, pretraining_batches(tokenizer, generate(0), sizes)[0], tokenizer.pad_token_id)
+    assert float(loss) < math.log(len(tokenizer)) - 1  # the loss of a model that knows nothing
+    judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
+    assert list(judge.config.id2label.values()) == list(CATEGORIES)
