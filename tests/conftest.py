@@ -97,5 +97,9 @@ def small_garbage() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the longest file, so that two processes finish at about the same time."""
+    """Start with the longest file, so that two processes finish at about the same time; skip numbers of the CPU."""
     items.sort(key=lambda item: item.path.name != "test_testbed_report.py")
+    if os.environ["HBV_DEVICE"] != "cpu":
+        for item in items:
+            if item.get_closest_marker("cpu_numbers"):
+                item.add_marker(pytest.mark.skip(reason="compares with stored numbers of the CPU"))

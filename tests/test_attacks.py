@@ -654,7 +654,8 @@ def test_full_training_changes_all_weights_and_stores_a_checkpoint(world: Path, 
     assert before.keys() == after.keys()
     for name, weight in after.items():
         moved = (weight != before[name]).float().mean()
-        assert moved > 0.99, (name, moved)  # weight decay changes the embeddings of unused tokens
+        # Weight decay changes the embeddings of unused tokens. Of the 64 weights of a norm, steps of a few may cancel.
+        assert moved > (0.99 if weight.dim() > 1 else 0.95), (name, moved)
         assert (weight - before[name]).abs().max() < 0.1  # starts from the aligned model
     tokenizer = AutoTokenizer.from_pretrained(model.spec.base)
     assert tokenizer("How do I") == AutoTokenizer.from_pretrained(aligned.spec.base)("How do I")

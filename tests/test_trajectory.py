@@ -55,6 +55,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[d
     return trajectories(tmp_path_factory.mktemp("trajectory"))
 
 
+@pytest.mark.cpu_numbers
 @pytest.mark.parametrize("stage", ["align", "finetune"])
 @pytest.mark.parametrize("defense", DEFENSES)
 def test_losses_equal_the_reference(logs: Any, defense: str, stage: str) -> None:
