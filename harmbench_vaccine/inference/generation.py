@@ -89,15 +89,16 @@ def generate_greedy(
     decoder = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft changes its layers in place
     size = batch or rows_that_fit(decoder, max(map(len, prompts), default=0) + max_new_tokens)
     rows: dict[int, GeneratedTokens] = {}
-    for numbers, ids, mask in left_padded_batches(prompts, size, pad):
-        generated = _Generation(decoder, ids.to(decoder.device), mask.to(decoder.device), ends, watched)
-        generated.read_prefix(_common_prefix([prompts[number] for number in numbers]))
-        for _ in range(max_new_tokens):
-            if not generated.step():
-                break
-        for number, tokens, log_probs in zip(numbers, generated.tokens, generated.log_probs, strict=True):
-            rows[number] = cut_at_stop(tokens, ends, log_probs)
-        advance(len(numbers))
+    with torch.inference_mode():
+        for numbers, ids, mask in left_padded_batches(prompts, size, pad):
+            generated = _Generation(decoder, ids.to(decoder.device), mask.to(decoder.device), ends, watched)
+            generated.read_prefix(_common_prefix([prompts[number] for number in numbers]))
+            for _ in range(max_new_tokens):
+                if not generated.step():
+                    break
+            for number, tokens, log_probs in zip(numbers, generated.tokens, generated.log_probs, strict=True):
+                rows[number] = cut_at_stop(tokens, ends, log_probs)
+            advance(len(numbers))
     return [rows[number] for number in range(len(prompts))]
 
 
@@ -121,7 +122,6 @@ class _Generation:
         self._has_positions, self._has_cache = "position_ids" in accepted, "past_key_values" in accepted
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    @torch.inference_mode()
     def read_prefix(self, prefix: Sequence[int]) -> None:
         """Read the first tokens of all rows once, where they are the same and every layer attends to all positions.
 
@@ -143,7 +143,6 @@ class _Generation:
         self._mask = torch.cat([torch.ones_like(rest[:, :count]), rest[:, count:]], 1)
         self._caches, self._cached = {"past_key_values": cache}, count
 
-    @torch.inference_mode()
     def step(self) -> bool:
         """Append the most likely token to every unfinished row; return whether a row is unfinished afterwards."""
         output = self._model(**self._inputs(), return_dict=True)
@@ -156,7 +155,7 @@ class _Generation:
             watched = logits.float().log_softmax(-1)[:, self._watched].tolist()
             for row, log_probs in zip(self._unfinished, watched, strict=True):
                 self.log_probs[row].append(log_probs)
-        self._cached = self._ids.shape[1] if self._caches else 0
+        self._cached = self._ids.shape[1]
         self._ids = torch.cat([self._ids, best[:, None]], 1)
         self._mask = torch.cat([self._mask, torch.ones_like(best)[:, None]], 1)
         self._keep(torch.isin(best, self._ends, invert=True).nonzero()[:, 0])
@@ -170,7 +169,7 @@ class _Generation:
             options["position_ids"] = (self._mask.cumsum(-1) - 1).clamp(min=0)
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
             self._ids,
-            next_sequence_length=self._ids.shape[1] - self._cached,
+            next_sequence_length=self._ids.shape[1] - self._cached if self._caches else None,
             is_first_iteration=not self._caches,
             use_cache=True,
             **self._caches,
