@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def train(model: Any, rows: Sequence[Encoded], settings: TrainSettings, pad: int
     for batch in batches:
         inputs = collate([rows[number] for number in batch], pad)
         shifts = vaccine_shifts(model, inputs, rho) if rho else []
-        with hooked(model, [lambda hidden, shift=shift: hidden + shift for shift in shifts]):
+        with hooked(model, [partial(torch.add, shift) for shift in shifts]):
             model(**inputs).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()

@@ -71,7 +71,8 @@ def peft_model(spec: ModelSpec) -> Any:
     model = PeftModel.from_pretrained(base, first, adapter_name="0")
     for number, adapter in enumerate(others, 1):
         model.load_adapter(adapter, adapter_name=str(number))
-    model.base_model.set_adapter([str(number) for number in range(len(spec.adapters))])
+    tuner: Any = model.base_model
+    tuner.set_adapter([str(number) for number in range(len(spec.adapters))])
     return model.eval()
 
 

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from testbed_sweep import testbed_home
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from harmbench_vaccine.core.progress import SILENT
 from harmbench_vaccine.core.types import Pools, TrainSettings
 from harmbench_vaccine.data.collate import Encoded, collate
 from harmbench_vaccine.experiment.spec import RunSpec
@@ -91,7 +92,7 @@ class Line(NamedTuple):
 def random_model(layers: int = 3) -> LlamaForCausalLM:
     """Return a model of the testbed's width with random weights."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4}
     return LlamaForCausalLM(
         LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, max_position_embeddings=2048, **sizes)
     )
@@ -134,7 +135,12 @@ def gradient(layers: int = 3, length: int = LENGTH) -> Job:
 def answers(prompts: int) -> Job:
     """Answer prompts of 30 tokens with 32 tokens."""
     model, ids = random_model().eval(), random_ids(prompts, 30)
-    return lambda: generate_greedy(model, ids, 32, pad=0, ends=[1], advance=lambda rows: None)
+
+    def work() -> None:
+        with SILENT.bar("answer", prompts) as advance:
+            generate_greedy(model, ids, 32, pad=0, ends=[1], advance=advance)
+
+    return work
 
 
 def cells(count: int) -> Job:

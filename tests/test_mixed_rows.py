@@ -189,8 +189,7 @@ def test_three_joint_steps_equal_plain_pytorch(accumulation: int, tmp_path: Path
     order = batch_order(len(rows), settings, twin.seed)
     for step in range(3):
         losses = [
-            cross_entropy(values, tiny.collated([rows[n] for n in numbers]))
-            + 0.7 * cross_entropy(values, next(guides))
+            cross_entropy(values, tiny.collated([rows[n] for n in numbers])) + 0.7 * cross_entropy(values, next(guides))
             for numbers in order[step * accumulation : (step + 1) * accumulation]
         ]
         optimizer.zero_grad()

@@ -98,5 +98,5 @@ class ReportingStore(Store):
         return artifact
 
     def replay(self) -> None:
-        """Return every artifact that was created until now as a new one at its next use, by the run that needs it first."""
+        """Return the artifacts that were created until now as new ones at their next use, by the run that needs them."""
         self._replayed, self._created = self._created, {}
