@@ -28,6 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if name not in ("cpu", "cuda", "simulated"):
         raise pytest.UsageError(f"HBV_TEST_DEVICE is {name!r}; allowed: cpu, cuda, simulated.")
     os.environ["HBV_DEVICE"] = "cpu" if name == "cpu" else "cuda"
+    if name == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("HBV_TEST_DEVICE is 'cuda', but no GPU is available.")
+        torch.cuda.init()  # it would see no GPU after a test that hides them from its process
     if name == "simulated":
         from support.simulated_gpu import simulated_gpu
 

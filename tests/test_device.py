@@ -14,10 +14,21 @@ from typing import Any
 import pytest
 import torch
 
-from harmbench_vaccine.core.device import available_devices, device, forked_rng, restored_random_states, select_device
+from harmbench_vaccine.core import device as device_module
+from harmbench_vaccine.core.device import (
+    available_devices,
+    device,
+    forked_rng,
+    place_model,
+    restored_random_states,
+    select_device,
+)
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.evaluation.environment import current_environment
+from harmbench_vaccine.training.adapters import LoraStack
+from support import tiny
 from support.cli import hbv
+from support.simulated_gpu import GPU, simulated_gpu
 
 PACKAGE = Path(__file__).parents[1] / "harmbench_vaccine"
 
@@ -32,6 +43,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "device_count", count)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count() > 0)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -197,6 +209,27 @@ def test_a_stored_result_names_its_device(world: Path) -> None:
 def test_the_option_takes_effect_before_torch_sees_a_gpu() -> None:
     script = "import sys; from harmbench_vaccine.core import device; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("own_place", ["meta", "quantized", "sharded"])
+def test_a_model_with_a_place_of_its_own_is_not_moved(own_place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail to move: this machine may have no GPU."""
+    monkeypatch.setattr(device_module, "device", lambda: "cuda:99")
+    model: Any = torch.nn.Linear(2, 2, device="meta" if own_place == "meta" else "cpu")
+    if own_place == "quantized":
+        model.quantization_method = "bitsandbytes"
+    if own_place == "sharded":
+        model.weight.device_mesh = None  # an attribute of DTensor
+    assert place_model(model) is model
+    with pytest.raises((RuntimeError, AssertionError)):
+        place_model(torch.nn.Linear(2, 2))
+
+
+def test_a_stack_of_adapters_places_its_model() -> None:
+    with simulated_gpu():
+        os.environ["HBV_DEVICE"] = "cuda"
+        model = tiny.model().to("cpu")
+        assert {weight.device for weight in LoraStack(model).model.parameters()} == {GPU}
 
 
 def test_no_other_module_decides() -> None:
