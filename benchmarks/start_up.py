@@ -113,7 +113,7 @@ def make_cases(folder: Path, testbed: bool) -> dict[str, Case]:
         "dry run, no model or data, --on": Case([*paper, "--dry-run", "--on", "h200-141gb"], empty),
     }
     if testbed:
-        cases["sweep --plan of 90 runs"] = Case([*hbv, "sweep", SUITE, "--plan"], stored, 5)
+        cases["sweep --plan of 180 runs"] = Case([*hbv, "sweep", SUITE, "--plan"], stored, 5)
     return cases
 
 
