@@ -102,6 +102,19 @@ def test_output_and_gradients_equal_the_equations(below: bool) -> None:
     assert close([da, db], [2.0 * b.T @ g.T @ x, 2.0 * g.T @ x @ a.T], 1e-6)
 
 
+@pytest.mark.parametrize("names", [[FROZEN], [TRAINED], [FROZEN, TRAINED]])
+def test_output_without_a_graph_equals_that_of_peft(names: list[str]) -> None:
+    """Answers are generated so: adapters are joined, and a trained one is read anew in every pass."""
+    layer, x = lora_layer(bias=True, below=True).eval(), random(2, 5, 12, seed=9)
+    with torch.no_grad():
+        for number in range(3):
+            layer._active_adapter = names if number else [TRAINED]
+            with peft_computation():
+                expected = layer(x)
+            assert close([layer(x)], [expected], 1e-6)
+            layer.lora_B[TRAINED].weight += 1.0
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_removes_this_share_of_the_inputs_of_the_adapter(rate: float) -> None:
     """With A = B = 1 and alpha = rank, the adapter adds exactly its dropped and rescaled input."""

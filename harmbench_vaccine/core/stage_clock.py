@@ -98,5 +98,5 @@ class ReportingStore(Store):
         return artifact
 
     def replay(self) -> None:
-        """Return the artifacts that were created until now as new ones at their next use, by the run that needs them."""
+        """Return the artifacts that were created until now as new ones, to the runs that use them next."""
         self._replayed, self._created = self._created, {}

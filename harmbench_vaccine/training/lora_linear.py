@@ -15,11 +15,17 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .adapters import LoraStack
 from .dropout import draw_mask
 
 
 class LoraLinear(Linear):
     """peft's LoRA layer of an `nn.Linear`, with a forward and a backward pass of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kept: dict[tuple[tuple[str, ...], torch.dtype], tuple[Tensor, Tensor]] = {}
+        """Names of the latest frozen adapters, and the data type of x -> the adapters as one."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the layer under its active adapters (... x outputs)."""
@@ -31,6 +37,10 @@ class LoraLinear(Linear):
             return output
         if not names:
             return base(x)
+        if not (torch.is_grad_enabled() or self.training):
+            a, b = self._joined(tuple(names), x.dtype)
+            rows = x.reshape(-1, x.shape[-1])
+            return nn.functional.linear(rows, base.weight, base.bias).addmm_(rows @ a, b).view(*x.shape[:-1], -1)
         masks, scales, factors = [], [], []
         for name in names:
             dropout = self.lora_dropout[name]
@@ -40,6 +50,19 @@ class LoraLinear(Linear):
             factors += [self.lora_A[name].weight, self.lora_B[name].weight]
         result: Tensor = _LoraProduct.apply(x, base.weight, base.bias, masks, scales, *factors)
         return result
+
+    def _joined(self, names: tuple[str, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return adapters as one: A^T (inputs x ranks) and scale * B^T (ranks x outputs). Frozen ones are kept."""
+        if (names, dtype) not in self._kept:
+            factors = [(self.lora_A[name].weight, self.lora_B[name].weight * self.scaling[name]) for name in names]
+            a, b = (
+                torch.cat(parts, dim).to(dtype) for parts, dim in zip(zip(*factors, strict=True), (0, 1), strict=True)
+            )
+            joined = a.T.contiguous(), b.T.contiguous()
+            if LoraStack.TRAINED in names:
+                return joined
+            self._kept = {(names, dtype): joined}
+        return self._kept[names, dtype]
 
 
 class _LoraProduct(torch.autograd.Function):
