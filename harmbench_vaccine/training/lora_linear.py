@@ -29,7 +29,7 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the layer under its active adapters (... x outputs)."""
-        base = self.base_layer
+        base: Any = self.base_layer
         names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.lora_A]
         is_plain = type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks)
         if args or kwargs or self.merged or self.lora_variant or not is_plain:
