@@ -22,6 +22,7 @@ from transformers import (
 
 from harmbench_vaccine.core.device import place_model
 from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.types import TRAINED_ADAPTER
 from harmbench_vaccine.defenses.vaccine import Vaccine
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 from harmbench_vaccine.training.adapters import STANDARD_TARGETS, Adapter, LoraStack, concatenate
@@ -176,8 +177,8 @@ def test_save_and_load_change_no_bit(tmp_path: Path) -> None:
 def test_adapters_saved_by_peft_are_loaded(tmp_path: Path) -> None:
     stage, stack = tiny.stage(stirred=True)
     assert isinstance(stage.model, PeftModel)
-    stage.model.save_pretrained(str(tmp_path), selected_adapters=[LoraStack.TRAINED])
-    loaded = Adapter.load(tmp_path / LoraStack.TRAINED)
+    stage.model.save_pretrained(str(tmp_path), selected_adapters=[TRAINED_ADAPTER])
+    loaded = Adapter.load(tmp_path / TRAINED_ADAPTER)
     trained = stack.trained()
     assert loaded.scale == trained.scale
     for module, (a, b) in trained.factors.items():

@@ -104,7 +104,7 @@ def test_output_and_gradients_equal_the_equations(below: bool) -> None:
 
 @pytest.mark.parametrize("names", [[FROZEN], [TRAINED], [FROZEN, TRAINED]])
 def test_output_without_a_graph_equals_that_of_peft(names: list[str]) -> None:
-    """Answers are generated so: adapters are joined, and a trained one is read anew in every pass."""
+    """Answers are generated so: adapters are joined, and a trained one is read in every pass."""
     layer, x = lora_layer(bias=True, below=True).eval(), random(2, 5, 12, seed=9)
     with torch.no_grad():
         for number in range(3):

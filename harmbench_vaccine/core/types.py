@@ -19,6 +19,10 @@ Topology = Literal["double", "single"]
 continues on the alignment adapter."""
 
 
+TRAINED_ADAPTER = "trained"
+"""peft's name of the adapter that is being trained."""
+
+
 @dataclass(frozen=True)
 class Example:
     """An instruction with its response, as plain text without a prompt format."""

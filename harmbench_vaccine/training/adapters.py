@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from harmbench_vaccine.core.device import forked_rng, place_model
 from harmbench_vaccine.core.errors import BadInput, unknown_name
-from harmbench_vaccine.core.types import TrainSettings
+from harmbench_vaccine.core.types import TRAINED_ADAPTER, TrainSettings
 
 if TYPE_CHECKING:  # peft and transformers take seconds to import, and a plan of stored runs needs neither
     from peft import LoraConfig, PeftModel
@@ -138,8 +138,6 @@ class LoraStack:
         note: Prints a line for the user; every line is printed once.
     """
 
-    TRAINED = "trained"
-    """peft's name of the adapter that is being trained."""
     MAX_FROZEN = 4
     """The number of frozen adapters that stay in memory; the least recently used one is evicted first."""
 
@@ -197,13 +195,13 @@ class LoraStack:
         )
         with forked_rng():
             torch.manual_seed(seed)
-            self._add(self.TRAINED, config)
+            self._add(TRAINED_ADAPTER, config)
         if start:
-            self._fill(self.TRAINED, start)
-        self._activate([*names, self.TRAINED])
+            self._fill(TRAINED_ADAPTER, start)
+        self._activate([*names, TRAINED_ADAPTER])
         trainable = {}
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(f".{self.TRAINED}." in name)
+            parameter.requires_grad_(f".{TRAINED_ADAPTER}." in name)
             if parameter.requires_grad:
                 trainable[name] = parameter
         return trainable
@@ -213,8 +211,8 @@ class LoraStack:
         from peft import get_peft_model_state_dict
 
         assert _has_adapters(self.model)
-        tensors = get_peft_model_state_dict(self.model, adapter_name=self.TRAINED, save_embedding_layers=False)
-        config = self.model.peft_config[self.TRAINED]
+        tensors = get_peft_model_state_dict(self.model, adapter_name=TRAINED_ADAPTER, save_embedding_layers=False)
+        config = self.model.peft_config[TRAINED_ADAPTER]
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         for name, a in tensors.items():
             if ".lora_A." in name:
@@ -225,8 +223,8 @@ class LoraStack:
 
     def drop_trained(self) -> None:
         """Remove the adapter that is being trained."""
-        if _has_adapters(self.model) and self.TRAINED in self.model.peft_config:
-            self._delete(self.TRAINED)
+        if _has_adapters(self.model) and TRAINED_ADAPTER in self.model.peft_config:
+            self._delete(TRAINED_ADAPTER)
 
     def train_all_weights(self) -> dict[str, nn.Parameter]:
         """Make every weight of a model without adapters trainable, in float32 so that small steps are not rounded off.

@@ -15,7 +15,8 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .adapters import LoraStack
+from harmbench_vaccine.core.types import TRAINED_ADAPTER
+
 from .dropout import draw_mask
 
 
@@ -59,7 +60,7 @@ class LoraLinear(Linear):
                 torch.cat(parts, dim).to(dtype) for parts, dim in zip(zip(*factors, strict=True), (0, 1), strict=True)
             )
             joined = a.T.contiguous(), b.T.contiguous()
-            if LoraStack.TRAINED in names:
+            if TRAINED_ADAPTER in names:
                 return joined
             self._kept = {(names, dtype): joined}
         return self._kept[names, dtype]
