@@ -66,7 +66,7 @@ def assert_equals_peft(layer: LoraLinear, x: Tensor) -> None:
     assert len(outcome) == 3 + sum(parameter.requires_grad for parameter in layer.parameters())
     for actual, expected in zip(outcome, reference, strict=True):
         assert actual.dtype == expected.dtype
-        assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert (actual - expected).abs().sum() <= 1e-6 * expected.abs().sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def assert_equals_peft(layer: LoraLinear, x: Tensor) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    shape=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    shape=st.lists(st.integers(0, 5), min_size=1, max_size=3),
     sizes=st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 6)),
     dropout=st.sampled_from([0.0, 0.1, 0.5]),
     bias=st.booleans(),

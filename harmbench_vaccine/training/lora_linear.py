@@ -41,7 +41,8 @@ class LoraLinear(Linear):
         if not (torch.is_grad_enabled() or self.training):
             a, b = self._joined(tuple(names), x.dtype)
             rows = x.reshape(-1, x.shape[-1])
-            return nn.functional.linear(rows, base.weight, base.bias).addmm_(rows @ a, b).view(*x.shape[:-1], -1)
+            y = nn.functional.linear(rows, base.weight, base.bias).addmm_(rows @ a, b)
+            return y.view(*x.shape[:-1], y.shape[-1])
         masks, scales, factors = [], [], []
         for name in names:
             dropout = self.lora_dropout[name]
@@ -93,7 +94,7 @@ class _LoraProduct(torch.autograd.Function):
             y.addmm_(lows[-1], b.to(rows.dtype).T)
         ctx.save_for_backward(rows, weight, *masks, *lows, *factors)
         ctx.scales = scales
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -120,7 +121,7 @@ class _LoraProduct(torch.autograd.Function):
             else:
                 dx.add_((dlow @ a.to(g.dtype)) * mask)
         if dx is not None:
-            dx = dx.view(*gradient.shape[:-1], -1)
+            dx = dx.view(*gradient.shape[:-1], dx.shape[-1])
         return dx, None, None, None, None, *derivatives
 
 
