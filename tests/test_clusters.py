@@ -240,7 +240,7 @@ def test_printed_script(suite: Path, tmp_path: Path) -> None:
     assert lines[0] == "#!/bin/bash"
     exports = dict(shlex.split(line)[1].split("=", 1) for line in lines if line.startswith("export "))
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "SRUN_CPUS_PER_TASK"), "8")
-    assert exports == {"HBV_HOME": str(home), **threads}
+    assert exports == {"HBV_HOME": str(home), "HBV_DEVICE": os.environ["HBV_DEVICE"], **threads}
     (command,) = [shlex.split(line) for line in lines if line.startswith("srun ")]
     worker = ["sweep", str(suite), "--out", str(logs), "--worker", "--time-limit", "08:00:00"]
     assert command == ["srun", *HBV, *worker]

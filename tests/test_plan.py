@@ -123,7 +123,8 @@ def activation_bytes(model: Any, rows: int, width: int) -> int:
         visited.add(node)
         todo += [next_node for next_node, _ in node.next_functions]
         for name in dir(node):
-            value = getattr(node, name, None) if name.startswith("_saved_") else None
+            is_saved = name.startswith("_saved_") or name == "saved_tensors"  # the second of a function in Python
+            value = getattr(node, name, None) if is_saved else None
             for tensor in value if isinstance(value, tuple) else [value]:
                 if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in weights:
                     sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()

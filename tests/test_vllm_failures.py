@@ -20,7 +20,7 @@ import torch
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import Silent
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.inference import generators, tensor_parallel, vllm_runner
+from harmbench_vaccine.inference import engine, generators, tensor_parallel, vllm_runner
 from harmbench_vaccine.inference.engine import Answer, Backend
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 from harmbench_vaccine.inference.vllm_errors import RaisedError, explain, logged_errors
@@ -366,6 +366,7 @@ def test_heads_are_divided_evenly() -> None:
 def test_heads_are_checked_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = str(make_world(tmp_path))
     simulate_gpus(64, monkeypatch)
+    monkeypatch.setattr(engine, "find_spec", lambda name: object())  # vLLM is installed
     with pytest.raises(BadInput, match=r"does not divide the .* attention heads"):
         run_all([RunSpec(protocol=world, backend="vllm")], tensor_parallel=64)
     assert not (tmp_path / "home" / "store").exists()

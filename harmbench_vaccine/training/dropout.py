@@ -42,14 +42,15 @@ def draw_mask(x: Tensor, rate: float) -> Tensor:
         rate: Probability of 0.
 
     Returns:
-        The mask, with the shape of x: in its dtype on a CPU, where a product with bool is slow; else bool.
+        The mask, with the shape of x: bool to save memory, but float32 on a CPU, where a product with bool is slow.
     """
+    dtype = x.dtype if x.dtype.itemsize > 2 and not x.is_cuda else torch.bool
     if x.device.type != "cpu":
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate)
+        return torch.empty_like(x, dtype=dtype).bernoulli_(1 - rate)
     packing = current_packing()
     if packing and x.shape[:-1].numel() == len(packing.places):  # not the LM head, which reads response tokens only
-        return packing.pack(_padded_mask((*packing.shape, x.shape[-1]), x.dtype, rate)).view(x.shape)
-    return _padded_mask(tuple(x.shape), x.dtype, rate)
+        return packing.pack(_padded_mask((*packing.shape, x.shape[-1]), dtype, rate)).view(x.shape)
+    return _padded_mask(tuple(x.shape), dtype, rate)
 
 
 def _padded_mask(shape: tuple[int, ...], dtype: torch.dtype, rate: float) -> Tensor:
