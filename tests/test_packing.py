@@ -326,7 +326,7 @@ def test_another_random_state_draws_its_own_masks(draws: list[int]) -> None:
     assert len(draws) == 12
     assert losses[0] != losses[1]
     torch.manual_seed(5)
-    assert stage.loss(batch) == losses[0]  # its masks are no longer in memory
+    assert stage.loss(batch) == losses[0]  # it draws its masks again
     assert len(draws) == 18
 
 

@@ -85,7 +85,7 @@ def can_pack(model: Any) -> bool:
 
     Other attention (sliding windows, eager implementations), other positions than those of OPT and of rotary
     embeddings, and recurrent layers need padded rows. So does a model that computes its activations again in the
-    backward pass, where the packing is no longer known.
+    backward pass, which runs after the block of `packed`.
     """
     config = model.config.get_text_config(decoder=True)
     return (
