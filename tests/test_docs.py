@@ -30,6 +30,7 @@ from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.experiment.spec_lists import combine_specs
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
+from support.cli import subcommands
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "harmbench_vaccine"
@@ -156,7 +157,7 @@ def test_commands_are_found() -> None:
 
 def help_examples(command: click.Command) -> Iterator[str]:
     """Yield the example lines of the help of a command and its subcommands."""
-    for subcommand in command.commands.values() if isinstance(command, click.Group) else ():
+    for subcommand in subcommands(command).values() if isinstance(command, click.Group) else ():
         yield from help_examples(subcommand)
     yield from re.findall(r"Example: (.+)", command.help or "")
 

@@ -16,11 +16,11 @@ from click.testing import CliRunner
 
 from harmbench_vaccine.cli import commands
 from harmbench_vaccine.cli.console import GroupedCommand
-from support.cli import hbv
+from support.cli import hbv, subcommands
 
 
 def every_command(group: click.Group = commands, *parents: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    for name, command in group.commands.items():
+    for name, command in subcommands(group).items():
         yield (*parents, name), command
         if isinstance(command, click.Group):
             yield from every_command(command, *parents, name)
@@ -57,7 +57,7 @@ def test_help_of_a_group_has_whole_sentences(width: int) -> None:
     for name, group in {(): commands, **COMMANDS}.items():
         if isinstance(group, click.Group):
             section = help_text(name, width).partition("Commands:\n")[2]
-            sentences = [str(command.help).split(".")[0] for command in group.commands.values()]
+            sentences = [str(command.help).split(".")[0] for command in subcommands(group).values()]
             assert all(" ".join(f"{text}.".split()) in " ".join(section.split()) for text in sentences), section
 
 

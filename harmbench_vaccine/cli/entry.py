@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import warnings
+from importlib import import_module
 from typing import NoReturn
 
 import click
@@ -16,26 +17,51 @@ from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.library_settings import set_library_defaults
 from harmbench_vaccine.core.signals import Interrupted, handled_signals
 
-from .compare import compare
 from .console import SuggestingGroup, exit_with_error, print_warning
-from .export import edit, export
-from .leaderboard import leaderboard
-from .lists import list_
 from .log_file import LOG, close_log
-from .plugins import check, info, new
-from .published import published
-from .results import score, show
-from .run import run
-from .store import store
-from .sweep import sweep
-from .system import doctor
-from .testbed import testbed
-from .tune import tune
-from .verify import verify
-from .why import schema, why
+
+_MODULES = {
+    "run": "run",
+    "sweep": "sweep",
+    "tune": "tune",
+    "list": "lists",
+    "info": "plugins",
+    "new": "plugins",
+    "check": "plugins",
+    "show": "results",
+    "why": "why",
+    "score": "results",
+    "compare": "compare",
+    "verify": "verify",
+    "leaderboard": "leaderboard",
+    "export": "export",
+    "edit": "export",
+    "schema": "why",
+    "published": "published",
+    "testbed": "testbed",
+    "store": "store",
+    "doctor": "system",
+}
+"""Command -> its module in this package, in the order of the help."""
 
 
-@click.group(cls=SuggestingGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(SuggestingGroup):
+    """The commands of `hbv`. The module of a command is imported when the command is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the order of the help."""
+        return list(_MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command by its name, or None."""
+        if cmd_name not in _MODULES:
+            return None
+        module = import_module(f".{_MODULES[cmd_name]}", __package__)
+        commands = (value for value in vars(module).values() if isinstance(value, click.Command))
+        return next(command for command in commands if command.name == cmd_name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="hbv")
 def commands() -> None:
     """Compare defenses against harmful fine-tuning under one protocol.
@@ -43,33 +69,6 @@ def commands() -> None:
     \b
     Example: hbv run --defense sft --defense vaccine --attack ratio=0.1
     """
-
-
-for command in (
-    *(
-        run,
-        sweep,
-        tune,
-        list_,
-        info,
-        new,
-        check,
-        show,
-        why,
-        score,
-        compare,
-        verify,
-        leaderboard,
-        export,
-        edit,
-        schema,
-        published,
-        testbed,
-        store,
-    ),
-    doctor,
-):
-    commands.add_command(command)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import click
 from transformers.utils import logging
 
 from harmbench_vaccine.cli import main
@@ -92,3 +93,10 @@ def finish(running: subprocess.Popen[str], seconds: float = 120) -> CommandResul
     """Wait for the end of a started command, at most so many seconds."""
     out, err = running.communicate(timeout=seconds)
     return CommandResult(running.returncode, out, err)
+
+
+def subcommands(group: click.Group) -> dict[str, click.Command]:
+    """Return the commands of a group by name, in the order of its help."""
+    context = click.Context(group)
+    commands = {name: group.get_command(context, name) for name in group.list_commands(context)}
+    return {name: command for name, command in commands.items() if command}
