@@ -48,7 +48,13 @@ class RepNoise(Defense):
         mask = differing(safe, harmful)
         if not mask.any():  # no token for the ascent or the noise
             return stage.gradient(batch)
-        with same_dropout(), stage.taps_on("mlp").recorded() as mlp_outputs:
+        with same_dropout():
+            penalty = self._penalty(stage, harmful, mask)
+        return stage.gradient(batch) + penalty
+
+    def _penalty(self, stage: TrainingStage, harmful: Batch, mask: Tensor) -> Gradient:
+        """Return the gradient of the ascent and of the noise; its activations are freed before the pass on safe rows."""
+        with stage.taps_on("mlp").recorded() as mlp_outputs:
             output = stage.output(harmful, output_hidden_states=True)
         model: Any = stage.model  # nn.Module does not declare get_output_embeddings
         head, norm = model.get_output_embeddings(), final_norm(model)
@@ -58,9 +64,7 @@ class RepNoise(Defense):
         ascent = torch.stack([nn.functional.cross_entropy(scores.float(), targets) for scores in logits]).mean()
         generator = stage.generator("noise")
         noise = torch.stack([self._distance(mlp_output, mask, generator) for mlp_output in mlp_outputs]).mean()
-        # Two backward passes: the activations of one pass alone are in memory.
-        penalty = stage.gradient_of(self.beta * noise - self.alpha * torch.log1p(ascent))
-        return stage.gradient(batch) + penalty
+        return stage.gradient_of(self.beta * noise - self.alpha * torch.log1p(ascent))
 
     @staticmethod
     def _distance(output: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:

@@ -83,7 +83,7 @@ class TVaccine(Defense):
             loss = stage.loss(batch)
             gradients = [g * mask for g in torch.autograd.grad(loss, [probes[layer] for layer in self._chosen])]
         scale = self.rho / (stage.norm(gradients) + 1e-7)
-        shifts = {layer: scale * gradient for layer, gradient in zip(self._chosen, gradients, strict=True)}
+        shifts = {layer: gradient.mul_(scale) for layer, gradient in zip(self._chosen, gradients, strict=True)}
 
         def shift(layer: int, output: Tensor) -> Tensor | None:
             return output + shifts[layer].to(output.dtype) if layer in shifts else None

@@ -52,5 +52,5 @@ class Vaccine(Defense):
         with same_dropout(), stage.taps.probed() as probes:
             gradients = [gradient * mask for gradient in torch.autograd.grad(stage.loss(batch), probes)]
         scale = self.rho / (stage.norm(gradients) + 1e-7)
-        with stage.taps.shifted([scale * gradient for gradient in gradients]):
+        with stage.taps.shifted([gradient.mul_(scale) for gradient in gradients]):  # in place: one copy of the shifts
             return stage.gradient(batch)

@@ -77,8 +77,9 @@ def test_probe_gradient_is_the_gradient_of_the_output(architecture: str) -> None
         model(**batch).loss.backward()
     model.requires_grad_(False)  # only the probes require a gradient
     with Taps(model).probed() as probes:
-        loss = model(**batch).loss
-    for number, gradient in enumerate(torch.autograd.grad(loss, probes)):
+        gradients = torch.autograd.grad(model(**batch).loss, probes)
+    assert not probes  # their memory is free
+    for number, gradient in enumerate(gradients):
         assert gradient.shape == SHAPE[1:]
         torch.testing.assert_close(gradient, expected_outputs[number].grad, atol=1e-6, rtol=1e-4)
         assert gradient.norm() > 1e-3

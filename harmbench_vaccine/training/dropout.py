@@ -54,12 +54,15 @@ def draw_mask(x: Tensor, rate: float) -> Tensor:
 
 
 def _padded_mask(shape: tuple[int, ...], dtype: torch.dtype, rate: float) -> Tensor:
-    """Return the mask of a layer of the padded batch, from the memory if it was drawn before."""
+    """Return the mask of a layer of the padded batch, from the memory if it was drawn before.
+
+    The last pass, which is outside of `same_dropout`, takes the masks out of the memory.
+    """
     if not (_memory.records or _memory.masks):
         return _draw(shape, dtype, rate)
     draw = _random_state(), shape, dtype, rate
     if draw in _memory.masks:
-        mask, after = _memory.masks[draw]
+        mask, after = _memory.masks[draw] if _memory.records else _memory.masks.pop(draw)
         torch.set_rng_state(after)
         return mask.to(dtype)
     mask = _draw(shape, dtype, rate)

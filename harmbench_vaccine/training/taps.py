@@ -163,7 +163,7 @@ class Taps:
         """Add zeros that require a gradient to the block outputs, to read dL/dh_l.
 
         After a forward pass, the list contains L leaves e_l (batch x length x width, float32) with dL/de_l = dL/dh_l.
-        Gradient checkpointing recomputes the forward pass with the same leaves. The parameters need no gradient inside
+        It is empty after the block, which frees their memory. Gradient checkpointing recomputes the forward pass with the same leaves. The parameters need no gradient inside
         the block, so that the backward pass stops at the first block and computes nothing else.
         """
         free = [parameter for parameter in self._trainable() if parameter.requires_grad]
@@ -182,6 +182,8 @@ class Taps:
             with self.changed(add):
                 yield leaves
         finally:
+            probes.clear()
+            leaves.clear()
             for parameter in free:
                 parameter.requires_grad_(True)
 
