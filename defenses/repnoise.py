@@ -53,7 +53,7 @@ class RepNoise(Defense):
         return stage.gradient(batch) + penalty
 
     def _penalty(self, stage: TrainingStage, harmful: Batch, mask: Tensor) -> Gradient:
-        """Return the gradient of the ascent and of the noise; its activations are freed before the pass on safe rows."""
+        """Return the gradient of ascent and noise; the activations are freed before the pass on safe rows."""
         with stage.taps_on("mlp").recorded() as mlp_outputs:
             output = stage.output(harmful, output_hidden_states=True)
         model: Any = stage.model  # nn.Module does not declare get_output_embeddings

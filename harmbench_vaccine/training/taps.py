@@ -163,8 +163,9 @@ class Taps:
         """Add zeros that require a gradient to the block outputs, to read dL/dh_l.
 
         After a forward pass, the list contains L leaves e_l (batch x length x width, float32) with dL/de_l = dL/dh_l.
-        It is empty after the block, which frees their memory. Gradient checkpointing recomputes the forward pass with the same leaves. The parameters need no gradient inside
-        the block, so that the backward pass stops at the first block and computes nothing else.
+        It is empty after the block, which frees their memory. Gradient checkpointing recomputes the forward pass with
+        the same leaves. The parameters need no gradient inside the block, so that the backward pass stops at the first
+        block and computes nothing else.
         """
         free = [parameter for parameter in self._trainable() if parameter.requires_grad]
         probes: dict[int, Tensor] = {}
