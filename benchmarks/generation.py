@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -37,7 +36,7 @@ from transformers.utils import logging
 
 from harmbench_vaccine.core.device import place_model
 from harmbench_vaccine.core.types import TrainSettings
-from harmbench_vaccine.inference.engine import Engine, installed_vllm
+from harmbench_vaccine.inference.engine import Engine
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.inference.vllm_engine import VllmEngine
 from harmbench_vaccine.inference.vllm_process import CPU_CACHE
@@ -97,10 +96,8 @@ class Setup:
 @click.option("--prompts", "count", default=256, show_default=True, help="Prompts of a round.")
 @click.option("--tokens", default=32, show_default=True, help="Most tokens of an answer.")
 @click.option("--rounds", default=5, show_default=True)
-@click.option(
-    "--record", is_flag=True, help="Write the figures to a file in benchmarks/results, named after the machine."
-)
-def main(folder: Path | None, dtype: str, count: int, tokens: int, rounds: int, record: bool) -> None:
+@click.option("--record", "is_recorded", is_flag=True, help="Write the figures to benchmarks/results/.")
+def main(folder: Path | None, dtype: str, count: int, tokens: int, rounds: int, is_recorded: bool) -> None:
     """Print answers per second, and the ratios of their medians."""
     logging.disable_progress_bar()
     if find_spec("vllm") is None:
@@ -132,8 +129,11 @@ def main(folder: Path | None, dtype: str, count: int, tokens: int, rounds: int, 
     for name, ratio in ratios.items():
         print(f"ours / vLLM alone, {name}: {ratio:.2f}{' (goal: 0.95)' if name == 'one adapter' else ''}")
     print(f"two adapters as one / merged weights: {medians['ours, two adapters'] / medians['ours, merged']:.2f}")
-    if record:
-        _record(base.name if folder else "testbed", dtype, count, tokens, medians, ratios)
+    if is_recorded:
+        from recording import record
+
+        figures = {"dtype": dtype, "prompts": count, "tokens": tokens, "answers_per_second": medians, "ratios": ratios}
+        print(record(f"generation-{base.name if folder else 'testbed'}", figures))
 
 
 def _setups(
@@ -204,27 +204,6 @@ def _save_adapters(base: Path, folder: Path, dtype: torch.dtype) -> tuple[LoraSt
             torch.nn.init.normal_(parameter, std=0.02)
         stack.trained().save(path)
     return stack, paths
-
-
-def _record(
-    shape: str, dtype: str, prompts: int, tokens: int, medians: dict[str, float], ratios: dict[str, float]
-) -> None:
-    gpu = torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()}, CPU"
-    figures = {
-        "shape": shape,
-        "machine": machine,
-        "versions": {"torch": torch.__version__, **installed_vllm()},
-        "dtype": dtype,
-        "prompts": prompts,
-        "tokens": tokens,
-        "answers_per_second": medians,
-        "ratios": ratios,
-    }
-    file = Path(__file__).parent / "results" / f"generation-{shape}-{machine.replace(' ', '_')}.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print(file)
 
 
 if __name__ == "__main__":
