@@ -11,7 +11,6 @@ took neither of the two tokens.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -20,8 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from harmbench_vaccine.core.library_settings import set_library_defaults
+
+set_library_defaults()  # before torch is imported
 
 from harmbench_vaccine import pipeline
 from harmbench_vaccine.core.paths import home

@@ -12,7 +12,6 @@ ratio of CPU times hardly depends on it. The answers to these prompts have to be
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -20,8 +19,9 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from harmbench_vaccine.core.library_settings import set_library_defaults
+
+set_library_defaults()  # before torch is imported
 
 import click
 import torch

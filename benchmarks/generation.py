@@ -25,8 +25,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from harmbench_vaccine.core.library_settings import set_library_defaults
+
+set_library_defaults()  # before torch is imported
 
 import click
 import torch

@@ -20,8 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from harmbench_vaccine.core.library_settings import set_library_defaults
+
+set_library_defaults()  # before torch is imported
 
 import click
 import numpy as np

@@ -315,6 +315,7 @@ def test_three_passes_share_their_masks(draws: list[int]) -> None:
     losses.append(stage.loss(batch))
     assert len(draws) == 6
     assert losses[0] == losses[1] == losses[2]
+    assert not dropout._memory.masks  # the last pass takes them out
 
 
 def test_another_random_state_draws_its_own_masks(draws: list[int]) -> None:
