@@ -222,7 +222,9 @@ def test_readme_lists_every_method_with_its_paper() -> None:
     methods: dict[str, Any] = {**DEFENSES.loadable(), **ATTACKS.loadable()}
     section = README.partition("\n## Methods\n")[2].partition("\n## ")[0]
     table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
-    links = dict(re.findall(r"\[`(\w+)`\]\(https://arxiv\.org/abs/(\d{4}\.\d{5})\)", table))
+    links = dict(re.findall(r"\[`(\w+)`\]\[(\d{4}\.\d{5})\]", table))
+    targets = dict(re.findall(r"^\[(\S+)\]: https://arxiv\.org/abs/(\S+)$", section, re.MULTILINE))
+    assert targets == {paper: paper for paper in links.values()}
     assert set(re.findall(r"`(\w+)`", table)) == set(methods)
     assert links == {name: arxiv_id(cls.citation) for name, cls in methods.items() if arxiv_id(cls.citation)}
     for name, paper in links.items():
