@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from packaging.requirements import Requirement
@@ -181,14 +182,25 @@ def test_output_of_nvidia_smi() -> None:
         parse_gpus("NVIDIA-SMI has failed because it could not communicate with the driver.", "")
 
 
-def test_processes_have_their_user_and_command() -> None:
-    with subprocess.Popen(["sleep", "60"]) as running:
+@pytest.mark.parametrize("arguments", [["cat", "-u"], []])  # a kernel thread and a process that has just started: []
+def test_processes_have_their_user_and_command(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["cat", "-u"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as running:
+        assert running.stdin
+        assert running.stdout
+        running.stdin.write(b"started\n")
+        assert running.stdout.readline() == b"started\n"  # before its first instruction, a program has no command
+        if not arguments:
+            monkeypatch.setattr(psutil.Process, "cmdline", lambda process: [])
         line = f"GPU-11111111-2222-3333-4444-555555555555, {running.pid}, 2048\n"
         (gpu,) = parse_gpus(GPUS.splitlines()[0], line, describe=True)
         running.kill()
     (process,) = gpu.processes
-    assert (process.user, process.command) == (getpass.getuser(), "sleep 60")
-    assert str(process) == f"pid {running.pid} has 2.0 GiB ({process.user}: sleep 60)"
+    command = " ".join(arguments) or "cat"
+    assert (process.user, process.command) == (getpass.getuser(), command)
+    assert str(process) == f"pid {running.pid} has 2.0 GiB ({process.user}: {command})"
+
+
+def test_process_of_another_container_is_named_by_its_id() -> None:
     (gpu,) = parse_gpus(
         GPUS.splitlines()[0], "GPU-11111111-2222-3333-4444-555555555555, 99999999, [N/A]\n", describe=True
     )

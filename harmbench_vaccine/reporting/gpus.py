@@ -114,5 +114,5 @@ def _described(process: GpuProcess) -> GpuProcess:
     with suppress(psutil.Error, OSError):
         system_process = psutil.Process(process.pid)
         user = system_process.username()
-        command = " ".join(system_process.cmdline())
+        command = " ".join(system_process.cmdline()) or system_process.name()
     return GpuProcess(process.pid, process.memory, user, command)
