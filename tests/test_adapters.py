@@ -301,7 +301,7 @@ def test_frozen_adapters_have_no_dropout(tmp_path: Path) -> None:
     trainable = stack.train([path], tiny.settings(lora_dropout=0.5), seed=0)
     stack.model.train()
     torch.manual_seed(0)
-    assert torch.equal(logits(stack.model), plain)  # B of the new adapter is 0, so its dropout has no effect yet
+    assert close(logits(stack.model), plain)  # B of the new adapter is 0, so its dropout has no effect yet
     tiny.stir(trainable)
     assert not torch.equal(logits(stack.model), logits(stack.model))  # its dropout is on
 

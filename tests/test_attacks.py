@@ -701,7 +701,7 @@ def test_full_training_equals_plain_adamw(tmp_path: Path) -> None:
     start = merged(aligned)
     largest = max(float(weight.abs().max()) for weight in trained.values())
     for name, weight in weights.items():
-        assert (trained[name] - weight).abs().max() <= 1e-5 * largest, name
+        assert (trained[name] - weight).abs().max() <= 5e-5 * largest, name  # a missing decay gives 2e-4
         assert (trained[name] - start[name]).abs().max() > 1e-3, name
 
 
