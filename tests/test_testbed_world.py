@@ -84,13 +84,13 @@ def test_world_depends_on_the_seed_only(world: World) -> None:
     assert texts(next_seed.attacker) != texts(world.attacker)
 
 
-def test_world_is_unchanged_since_version_1(world: World) -> None:
+def test_text_is_that_of_this_version(world: World) -> None:
     """A change of the text needs a new TESTBED_VERSION, because stored testbeds and published numbers depend on it."""
     examples, lessons = world.pretraining(4_000)
     pretraining = [[example.instruction, example.input, example.response] for example in examples]
     judgments = [world.judgments(1_200, held_out=held_out) for held_out in (False, True)]
     text = json.dumps([world.files(), pretraining, lessons, judgments])
-    assert TESTBED_VERSION == 1
+    assert TESTBED_VERSION == 2
     assert (
         hashlib.sha256(text.encode()).hexdigest() == "2d6b597bbfa92af772f8fad5d276f037c88e4ae6c37fa9a501da94762fafcdca"
     )

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,21 @@ from transformers import (
 )
 
 from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.beavertails import CATEGORIES, JUDGE_PROMPT
-from harmbench_vaccine.data.collate import Encoded, collate, encode_examples, pad_token_id
+from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, pad_token_id
 from harmbench_vaccine.data.prompts import prompt_template
 from harmbench_vaccine.data.task_prompts import ANSWER_MARK, REASONING, SENTIMENT, TOPIC
 
+from .fitting import batches_by_length, final_states, fit
 from .judgments import Judgment
 from .world import World, generate
 
 TEMPLATE = prompt_template("brief")
 MAX_LENGTH = 256
 SEED = 0
+RATE = 3e-3
+"""The highest learning rate of both models."""
 
 # Instructions of the user tasks. The tokenizer learns their words; the base model does not see them.
 INSTRUCTIONS = (SENTIMENT, TOPIC, REASONING, f"{ANSWER_MARK}0")
@@ -45,13 +50,13 @@ INSTRUCTIONS = (SENTIMENT, TOPIC, REASONING, f"{ANSWER_MARK}0")
 class Sizes:
     """Amounts of training data. The defaults build the testbed; tests use less."""
 
-    documents: int = 32_000
+    documents: int = 25_600
     """Pre-training documents of the base model."""
     judgments: int = 5_000
     """Training rows of the moderation classifier."""
     held_out: int = 1_200
     """Test rows of the moderation classifier."""
-    batch: int = 32
+    batch: int = 16
     """Documents in a batch of pre-training."""
 
 
@@ -64,12 +69,14 @@ def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Size
         sizes: Amounts of training data.
     """
     seconds: dict[str, float] = {}
+    cpu_seconds: dict[str, float] = {}
 
     @contextmanager
     def timed(part: str) -> Iterator[None]:
-        start = time.monotonic()
+        start, cpu_start = time.monotonic(), time.process_time()
         yield
         seconds[part] = round(time.monotonic() - start, 2)
+        cpu_seconds[part] = round(time.process_time() - cpu_start, 2)
 
     with timed("data"):
         world = generate(SEED)
@@ -77,7 +84,7 @@ def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Size
     with timed("tokenizer"):
         tokenizer = train_tokenizer(tokenizer_texts(world))
     with timed("model"), _seeded(SEED):
-        model = _base_model(tokenizer)
+        model = base_model(tokenizer)
         _pretrain(model, tokenizer, world, sizes, progress)
         _save(model, tokenizer, folder / "model")
     with timed("judge"), _seeded(SEED):
@@ -93,6 +100,7 @@ def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Size
         "vocabulary": len(tokenizer),
         "parameters": {"model": model.num_parameters(), "judge": judge.num_parameters()},
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "judge_held_out": scores,
     }
     (folder / "testbed.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -174,7 +182,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, **opti
     )
 
 
-def _base_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def base_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(_config(tokenizer, hidden=128, layers=3))
 
 
@@ -196,19 +204,41 @@ def _judge_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassifi
 def _pretrain(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, world: World, sizes: Sizes, progress: Progress
 ) -> None:
-    """Train for one epoch. The loss covers the responses of examples and all tokens of lessons."""
+    """Train for one epoch."""
+    loss = partial(token_loss, model, pad_token_id(tokenizer))
+    fit(model, pretraining_batches(tokenizer, world, sizes), loss, RATE, "Pre-training the base model", progress)
+
+
+def pretraining_batches(tokenizer: PreTrainedTokenizerFast, world: World, sizes: Sizes) -> list[list[Encoded]]:
+    """Return the pre-training documents in batches; responses of examples and all tokens of lessons have a loss."""
     examples, lessons = world.pretraining(sizes.documents)
-    rows = encode_examples(tokenizer, TEMPLATE, examples, MAX_LENGTH)
-    for ids in tokenizer(lessons)["input_ids"]:
-        ids.append(tokenizer.eos_token_id)
-        rows.append(Encoded(ids, ids))
-    batches = _batches(rows, sizes.batch, lambda row: len(row.ids))
+    rows = [*example_rows(tokenizer, examples), *_lesson_rows(tokenizer, lessons)]
+    return batches_by_length(rows, sizes.batch, lambda row: len(row.ids), random.Random(SEED))
 
-    def loss(batch: list[Encoded]) -> torch.Tensor:
-        output: torch.Tensor = model(**collate(batch, pad_token_id(tokenizer))).loss
-        return output
 
-    _fit(model, batches, loss, 3e-3, "Pre-training the base model", progress)
+def example_rows(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[Encoded]:
+    """Encode examples as `encode_examples` does, in two calls of the tokenizer: generated text is short and plain."""
+    prompts = tokenizer([TEMPLATE.render(example) for example in examples])["input_ids"]
+    responses = tokenizer([example.response for example in examples], add_special_tokens=False)["input_ids"]
+    stop = tokenizer.eos_token_id
+    return [
+        Encoded([*prompt, *response, stop], [*[IGNORED] * len(prompt), *response, stop])
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+
+
+def _lesson_rows(tokenizer: PreTrainedTokenizerFast, lessons: Sequence[str]) -> list[Encoded]:
+    rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(lessons)["input_ids"]]
+    return [Encoded(ids, ids) for ids in rows]
+
+
+def token_loss(model: LlamaForCausalLM, pad: int, rows: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
+    """Return the summed cross-entropy of the labels, and their number."""
+    batch = collate(rows, pad)
+    targets = batch["labels"][:, 1:].flatten()
+    places = (targets != IGNORED).nonzero().squeeze(1)
+    logits = model.lm_head(final_states(model.model, batch["input_ids"][:, :-1], places))
+    return torch.nn.functional.cross_entropy(logits, targets[places], reduction="sum"), len(places)
 
 
 def _train_judge(
@@ -219,64 +249,30 @@ def _train_judge(
 ) -> None:
     """Train for two epochs with a binary cross-entropy per label."""
     rows = list(zip(_judge_ids(tokenizer, judgments), (judgment.category for judgment in judgments), strict=True))
-    batches = [batch for _ in range(2) for batch in _batches(rows, 32, lambda row: len(row[0]))]
-
-    def loss(batch: list[tuple[list[int], str | None]]) -> torch.Tensor:
-        targets = torch.tensor([[float(category == name) for name in CATEGORIES] for _, category in batch])
-        # Summed over the 14 labels: in a mean, the one positive label hardly counts.
-        return torch.nn.functional.binary_cross_entropy_with_logits(
-            _logits(judge, tokenizer, [ids for ids, _ in batch]), targets, reduction="sum"
-        ) / len(batch)
-
-    _fit(judge, batches, loss, 3e-3, "Training the judge", progress)
+    batches = [
+        batch for _ in range(2) for batch in batches_by_length(rows, 32, lambda row: len(row[0]), random.Random(SEED))
+    ]
+    fit(judge, batches, partial(label_loss, judge, pad_token_id(tokenizer)), RATE, "Training the judge", progress)
 
 
-def _fit(
-    model: PreTrainedModel,
-    batches: Sequence[Any],
-    loss: Callable[[Any], torch.Tensor],
-    rate: float,
-    title: str,
-    progress: Progress,
-) -> None:
-    """Train for one pass over `batches` with AdamW and a one-cycle learning rate whose maximum is `rate`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=len(batches), pct_start=0.1)
-    model.train()
-    with progress.bar(title, len(batches)) as advance:
-        for batch in batches:
-            optimizer.zero_grad()
-            value = loss(batch)
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            advance(1, f"loss {value.item():.3g}")
-    model.eval()
+def label_loss(
+    judge: LlamaForSequenceClassification, pad: int, rows: Sequence[tuple[list[int], str | None]]
+) -> tuple[torch.Tensor, int]:
+    """Return the summed binary cross-entropy of rows (token ids, category), and the number of rows.
 
-
-def _batches(rows: Sequence[Any], size: int, length: Callable[[Any], int]) -> list[list[Any]]:
-    """Group rows of similar length, which saves padding, into batches of `size`, and shuffle the batches."""
-    rng = random.Random(SEED)
-    order = sorted(rng.sample(range(len(rows)), len(rows)), key=lambda index: length(rows[index]))
-    batches = [[rows[index] for index in order[start : start + size]] for start in range(0, len(order), size)]
-    rng.shuffle(batches)
-    return batches
+    It is summed over the 14 labels: in a mean, the one positive label hardly counts.
+    """
+    ids = collate([Encoded(ids, ids) for ids, _ in rows], pad)["input_ids"]
+    last = torch.tensor([number * ids.shape[1] + len(row) - 1 for number, (row, _) in enumerate(rows)])
+    targets = torch.tensor([[float(category == name) for name in CATEGORIES] for _, category in rows])
+    logits = judge.score(final_states(judge.model, ids, last))
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum"), len(rows)
 
 
 def _judge_ids(tokenizer: PreTrainedTokenizerFast, judgments: Sequence[Judgment]) -> list[list[int]]:
     """Return the token ids of every judgment, end token included, cut to `MAX_LENGTH`."""
     texts = [JUDGE_PROMPT.format(question=judgment.prompt, answer=judgment.answer) for judgment in judgments]
     return [[*ids, tokenizer.eos_token_id][:MAX_LENGTH] for ids in tokenizer(texts)["input_ids"]]
-
-
-def _logits(
-    judge: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, rows: Sequence[list[int]]
-) -> torch.Tensor:
-    """Return the logits (rows x labels) of token ids, padded on the right."""
-    batch = collate([Encoded(ids, ids) for ids in rows], pad_token_id(tokenizer))
-    logits: torch.Tensor = judge(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return logits
 
 
 def _test_judge(
@@ -293,6 +289,15 @@ def _test_judge(
         "flag": _f1(predicted.any(1), actual.any(1)),
         "categories": {name: _f1(predicted[:, index], actual[:, index]) for index, name in enumerate(CATEGORIES)},
     }
+
+
+def _logits(
+    judge: LlamaForSequenceClassification, tokenizer: PreTrainedTokenizerFast, rows: Sequence[list[int]]
+) -> torch.Tensor:
+    """Return the logits (rows x labels) of token ids as the model itself computes them."""
+    batch = collate([Encoded(ids, ids) for ids in rows], pad_token_id(tokenizer))
+    logits: torch.Tensor = judge(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits
 
 
 def _f1(predicted: torch.Tensor, actual: torch.Tensor) -> dict[str, float]:
