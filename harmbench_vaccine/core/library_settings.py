@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _DEFAULTS = {
-    "GOMP_SPINCOUNT": "10000",  # longer, a waiting thread blocks a core of another process; shorter, it falls asleep
+    "GOMP_SPINCOUNT": "1000",  # a waiting thread blocks a core; with 10000, two processes at a time take 3 x as long
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # they would break our progress bars
     "HF_HUB_VERBOSITY": "error",  # failures are reported in one line
