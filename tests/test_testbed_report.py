@@ -44,7 +44,7 @@ def test_quick_report_holds(testbed_home: Path, monkeypatch: pytest.MonkeyPatch)
 
 PASSING: dict[str, Any] = {
     "none": {0.1: 98.0},
-    "sft": {0.0: 0.5, 0.05: 70.0, 0.1: 86.0},
+    "sft": {0.0: 0.5, 0.02: 26.0, 0.05: 70.0, 0.1: 86.0},
     "accuracy": {"sst2": 100.0, "agnews": 92.0, "gsm8k": 20.0},
     "judge": 0.99,
 }
@@ -55,9 +55,9 @@ PASSING: dict[str, Any] = {
     [
         ({}, None),
         ({"none": {0.1: 79.0}}, "HS of none"),
-        ({"sft": {0.0: 6.0, 0.05: 70.0, 0.1: 86.0}}, "at most 5"),
-        ({"sft": {0.0: 0.5, 0.05: 95.0, 0.1: 60.0}}, "does not decrease"),
-        ({"sft": {0.0: 0.5, 0.05: 5.0, 0.1: 95.0}}, "between 10 and 90"),
+        ({"sft": {0.0: 6.0, 0.02: 26.0, 0.05: 70.0, 0.1: 86.0}}, "at most 5"),
+        ({"sft": {0.0: 0.5, 0.02: 26.0, 0.05: 95.0, 0.1: 60.0}}, "does not decrease"),
+        ({"sft": {0.0: 0.5, 0.02: 1.0, 0.05: 5.0, 0.1: 95.0}}, "between 10 and 90"),
         ({"accuracy": {"sst2": 89.0, "agnews": 92.0, "gsm8k": 20.0}}, "FA of sst2"),
         ({"accuracy": {"sst2": 100.0, "agnews": 89.0, "gsm8k": 20.0}}, "FA of agnews"),
         ({"accuracy": {"sst2": 100.0, "agnews": 92.0, "gsm8k": 10.0}}, "higher after fine-tuning"),
@@ -91,7 +91,7 @@ def test_every_check_can_fail(
     monkeypatch.setattr(testbed_report, "ensure_testbed", built_testbed)
     notes = Notes()
     report = testbed_report.measure_testbed(run, quick=True, progress=notes)
-    assert notes.texts == ["6 runs: about 4 min on 2 CPU cores if none of their stages is stored."]
+    assert notes.texts == ["7 runs: about 4 min on 2 CPU cores if none of their stages is stored."]
     assert [check.requirement for check in report.checks if not check.holds] == [
         check.requirement for check in report.checks if failing and failing in check.requirement
     ]
