@@ -120,14 +120,25 @@ BLOCK_COMMANDS = [
 @pytest.mark.parametrize("path", PAGES, ids=page_id)
 def test_every_relative_link_resolves(path: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", without_code(path.read_text(encoding="utf-8"))):
-        if re.match(r"[a-z]+:", target):
-            continue
+        assert not re.match(r"[a-z]+:", target), f"{target}: write [text][name], and [name]: {target} below"
         name, _, anchor = target.partition("#")
         page = (path.parent / name).resolve() if name else path
         assert page.exists(), target
         assert page.is_relative_to(ROOT), target
         if anchor:
             assert anchor in anchors(page.read_text(encoding="utf-8")), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_every_named_link_has_one_address(path: Path) -> None:
+    """Addresses of other sites are at the end of a section: `[text][name]` or `[name]`, and `[name]: address`."""
+    prose = re.sub(r"^ *```.*?^ *```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    addresses = re.findall(r"^\[([^]]+)\]: \S+$", prose, re.MULTILINE)
+    assert len(addresses) == len(set(addresses))
+    used = set(re.findall(r"\]\[([^]]+)\]", without_code(prose)))
+    assert used <= set(addresses)
+    for name in addresses:
+        assert name in used or re.search(rf"\[{re.escape(name)}\](?![:(\[])", prose), f"{name}: no link uses it"
 
 
 def test_links_are_found() -> None:
