@@ -23,21 +23,18 @@ from transformers import (
 
 from harmbench_vaccine.core.progress import SILENT
 from harmbench_vaccine.data.beavertails import CATEGORIES
-from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, encode_examples
+from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
 from harmbench_vaccine.testbed.build import (
-    MAX_LENGTH,
-    TEMPLATE,
     Sizes,
     build_testbed,
-    example_rows,
     label_loss,
     pretraining_batches,
     token_loss,
-    train_tokenizer,
 )
 from harmbench_vaccine.testbed.fitting import batches_by_length, fit
 from harmbench_vaccine.testbed.world import generate
 from support import tiny
+from support.compare import close
 
 PARTS = ["data", "tokenizer", "model", "judge", "judge held-out"]
 
@@ -68,8 +65,7 @@ def masked_loss(model: LlamaForCausalLM, rows: list[Encoded], pad: int = tiny.PA
 def assert_same_gradients(model: nn.Module, first: Tensor, second: Tensor) -> None:
     assert first.item() == pytest.approx(second.item(), rel=1e-6)
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (first, second)]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    assert close(*gradients)
 
 
 @pytest.mark.parametrize("prompt", [0, 5])
@@ -152,14 +148,6 @@ def test_batches_by_length_have_every_row_once_and_little_padding() -> None:
     longest = [max(len(row.ids) for row in batch) for batch in batches()]
     assert longest != sorted(longest), "the batches must be shuffled"
     assert sum(len(batch) * width for batch, width in zip(batches(), longest, strict=True)) < 1.15 * sum(lengths)
-
-
-def test_example_rows_are_those_of_any_training_stage() -> None:
-    examples, lessons = generate(0).pretraining(500)
-    tokenizer = train_tokenizer([*lessons, *(TEMPLATE.render(example) for example in examples)])
-    rows = example_rows(tokenizer, examples)
-    assert rows == encode_examples(tokenizer, TEMPLATE, examples, MAX_LENGTH)
-    assert max(len(row.ids) for row in rows) < MAX_LENGTH
 
 
 def test_small_testbed_has_ordinary_models_and_the_time_of_every_part(tmp_path: Path) -> None:

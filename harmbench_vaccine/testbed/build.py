@@ -26,9 +26,8 @@ from transformers import (
 )
 
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.beavertails import CATEGORIES, JUDGE_PROMPT
-from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, pad_token_id
+from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, encode_examples, pad_token_id
 from harmbench_vaccine.data.prompts import prompt_template
 from harmbench_vaccine.data.task_prompts import ANSWER_MARK, REASONING, SENTIMENT, TOPIC
 
@@ -212,24 +211,11 @@ def _pretrain(
 def pretraining_batches(tokenizer: PreTrainedTokenizerFast, world: World, sizes: Sizes) -> list[list[Encoded]]:
     """Return the pre-training documents in batches; responses of examples and all tokens of lessons have a loss."""
     examples, lessons = world.pretraining(sizes.documents)
-    rows = [*example_rows(tokenizer, examples), *_lesson_rows(tokenizer, lessons)]
+    rows = encode_examples(tokenizer, TEMPLATE, examples, MAX_LENGTH)
+    for ids in tokenizer(lessons)["input_ids"]:
+        ids.append(tokenizer.eos_token_id)
+        rows.append(Encoded(ids, ids))
     return batches_by_length(rows, sizes.batch, lambda row: len(row.ids), random.Random(SEED))
-
-
-def example_rows(tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> list[Encoded]:
-    """Encode examples as `encode_examples` does, in two calls of the tokenizer: generated text is short and plain."""
-    prompts = tokenizer([TEMPLATE.render(example) for example in examples])["input_ids"]
-    responses = tokenizer([example.response for example in examples], add_special_tokens=False)["input_ids"]
-    stop = tokenizer.eos_token_id
-    return [
-        Encoded([*prompt, *response, stop], [*[IGNORED] * len(prompt), *response, stop])
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-
-
-def _lesson_rows(tokenizer: PreTrainedTokenizerFast, lessons: Sequence[str]) -> list[Encoded]:
-    rows = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(lessons)["input_ids"]]
-    return [Encoded(ids, ids) for ids in rows]
 
 
 def token_loss(model: LlamaForCausalLM, pad: int, rows: Sequence[Encoded]) -> tuple[torch.Tensor, int]:
