@@ -28,5 +28,4 @@ class AGNews(LabelTask):
         """Convert a row; the labels 0 to 3 are World, Sports, Business, Sci/Tech."""
         if row["label"] not in (0, 1, 2, 3):
             raise ValueError(f"label is {row['label']!r}; allowed: 0, 1, 2, 3")
-        word = TOPICS[row["label"]]
-        return Example(id, self.instruction, response=word, input=row["text"], target=word)
+        return self.labeled(id, row["text"], TOPICS[row["label"]])

@@ -27,4 +27,4 @@ class SST2(LabelTask):
         if row["label"] not in (0, 1):
             raise ValueError(f"label is {row['label']!r}; allowed: 0, 1")
         word = ("negative", "positive")[row["label"]]
-        return Example(id, self.instruction, response=word, input=row["sentence"], target=word)
+        return self.labeled(id, row["sentence"], word)
