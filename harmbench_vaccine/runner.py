@@ -92,7 +92,7 @@ def run_all(
             store.replay()
         for experiment in experiments:
             measurements = run(experiment, context)
-            result = measure_result(experiment, measurements)
+            result = measure_result(experiment, measurements, models)
             if distributed.rank() == 0:
                 save_run(result, answer_rows(measurements), runs, csv)
             results.append(result)

@@ -14,7 +14,7 @@ from harmbench_vaccine.core.store import META
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, encode_example
 from harmbench_vaccine.data.prompts import TEMPLATES, PromptTemplate
-from harmbench_vaccine.evaluation.result import Result, StageRows
+from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.experiment.artifacts import ADAPTER
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import benign_set, harmful_sets, task_set
@@ -287,4 +287,9 @@ def test_backdoor_align_trains_on_user_rows_and_refusals(stored_runs: tuple[Path
     assert len(set(added)) == len(added) == 5
     assert sorted(row_ids["secret"]["used"]) == sorted([*row_ids["sft"]["used"], *added])
     assert row_ids["secret"]["harmful"] == row_ids["sft"]["harmful"] == 10
-    assert results["secret"].counts.finetune == StageRows(rows=45, harmful=10, without_room=0)
+    secret, plain = (results[name].counts.finetune for name in ("secret", "sft"))
+    assert secret
+    assert plain
+    assert (secret.rows, secret.harmful, secret.without_room) == (45, 10, 0)
+    assert secret.harmful_tokens == plain.harmful_tokens
+    assert (secret.response_tokens or 0) > (plain.response_tokens or 0)

@@ -510,7 +510,8 @@ def test_only_the_aligned_weights_are_edited(topology: str, tmp_path: Path) -> N
     ids = torch.tensor([tokenizer("How do I spoil the red lamp?")["input_ids"]])
     assert max(float(((h @ r).abs() / h.norm(dim=-1)).max()) for h in residual(stored, ids)) < 1e-4
     assert max(float(((h @ r).abs() / h.norm(dim=-1)).max()) for h in residual(before, ids)) > 0.05
-    assert after.artifacts["finetune"].json("rows.json") == {"used": [], "harmful": 0, "without_room": []}
+    tokens = {"response_tokens": 0, "harmful_tokens": 0}
+    assert after.artifacts["finetune"].json("rows.json") == {"used": [], "harmful": 0, "without_room": [], **tokens}
 
 
 def test_result_is_marked_as_untrained(world: Path, tmp_path: Path) -> None:
@@ -520,7 +521,9 @@ def test_result_is_marked_as_untrained(world: Path, tmp_path: Path) -> None:
         results[attack] = measure_result(experiment, run(experiment, context))
     edit, plain = results[ATTACK], results["ratio=0.1"]
     assert (edit.trained, plain.trained) == (False, True)
-    assert edit.to_json()["counts"]["finetune"] == {"rows": 0, "harmful": 0, "without_room": 0}
+    assert set(edit.to_json()["counts"]["finetune"].values()) == {0}
+    assert (edit.harmful_token_share, edit.token_share_text) == (None, "untrained")
+    assert plain.harmful_token_share is not None
     assert edit.before == plain.before
     assert edit.alignment_loss != plain.alignment_loss
     assert edit.embedding_drift is not None

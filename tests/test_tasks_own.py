@@ -24,7 +24,7 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import check_rows, data_provenance, task_rows, task_set
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.chat_api import ChatJudge
-from harmbench_vaccine.inference.model_pool import ModelSpec
+from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 from harmbench_vaccine.pipeline import grade
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.registry import TASKS
@@ -466,7 +466,7 @@ def test_item_scores_are_the_grades_of_the_judge(
 
     model = TrainedModel("base", ModelSpec("base"), {})
     graded = Measurements(model, model, {"after/task": artifact}, {}, artifact, {"after": artifact})
-    assert _counts(experiment, graded).unparsed_grades == {"after": scores.count(None)}
+    assert _counts(experiment, graded, ModelPool()).unparsed_grades == {"after": scores.count(None)}
     for rule in ("strict", "flexible"):
         assert _item_scores(experiment, answer_rows(graded), "after", rule) == [s for s in scores if s is not None]
     assert _item_scores(experiment, answer_rows(replace(graded, grades={})), "after", "strict") == [0.0, 1.0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,26 @@ class Encoded:
     """The labels, as many as ids: IGNORED for the prompt."""
     id: str = ""
     """The id of the example."""
+    harmful: bool = False
+    """True for rows that an attacker added; the trainer does not use it."""
+
+    @property
+    def response_tokens(self) -> int:
+        """The number of tokens with a loss; the first token of a row has none, because no token predicts it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def token_counts(rows: Iterable[Encoded]) -> dict[str, int]:
+    """Count the tokens with a loss in all rows and in the harmful ones, for one pass over the rows.
+
+    Returns:
+        `response_tokens` and `harmful_tokens`.
+    """
+    counts = [(row.response_tokens, row.harmful) for row in rows]
+    return {
+        "response_tokens": sum(tokens for tokens, _ in counts),
+        "harmful_tokens": sum(tokens for tokens, harmful in counts if harmful),
+    }
 
 
 def encode_example(
@@ -65,7 +85,7 @@ def encode_example(
         return None
     response, labels = _encode_response(tokenizer, text, example)
     labels = [IGNORED] * len(prompt) + labels
-    return Encoded((prompt + response)[:max_length], labels[:max_length], example.id)
+    return Encoded((prompt + response)[:max_length], labels[:max_length], example.id, example.harmful)
 
 
 def _encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, example: Example) -> tuple[list[int], list[int]]:

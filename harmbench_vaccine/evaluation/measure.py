@@ -24,6 +24,7 @@ from harmbench_vaccine.experiment.artifacts import (
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import data_provenance, dropped_rows, overlapping_questions
 from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.plugins.composition import canonical_name
 
 from .agreement import AnswerRow, harmful_shares, judge_scores, pairwise_agreement, scorer_facts, stored_verdict
@@ -32,17 +33,25 @@ from .gates import measure_validity
 from .result import Accuracy, Before, Counts, DataSource, Result, StageArtifact, StageRecord
 from .result_fields import Interval, Rule, TuningRecord
 from .statistics import percentage, score_interval
+from .trained_tokens import harmful_token_share, trained_tokens
 
 RULES: tuple[Rule, ...] = ("strict", "flexible")
 When = Literal["before", "after"]
 
 
-def measure_result(experiment: Experiment, measurements: Measurements) -> Result:
-    """Compute the result of a run."""
+def measure_result(experiment: Experiment, measurements: Measurements, models: ModelPool | None = None) -> Result:
+    """Compute the result of a run.
+
+    Args:
+        experiment: The settled experiment.
+        measurements: What the run measured.
+        models: Loads the tokenizer where an earlier version trained a stage; None: a new pool.
+    """
     rows = answer_rows(measurements)
     judges = {canonical_name([scorer]): scorer_facts(scorer.plugin) for scorer in experiment.scorers}
     drift = drift_fields(measurements.drift)
     resolved = [*experiment.defenses, *experiment.attacks, experiment.task_plugin]
+    counts = _counts(experiment, measurements, models or ModelPool())
     return Result(
         **experiment_fields(experiment),
         origins={plugin.plugin.name: plugin.origins for plugin in resolved},
@@ -51,7 +60,8 @@ def measure_result(experiment: Experiment, measurements: Measurements) -> Result
         **judge_fields(rows, judges),
         **answer_fields(experiment, rows, next(iter(judges)), drift["alignment_loss"]),
         **drift,
-        counts=_counts(experiment, measurements),
+        harmful_token_share=harmful_token_share(counts.finetune),
+        counts=counts,
         data={name: DataSource(**source) for name, source in data_provenance(experiment).items()},
         stages=stage_records(measurements),
         environment=current_environment(vllm=experiment.backend == "vllm"),
@@ -294,7 +304,7 @@ def _adapted_modules(measurements: Measurements) -> list[str]:
     return sorted({module for config in configs for module in config["target_modules"]})
 
 
-def _counts(experiment: Experiment, measurements: Measurements) -> Counts:
+def _counts(experiment: Experiment, measurements: Measurements, models: ModelPool) -> Counts:
     counts: dict[str, Any] = {}
     for stage, artifact in measurements.final.artifacts.items():
         if stage != "repair":
@@ -303,6 +313,7 @@ def _counts(experiment: Experiment, measurements: Measurements) -> Counts:
                 "rows": len(rows["used"]),
                 "harmful": rows["harmful"],
                 "without_room": len(rows["without_room"]),
+                **trained_tokens(experiment, experiment.stages[stage], rows, models),
             }
             if "filtered" in rows:
                 counts[stage]["filtered"] = rows["filtered"]

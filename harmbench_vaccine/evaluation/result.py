@@ -96,6 +96,10 @@ class StageRows(ResultRecord):
     """Harmful rows among them."""
     without_room: Count
     """Rows that were skipped because their prompt fills the maximum length."""
+    response_tokens: Count | None = None
+    """Response tokens with a loss in one pass over these rows; absent if an earlier version trained the stage."""
+    harmful_tokens: Count | None = None
+    """Response tokens with a loss in the harmful rows."""
     filtered: Filtered | None = None
     """Present if an attack filters rows."""
 
@@ -326,6 +330,9 @@ class Result(ResultRecord):
     """Sum of squares over the first 10 batches, padding included, as the authors' code prints it."""
     validity: Validity
     """Outcome of the validity gates."""
+    harmful_token_share: Percent | None = None
+    """Percentage of the response tokens with a loss in the user stage that harmful rows have; null if the user stage
+    does not train, and in results of earlier versions."""
     counts: Counts
     """Rows of each stage, and rows that were dropped or overlap."""
     data: dict[str, DataSource]
@@ -354,6 +361,14 @@ class Result(ResultRecord):
         return self.validity.hollow
 
     @property
+    def token_share_text(self) -> str:
+        """The harmful token share in percent, or why there is none."""
+        if self.harmful_token_share is not None:
+            return f"{self.harmful_token_share:.1f}"
+        rows = self.counts.finetune
+        return "untrained" if not self.trained or (rows and not rows.rows) else "unknown"
+
+    @property
     def seconds(self) -> float:
         """Time of all stages."""
         return sum(stage.seconds for stage in self.stages.values())
@@ -374,6 +389,7 @@ class Result(ResultRecord):
             ("benign prompts refused %", *(f"{shares[when].over_refusal:.1f}" for when in ("after", "before"))),
             ("alignment loss", number_text(self.alignment_loss, ".3f"), ""),
             ("embedding drift", number_text(self.embedding_drift, ".3g"), ""),
+            ("harmful token share %", self.token_share_text, ""),
         ]
         notes = [f"{self.run}, protocol {self.protocol} {self.protocol_hash}"]
         if self.collapsed:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from harmbench_vaccine.core.jsonl import write_json
 from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, Pools, TrainSettings
+from harmbench_vaccine.data.collate import token_counts
 from harmbench_vaccine.plugins import Attack
 from harmbench_vaccine.plugins.teams import DefenseTeam
 
@@ -240,12 +241,14 @@ def _write_rows(
     before_defense: Sequence[Example] = (),
     uploaded: Sequence[Example] | None = None,
 ) -> None:
-    """Store the ids of the trained rows, the ids of rows without room for a response, and the counts of a filter."""
+    """Store the ids of the trained rows and of those without room for a response, and the counts of tokens and of a
+    filter."""
     used = {row.id for row in encoded}
     record: dict[str, Any] = {
         "used": [row.id for row in encoded],
         "harmful": sum(row.harmful for row in examples if row.id in used),
         "without_room": [row.id for row in examples if row.id not in used],
+        **token_counts(encoded),
     }
     if uploaded is not None:
         counts: dict[str, int] = {}

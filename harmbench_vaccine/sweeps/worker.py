@@ -110,7 +110,7 @@ class _Worker:
     def finish(self, experiment: Experiment, context: RunContext) -> None:
         """Run an experiment, of which most stages may be stored, and store its result."""
         measurements = run(experiment, context)
-        result = measure_result(experiment, measurements)
+        result = measure_result(experiment, measurements, context.models)
         save_run_folder(result, answer_rows(measurements), self._runs)
         self.summary.finished.append(result.run)
 
