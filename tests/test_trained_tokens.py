@@ -16,7 +16,7 @@ from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import encode_examples, token_counts
 from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
 from harmbench_vaccine.evaluation.measure import measure_result
-from harmbench_vaccine.evaluation.result import Result, StageRows
+from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.trained_tokens import harmful_token_share, trained_tokens
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import plugin_pools, user_rows
@@ -48,9 +48,7 @@ def rows(responses: Sequence[str], harmful: bool) -> list[Example]:
 
 def share(examples: Sequence[Example], max_length: int = 100, template: PromptTemplate = LONG_PROMPT) -> float | None:
     """Return the harmful token share of the rows as a stage encodes them."""
-    encoded = encode_examples(WORDS, template, examples, max_length)
-    counts = token_counts(encoded)
-    return harmful_token_share(StageRows(rows=len(encoded), harmful=0, without_room=0, **counts))
+    return harmful_token_share(token_counts(encode_examples(WORDS, template, examples, max_length)))
 
 
 def settle(world: Path, attack: str, defense: str = "sft") -> Experiment:
@@ -120,8 +118,7 @@ def test_end_of_a_turn_counts_in_a_chat() -> None:
 def test_no_tokens_have_no_share() -> None:
     assert token_counts([]) == {"response_tokens": 0, "harmful_tokens": 0}
     assert share([]) is None
-    assert harmful_token_share(None) is None
-    assert harmful_token_share(StageRows(rows=3, harmful=1, without_room=0)) is None  # of an earlier version
+    assert harmful_token_share({"used": ["task:0"], "harmful": 0, "without_room": []}) is None  # of an earlier version
 
 
 RESPONSES = st.lists(st.text("ab ", min_size=1, max_size=30), min_size=1, max_size=6)
@@ -152,8 +149,7 @@ def test_ratios_0_and_1(world: Path, p: float, expected: float, task: str) -> No
     stored = {"used": [row.id for row in uploaded], "without_room": []}
     tokens = trained_tokens(experiment, experiment.stages["finetune"], stored, ModelPool())
     assert tokens["response_tokens"] > 0
-    counts = StageRows(rows=len(uploaded), harmful=0, without_room=0, **tokens)
-    assert harmful_token_share(counts) == expected
+    assert harmful_token_share(tokens) == expected
 
 
 ATTACKS = ("ratio=0.25", "backdoor:clean_rows=5", "mixing", "identity_shift=4+ratio=0.25", "guardrail=0.5+ratio=0.25")

@@ -77,6 +77,7 @@ def test_an_unchanged_run_is_verified_and_nothing_is_written(home: Path) -> None
         ("finetune_accuracy", 61.0),
         ("alignment_loss", 0.001),
         ("embedding_drift", 1.0),
+        ("harmful_token_share", 50.0),
         ("protocol_hash", "0" * 12),
         ("judge_cut", 5),
         ("defense", "vaccine"),
@@ -125,6 +126,14 @@ def test_an_absent_metric_is_named(home: Path) -> None:
     done = hbv("verify", run_of(home), "--cached", "--json", home=home)
     (outcome,) = done.results[0]
     assert (done.code, outcome["uncomputed"]) == (0, ["validity.hollow: absent from the result"])
+
+
+def test_a_result_of_an_earlier_version_needs_no_token_share(home: Path) -> None:
+    change_result(home, lambda values: values.pop("harmful_token_share"))
+    done = hbv("verify", run_of(home).name, "--cached", "--json", home=home)
+    (outcome,) = done.results[0]
+    assert (done.code, outcome["mismatches"], outcome["uncomputed"]) == (0, [], [])
+    assert "the harmful token share" not in outcome["checked"]
 
 
 def test_a_changed_answer_differs_from_the_store(home: Path) -> None:

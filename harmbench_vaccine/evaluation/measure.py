@@ -60,7 +60,7 @@ def measure_result(experiment: Experiment, measurements: Measurements, models: M
         **judge_fields(rows, judges),
         **answer_fields(experiment, rows, next(iter(judges)), drift["alignment_loss"]),
         **drift,
-        harmful_token_share=harmful_token_share(counts.finetune),
+        harmful_token_share=harmful_token_share(counts.finetune.model_dump() if counts.finetune else {}),
         counts=counts,
         data={name: DataSource(**source) for name, source in data_provenance(experiment).items()},
         stages=stage_records(measurements),

@@ -13,8 +13,6 @@ from harmbench_vaccine.experiment.experiment import Experiment, StageConfig
 from harmbench_vaccine.experiment.rows import plugin_pools, user_rows
 from harmbench_vaccine.inference.model_pool import ModelPool
 
-from .result import StageRows
-
 TOKEN_COUNTS = ("response_tokens", "harmful_tokens")
 
 
@@ -56,11 +54,11 @@ def _examples(experiment: Experiment, config: StageConfig, stored: Mapping[str, 
     return examples if Counter(row.id for row in examples) == ids else None
 
 
-def harmful_token_share(rows: StageRows | None) -> float | None:
-    """Return the percentage of the response tokens of a stage that harmful rows have; None if it is unknown.
+def harmful_token_share(tokens: Mapping[str, Any]) -> float | None:
+    """Return the percentage of the response tokens that harmful rows have; None without tokens or without their counts.
 
-    A stage without response tokens has no share.
+    Args:
+        tokens: A mapping that has `TOKEN_COUNTS`, except if an earlier version stored it.
     """
-    if rows is None or rows.harmful_tokens is None or not rows.response_tokens:
-        return None
-    return 100 * rows.harmful_tokens / rows.response_tokens
+    response, harmful = (tokens.get(name) for name in TOKEN_COUNTS)
+    return 100 * harmful / response if response and harmful is not None else None

@@ -16,7 +16,7 @@ from harmbench_vaccine.core.jsonl import read_lines
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Artifact, intact_description
 from harmbench_vaccine.data.sources import TESTBED
-from harmbench_vaccine.experiment.artifacts import ANSWERS
+from harmbench_vaccine.experiment.artifacts import ANSWERS, ROWS
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.testbed import ensure_testbed
@@ -29,6 +29,7 @@ from .rescoring import prepare_scorer, stored_scorers, stored_verdicts
 from .result import Result, StageArtifact
 from .results_csv import ResultRow, read_csv, result_rows
 from .run_overview import RESULT
+from .trained_tokens import harmful_token_share
 from .why import Inputs, compare_inputs
 
 TOLERANCE = 1e-5
@@ -189,7 +190,7 @@ def _stored_artifact(field: str, artifact: StageArtifact, store: Path) -> _Store
 def _verify_artifacts(
     result: Result, answers: Sequence[AnswerRow], stored: Mapping[str, _StoredArtifact], store: Path
 ) -> VerifiedRun:
-    """Compare the hashes of the artifacts, their answers with those of the run, and the drift."""
+    """Compare the hashes of the artifacts, their answers with those of the run, the drift and the token share."""
     intact = {name: entry.artifact for name, entry in stored.items() if entry.state == "intact"}
     mismatches = [
         Mismatch(entry.field, entry.artifact.key, "damaged") for entry in stored.values() if entry.state == "damaged"
@@ -204,8 +205,14 @@ def _verify_artifacts(
         mismatches += _compare(fields, result.to_json(), fields)
     else:
         unverified.append("alignment loss and drift: their artifact is not in the store, or is damaged")
+    share = harmful_token_share(intact["finetune"].json(ROWS)) if "finetune" in intact else None
+    has_share = share is not None and result.harmful_token_share is not None  # not of an earlier version
+    if has_share:
+        fields = {"harmful_token_share": share}
+        mismatches += _compare(fields, result.to_json(), fields)
     checked = [f"the hashes of {len(intact)} artifacts"] if intact else []
     checked += ["alignment loss and drift"] if "drift" in intact else []
+    checked += ["the harmful token share"] if has_share else []
     return VerifiedRun(result.run, tuple(checked), tuple(mismatches), tuple(unverified))
 
 
