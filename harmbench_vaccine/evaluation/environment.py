@@ -16,7 +16,7 @@ from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.torch_build import cuda_version
 from harmbench_vaccine.inference.engine import installed_vllm
 
-from .result import Environment
+from .result_fields import Environment
 
 PACKAGES = (
     *("harmbench-vaccine", "torch", "transformers", "peft", "accelerate", "numpy", "datasets", "tokenizers"),

@@ -20,8 +20,7 @@ from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.experiment.spec import first_validation_error
 
 from .records import run_lock
-from .result import Environment
-from .result_fields import Count, Percent, ResultRecord
+from .result_fields import Count, Environment, Percent, ResultRecord
 
 REPEAT = "repeat.json"
 """The file in the folder of a run that has its second measurement."""

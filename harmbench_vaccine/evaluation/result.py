@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from .result_fields import Count, Date, Interval, Percent, ResultRecord, Rule, TuningRecord
+from .result_fields import Count, Environment, Interval, Percent, ResultRecord, Rule, TuningRecord
 from .result_text import html_table, number_text, percent_text
 from .result_upgrade import upgraded_result
 
@@ -219,27 +219,6 @@ class StageRecord(ResultRecord):
     """Number of optimizer steps."""
     peak_memory: int | None = None
     """Peak memory in bytes while it was created: of the GPU where one was used, else of the process."""
-
-
-class Environment(ResultRecord):
-    """The machine, the code and the versions that a result was computed with."""
-
-    date: Date | None = None
-    """UTC date and time, ISO 8601."""
-    host: str | None = None
-    """Name of the machine."""
-    cpu: str | None = None
-    """Processor model."""
-    device: str | None = None
-    """`cpu` or `cuda`: where the models ran."""
-    gpu: str | None = None
-    """GPU model; null if the models ran on a CPU."""
-    git_commit: str | None = None
-    """Commit of the harness, where it runs from a git checkout."""
-    git_dirty: bool | None = None
-    """True if the checkout has uncommitted changes."""
-    versions: dict[str, str] = Field(default_factory=dict)
-    """Package -> version, with Python and CUDA."""
 
 
 class Result(ResultRecord):

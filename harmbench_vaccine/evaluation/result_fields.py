@@ -1,4 +1,4 @@
-"""The types of the fields of a result, and the base class of its records."""
+"""The types of the fields of a result, the base class of its records, and those that do not depend on others."""
 
 from __future__ import annotations
 
@@ -35,3 +35,24 @@ class TuningRecord(ResultRecord):
     """Number of runs that chose the parameters of the defenses of this run."""
     seconds: Annotated[float, Field(ge=0)]
     """Time of these runs; a stage of several runs counts once."""
+
+
+class Environment(ResultRecord):
+    """The machine, the code and the versions that a result was computed with."""
+
+    date: Date | None = None
+    """UTC date and time, ISO 8601."""
+    host: str | None = None
+    """Name of the machine."""
+    cpu: str | None = None
+    """Processor model."""
+    device: str | None = None
+    """`cpu` or `cuda`: where the models ran."""
+    gpu: str | None = None
+    """GPU model; null if the models ran on a CPU."""
+    git_commit: str | None = None
+    """Commit of the harness, where it runs from a git checkout."""
+    git_dirty: bool | None = None
+    """True if the checkout has uncommitted changes."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Package -> version, with Python and CUDA."""
