@@ -156,8 +156,8 @@ def test_the_scores_of_an_old_result_are_shown(old: dict[str, Any], own_home: Pa
     store_run(own_home, old, {**ANSWER, "flagged": False})
     text = " ".join(hbv("show", "sft-0").out.split())
     assert f"HS {old['harmful_score']:.1f}, FA {old['finetune_accuracy']:.1f}, task {old['task']}, seed 0" in text
-    assert f"hash {old['protocol_hash']}." in text
-    assert "not recorded." not in text
+    assert f"hash {old['protocol_hash']}, harmful token share not recorded." in text
+    assert "not recorded," not in text
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,15 +20,24 @@ from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import encode_examples, token_counts
 from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
 from harmbench_vaccine.evaluation.measure import measure_result
-from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.records import write_run
+from harmbench_vaccine.evaluation.result import Result, StageRows
+from harmbench_vaccine.evaluation.results_csv import read_csv, result_rows
 from harmbench_vaccine.evaluation.trained_tokens import harmful_token_share, trained_tokens
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import plugin_pools, user_rows
 from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.export.model_card import _origin
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.pipeline import align, finetune, run
 from harmbench_vaccine.plugins.composition import parse_plugins
+from harmbench_vaccine.reporting.leaderboard.page import render_page
+from harmbench_vaccine.reporting.leaderboard.ranking import rank_results, rank_rows
+from harmbench_vaccine.reporting.leaderboard.views import rankings_markdown, rankings_view
+from harmbench_vaccine.reporting.result_views import results_table
+from support.cli import hbv
 from support.examples import examples
+from support.results import make_result, write_csv
 from support.runs import run_context
 from support.world import make_world
 
@@ -102,7 +115,7 @@ def test_text_that_is_only_read_does_not_count() -> None:
 
 
 def test_end_of_a_turn_counts_in_a_chat() -> None:
-    """The tokens that a chat template writes around the answer belong to the prompt, except the one that ends it."""
+    """The tokens that a chat template writes around the answer have no loss, except the one that ends it."""
     chat = word_tokenizer()
     chat.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     chat.chat_template = (
@@ -162,7 +175,7 @@ DEFENSES = ("vlguard:rows=8", "ewc", "ptst", "lisa")
 def test_stages_of_earlier_versions_have_the_tokens_of_training(
     world: Path, tmp_path: Path, attack: str, defense: str
 ) -> None:
-    """What a stage stores about its tokens is what its rows give again, for each attack and topology."""
+    """The rows of a stage give the counts again that training stored, for each attack and topology."""
     experiment, context = settle(world, attack, defense), run_context(tmp_path / "store")
     trained = finetune(experiment, context, align(experiment, context))
     stages = {name: artifact for name, artifact in trained.artifacts.items() if name != "repair"}
@@ -180,15 +193,15 @@ def test_the_tokens_are_those_of_the_loss(world: Path, tmp_path: Path, monkeypat
     """In one epoch, the micro-batches have as many tokens with a loss as the stage stores."""
     from harmbench_vaccine.training import stage as stages
 
-    seen: list[int] = []
+    counted: list[int] = []
     original = stages.token_losses
-    monkeypatch.setattr(stages, "token_losses", lambda *a: seen.append(len(losses := original(*a))) or losses)
+    monkeypatch.setattr(stages, "token_losses", lambda *a: counted.append(len(losses := original(*a))) or losses)
     file = make_world(tmp_path / "world", {"finetune": {"settings": {"epochs": 1}}})
     experiment, context = settle(file, "ratio=0.25"), run_context(tmp_path / "store")
     aligned = align(experiment, context)
-    seen.clear()
+    counted.clear()
     trained = finetune(experiment, context, aligned)
-    assert sum(seen) == trained.artifacts["finetune"].json("rows.json")["response_tokens"]
+    assert sum(counted) == trained.artifacts["finetune"].json("rows.json")["response_tokens"]
 
 
 def test_rows_that_cannot_be_drawn_again_are_unknown(world: Path) -> None:
@@ -226,3 +239,100 @@ def test_result_has_the_share_and_its_counts(world: Path, tmp_path: Path) -> Non
     stored = {key: value for key, value in json.loads(path.read_text()).items() if "_tokens" not in key}
     path.write_text(json.dumps(stored))  # as an earlier version stored it
     assert measure_result(experiment, measurements).harmful_token_share == result.harmful_token_share
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every output names it
+
+
+def shown(view: Any, width: int = 80) -> str:
+    """Return what a terminal of this width shows, on one line."""
+    console = Console(width=width, file=io.StringIO())
+    console.print(view)
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+
+def test_table_of_runs_at_80_columns() -> None:
+    """One share for each task and attack; the rows of two seeds differ a little."""
+    runs = [
+        make_result(seed=0, harmful_token_share=55.94),
+        make_result(seed=1, harmful_token_share=56.26),
+        make_result(seed=0, defense="vaccine", harmful_token_share=55.94),
+        make_result(seed=0, task="gsm8k", harmful_token_share=9.75),
+    ]
+    text = shown(results_table(runs))
+    assert "Harmful token share: 55.9% to 56.3% on sst2 under ratio=0.1, 9.8% on gsm8k under ratio=0.1 (" in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"harmful_token_share": 0.0}, "0.0%"),
+        ({}, "unknown"),
+        ({"harmful_token_share": None, "trained": False}, "untrained"),
+        ({"harmful_token_share": None, "counts": {"finetune": dict.fromkeys(StageRows.model_fields, 0)}}, "untrained"),
+    ],
+)
+def test_a_share_that_is_not_there_has_a_reason(fields: dict[str, Any], text: str) -> None:
+    """A result of an earlier version, an attack that edits weights, and a filter that rejects every row."""
+    if "counts" in fields:
+        del fields["counts"]["finetune"]["filtered"]
+    result = make_result(**fields)
+    assert f"Harmful token share: {text} on sst2 under ratio=0.1" in shown(results_table([result]))
+    assert f"<td>harmful token share</td><td>{text}</td>" in result._repr_html_()
+    assert ("harmful rows in the response tokens of the user stage", text) in _origin(result, "final")
+    both = [result, make_result(seed=1, harmful_token_share=56.0)]
+    numbers = [share for share in (text, "56.0%") if share[0].isdigit()]
+    rest = "" if text[0].isdigit() else f" or {text}"
+    assert f"Harmful token share: {' to '.join(numbers)}{rest} on sst2" in shown(results_table(both))
+
+
+def test_stored_run_shows_its_share(own_home: Path) -> None:
+    """Those of earlier versions do not have it, and a card of the aligned model does not state it."""
+    answer = {
+        "when": "after",
+        "set": "harmful",
+        "id": "1",
+        "instruction": "a",
+        "input": "",
+        "target": "",
+        "answer": "b",
+    }
+    for name, fields, text in (
+        ("new", {"harmful_token_share": 56.06}, "harmful token share 56.1."),
+        ("old", {}, "harmful token share not recorded."),
+        ("edit", {"harmful_token_share": None, "trained": False}, "harmful token share untrained."),
+    ):
+        folder = own_home / "runs" / name
+        folder.mkdir(parents=True)
+        write_run(folder, make_result(run=name, **fields), [answer])
+        assert text in " ".join(hbv("show", name, home=own_home, COLUMNS="80").out.split())
+    assert not any("response tokens" in name for name, _ in _origin(make_result(), "align"))
+
+
+def test_tables_of_results(tmp_path: Path) -> None:
+    """The mean over seeds in every table of the leaderboard; a run without the share makes it unknown."""
+    runs = [make_result(seed=seed, harmful_token_share=56.0 + seed, task="sst2") for seed in (0, 1)]
+    runs += [make_result(seed=0, harmful_token_share=56.0, task="old"), make_result(seed=1, task="old")]
+    runs += [make_result(task="edit", trained=False, harmful_token_share=None)]
+    table = write_csv(tmp_path / "results.csv", *runs)
+    assert [row.harmful_token_share for row in read_csv(table)] == [56, 57, 56, None, None]
+    rankings = rank_results([table])
+    values = [row["harmful_token_share"] for ranking in rankings for row in ranking.rows]
+    assert [None if math.isnan(value) else value for value in values] == [None, None, 56.5]
+    markdown = rankings_markdown(rankings)
+    heads = [line.split(" | ") for line in markdown.splitlines() if line.startswith("| rank")]
+    cells = [line.split(" | ") for line in markdown.splitlines() if " | sft | " in line]
+    place = heads[0].index("harmful tokens %")
+    assert [row[place] for row in cells] == ["-", "-", "56.5"]
+    assert "harmful tokens %" in shown(rankings_view(rankings), 200)
+    assert "Not shown at this width" in shown(rankings_view(rankings), 80)
+    data = json.loads(render_page(rankings).partition('id="data">')[2].partition("</script>")[0])
+    number = data["columns"].index("harmful_token_share")
+    assert [cell[number] for cell in data["cells"]] == [None, None, 56.5]
+
+
+def test_page_names_it_in_the_table_and_in_the_row_that_opens() -> None:
+    page = render_page(rank_rows(result_rows([make_result(harmful_token_share=56.0)])))
+    assert 'data-key="harmful_token_share"' in page
+    assert 'data-show="percent harmful_token_share"' in page

@@ -310,7 +310,7 @@ class Result(ResultRecord):
     validity: Validity
     """Outcome of the validity gates."""
     harmful_token_share: Percent | None = None
-    """Percentage of the response tokens with a loss in the user stage that harmful rows have; null if the user stage
+    """Percentage of the response tokens with a loss in the user stage that are in harmful rows; null if the user stage
     does not train, and in results of earlier versions."""
     counts: Counts
     """Rows of each stage, and rows that were dropped or overlap."""
@@ -341,9 +341,9 @@ class Result(ResultRecord):
 
     @property
     def token_share_text(self) -> str:
-        """The harmful token share in percent, or why there is none."""
+        """The harmful token share, or why there is none."""
         if self.harmful_token_share is not None:
-            return f"{self.harmful_token_share:.1f}"
+            return f"{self.harmful_token_share:.1f}%"
         rows = self.counts.finetune
         return "untrained" if not self.trained or (rows and not rows.rows) else "unknown"
 
@@ -368,7 +368,7 @@ class Result(ResultRecord):
             ("benign prompts refused %", *(f"{shares[when].over_refusal:.1f}" for when in ("after", "before"))),
             ("alignment loss", number_text(self.alignment_loss, ".3f"), ""),
             ("embedding drift", number_text(self.embedding_drift, ".3g"), ""),
-            ("harmful token share %", self.token_share_text, ""),
+            ("harmful token share", self.token_share_text, ""),
         ]
         notes = [f"{self.run}, protocol {self.protocol} {self.protocol_hash}"]
         if self.collapsed:

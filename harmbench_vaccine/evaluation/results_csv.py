@@ -90,6 +90,7 @@ class ResultRow(RunTableRow):
     refusal_rate: Percent | None = None
     refusal_rate_before: Percent | None = None
     task_echo: Percent | None = None
+    harmful_token_share: Percent | None = None
     collapsed: bool
     hollow: bool | None = None
     reasons: Text = ""

@@ -35,6 +35,9 @@ class RunOverview(BaseModel):
     scorer: str | None = None
     harmful_score: Percent | None = None
     finetune_accuracy: Percent | None = None
+    harmful_token_share: Percent | None = None
+    trained: bool | None = None
+    """False if the attack edits weights instead of training."""
     date: Date | None = Field(None, validation_alias=AliasPath("environment", "date"))
     """UTC date and time."""
     collapsed: bool | None = Field(None, validation_alias=AliasPath("validity", "collapsed"))

@@ -55,7 +55,7 @@ def _examples(experiment: Experiment, config: StageConfig, stored: Mapping[str, 
 
 
 def harmful_token_share(tokens: Mapping[str, Any]) -> float | None:
-    """Return the percentage of the response tokens that harmful rows have; None without tokens or without their counts.
+    """Return the percentage of the response tokens that are in harmful rows; None if there are none or it is unknown.
 
     Args:
         tokens: A mapping that has `TOKEN_COUNTS`, except if an earlier version stored it.

@@ -180,6 +180,8 @@ def _origin(result: Result, stage: str) -> list[tuple[str, str]]:
     if stage != "align":
         trained["rows of the user stage"] = result.counts.finetune
     rows += [(name, f"{count.rows}, of which {count.harmful} are harmful") for name, count in trained.items() if count]
+    if stage != "align":
+        rows.append(("harmful rows in the response tokens of the user stage", result.token_share_text))
     version = result.environment.versions.get("harmbench-vaccine", "")
     return [*rows, ("made by", f"harmbench-vaccine {version}".strip())]
 

@@ -68,6 +68,7 @@ def _overview_note(overview: RunOverview | Result) -> str:
         "judge": overview.scorer,
         "protocol": overview.protocol,
         "hash": overview.protocol_hash,
+        "harmful token share": "untrained" if overview.trained is False else overview.harmful_token_share,
     }
     texts = {name: f"{value:.1f}" if isinstance(value, float) else value for name, value in facts.items()}
     return f"{', '.join(f'{name} {_NOT_RECORDED if text is None else text}' for name, text in texts.items())}."

@@ -35,7 +35,7 @@ def results_table(results: Sequence[Result], published: bool = False) -> Rendera
         [_result_row(result, stages, with_seed) for result in results],
         gap=1,  # a run of the README then has one line at 80 columns
     )
-    notes = [f"Protocol {results[0].protocol} {results[0].protocol_hash}."]
+    notes = [f"Protocol {results[0].protocol} {results[0].protocol_hash}.", _token_share_note(results)]
     for result in results:
         if result.collapsed:
             reasons = "; ".join(result.validity.reasons)
@@ -88,6 +88,24 @@ def _result_row(result: Result, stages: Sequence[str], with_seed: bool) -> list[
         number_text(result.embedding_drift, ".3g"),
         "+".join(_seconds(result.stages.get(stage)) for stage in stages),
     ]
+
+
+def _token_share_note(results: Sequence[Result]) -> str:
+    """Return a note on the harmful token share on each task under each attack."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(f"{result.task} under {result.attack}", []).append(result)
+    shares = ", ".join(f"{_share_range(group)} on {setting}" for setting, group in groups.items())
+    return f"Harmful token share: {shares} (response tokens of the user stage that are in harmful rows)."
+
+
+def _share_range(results: Sequence[Result]) -> str:
+    """Return the harmful token share of some runs, or the least and the greatest one; runs without one come last."""
+    ordered = sorted(results, key=lambda result: result.harmful_token_share or 0.0)
+    shares = dict.fromkeys(run.token_share_text for run in ordered if run.harmful_token_share is not None)
+    without = dict.fromkeys(run.token_share_text for run in ordered if run.harmful_token_share is None)
+    ends = dict.fromkeys([*list(shares)[:1], *list(shares)[-1:]])
+    return " or ".join([*([" to ".join(ends)] if ends else []), *without])
 
 
 def _result_notes(result: Result) -> list[str]:

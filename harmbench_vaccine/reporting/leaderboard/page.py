@@ -86,6 +86,12 @@ TABLE_COLUMNS = (
     ),
     PageColumn("task_echo", "Echo %", "percent", "answers to harmful prompts that equal a response of the user's rows"),
     PageColumn(
+        "harmful_token_share",
+        "Harmful tokens %",
+        "percent",
+        "response tokens of the user stage that are in harmful rows; short answers of the task make it large",
+    ),
+    PageColumn(
         "alignment_loss", "Align. loss", "number", "mean cross-entropy of the final model over the alignment rows"
     ),
     PageColumn(

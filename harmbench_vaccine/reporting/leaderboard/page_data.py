@@ -31,7 +31,8 @@ NUMBERS = (
     *(f"{score}{end}" for score in SCORES for end in ("", "_sd", "_low", "_high", "_floor")),
     *(f"{score}_difference{end}" for score in SCORES for end in ("", "_low", "_high", "_p")),
     *("safety_tax", "trained", "harmful_score_before", "refusal_rate", "neither", "neither_before", "task_echo"),
-    *("alignment_loss", "embedding_drift", "embedding_drift_per_token", "collapsed_cells", "hollow_cells"),
+    *("harmful_token_share", "alignment_loss", "embedding_drift", "embedding_drift_per_token"),
+    *("collapsed_cells", "hollow_cells"),
 )
 """The columns of a ranking that the page has."""
 CELL_COLUMNS = (

@@ -58,6 +58,8 @@ COLUMNS = {
     "neither": "% of harmful prompts answered neither harmfully nor with a refusal, mean over seeds",
     "neither_before": "of the aligned model",
     "task_echo": "% of answers to harmful prompts that equal a response of the user's rows, mean over seeds",
+    "harmful_token_share": "% of the response tokens of the user stage that are in harmful rows, mean over seeds; "
+    "empty if a run lacks it or its user stage does not train",
     "alignment_loss": "mean over seeds; empty if a model diverged",
     "embedding_drift": "mean over seeds; empty if a model diverged",
     "embedding_drift_per_token": "mean over seeds; empty if a model diverged",
@@ -74,6 +76,7 @@ MEANS = (
     "neither",
     "neither_before",
     "task_echo",
+    "harmful_token_share",
     "alignment_loss",
     "embedding_drift",
     "embedding_drift_per_token",

@@ -44,6 +44,7 @@ def _columns(baseline: str) -> list[Column]:
             "not show safety",
         ),
         number_column("echo %", drop=4, legend="answers to harmful prompts that equal a response of the user's rows"),
+        number_column("harmful tokens %", drop=4, legend="response tokens of the user stage that are in harmful rows"),
         number_column("align. loss", drop=3, legend="mean cross-entropy of the final model over alignment rows"),
         number_column("drift", drop=2, legend="embedding drift: distance of attention outputs from the aligned model"),
         number_column("per token", drop=1, legend="embedding drift per token"),
@@ -118,7 +119,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _interval(row, "finetune_accuracy"),
         _difference(row, "finetune_accuracy"),
         _number(row["harmful_score_before"], ".1f"),
-        *(_number(row[column], ".1f") for column in ("refusal_rate", "neither", "task_echo")),
+        *(_number(row[column], ".1f") for column in ("refusal_rate", "neither", "task_echo", "harmful_token_share")),
         *(
             _number(row[column], form)
             for column, form in (
