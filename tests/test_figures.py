@@ -24,8 +24,11 @@ from harmbench_vaccine.reporting.figures.layers import plot_layers, read_layer_d
 from harmbench_vaccine.reporting.figures.pareto import plot_pareto
 from harmbench_vaccine.reporting.figures.ratio_curves import plot_loss_and_drift, plot_scores, plot_tuned
 from harmbench_vaccine.reporting.figures.style import save_figure, spread_labels
+from harmbench_vaccine.reporting.figures.token_share import plot_token_share
+from harmbench_vaccine.reporting.leaderboard.files import draw_figures
 from harmbench_vaccine.reporting.leaderboard.grids import file_names, place_grids, ratio_grids, task_grids
 from harmbench_vaccine.reporting.leaderboard.ranking import Ranking, rank_rows
+from harmbench_vaccine.reporting.leaderboard.token_shares import token_grids
 from harmbench_vaccine.reporting.leaderboard.tuned import tuned_grids
 from support.cli import hbv
 from support.examples import examples
@@ -219,6 +222,83 @@ def test_drift_of_each_layer(tmp_path: Path) -> None:
 def write_run_folder(folder: Path, run: Result) -> None:
     folder.mkdir(parents=True)
     write_run(folder, run, [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Harmful token share
+
+
+def on_task(task: str, share: float | None, hs: float, p: float = 0.1, defense: str = "sft", **fields: Any) -> Result:
+    return result(defense, p, hs, task=task, harmful_token_share=share, **fields)
+
+
+LENGTHS = [
+    on_task("sst2", 56, 80),
+    on_task("gsm8k", 10, 20),
+    on_task("agnews", 45, 60),
+    on_task("sst2", 75, 95, 0.2),
+    on_task("gsm8k", 20, 30, 0.2),
+    on_task("sst2", 0, 1, 0),
+    on_task("gsm8k", 0, 2, 0),
+    on_task("sst2", 56, 40, defense="vaccine"),
+    on_task("gsm8k", 10, 5, defense="vaccine"),
+]
+
+
+def test_tasks_by_their_token_share() -> None:
+    """One panel per defense; a line connects the tasks of one ratio, by share. At p = 0 all shares are equal."""
+    (grid,) = token_grids(rank(*LENGTHS))
+    sft, vaccine = plot_token_share(grid).axes
+    assert [axes.get_title(loc="left") for axes in (sft, vaccine)] == ["sft", "vaccine"]
+    lines = [np.round(line.get_xydata(), 6).tolist() for line in sft.lines if line.get_linestyle() != "None"]
+    assert lines == [[[10, 20], [45, 60], [56, 80]], [[20, 30], [75, 95]]]
+    markers = {tuple(line.get_xydata()[0]): line.get_marker() for line in sft.lines if line.get_linestyle() == "None"}
+    assert markers[10, 20] == markers[20, 30] != markers[56, 80] == markers[75, 95]
+    (line,) = [line for line in vaccine.lines if line.get_linestyle() != "None"]
+    assert line.get_color() == sft.lines[0].get_color()
+    legend = [text.get_text() for text in plot_token_share(grid).legends[0].texts]
+    assert legend == ["p = 10%", "p = 20%", "gsm8k", "agnews", "sst2"]
+
+
+def test_shares_are_means_over_seeds_and_bars_are_the_intervals() -> None:
+    second = [run.model_copy(update={"seed": 1, "run": f"{run.run}1", "harmful_token_share": 12.0}) for run in LENGTHS]
+    (grid,) = token_grids(rank(LENGTHS[0], LENGTHS[1], second[1]))
+    (axes,) = plot_token_share(grid).axes
+    assert axes.lines[0].get_xdata().tolist() == [11, 56]
+    cells = [cell for ranking in grid.columns.values() for cell in ranking.rows]
+    bars = [ends for bar in axes.collections for ends in bar.get_segments()]
+    assert sorted(float(y) for ends in bars for _, y in ends) == pytest.approx(
+        sorted(cell[f"harmful_score_{end}"] for cell in cells for end in ("low", "high"))
+    )
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [on_task("sst2", 56, 80)],
+        [on_task("sst2", 56, 80), on_task("gsm8k", 56.01, 70)],  # equal in every table
+        [on_task("sst2", 56, 80), on_task("gsm8k", None, 70)],  # of an earlier version
+        [on_task("sst2", 56, 80), on_task("gsm8k", 20, 70, 0.2)],  # another ratio
+        [on_task("sst2", 56, 80), on_task("gsm8k", 10, 70, defense="lisa")],  # another defense
+        [on_task("sst2", 56, 80), on_task("gsm8k", 10, 70, protocol_hash="bb22")],  # not comparable
+        [on_task("sst2", 0, 0, 0), on_task("gsm8k", 0, 0, 0)],
+    ],
+    ids=["one task", "equal", "unknown", "ratio", "defense", "protocol", "benign"],
+)
+def test_no_figure_without_two_shares_at_one_ratio(runs: list[Result]) -> None:
+    rankings = rank(*runs)
+    assert token_grids(rankings) == []
+    assert "token-share" not in draw_figures(rankings, None)[0]
+
+
+def test_unranked_points_are_open() -> None:
+    validity = {**DEFAULTS["validity"], "hollow": True}
+    runs = [on_task("sst2", 56, 80, validity=validity), on_task("gsm8k", 10, 20)]
+    figures, _ = draw_figures(rank(*runs), None, "2 of 9 runs")
+    (axes,) = figures["token-share"].axes
+    faces = {tuple(line.get_xydata()[0]): line.get_markerfacecolor() for line in axes.lines[1:]}
+    assert faces[56, 80] == "white" != faces[10, 20]
+    assert "2 of 9 runs; white markers: not ranked" in figures["token-share"].get_suptitle()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise, product
@@ -23,6 +23,7 @@ from harmbench_vaccine.reporting.leaderboard.page import render_page, write_page
 from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns, missing_combinations
 from harmbench_vaccine.reporting.leaderboard.ranking import Ranking, rank_rows
 from harmbench_vaccine.reporting.leaderboard.stage_costs import StageCost
+from harmbench_vaccine.reporting.leaderboard.token_panels import MOST_PANELS
 from harmbench_vaccine.sweeps.suite import load_suite
 from harmbench_vaccine.sweeps.sweep import Sweep
 from support.browser import CHROMIUM, Browser, open_browser
@@ -371,6 +372,45 @@ def test_measured_cost_is_next_to_the_declared_one() -> None:
     assert declared["vaccine"][1] == "2F 2B each step"
 
 
+def by_task(shares: dict[str, float], defenses: Sequence[str] = ("sft",), **changes: Any) -> list[Result]:
+    """Return the runs of defenses on tasks with these harmful token shares."""
+    return [
+        run
+        for defense in defenses
+        for task, share in shares.items()
+        for run in cell(defense, 5 + share / 2, task=task, harmful_token_share=share, **changes)
+    ]
+
+
+def test_token_shares_have_a_figure_where_tasks_differ() -> None:
+    """The places of the points are those of their share and their HS, in panels of 222 x 144 pixels."""
+    page = render_page(rank(*by_task({"sst2": 60, "gsm8k": 10}), *by_task({"sst2": 0, "gsm8k": 0}, ratio=0)))
+    assert "HS against the harmful token share" in page
+    assert "<title>p = 10%: gsm8k 10.0%, HS 10.0; sst2 60.0%, HS 35.0</title>" in page
+    ((points, path),) = re.findall(
+        r'<polyline class="curve" points="(.*?)"/>.*?<path class="point" d="(.*?)"/>', page, re.DOTALL
+    )
+    places = [tuple(map(float, place.split(","))) for place in points.split()]
+    for (x, y), (share, hs) in zip(places, ((10, 10), (60, 35)), strict=True):
+        assert (x, y) == pytest.approx((30 + 222 * share / 60, 152 - 144 * hs / 100), abs=0.06)
+    centers, shapes = zip(*re.findall(r"M([\d. ]+)(m[^M]+)", path), strict=True)
+    assert [tuple(map(float, center.split())) for center in centers] == places
+    assert len(set(shapes)) == 2
+
+
+@pytest.mark.parametrize("shares", [{"sst2": 60.0}, {"sst2": 60.0, "gsm8k": 60.0}, {"sst2": 0.0, "gsm8k": 0.0}])
+def test_equal_token_shares_have_no_figure(shares: dict[str, float]) -> None:
+    assert "HS against the harmful token share" not in render_page(rank(*by_task(shares)))
+
+
+def test_many_defenses_share_a_short_figure() -> None:
+    names = [f"d{number}" for number in range(MOST_PANELS + 2)]
+    page = render_page(rank(*by_task({"sst2": 60, "gsm8k": 10}, names, **hollow())))
+    assert page.count("<figcaption>") == MOST_PANELS
+    assert page.count('<path class="point hollow"') == MOST_PANELS
+    assert "2 more defenses: figures/token-share next to this file has all of them." in page
+
+
 @pytest.mark.parametrize(
     ("defense", "badge"),
     [
@@ -535,6 +575,24 @@ def test_figures_follow_the_filters(browser: Browser, page: Path) -> None:
     assert browser.evaluate(
         "[...new Set([...document.querySelectorAll('figure g')].map(each => each.dataset.defense))]"
     ) == ["lisa", "ptst", "ewc"]  # from the highest line to the lowest
+
+
+@pytest.mark.slow
+@needs_browser
+@pytest.mark.parametrize("width", [320, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_figure_of_token_shares_is_readable(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:
+    """It fits the screen, and each text and each line has a contrast to the paper."""
+    runs = [run for p in (0.05, 0.1, 0.2) for run in by_task({"sst2": 300 * p, "gsm8k": 50 * p}, ratio=p)]
+    write_page(tmp_path, rank(*runs))
+    browser.open(tmp_path / "index.html", width=width, scheme=scheme)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.texts(".panels figcaption") == ["sft"]
+    colors = browser.evaluate(
+        "[...document.querySelectorAll('.panels .curve')].map(each => getComputedStyle(each).stroke)"
+    )
+    assert len(set(colors)) == 3
+    assert [(round(ratio, 2), text) for ratio, text in browser.evaluate(CONTRASTS) if ratio < 4.5] == []
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from harmbench_vaccine.reporting.figures.layers import plot_layers, read_layer_d
 from harmbench_vaccine.reporting.figures.pareto import plot_pareto
 from harmbench_vaccine.reporting.figures.ratio_curves import plot_loss_and_drift, plot_scores, plot_tuned
 from harmbench_vaccine.reporting.figures.style import FORMATS, save_figure
+from harmbench_vaccine.reporting.figures.token_share import plot_token_share
 
 from .costs import CostTable, cost_table_text, cost_tables, cost_tables_markdown
 from .grids import Grid, file_names, place_grids, ratio_grids, task_grids
@@ -23,6 +24,7 @@ from .page import PAGE, write_page
 from .page_sections import ALL_FINISHED, UnfinishedRuns
 from .ranking import Ranking
 from .stage_costs import COSTS, WITHOUT_COSTS, StageCost, costs_text
+from .token_shares import token_grids
 from .tuned import tuned_grids, tuned_markdown, tuned_pairs
 from .views import rankings_frame, rankings_markdown
 from .worst_case import settings_grids, settings_grids_markdown
@@ -137,6 +139,7 @@ def draw_figures(rankings: Sequence[Ranking], runs: Path | None, note: str = "")
         **_draw("pareto", by_task, lambda grid: plot_pareto(grid, note)),
         **_draw("scores", by_ratio, lambda grid: plot_scores(grid, note)),
         **_draw("loss-and-drift", by_ratio, lambda grid: plot_loss_and_drift(grid, note)),
+        **_draw("token-share", token_grids(rankings), lambda grid: plot_token_share(grid, note)),
         **_draw("tuned", tuned, lambda grid: plot_tuned(defaults[id(grid)], grid, note)),
     }
     if not by_ratio:

@@ -27,6 +27,7 @@ from .page_data import MOST_ANSWERS, defense_facts, page_data
 from .page_sections import ALL_FINISHED, UnfinishedRuns, heat_maps, missing_combinations
 from .page_tables import table_sections
 from .ranking import Ranking, with_published
+from .token_panels import AREA, token_figures
 
 PAGE = "index.html"
 
@@ -169,6 +170,8 @@ def render_page(
         columns=TABLE_COLUMNS,
         rankings=rankings,
         heat_maps=heat_maps(rankings),
+        token_figures=token_figures(rankings),
+        area=AREA,
         defenses=len(facts),
         sections=table_sections(rankings, facts, costs),
         grades=GRADES,

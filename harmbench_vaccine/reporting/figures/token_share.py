@@ -1,0 +1,84 @@
+"""Harmful score against harmful token share at a fixed harmful ratio: one panel per defense, one marker per task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+from harmbench_vaccine.reporting.leaderboard.grids import Grid, cell_mark
+from harmbench_vaccine.reporting.leaderboard.token_shares import TokenCurve, token_curves
+
+from .style import LINE_STYLES, MUTED, new_figure, panel_grid, short_name, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLUMNS = 4
+_PANEL = (2.3, 2.1)
+"""Width and height of a panel in inches."""
+_MOST_KEYS = 7
+"""Entries of the legend in a row."""
+
+
+@styled
+def plot_token_share(grid: Grid, note: str = "") -> Figure:
+    """Draw HS against the harmful token share; a line connects the tasks under one attack, bars are 95% intervals.
+
+    Args:
+        grid: A grid of `token_grids`.
+        note: A text for the title, such as "12 of 90 runs".
+    """
+    curves = {name: token_curves(grid, name) for name in grid.defenses}
+    every = [curve for of_defense in curves.values() for curve in of_defense]
+    tasks = dict.fromkeys(cell["task"] for curve in every for cell in curve.cells)
+    attacks = dict.fromkeys(curve.attack for curve in every)
+    colors = {attack: color for attack, (color, _) in zip(attacks, cycle(LINE_STYLES), strict=False)}
+    markers = {task: marker for task, (_, marker) in zip(tasks, cycle(LINE_STYLES), strict=False)}
+    columns = min(_COLUMNS, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    title = "HS against the harmful token share at a fixed harmful ratio; markers: tasks, bars: 95% intervals"
+    marks = {cell_mark(cell) for curve in every for cell in curve.cells}
+    hollow = "white markers: not ranked" if marks - {""} else ""
+    figure = new_figure(max(7.0, columns * _PANEL[0]), 1.3 + rows * _PANEL[1], title, grid.title, note, hollow)
+    panels = panel_grid(figure, len(curves), columns, sharex=True, sharey=True)
+    for axes, (name, of_defense) in zip(panels, curves.items(), strict=True):
+        for curve in of_defense:
+            _draw_curve(axes, curve, colors[curve.attack], markers)
+        axes.set_title(short_name(name), loc="left")
+    for axes in panels[-columns:]:
+        axes.set_xlabel("harmful token share, %")
+    panels[0].set_xlim(0, 1.05 * max(share for curve in every for share, _ in curve.points))
+    panels[0].set_ylim(-3, 103)
+    _write_legend(figure, colors, markers)
+    figure.supylabel("HS, % (lower is better)", fontsize=8, color=MUTED)
+    return figure
+
+
+def _draw_curve(axes: Axes, curve: TokenCurve, color: str, markers: Mapping[str, str]) -> None:
+    axes.plot(*zip(*curve.points, strict=True), color=color, linewidth=1, zorder=2)
+    for cell in curve.cells:
+        x, y = cell["harmful_token_share"], cell["harmful_score"]
+        axes.errorbar(
+            x,
+            y,
+            yerr=[[y - cell["harmful_score_low"]], [cell["harmful_score_high"] - y]],
+            fmt=markers[cell["task"]],
+            color=color,
+            markerfacecolor="white" if cell_mark(cell) else color,
+            elinewidth=0.8,
+            zorder=3,
+        )
+
+
+def _write_legend(figure: Figure, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    keys = [Line2D([], [], color=color, label=short_name(attack)) for attack, color in colors.items()]
+    keys += [
+        Line2D([], [], color=MUTED, marker=marker, linestyle="none", label=short_name(task))
+        for task, marker in markers.items()
+    ]
+    figure.legend(handles=keys, loc="outside lower left", ncols=min(_MOST_KEYS, len(keys)), fontsize=8)
