@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from harmbench_vaccine.core.detection import Detection
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.data.beavertails import CATEGORIES, JUDGE_PROMPT
 from harmbench_vaccine.data.collate import IGNORED, Encoded, collate, encode_examples, pad_token_id
@@ -287,11 +288,10 @@ def _logits(
 
 
 def _f1(predicted: torch.Tensor, actual: torch.Tensor) -> dict[str, float]:
-    """Return precision, recall and F1 of boolean predictions (rows)."""
-    hits = int((predicted & actual).sum())
-    precision, recall = hits / max(1, int(predicted.sum())), hits / max(1, int(actual.sum()))
-    f1 = 2 * precision * recall / max(1e-9, precision + recall)
-    return {"precision": round(precision, 4), "recall": round(recall, 4), "f1": round(f1, 4)}
+    """Return precision, recall and F1 of boolean predictions (rows), with 0 where one is undefined."""
+    counts = Detection.count(predicted.tolist(), actual.tolist())
+    shares = {"precision": counts.precision, "recall": counts.recall, "f1": counts.f1}
+    return {name: round(share or 0.0, 4) for name, share in shares.items()}
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
