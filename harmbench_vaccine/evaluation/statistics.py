@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
+from harmbench_vaccine.core.detection import Detection
+
 
 def percentage(scores: Sequence[float]) -> float:
     """Return 100 * sum / N of scores from 0 to 1, with N the number of all of them; NaN for none."""
@@ -29,6 +31,16 @@ def wilson(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     spread = z * math.sqrt(z**2 + 4 * hits * (n - hits) / n)
     low, high = (100 * (center + sign * spread) / (2 * (n + z**2)) for sign in (-1, 1))
     return low if hits else 0.0, high if hits < n else 100.0
+
+
+def f1_interval(counts: Detection) -> tuple[float, float]:
+    """Return an interval of F1, in percent; 0 to 100 if nothing is flagged and nothing is positive.
+
+    F1 is 2 J / (1 + J), with J the share of hits among all items that are flagged or positive. The ends are those of
+    Wilson's interval of J.
+    """
+    low, high = wilson(counts.hits, counts.flagged + counts.positives - counts.hits)
+    return 200 * low / (100 + low), 200 * high / (100 + high)
 
 
 def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float:
