@@ -10,24 +10,24 @@ It makes the checks of the command line, and raises its messages as `BadInput` a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast, overload
 
 from .core.arguments import checked_count, checked_flag, checked_path, checked_share
 from .core.device import restored_random_states, select_device
-from .core.errors import BadInput, shortened, unknown_name
+from .core.errors import BadInput, unknown_name
 from .core.library_settings import library_defaults
+from .core.notebook_progress import python_progress
 from .core.paths import home, user_path
-from .core.progress import SILENT, Lines, Progress, Terminal
+from .core.progress import Progress
 from .evaluation.records import find_run, load_run
 from .evaluation.result import Result
 from .evaluation.run_overview import RESULT
 from .evaluation.run_registry import run_folders
+from .experiment.python_calls import AXES, specs_of_call
 from .experiment.spec import RunSpec
-from .experiment.spec_lists import combine_specs
-from .plugins.python_specs import PluginSpec, check_class_names
+from .plugins.python_specs import PluginSpec
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 StoredRun = str | Path | Result
 """A result, a run id, a unique prefix of one, or the folder of a run."""
-_AXES = ("defense", "attack", "task", "seed")
-_PLUGINS = ("defense", "attack", "task", "scorers")
 
 
 class RunOptions(TypedDict, total=False):
@@ -146,7 +144,7 @@ def run(
         HbvError: A failure while running. Call again to resume from the last checkpoint.
     """
     for name in unknown:
-        raise unknown_name("argument", name, [*_AXES, *RunOptions.__annotations__])
+        raise unknown_name("argument", name, [*AXES, *RunOptions.__annotations__])
     arguments: dict[str, Any] = {
         "defense": defense,
         "attack": attack,
@@ -162,10 +160,11 @@ def run(
     with library_defaults():
         if device is not None:
             select_device(str(device))
-        specs = _specs(arguments)
+        specs = specs_of_call(arguments)
         from .runner import run_all
+        from .training.trackers import checked_trackers
 
-        with restored_random_states(), _receiver(progress) as receiver:
+        with restored_random_states(), python_progress(progress) as receiver:
             results = run_all(
                 specs,
                 out=checked_path("out", out),
@@ -174,10 +173,10 @@ def run(
                 gradient_checkpointing=checked_flag("gradient_checkpointing", gradient_checkpointing),
                 gpu_memory=None if gpu_memory is None else checked_share("gpu_memory", gpu_memory, 0.05),
                 tensor_parallel=1 if tensor_parallel is None else checked_count("tensor_parallel", tensor_parallel),
-                report_to=_checked_trackers(report_to),
+                report_to=checked_trackers(report_to),
                 progress=receiver,
             )
-    is_list = any(isinstance(arguments[name], list | range) for name in _AXES) or isinstance(seed, str)
+    is_list = any(isinstance(arguments[name], list | range) for name in AXES) or isinstance(seed, str)
     return results if is_list or len(results) > 1 else results[0]
 
 
@@ -214,7 +213,7 @@ def sweep(
         if device is not None:
             select_device(str(device))
         opened = Sweep.open(load_suite(str(suite)), home(), checked_path("out", out))
-        with restored_random_states(), _receiver(progress) as receiver:
+        with restored_random_states(), python_progress(progress) as receiver:
             opened.prepare(receiver)
             if retry_failed:
                 opened.retry_failed()
@@ -320,80 +319,3 @@ def _folder(run: StoredRun) -> Path:
     if stored := [file for file in files if file.is_file()]:
         return max(stored, key=lambda file: file.stat().st_mtime).parent
     return find_run(run.run, home() / "runs")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-def _specs(arguments: Mapping[str, Any]) -> list[RunSpec]:
-    """Return the specifications of a call: of each run of a list, or of every combination."""
-    runs: list[Mapping[str, Any] | RunSpec] = [arguments]
-    first = arguments["defense"]
-    if isinstance(first, list) and any(isinstance(item, Mapping | RunSpec) for item in first):
-        runs = [_arguments_of_run(item, {**arguments, "defense": "sft"}) for item in first]
-    mappings = [run for run in runs if isinstance(run, Mapping)]
-    check_class_names(value for run in mappings for name in _PLUGINS for value in _as_list(run[name]))
-    return [spec for run in runs for spec in (_combinations(run) if isinstance(run, Mapping) else [run])]
-
-
-def _arguments_of_run(item: Any, defaults: Mapping[str, Any]) -> Mapping[str, Any] | RunSpec:
-    if isinstance(item, RunSpec):
-        return item
-    if not isinstance(item, Mapping):
-        raise BadInput(f"{shortened(repr(item))} is not a run; allowed: mappings, such as dict(defense='vaccine').")
-    for name in item:
-        if name not in defaults:
-            raise unknown_name("argument of a run", str(name), defaults)
-    return {**defaults, **item}
-
-
-def _combinations(arguments: Mapping[str, Any]) -> list[RunSpec]:
-    axes = {name: _as_list(arguments[name]) for name in (*_AXES, "scorers")}
-    for name in _AXES:
-        if not axes[name]:
-            raise BadInput(f"Argument {name} is an empty list; give at least one value, or leave it out.")
-    for name in ("data", "values"):
-        if not isinstance(arguments[name], Mapping | None):
-            raise BadInput(f"Argument {name} is {shortened(repr(arguments[name]))}; allowed: a mapping by name.")
-    settings = {name: value for name, value in arguments.items() if name not in _AXES}
-    return combine_specs(*(axes[name] for name in _AXES), **{**settings, "scorers": axes["scorers"]})
-
-
-def _as_list(written: Any) -> list[Any]:
-    return list(written) if isinstance(written, list | range) else [written]
-
-
-def _checked_trackers(written: Tracker | Sequence[Tracker] | None) -> list[Tracker]:
-    from .training.trackers import TRACKERS
-
-    if not isinstance(written, str | Sequence | None):
-        raise BadInput(f"Argument report_to is {shortened(repr(written))}; allowed: a tracker, or a list of trackers.")
-    names = [written] if isinstance(written, str) else list(written or ())
-    for name in names:
-        if name not in TRACKERS:
-            raise unknown_name("tracker", str(name), TRACKERS)
-    return names
-
-
-@contextmanager
-def _receiver(progress: bool | Progress) -> Iterator[Progress]:
-    """Open the receiver of progress: bars in a notebook or a terminal, and lines on stderr elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not isinstance(progress, bool):
-        if not hasattr(progress, "bar"):
-            raise BadInput(f"Argument progress is {shortened(repr(progress))}; allowed: True, False, a receiver.")
-        yield progress
-    elif not progress:
-        yield SILENT
-    elif console.is_jupyter:
-        from .core.notebook_progress import notebook_bars
-
-        yield notebook_bars()
-    elif console.is_interactive:
-        with Terminal() as terminal:
-            yield terminal
-    else:
-        yield Lines(lambda line: print(line, file=console.file, flush=True))

@@ -1,4 +1,7 @@
-"""Progress in a notebook without widgets: lines of finished work and the open bars, in one output of the cell."""
+"""Progress in Python programs, and in a notebook: lines of finished work and the open bars, in one output of the cell.
+
+The bars of a notebook need no widgets.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from html import escape
 
-from .progress import PAUSE, Advance, BarState
+from .errors import BadInput, shortened
+from .progress import PAUSE, SILENT, Advance, BarState, Lines, Progress, Terminal
 from .visible import visible
 
 _REFRESH = 0.2
@@ -66,6 +70,34 @@ class NotebookBars:
         self._shown = self._clock()
         lines = [f'<div style="opacity: 0.7">{_text(line)}</div>' for line in self._lines]
         self._show("".join([*lines, *map(_bar, self._bars)]))
+
+
+@contextmanager
+def python_progress(progress: bool | Progress) -> Iterator[Progress]:
+    """Open the receiver of progress: bars in a notebook or a terminal, and lines on stderr elsewhere.
+
+    Args:
+        progress: Whether to show progress, or a receiver of it.
+
+    Raises:
+        BadInput: It is something else.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not isinstance(progress, bool):
+        if not hasattr(progress, "bar"):
+            raise BadInput(f"Argument progress is {shortened(repr(progress))}; allowed: True, False, a receiver.")
+        yield progress
+    elif not progress:
+        yield SILENT
+    elif console.is_jupyter:
+        yield notebook_bars()
+    elif console.is_interactive:
+        with Terminal() as terminal:
+            yield terminal
+    else:
+        yield Lines(lambda line: print(line, file=console.file, flush=True))
 
 
 def notebook_bars() -> NotebookBars:

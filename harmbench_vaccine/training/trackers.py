@@ -19,7 +19,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from harmbench_vaccine.core import distributed
-from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.errors import BadInput, HbvError, shortened, unknown_name
 from harmbench_vaccine.core.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -42,6 +42,21 @@ class TrackedStage:
     """The experiment and the settings of the stage; a tracker never receives rows or answers."""
     folder: Path
     """Folder of the trackers' files."""
+
+
+def checked_trackers(written: Tracker | Sequence[Tracker] | None) -> list[Tracker]:
+    """Return the trackers of an argument `report_to`.
+
+    Raises:
+        BadInput: It is not a tracker or a list of trackers.
+    """
+    if not isinstance(written, str | Sequence | None):
+        raise BadInput(f"Argument report_to is {shortened(repr(written))}; allowed: a tracker, or a list of trackers.")
+    names = [written] if isinstance(written, str) else list(written or ())
+    for name in names:
+        if name not in TRACKERS:
+            raise unknown_name("tracker", str(name), TRACKERS)
+    return names
 
 
 def check_trackers(names: Sequence[Tracker]) -> None:
