@@ -26,13 +26,14 @@ PICKLED = frozenset({"PKU-Alignment/beaver-dam-7b", "facebook/opt-2.7b", "lmsys/
 JudgeHead = Literal["classifier", "generator"]
 
 
-def load_model(kind: Any, location: str, what: str = "Model", **options: Any) -> Any:
+def load_model(kind: Any, location: str, what: str = "Model", *, new_head: bool = False, **options: Any) -> Any:
     """Load a model and check that no weight is missing.
 
     Args:
         kind: A model class of transformers, whose `from_pretrained` is called.
         location: Folder or hub id, with an optional `@revision`.
         what: Name of the model's role in messages.
+        new_head: Draw the weights of the head at random where the files lack them or have another shape.
         options: Further options of `from_pretrained`.
 
     Raises:
@@ -51,14 +52,22 @@ def load_model(kind: Any, location: str, what: str = "Model", **options: Any) ->
         with readable_load_errors(location, what) as source:
             safetensors = None if source["pretrained_model_name_or_path"] in PICKLED else True
             model, info = kind.from_pretrained(
-                **source, use_safetensors=safetensors, output_loading_info=True, **options
+                **source,
+                use_safetensors=safetensors,
+                output_loading_info=True,
+                ignore_mismatched_sizes=new_head,
+                **options,
             )
     finally:
         logging.set_verbosity(level)
     for module in model.modules():  # on some CPUs bitsandbytes switches to a kernel without a gradient after answering
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if missing := sorted(info["missing_keys"]):
+    missing = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if new_head:  # the pooler of an encoder is a part of its head that not every checkpoint has
+        body = f"{model.base_model_prefix}."
+        missing = [name for name in missing if name.startswith(body) and ".pooler." not in name]
+    if missing:
         raise HbvError(
             f"{what} {location!r} lacks weights of a {type(model).__name__}: {missing[0]}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}."
