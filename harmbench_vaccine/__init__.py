@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import answers, load_model, results, run, sweep, training_log
+    from .api import answers, load_model, measure_judge, results, run, sweep, train_judge, training_log
     from .core.errors import BadInput, HbvError
     from .evaluation.result import Result
     from .plugins import Attack, Defense, Scorer, Task, param
@@ -25,6 +25,8 @@ _PLACES = {
     "answers": "api",
     "training_log": "api",
     "load_model": "api",
+    "train_judge": "api",
+    "measure_judge": "api",
     "Result": "evaluation.result",
     "BadInput": "core.errors",
     "HbvError": "core.errors",
@@ -47,10 +49,12 @@ __all__ = [
     "__version__",
     "answers",
     "load_model",
+    "measure_judge",
     "param",
     "results",
     "run",
     "sweep",
+    "train_judge",
     "training_log",
 ]
 

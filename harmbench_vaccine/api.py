@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .export.judge_measurement import JudgeMeasurement
+    from .export.judge_training import TrainedJudge
     from .inference.engine import Backend
     from .training.trackers import Tracker
 
@@ -302,6 +304,60 @@ def load_model(
 
     with library_defaults():
         return cast(Any, load_stored_model(_folder(run), stage))
+
+
+def train_judge(
+    model: str | Path, out: str | Path, *, device: str | None = None, progress: bool | Progress = True, **options: Any
+) -> TrainedJudge:
+    """Train a small judge on labeled pairs, and write it to a folder, as `hbv judge train` does.
+
+    Args:
+        model: Base: a folder or Hub id of a causal language model, or of an encoder.
+        out: The folder to write; it must be empty or absent.
+        device: As in `run`.
+        progress: Whether to show progress, or a receiver of it.
+        options: Other fields of `export.judge_training.JudgeTraining`, such as `data`, `split` and `epochs`.
+
+    Returns:
+        The judge; `card.report` is its quality on held-out pairs.
+
+    Raises:
+        BadInput: A value that is not allowed.
+        HbvError: A failure while running. Call again to resume from the last checkpoint.
+    """
+    from .export.judge_training import JudgeTraining, write_judge
+
+    folder = checked_path("out", out)
+    request = JudgeTraining.checked(model=str(model), **options)
+    with library_defaults():
+        if device is not None:
+            select_device(str(device))
+        with restored_random_states(), python_progress(progress) as receiver:
+            return write_judge(request, cast(Path, folder), receiver)
+
+
+def measure_judge(
+    judge: str | Path, *, device: str | None = None, progress: bool | Progress = True, **options: Any
+) -> JudgeMeasurement:
+    """Compare a judge with the labels of a data set, as `hbv judge test` does.
+
+    Args:
+        judge: The folder of a judge, or a scorer such as "llama_guard".
+        device: As in `run`.
+        progress: Whether to show progress, or a receiver of it.
+        options: Other arguments of `export.judge_measurement.compare_with_labels`, such as `data` and `split`.
+
+    Raises:
+        BadInput: A value that is not allowed.
+        HbvError: A failure while running.
+    """
+    from .export.judge_measurement import compare_with_labels
+
+    with library_defaults():
+        if device is not None:
+            select_device(str(device))
+        with restored_random_states(), python_progress(progress) as receiver:
+            return compare_with_labels(str(judge), **options, progress=receiver)
 
 
 def _column_type(schema: Mapping[str, Any]) -> str:

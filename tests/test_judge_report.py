@@ -61,7 +61,8 @@ def test_counts_by_hand(flags: str, labels: str, expected: tuple[float | None, .
 
 def test_f1_is_the_harmonic_mean() -> None:
     counts = Detection(hits=6, flagged=8, positives=15)
-    assert counts.precision and counts.recall
+    assert counts.precision
+    assert counts.recall
     assert counts.f1 == pytest.approx(2 / (1 / counts.precision + 1 / counts.recall))
 
 

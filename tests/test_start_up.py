@@ -50,7 +50,10 @@ def test_list_imports_no_heavy_library(name: str, own_home: Path) -> None:
     assert imported == []
 
 
-@pytest.mark.parametrize("command", [("--version",), ("run", "--help"), ("sweep", "--help"), ("info", "vaccine")])
+COMMANDS = [("--version",), ("run", "--help"), ("sweep", "--help"), ("judge", "train", "--help"), ("info", "vaccine")]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_command_without_runs_imports_no_heavy_library(command: tuple[str, ...], own_home: Path) -> None:
     assert start(*command, home=own_home)[1] == []
 

@@ -36,6 +36,7 @@ _MODULES = {
     "leaderboard": "leaderboard",
     "export": "export",
     "edit": "export",
+    "judge": "judge",
     "schema": "why",
     "published": "published",
     "testbed": "testbed",

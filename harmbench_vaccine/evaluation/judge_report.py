@@ -99,7 +99,7 @@ class SecondJudge(ResultRecord):
     report: JudgeReport
     """Its quality."""
     agreement: Agreement
-    """Cohen's kappa of the two judges, and the counts behind it."""
+    """Cohen's kappa of the two judges, and the counts that it is computed from."""
 
 
 def judge_report(pairs: Sequence[LabeledPair], verdicts: Sequence[Verdict]) -> JudgeReport:
