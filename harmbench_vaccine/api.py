@@ -122,7 +122,7 @@ def run(
         task: As `defense`, for the downstream task.
         seed: Seed of all random draws: a number, or a text such as "0..4".
         protocol: Name of a built-in protocol, or a YAML file.
-        model: Hub id or folder that replaces the model of the protocol.
+        model: Hub id, folder or GGUF file that replaces the model of the protocol.
         data: Data set -> folder, file or Hub id that replaces that of the protocol.
         scorers: Judges that replace that of the protocol; the first one gives the HS.
         values: Dotted path -> value of the protocol, such as `{"align.settings.lr": 1e-4}`.

@@ -13,8 +13,8 @@ from .core.hashing import canonical_json
 from .core.paths import check_writable, ensure_writable, home
 from .core.progress import SILENT, Progress
 from .core.stage_clock import ReportingStore, StageClock
-from .core.store import Artifact
-from .data.sources import TESTBED, check_testbed_part, is_available
+from .core.store import Artifact, Store
+from .data.sources import TESTBED, check_testbed_part, is_available, is_dequantized
 from .evaluation.measure import answer_rows, measure_result
 from .evaluation.records import save_run
 from .evaluation.result import Result
@@ -25,6 +25,7 @@ from .experiment.experiment import Experiment, settle_all
 from .experiment.protocol import protocol_models
 from .experiment.rows import check_rows, data_locations
 from .experiment.spec import RunSpec
+from .inference.dequantization import check_gguf, ensure_dequantized, mark_dequantized
 from .inference.engine import GPU_MEMORY
 from .inference.loading import check_model, check_quantization
 from .inference.model_pool import ModelPool
@@ -86,6 +87,7 @@ def run_all(
     results = []
     with progress.bar(title, len(clock)) as advance, closing(models):
         store = ReportingStore(root / "store", progress, clock, advance)
+        mark_dequantized(_models(*experiments), store)
         context = RunContext(store, models, progress, save_share, tuple(report_to))
         if models.one_at_a_time() and len(experiments) > 1:
             _run_stage_by_stage(experiments, context)
@@ -104,7 +106,7 @@ def run_all(
 def prepare(
     experiments: Sequence[Experiment], models: ModelPool, *, shard: bool = False, progress: Progress = SILENT
 ) -> list[Artifact]:
-    """Check everything that could stop one of the experiments later, and build the testbed if one uses it.
+    """Check everything that could stop one of the experiments later; build the testbed and dequantize GGUF files.
 
     The models and the rows of experiments whose stages are all stored are not checked: they are not read.
 
@@ -112,7 +114,7 @@ def prepare(
         experiments: The experiments.
         models: Reads tokenizers and configurations.
         shard: Whether the base model is spread over the ranks.
-        progress: Where the progress of building the testbed is reported.
+        progress: Where the progress of building the testbed and of dequantizing files is reported.
 
     Returns:
         The artifacts of all stages, stored or not; none on another rank than 0, which alone shows progress.
@@ -130,6 +132,7 @@ def prepare(
     check_gpu_memory(unstored, progress)
     if any(location.startswith(TESTBED) for experiment in experiments for location in _locations(experiment)):
         ensure_testbed(progress)
+    ensure_dequantized(distributed.from_rank0(lambda: _models(*unstored)), Store(home() / "store", progress))
     _check_rows(unstored, models)
     _unstored(absent, models, store)  # their models and data are on this machine now, so that their stages are known
     return list(store.requested.values())
@@ -157,7 +160,8 @@ def plan_all(
     plan = plan_runs(experiments, home() / "store")
     unstored = [experiment for index, experiment in enumerate(experiments) if not plan.is_stored(index)]
     _check_imports(unstored)
-    _check_rows(list(filter(_is_on_this_machine, unstored)), ModelPool(tensor_parallel=tensor_parallel))
+    readable = [run for run in unstored if _is_on_this_machine(run) and is_dequantized(run.model)]
+    _check_rows(readable, ModelPool(tensor_parallel=tensor_parallel))
     return plan
 
 
@@ -182,6 +186,8 @@ def _check_locations(experiments: Sequence[Experiment], shard: bool) -> None:
     for experiment in experiments:
         for location in _locations(experiment):
             check_testbed_part(location)
+        for location in _models(experiment):
+            check_gguf(location)
         check_quantization(experiment.protocol.quantization)
         if shard:
             _check_sharding(experiment)
@@ -230,12 +236,20 @@ def _check_rows(experiments: Sequence[Experiment], models: ModelPool) -> None:
 
 
 def _locations(experiment: Experiment) -> list[str]:
-    judges = [model for scorer in experiment.scorers for model in scorer_models(scorer.plugin)]
-    params = experiment.task_plugin.params
-    if params.get("model") and not params.get("base_url"):
-        judges.append(params["model"])  # of the task
     data = [*experiment.protocol.data.values(), *experiment.task.locations().values()]
-    return [experiment.model, *judges, *data]
+    return [*_models(experiment), *data]
+
+
+def _models(*experiments: Experiment) -> list[str]:
+    """Return the locations of the base models and of the judges, those of the tasks included."""
+    locations = []
+    for experiment in experiments:
+        judges = [model for scorer in experiment.scorers for model in scorer_models(scorer.plugin)]
+        params = experiment.task_plugin.params
+        if params.get("model") and not params.get("base_url"):
+            judges.append(params["model"])
+        locations += [experiment.model, *judges]
+    return locations
 
 
 def _check_sharding(experiment: Experiment) -> None:

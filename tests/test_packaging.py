@@ -54,7 +54,7 @@ def test_every_direct_dependency_of_the_tests_is_pinned() -> None:
     extras = project["optional-dependencies"]
     requirements = [
         *project["dependencies"],
-        *(item for extra in ("dev", "docs", "notebook", "ray", "slurm") for item in extras[extra]),
+        *(item for extra in ("dev", "docs", "gguf", "notebook", "ray", "slurm") for item in extras[extra]),
     ]
     for requirement in requirements:
         name = re.split(r"[<>=!~\[; ]", requirement)[0].lower()

@@ -47,7 +47,8 @@ def export(run: str, folder: Path, stage: str, merge: bool, as_json: bool) -> No
     from harmbench_vaccine.evaluation.records import find_run
     from harmbench_vaccine.export.run_export import export_run
 
-    exported = export_run(find_run(run, home() / "runs"), folder, stage, merge=merge)
+    with terminal_progress() as progress:
+        exported = export_run(find_run(run, home() / "runs"), folder, stage, merge=merge, progress=progress)
     if as_json:
         print_json({**asdict(exported), "push": _push_command(exported.folder)})
         return

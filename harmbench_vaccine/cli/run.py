@@ -87,7 +87,9 @@ _OPTION_GROUPS = {
     metavar="NAME",
     help="Data, prompts, hyperparameters, judge: a built-in name or a YAML file.",
 )
-@click.option("--model", default=None, metavar="ID", help="Override the protocol's model with a Hub id or a folder.")
+@click.option(
+    "--model", default=None, metavar="ID", help="Override the protocol's model with a Hub id, a folder or a GGUF file."
+)
 @click.option("--data", multiple=True, metavar="NAME=PATH", help="Override a data set of the protocol. Repeatable.")
 @click.option(
     "--scorer",

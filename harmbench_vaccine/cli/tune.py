@@ -74,7 +74,10 @@ _OPTION_GROUPS = {
     help="The protocol that is tuned: a name or a YAML file. [default: that of SUITE, or testbed]",
 )
 @click.option(
-    "--model", default=None, metavar="ID", help="Hub id or folder. [default: that of SUITE, or of the protocol]"
+    "--model",
+    default=None,
+    metavar="ID",
+    help="Hub id, folder or GGUF file. [default: that of SUITE, or of the protocol]",
 )
 @click.option("--dry-run", is_flag=True, help="Show the values, the runs, their time and disk; run nothing.")
 @click.option(

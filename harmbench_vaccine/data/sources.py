@@ -1,4 +1,7 @@
-"""Locations of models and data: a folder or file on disk, a part of the testbed, or a name of the Hub."""
+"""Locations of models and data: a folder or file on disk, a part of the testbed, or a name of the Hub.
+
+A model may also be a GGUF file. It is read from the folder in the store that it is dequantized to.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from harmbench_vaccine.core.store import Store
 
 from . import hub
 from .files import read_path
+from .gguf_files import MODEL, dequantized_artifact, has_gguf_suffix, is_gguf
 from .row_values import check_row
 
 TESTBED = "testbed:"
@@ -51,12 +55,43 @@ def local_path(location: str) -> Path | None:
     path = user_path(location)
     if os.path.lexists(path):  # a link that leads nowhere is not a name on the Hub
         return path.absolute()
-    if hub.parse_hub_name(location) is None:
+    if hub.parse_hub_name(location) is None or has_gguf_suffix(location):
         raise BadInput(
             f"{location!r} does not exist, or its folder may not be read; allowed: a file, a folder, or a data set or "
             "model of the Hub."
         )
     return None
+
+
+def gguf_file(location: str) -> Path | None:
+    """Return the GGUF file at a location; None for another location.
+
+    Raises:
+        BadInput: The location ends like a GGUF file, and nothing exists there.
+    """
+    path = local_path(location) if has_gguf_suffix(location) else None
+    return path if path is not None and is_gguf(path) else None
+
+
+def is_dequantized(location: str) -> bool:
+    """Return False for a GGUF file whose weights the store does not have; True for another location."""
+    path = gguf_file(location)
+    return path is None or dequantized_artifact(path).is_dir()
+
+
+def model_folder(location: str) -> Path | None:
+    """Return the folder that a model is read from; None for a name on the Hub.
+
+    Raises:
+        BadInput: See `local_path`.
+        HbvError: The testbed is not built, or the GGUF file is not dequantized.
+    """
+    path = local_path(location)
+    if path is None or not is_gguf(path):
+        return path
+    if not is_dequantized(location):
+        raise HbvError(f"{location!r} is not dequantized yet: the first run with this model does it.")
+    return dequantized_artifact(path) / MODEL
 
 
 def is_available(location: str) -> bool:
@@ -85,9 +120,10 @@ def check_testbed_part(location: str) -> None:
 def name_and_revision(location: str, kind: hub.Kind = "model") -> tuple[str, str | None]:
     """Return what `from_pretrained` takes: a path, or a name of the Hub with the commit to read (`data.hub`).
 
-    The revision is None for a path, and for a name without a known or requested commit.
+    The revision is None for a path, and for a name without a known or requested commit. The path of a GGUF file is the
+    folder that it is dequantized to.
     """
-    path = local_path(location)
+    path = model_folder(location)
     if path is not None:
         return str(path), None
     name = _hub_name(location)

@@ -9,10 +9,13 @@ from typing import Any
 
 from harmbench_vaccine.core.disk_errors import readable_disk_errors
 from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.paths import home
 from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.data.sources import TESTBED, check_testbed_part
 from harmbench_vaccine.experiment.experiment import scorer_defaults
 from harmbench_vaccine.experiment.protocol import load_protocol
+from harmbench_vaccine.inference.dequantization import check_gguf, ensure_dequantized
 from harmbench_vaccine.inference.engine import choose_backend
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.plugins import Scorer
@@ -86,7 +89,7 @@ def stored_verdicts(
 
 
 def prepare_scorer(scorer: Scorer, progress: Progress) -> None:
-    """Check that a scorer can run, and build the testbed if its model is part of it.
+    """Check that a scorer can run; build the testbed or dequantize its model where it needs that.
 
     Raises:
         BadInput: Its parameters do not fit together, or its model does not exist.
@@ -95,6 +98,8 @@ def prepare_scorer(scorer: Scorer, progress: Progress) -> None:
         check_testbed_part(model)
         if model.startswith(TESTBED):
             ensure_testbed(progress)
+        check_gguf(model)
+    ensure_dequantized(scorer_models(scorer), Store(home() / "store", progress))
     check_scorer(scorer)
 
 

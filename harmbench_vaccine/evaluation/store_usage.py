@@ -12,9 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.store import ASIDE, WORK, Store
 from harmbench_vaccine.core.store_contents import StoredArtifact, list_artifacts
-from harmbench_vaccine.data.sources import TESTBED, TESTBED_VERSION
+from harmbench_vaccine.data.gguf_files import dequantized_artifact, has_gguf_suffix
+from harmbench_vaccine.data.sources import TESTBED, TESTBED_VERSION, gguf_file
 
 from .judgment_cache import FILE as JUDGMENTS
 from .result import Result
@@ -113,6 +115,8 @@ class StoreUsage:
         for text in set(_texts(result.to_json())):
             if text.startswith(TESTBED):
                 names |= {name for name, artifact in self.artifacts.items() if artifact.stage == "testbed"}
+            elif has_gguf_suffix(text):
+                names |= _dequantized(text) & self.artifacts.keys()
             elif os.sep in text:
                 names |= _names_in(text) & self.artifacts.keys()
         needed = self.with_inputs(names)
@@ -227,6 +231,14 @@ def _grouped(runs: Iterable[StoredRun], key: Callable[[Result], str]) -> dict[st
 def _age_label(created: datetime) -> str:
     days = age_of(created) / timedelta(days=1)
     return next((label for label, limit in _AGES.items() if days <= limit), "older")
+
+
+def _dequantized(location: str) -> set[str]:
+    """Return the artifact that a GGUF file is dequantized to, stored or not; nothing if the file does not exist."""
+    with suppress(HbvError):
+        if path := gguf_file(location):
+            return {artifact_name(dequantized_artifact(path))}
+    return set()
 
 
 def _names_in(path: str) -> set[str]:

@@ -28,7 +28,7 @@ class RunSpec(BaseModel):
     """As the user wrote it: a name with parameters, or a data file; or one component."""
     seed: int = Field(default=0, ge=0, lt=SEED_LIMIT)
     model: str | None = None
-    """A Hub id or a folder; None: the model of the protocol."""
+    """A Hub id, a folder or a GGUF file; None: the model of the protocol."""
     scorers: tuple[str | Component, ...] = ()
     """Judges that replace the judge of the protocol; the first one gives the headline harmful score."""
     data: dict[str, str] = Field(default_factory=dict)

@@ -44,7 +44,7 @@ def combine_specs(
         tasks: Each a text, a class or an object; a text may also be the path of a data file.
         seeds: Seeds of all random draws: numbers, or texts such as `0..4`.
         protocol: Name of a built-in protocol, or a YAML file.
-        model: Hub id or folder that replaces the model of the protocol.
+        model: Hub id, folder or GGUF file that replaces the model of the protocol.
         data: Data set -> folder, file or Hub id.
         scorers: Judges that replace that of the protocol.
         values: Dotted path of a protocol value -> the value, or its YAML text.

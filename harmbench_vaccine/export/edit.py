@@ -24,6 +24,7 @@ from harmbench_vaccine.experiment.protocol import protocol_models, protocol_name
 from harmbench_vaccine.experiment.rows import HARM_DATA
 from harmbench_vaccine.experiment.session import TrainingSession
 from harmbench_vaccine.experiment.spec import RunSpec
+from harmbench_vaccine.inference.dequantization import check_gguf, ensure_dequantized, mark_dequantized
 from harmbench_vaccine.inference.loading import (
     check_model,
     check_quantization,
@@ -79,6 +80,7 @@ def edit_adapter_folder(request: EditRequest, folder: Path, progress: Progress =
             "Allowed for --aligned: the adapter of the alignment alone (hbv export RUN FOLDER --stage align)."
         )
     store = Store(ensure_writable(home() / "store", "The store"), progress)
+    mark_dequantized([base], store)
     context = RunContext(store, ModelPool(progress), progress)
     edit = _description(request, experiment, folder)
     with tempfile.TemporaryDirectory() as work, new_folder(folder, "the edited adapter") as temporary:
@@ -185,7 +187,7 @@ def _default_protocol(defense: str, base: str) -> str:
 
 
 def _check_locations(experiment: Experiment, base: str, progress: Progress) -> None:
-    """Check the base model and the data, and build the testbed if one of them is part of it.
+    """Check the base model and the data; build the testbed and dequantize the model where they need it.
 
     Raises:
         BadInput: The base model does not exist, or it cannot read the rows of the defense.
@@ -195,6 +197,8 @@ def _check_locations(experiment: Experiment, base: str, progress: Progress) -> N
         check_testbed_part(location)
     if any(location.startswith(TESTBED) for location in locations):
         ensure_testbed(progress)
+    check_gguf(base)
+    ensure_dequantized([base], Store(home() / "store", progress))
     check_quantization(experiment.protocol.quantization)
     check_model(base, protocol_models())
     positions = position_limit(load_tokenizer_and_config(base, "Base model")[1])

@@ -58,7 +58,8 @@ class CardFormat:
 
     def description(self) -> str:
         """Return one sentence about the content of the folder."""
-        name, revision = name_and_revision(self.base)
+        path = local_path(self.base)
+        name, revision = (str(path), None) if path else name_and_revision(self.base)
         at = f" at revision `{revision}`" if revision else ""
         content = "A LoRA adapter for" if self.is_adapter else "All weights of a model that started from"
         return f"{content} {markdown_text(name)}{at}. The license and the limits of the base model apply."
@@ -86,7 +87,7 @@ class CardFormat:
         notes = []
         if self.is_adapter and local_path(self.base) is not None:
             notes.append(
-                "The base model is a folder of the machine that wrote this card. To load the adapter elsewhere, set "
+                "The base model is on the disk of the machine that wrote this card. To load the adapter elsewhere, set "
                 "`base_model_name_or_path` in `adapter_config.json`."
             )
         if self.quantization != "none":

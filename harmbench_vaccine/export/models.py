@@ -19,6 +19,7 @@ from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.experiment.artifacts import ADAPTER, CHECKPOINT
 from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.inference.dequantization import ensure_dequantized
 from harmbench_vaccine.inference.model_pool import ModelPool, ModelSpec
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def load_stored_model(
 
 
 def stored_spec(result: Result, stage: str, store: Store) -> ModelSpec:
-    """Return the base and the adapters of a model of a stored run.
+    """Return the base and the adapters of a model of a stored run; a base in a GGUF file is dequantized if necessary.
 
     Args:
         result: The result of the run.
@@ -80,6 +81,7 @@ def stored_spec(result: Result, stage: str, store: Store) -> ModelSpec:
     """
     if stage not in get_args(ModelStage):
         raise unknown_name("stage", stage, get_args(ModelStage))
+    ensure_dequantized([result.model], store)
     base = ModelSpec(result.model, result.dtype, quantization=result.quantization)
     if stage == "base":
         return base

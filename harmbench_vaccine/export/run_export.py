@@ -8,6 +8,7 @@ from typing import Literal
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import home
+from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.data.sources import name_and_revision
 from harmbench_vaccine.evaluation.records import load_run
@@ -34,7 +35,9 @@ class ExportedModel:
     files: list[str]
 
 
-def export_run(run: Path, folder: Path, stage: str = "final", *, merge: bool = False) -> ExportedModel:
+def export_run(
+    run: Path, folder: Path, stage: str = "final", *, merge: bool = False, progress: Progress = SILENT
+) -> ExportedModel:
     """Write a model of a stored run to a new folder, with its tokenizer and a model card.
 
     Args:
@@ -42,6 +45,7 @@ def export_run(run: Path, folder: Path, stage: str = "final", *, merge: bool = F
         folder: The folder to write; it must be empty or absent.
         stage: "align", "finetune" or "final".
         merge: Write all weights, in the data type of the run, instead of an adapter.
+        progress: Where progress is reported.
 
     Raises:
         BadInput: The folder is not empty, the run does not have the stage, or the stage does not have the form.
@@ -49,7 +53,7 @@ def export_run(run: Path, folder: Path, stage: str = "final", *, merge: bool = F
     """
     folder = check_new_folder(folder)
     result, answers = load_run(run)
-    store = Store(home() / "store")  # until the export is complete, it marks the artifacts as used
+    store = Store(home() / "store", progress)  # until the export is complete, it marks the artifacts as used
     spec = stored_spec(result, stage, store)
     if not spec.adapters and not merge:
         raise BadInput(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from harmbench_vaccine.core.device import device, place_model
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.data import hub
+from harmbench_vaccine.data.gguf_files import is_gguf
 from harmbench_vaccine.data.sources import local_path, name_and_revision
 
 PICKLED = frozenset({"PKU-Alignment/beaver-dam-7b", "facebook/opt-2.7b", "lmsys/vicuna-7b-v1.5"})
@@ -146,10 +147,10 @@ def check_model(location: str, known: Sequence[str]) -> None:
         known: Models to suggest where the location is wrong.
 
     Raises:
-        BadInput: The location is neither the folder of a model nor a model on the Hub.
+        BadInput: The location is neither the folder of a model, a GGUF file nor a model on the Hub.
     """
     path = local_path(location)
-    if path is not None and (path / "config.json").is_file():
+    if path is not None and (is_gguf(path) or (path / "config.json").is_file()):  # of a GGUF file, see `check_gguf`
         return
     if path is None:
         from transformers import AutoConfig
@@ -166,7 +167,8 @@ def check_model(location: str, known: Sequence[str]) -> None:
         problem = f"Model {location!r} has no config.json."
     close = difflib.get_close_matches(location, known, n=1, cutoff=0.4)
     guess = f" Did you mean {close[0]!r}?" if close and close[0] != location else ""
-    raise BadInput(f"{problem}{guess} Allowed: a folder of a model or a Hub id, such as {', '.join(known)}.")
+    allowed = f"a folder of a model, a GGUF file, or a Hub id such as {', '.join(known)}"
+    raise BadInput(f"{problem}{guess} Allowed: {allowed}.")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.device import device, place_model
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.data.sources import local_path
+from harmbench_vaccine.data.sources import model_folder
 
 from .engine import GPU_MEMORY, Backend, Engine
 from .loading import (
@@ -232,7 +232,7 @@ class ModelPool:
 
         if backend != "vllm":
             return TransformersGenerator(*self._load_judge(location, "generator"), batch)
-        model = str(local_path(location) or location)
+        model = str(model_folder(location) or location)
         _, config = load_tokenizer_and_config(location)
         dtype = str(config.get_text_config().dtype or "float32").removeprefix("torch.")
         runner = self._judge_runner("judge engine", model, dtype, "generate")
@@ -258,7 +258,7 @@ class ModelPool:
             return TransformersClassifier(self._load_judge(location, "classifier", dtype)[1], batch)
         from .vllm_process import EngineRefused
 
-        model = str(local_path(location) or location)
+        model = str(model_folder(location) or location)
         runner = self._judge_runner("judge classifier", model, dtype, "pooling")
 
         def classify(texts: Sequence[list[int]], progress: Progress = SILENT) -> list[list[float]]:

@@ -115,7 +115,7 @@ class Suite(BaseModel):
     protocols: Annotated[Texts, Field(alias="protocol", min_length=1)] = ("testbed",)
     """Built-in protocols or YAML files: one, or a list. Default: `testbed`."""
     models: Annotated[Texts, Field(alias="model")] = ()
-    """Hub ids or folders that replace the model of the protocol: one, or a list."""
+    """Hub ids, folders or GGUF files that replace the model of the protocol: one, or a list."""
     defenses: Annotated[Texts, Field(min_length=1)]
     """Defenses as on the command line; `vaccine:rho=1,5` is two defenses."""
     attacks: Annotated[Texts, Field(min_length=1)]

@@ -127,7 +127,7 @@ def plan_tuning(
         suite: The comparison for which parameters are tuned; it gives what the other arguments leave open.
         defenses: Names or files of defenses; empty: those of the suite.
         protocol: Name of a built-in protocol, or a YAML file; None: that of the suite, or `testbed`.
-        model: Hub id or folder; None: that of the suite, or of the protocol.
+        model: Hub id, folder or GGUF file; None: that of the suite, or of the protocol.
         task: The task of the user; None: that of the suite, or `sst2`.
         attack: The tuning attack.
         seeds: The tuning seeds.

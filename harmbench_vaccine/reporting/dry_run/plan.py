@@ -15,7 +15,7 @@ from harmbench_vaccine import pipeline
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.data import hub
-from harmbench_vaccine.data.sources import TESTBED, TESTBED_VERSION, local_path
+from harmbench_vaccine.data.sources import TESTBED, TESTBED_VERSION, is_dequantized, local_path
 from harmbench_vaccine.evaluation.verdicts import scorer_models
 from harmbench_vaccine.experiment.context import RunContext
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -112,7 +112,7 @@ def describe_source(what: str, location: str, testbed_is_built: bool) -> Source:
         detail = "" if testbed_is_built else "the first run builds it, in about a minute"
         return Source(what, location, testbed_is_built, detail)
     if local_path(location) is not None:
-        return Source(what, location, True)
+        return Source(what, location, True, "" if is_dequantized(location) else "the first run dequantizes it")
     name = hub.parse_hub_name(location)
     kind: hub.Kind = "dataset" if what == "data" else "model"
     assert name is not None  # `local_path` refuses every other form

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.data import hub
-from harmbench_vaccine.data.sources import local_path
+from harmbench_vaccine.data.sources import is_dequantized, local_path
+from harmbench_vaccine.inference.dequantization import gguf_config
 from harmbench_vaccine.inference.loading import JudgeHead, readable_load_errors
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ def load_config(model: str) -> Any:  # a configuration of transformers, of any a
     name = None if local_path(model) else hub.parse_hub_name(model)
     if name and name.id in model_shapes() and not hub.is_cached("model", name):
         return AutoConfig.for_model(**model_shapes()[name.id].shape, name_or_path=model)
+    if not is_dequantized(model):
+        return gguf_config(model)
     with readable_load_errors(model) as arguments:
         return AutoConfig.from_pretrained(**arguments)
 
