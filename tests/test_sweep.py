@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -220,6 +221,9 @@ def test_detectable_difference_with_stored_runs(world: Path, tmp_path: Path) -> 
         (["--on", "h100-80gb"], "--on applies to --plan only"),
         (["--plan", "--on", "h100"], "Unknown device 'h100'. Did you mean 'h100-80gb'?"),
         (["--workers", "0"], "0 is not in the range 1<=x<=1024"),
+        (["--data", "sst2"], "Invalid --data 'sst2'. Expected NAME=PATH."),
+        (["--data", "sst=x", "--plan"], "Unknown data set 'sst' of protocol 'tiny'. Did you mean 'sst2'?"),
+        (["--model", "absent.gguf", "--plan"], "'absent.gguf' does not exist"),
     ],
 )
 def test_bad_options(suite: Path, own_home: Path, options: list[str], sentence: str) -> None:
@@ -241,6 +245,40 @@ def test_suites_are_listed(own_home: Path) -> None:
     listed = hbv("list", "suites", home=own_home, COLUMNS="80").out
     assert all(len(line) <= 80 for line in listed.splitlines())
     assert "testbed-vaccine-table1" in listed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other models and data
+
+
+def test_workers_read_the_model_and_the_data_of_the_command(world: Path, tmp_path: Path, own_home: Path) -> None:
+    """The suite itself names locations that do not exist."""
+    suite = write_suite(
+        tmp_path / "pair.yaml", world, defenses=["sft"], model="absent/model", data={"sst2": "absent/data"}
+    )
+    model, data = (shutil.copytree(world.parent / name, tmp_path / name) for name in ("model", "data"))
+    options = ("--model", model, "--data", f"sst2={data / 'sst2'}")
+    done = hbv("sweep", suite, *options, "--json", home=own_home)
+    assert done.code == 0, done.err
+    results = done.results
+    assert len(results) == 2
+    for result in results:
+        assert result["model"] == str(model)
+        assert result["data"]["sst2"]["location"] == str(data / "sst2")
+    status = json.loads(hbv("sweep", suite, *options, "--status", "--json", home=own_home).out)
+    assert (status["finished"], status["runs"]) == (2, 2)
+    file = own_home / "sweeps" / "pair" / "suite.yaml"
+    assert "sft" in hbv("leaderboard", file, home=own_home).out
+    assert load_suite(str(suite)).models == ("absent/model",)
+
+
+def test_models_that_a_suite_compares_are_not_replaced(world: Path, tmp_path: Path, own_home: Path) -> None:
+    entry = {"model": ["c"]}
+    for changes in ({"model": ["a", "b"]}, {"include": [entry]}):
+        suite = write_suite(tmp_path / "pair.yaml", world, **changes)
+        refused = hbv("sweep", suite, "--plan", "--model", "x", home=own_home)
+        assert refused.code == 2
+        assert "--model cannot replace the models that suite 'pair' compares" in refused.sentence
 
 
 # ---------------------------------------------------------------------------------------------------------------------

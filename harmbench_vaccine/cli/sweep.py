@@ -8,11 +8,19 @@ from typing import TYPE_CHECKING
 import click
 
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.core.paths import home, user_path
+from harmbench_vaccine.core.paths import ensure_writable, home, user_path
 
 from .clusters import CLUSTER_OPTIONS, ClusterOptions, cluster_options, parse_limit, submit_to_slurm, sweep_on_ray
 from .completion import suite_name
-from .console import GroupedCommand, output_options, print_json, print_line, print_view, terminal_progress
+from .console import (
+    GroupedCommand,
+    output_options,
+    parse_assignments,
+    print_json,
+    print_line,
+    print_view,
+    terminal_progress,
+)
 from .device import device_option
 
 if TYPE_CHECKING:
@@ -21,6 +29,7 @@ if TYPE_CHECKING:
 
 _OPTION_GROUPS = {
     "What to do": ("plan", "device_name", "show_status", "retry_failed"),
+    "What to run": ("model", "data"),
     "Workers": ("workers", "device", "is_worker", "time_limit"),
     "Clusters": CLUSTER_OPTIONS,
     "Output": ("out", "as_json", "quiet", "verbose", "log_file"),
@@ -43,6 +52,10 @@ _OPTION_GROUPS = {
     "--status", "show_status", is_flag=True, help="Show the finished, running and failed stages; run nothing."
 )
 @click.option("--retry-failed", is_flag=True, help="Try stages again that failed too often.")
+@click.option(
+    "--model", default=None, metavar="ID", help="Hub id, folder or GGUF file, instead of the model of every run."
+)
+@click.option("--data", multiple=True, metavar="NAME=PATH", help="Replace a data set of every run. Repeatable.")
 @click.option(
     "--workers",
     type=click.IntRange(1, 1024),
@@ -76,6 +89,8 @@ def sweep(
     device_name: str | None,
     show_status: bool,
     retry_failed: bool,
+    model: str | None,
+    data: tuple[str, ...],
     workers: int | None,
     is_worker: bool,
     time_limit: int | None,
@@ -105,13 +120,17 @@ def sweep(
         raise BadInput("--time-limit applies to --worker only: add --worker, or remove --time-limit.")
     if cluster.executor != "local" and (plan or show_status or is_worker):
         raise BadInput(f"--executor {cluster.executor} cannot be combined with {chosen[0]}: remove one of them.")
-    loaded = load_suite(suite)
+    loaded = load_suite(suite).with_locations(model, parse_assignments("--data", "NAME=PATH", data))
     if plan:
         _print_plan(loaded, device_name, workers, as_json)
         return
     from harmbench_vaccine.sweeps.sweep import Sweep
 
     opened = Sweep.open(loaded, home(), out)
+    if (model or data) and not (show_status or is_worker):  # the workers read what the options have changed
+        file = ensure_writable(opened.folder, "The folder of the sweep").absolute() / "suite.yaml"
+        loaded.write(file)
+        suite = str(file)
     if show_status:
         _print_status(opened, as_json)
     elif is_worker:

@@ -185,7 +185,7 @@ def _run(tuning: Tuning, workers: int | None, retry_failed: bool) -> list[Result
     if not sweep.is_complete:
         with terminal_progress() as progress:
             sweep.prepare(progress)
-            tuning.write_suite(file)
+            tuning.suite.write(file)
             if retry_failed:
                 sweep.retry_failed()
             run_local(sweep, str(file), workers, progress)

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.hashing import canonical_json
 from harmbench_vaccine.core.paths import user_path
@@ -163,6 +164,30 @@ class Suite(BaseModel):
         for experiment in settle_all(self.specs()):
             unique.setdefault(_identity(experiment), experiment)
         return list(unique.values())
+
+    def with_locations(self, model: str | None, data: Mapping[str, str]) -> Suite:
+        """Return the suite with another model and other locations of data sets, for all of its runs.
+
+        Args:
+            model: Hub id, folder or GGUF file; None: those of the suite.
+            data: Data set -> location.
+
+        Raises:
+            BadInput: The suite compares several models.
+        """
+        entries = [name for entry in self.include for name in entry.model or ()]
+        if model is not None and (entries or len(self.models) > 1):
+            names = ", ".join([*self.models, *entries])
+            raise BadInput(f"--model cannot replace the models that suite {self.name!r} compares ({names}).")
+        models = self.models if model is None else (model,)
+        return self.model_copy(update={"models": models, "data": {**self.data, **data}})
+
+    def write(self, path: Path) -> None:
+        """Write the suite as a file, which workers read."""
+        import yaml
+
+        values = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        write_atomically(path, yaml.safe_dump(values, sort_keys=False))
 
     def _combine(self, entry: SuiteEntry) -> Iterable[RunSpec]:
         """Return every combination of the axes, some of which an entry replaces."""

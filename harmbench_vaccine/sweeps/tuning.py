@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from harmbench_vaccine.core.durable import write_atomically
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.paths import user_path
@@ -100,13 +98,6 @@ class Tuning:
     """Defenses without a parameter to tune."""
     suite: Suite
     """SFT and every value of every grid."""
-
-    def write_suite(self, path: Path) -> None:
-        """Write the suite as a file, which the workers read."""
-        import yaml
-
-        values = self.suite.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        write_atomically(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def plan_tuning(
