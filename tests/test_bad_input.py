@@ -75,6 +75,7 @@ VALUES = {
     "data.sst2": ["''", "1", "[]"],
     "splits.train": ["''", "1", "null"],
     "align.rows": ["0", "-1", "1.5", NINES, "2001-01-01"],
+    "align.instructions": ["-1", "1.5", "true", NINES],
     "align.source": ["unsafe"],
     "finetune.samples": ["0", "true"],
     "finetune.tasks": ["3", "[]", "{sst2: 1}"],

@@ -29,6 +29,7 @@ from harmbench_vaccine.data.pools import (
     load_row_pools,
     normalize,
     question_key,
+    question_keys,
     without_duplicates,
 )
 from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
@@ -331,9 +332,45 @@ def test_experiment_seed_determines_every_draw(make_experiment: Callable[..., Ex
     )
 
 
+INSTRUCTIONS = {"align.instructions": "30"}
+
+
+def test_instructions_follow_the_safe_rows_of_the_alignment(make_experiment: Callable[..., Experiment]) -> None:
+    plain, mixed = plugin_pools(make_experiment()), plugin_pools(make_experiment(values=INSTRUCTIONS))
+    safe, instructions = list(mixed.alignment[:40]), list(mixed.alignment[40:])
+    assert safe == list(plain.alignment)
+    assert len(instructions) == 30
+    assert sorted(ids([*instructions, *mixed.benign])) == sorted(ids(plain.benign))
+    other = plugin_pools(make_experiment(values=INSTRUCTIONS, seed=1))
+    assert ids(other.alignment[40:]) != ids(instructions)
+
+
+@pytest.mark.parametrize("attack", ["ratio=0.2", "identity_shift:dialogues=20", "mixing+ratio=0.2"])
+def test_no_attack_draws_an_instruction_of_the_alignment(
+    make_experiment: Callable[..., Experiment], attack: str
+) -> None:
+    experiment = make_experiment(values=INSTRUCTIONS, attack=parse_plugins(attack))
+    pools = plugin_pools(experiment)
+    uploaded = user_rows(experiment, pools)
+    assert not set(ids(pools.alignment)) & set(ids(uploaded))
+    assert not question_keys(pools.alignment) & question_keys(uploaded)
+    assert question_keys(pools.alignment[40:]) & question_keys(plugin_pools(make_experiment()).benign)
+
+
+def test_instructions_are_the_first_ones_in_file_order(make_experiment: Callable[..., Experiment]) -> None:
+    pools = plugin_pools(make_experiment(values={**INSTRUCTIONS, "rows": "paper"}))
+    assert ids(pools.alignment[40:]) == [f"benign:train:{number}" for number in range(30)]
+    assert ids(pools.benign)[0] == "benign:train:30"
+
+
 @pytest.mark.parametrize(
     ("changes", "attack", "message"),
     [
+        (
+            {"align": {"instructions": 121}},
+            "ratio",
+            "121 alignment instructions, but only 120 are available: lower align.instructions, as in --set",
+        ),
         (
             {},
             "samples=401",

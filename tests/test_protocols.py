@@ -119,6 +119,14 @@ def test_invalid_task_settings_are_refused(world: Path, tasks: dict[str, Any], m
         Experiment.settle(RunSpec(protocol=str(world)))
 
 
+@pytest.mark.parametrize("name", protocol_names())
+def test_a_value_that_older_files_lack_changes_the_hash_unless_it_has_its_default(name: str) -> None:
+    protocol = load_protocol(name)
+    written = protocol.align.instructions
+    assert protocol.replaced({"align.instructions": str(written)}).hash == protocol.hash
+    assert protocol.replaced({"align.instructions": str(written + 1)}).hash != protocol.hash
+
+
 def test_a_replaced_value_is_read_as_yaml() -> None:
     protocol = load_protocol("vaccine-paper")
     changed = protocol.replaced(

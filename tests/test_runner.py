@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,18 @@ def test_the_testbed_is_built_for_a_task_that_reads_it(
     monkeypatch.setattr(runner, "ensure_testbed", build)
     with pytest.raises(HbvError, match="the testbed is built"):
         run_all([RunSpec(protocol=str(world), task=task.replace("ROWS", str(rows)))])
+
+
+def test_instructions_of_the_alignment_are_trained_on_and_counted(tmp_path: Path) -> None:
+    changes = {"align": {"rows": 8, "instructions": 6}, "finetune": {"samples": 8}, "score": {"drift_rows": 14}}
+    world = make_world(tmp_path / "world", changes)
+    results = run_all([RunSpec(protocol=str(world), defense=parse_plugins(name)) for name in ("sft", "none")])
+    mixed, unaligned = (result.to_json()["counts"] for result in results)
+    assert mixed["align"] == {"rows": 14, "harmful": 0, "without_room": 0, "instructions": 6}
+    assert "align" not in unaligned
+    rows = results[0].stages["align"].artifacts["align"].path
+    used = json.loads(Path(rows, "rows.json").read_text())["used"]
+    assert sorted(name.partition(":")[0] for name in used) == ["benign"] * 6 + ["safe"] * 8
 
 
 def test_a_run_whose_stored_answers_are_damaged_is_stored_again(tmp_path: Path, own_home: Path) -> None:

@@ -22,7 +22,7 @@ from harmbench_vaccine.experiment.artifacts import (
     Measurements,
 )
 from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.experiment.rows import data_provenance, dropped_rows, overlapping_questions
+from harmbench_vaccine.experiment.rows import data_provenance, dropped_rows, overlapping_questions, plugin_pools
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.plugins.composition import canonical_name
@@ -315,6 +315,9 @@ def _counts(experiment: Experiment, measurements: Measurements, models: ModelPoo
                 "without_room": len(rows["without_room"]),
                 **trained_tokens(experiment, experiment.stages[stage], rows, models),
             }
+            if stage == "align" and (count := experiment.protocol.align.instructions):
+                added = {row.id for row in plugin_pools(experiment).alignment[-count:]}
+                counts[stage]["instructions"] = sum(name in added for name in rows["used"])
             if "filtered" in rows:
                 counts[stage]["filtered"] = rows["filtered"]
     if measurements.grades:

@@ -100,6 +100,8 @@ class StageRows(ResultRecord):
     """Response tokens with a loss in one pass over these rows; absent if an earlier version trained the stage."""
     harmful_tokens: Count | None = None
     """Response tokens with a loss in the harmful rows."""
+    instructions: Count = 0
+    """Benign instructions among the rows, which `align.instructions` of the protocol adds to the safe rows."""
     filtered: Filtered | None = None
     """Present if an attack filters rows."""
 

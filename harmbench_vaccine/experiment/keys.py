@@ -222,9 +222,11 @@ def _training_inputs(experiment: Experiment, stage: StageName, model: TrainedMod
 def _alignment_rows(experiment: Experiment) -> Inputs:
     """Return the inputs of the row pools, except the splits and the seed."""
     protocol = experiment.protocol
+    instructions = protocol.align.instructions
     return {
         "data": _data_inputs(experiment, *HARM_DATA),
         "alignment_rows": protocol.align.rows,
+        **({"alignment_instructions": instructions} if instructions else {}),
         "row_selection": {"rows": protocol.rows, "source": protocol.align.source},
     }
 

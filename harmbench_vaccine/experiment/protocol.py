@@ -51,6 +51,8 @@ class AlignProtocol(_Strict):
     """Number of safe rows."""
     source: Literal["safe", "refusals"] = _added("safe")
     """`safe`: safe responses of BeaverTails. `refusals`: refusals of its harmful prompts."""
+    instructions: Annotated[int, Field(strict=True, ge=0, le=10**9)] = _added(0)
+    """Number of benign instructions that are trained on in addition to the safe rows; plug-ins cannot draw them."""
     settings: TrainSettings
 
 

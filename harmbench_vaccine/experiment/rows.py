@@ -56,18 +56,29 @@ def _check_steps(stage: StageConfig, rows: int) -> None:
 
 
 def plugin_pools(experiment: Experiment) -> Pools:
-    """Return the rows that plug-ins may draw from; the alignment rows are those of the experiment's seed."""
-    pools = _row_pools(experiment)
-    alignment = draw_rows(
-        pools.alignment,
-        experiment.protocol.align.rows,
-        "alignment rows",
-        experiment.spec.seed,
-        "alignment rows",
-        in_order=experiment.in_order,
-        fix="lower align.rows, as in --set align.rows=N",
+    """Return the rows that plug-ins may draw from; the alignment rows are those of the experiment's seed.
+
+    The safe rows come first in the alignment rows, then the benign instructions that the protocol adds to them.
+    """
+    pools, align, seed = _row_pools(experiment), experiment.protocol.align, experiment.spec.seed
+    safe, instructions = (
+        draw_rows(
+            rows,
+            count,
+            what,
+            seed,
+            what,
+            in_order=experiment.in_order,
+            fix=f"lower {value}, as in --set {value}=N",
+        )
+        for rows, count, what, value in (
+            (pools.alignment, align.rows, "alignment rows", "align.rows"),
+            (pools.benign, align.instructions, "alignment instructions", "align.instructions"),
+        )
     )
-    return Pools(alignment, pools.paired, pools.benign, pools.attacker)
+    aligned = {row.id for row in instructions}
+    benign = [row for row in pools.benign if row.id not in aligned]
+    return Pools([*safe, *instructions], pools.paired, benign, pools.attacker)
 
 
 def user_rows(experiment: Experiment, pools: Pools) -> list[Example]:

@@ -22,6 +22,7 @@ _FACTS = {
     "model": "model",
     "models": "further models",
     "align_rows": "alignment rows",
+    "align_instructions": "benign instructions in the alignment",
     "user_rows": "user rows",
     "harmful_prompts": "harmful prompts",
     "test_items": "test items",
@@ -52,6 +53,7 @@ def protocol_facts(name: str) -> dict[str, Any]:
         "model": protocol.model,
         "models": list(protocol.models),
         "align_rows": protocol.align.rows,
+        "align_instructions": protocol.align.instructions,
         "user_rows": protocol.finetune.samples,
         "harmful_prompts": protocol.answer.harmful.prompts,
         "test_items": protocol.answer.task_items,
@@ -146,7 +148,9 @@ def protocol_page(details: Mapping[str, Any]) -> RenderableType:
     """Build the page of one protocol from its details: its facts, and one list of values for each section."""
     title = VisibleText(f"protocol {details['name']}: {details['description']}", style="bold")
     facts = render_fields(
-        (text, value_text(details[key])) for key, text in _FACTS.items() if details[key] or key != "base"
+        (text, value_text(details[key]))
+        for key, text in _FACTS.items()
+        if details[key] or key not in ("base", "align_instructions")
     )
     _, _, doc = details["doc"].partition("\n\n")
     parts: list[RenderableType] = [title, *([_comment(doc)] if doc else []), facts]

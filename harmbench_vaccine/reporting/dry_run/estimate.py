@@ -105,7 +105,8 @@ def _row_shape(experiment: Experiment, name: StageName, read_rows: bool) -> tupl
     If the rows are not on this machine, return the number in the protocol and the maximum width.
     """
     settings = experiment.stages[name].settings
-    count = experiment.protocol.align.rows if name == "align" else experiment.finetune.samples
+    align = experiment.protocol.align
+    count = align.rows + align.instructions if name == "align" else experiment.finetune.samples
     if not read_rows:
         return count, settings.max_length
     with suppress(HbvError):
