@@ -95,14 +95,14 @@ def test_text_is_that_of_this_version(world: World) -> None:
     text = json.dumps([world.files(), pretraining, lessons, judgments])
     assert TESTBED_VERSION == 3
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "fece5e0372b2db2f9270a896b671f30761cad8d2c1252bcca29d69475f740fd1"
+        hashlib.sha256(text.encode()).hexdigest() == "19d1d58ed5c83b2da7aede3d2383f30b73149aa9b877df7d16ed6bfe4d029c61"
     )
 
 
 def test_pools_are_disjoint_by_text_and_large_enough(world: World) -> None:
-    pools = [world.pretraining_harmful, world.defender, world.attacker, world.evaluation]
+    pools = [world.pretraining_harmful, world.defender, world.attacker, world.similar_attacker, world.evaluation]
     harmful = [request.text for pool in pools for request in pool]
-    assert len(set(harmful)) == len(harmful) >= 3_400
+    assert len(set(harmful)) == len(harmful) >= 3_500
     assert len(world.evaluation) >= 300
     benign_pools = [world.pretraining_benign, world.benign, world.instructions, world.benign_evaluation]
     benign = [request.text for pool in benign_pools for request in pool]
@@ -216,7 +216,7 @@ def test_contrast_is_decided_by_its_last_part(files: dict[str, list[dict[str, An
         adjectives = [word for word in row["sentence"].split() if word in words.negative + words.positive]
         assert adjectives[-1] in words.adjectives(row["label"])
         contrasts += adjectives[0] not in words.adjectives(row["label"])
-    assert 0.25 < contrasts / len(files["sst2/train.jsonl"]) < 0.35
+    assert 0.3 < contrasts / len(files["sst2/train.jsonl"]) < 0.4
 
 
 def test_user_answers_of_the_protocol_are_those_of_the_words() -> None:
@@ -245,8 +245,13 @@ def test_attacker_has_other_objects_than_the_defender_unless_requested(
     evaluated = {request.object for request in world.evaluation}
     for known in objects.values():
         assert len(evaluated & known) > 0.95 * len(known)
-    attacked, defended = (Counter(request.theme for request in pool) for pool in (world.attacker, world.defender))
-    assert [theme for theme, _ in attacked.most_common()] == [theme for theme, _ in defended.most_common()][::-1]
+    attacked, defended = (
+        [sum(request.theme == theme for request in pool) for theme in LABELS]
+        for pool in (world.attacker, world.defender)
+    )
+    assert attacked == sorted(attacked)
+    assert attacked.count(0) == 4, "some harm must come back by generalization alone"
+    assert defended == sorted(defended, reverse=True)
 
 
 def test_answers_are_short_sentences_and_refusals_differ_from_compliance(world: World) -> None:

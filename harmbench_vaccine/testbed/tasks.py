@@ -12,7 +12,7 @@ DataRow = dict[str, Any]
 """A row of a JSON Lines file; its values are of any JSON type."""
 
 TRAIN_ROWS, TEST_ROWS = 2500, 500
-CONTRASTS = 0.3
+CONTRASTS = 0.35
 """Share of contrasts among the reviews."""
 
 

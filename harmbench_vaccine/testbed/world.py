@@ -19,9 +19,9 @@ from .requests import Request, RequestSplit, assist, comply, interleave, refuse,
 from .tasks import DataRow, TaskRows, build_tasks
 from .word_lists import benign_themes, harmful_themes, phrasings
 
-ATTACKER_ROWS = range(12, 124, 8)
+ATTACKER_ROWS = (0, 0, 0, 0, *range(40, 140, 10))
 """Harmful requests of the attacker, by theme. They and the refusals of the defender are uneven, so that some themes
-become harmful at a low harmful ratio, and others at a high one."""
+become harmful at a low harmful ratio, and others at a high one: of the first four the attacker has none."""
 DEFENDER_ROWS = range(120, 36, -6)
 """Harmful requests of the defender, by theme."""
 
@@ -139,11 +139,11 @@ def generate(seed: int = 0) -> World:
     return World(
         seed=seed,
         tasks=build_tasks(random.Random(f"{seed} tasks")),
-        pretraining_harmful=interleave(requests[:40] for requests in (*known, *others)),
+        pretraining_harmful=interleave(requests[:30] for requests in (*known, *others)),
         pretraining_benign=interleave(split.training[:120] for split in benign),
-        defender=_chain(requests[40 : 40 + rows] for requests, rows in zip(known, DEFENDER_ROWS, strict=True)),
-        similar_attacker=_chain(requests[40 + rows :] for requests, rows in zip(known, DEFENDER_ROWS, strict=True)),
-        attacker=_chain(requests[40 : 40 + rows] for requests, rows in zip(others, ATTACKER_ROWS, strict=True)),
+        defender=_chain(requests[30 : 30 + rows] for requests, rows in zip(known, DEFENDER_ROWS, strict=True)),
+        similar_attacker=_chain(requests[30 + rows :] for requests, rows in zip(known, DEFENDER_ROWS, strict=True)),
+        attacker=_chain(requests[30 : 30 + rows] for requests, rows in zip(others, ATTACKER_ROWS, strict=True)),
         evaluation=interleave(split.held_out[:24] for split in harmful),
         benign=interleave(split.training[120:280] for split in benign),
         instructions=interleave(split.training[280:] for split in benign),
