@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,8 @@ def test_rows_that_cannot_be_drawn_again_are_unknown(world: Path) -> None:
     assert trained_tokens(experiment, config, {"used": ids[1:], "without_room": ids[:1]}, models) == {}
     assert trained_tokens(experiment, config, {"used": ids[::-1], "without_room": []}, models) == {}
     assert trained_tokens(experiment, config, {"used": [], "without_room": []}, models) == {}
+    elsewhere = replace(experiment, model=str(world.parent / "absent"))
+    assert trained_tokens(elsewhere, config, {"used": ids, "without_room": []}, models) == {}
 
 
 def test_result_has_the_share_and_its_counts(world: Path, tmp_path: Path) -> None:

@@ -32,13 +32,13 @@ def trained_tokens(
     """
     if all(name in stored for name in TOKEN_COUNTS):
         return {name: stored[name] for name in TOKEN_COUNTS}
-    examples = _examples(experiment, config, stored)
-    if examples is None:
-        return {}
     try:
+        examples = _examples(experiment, config, stored)
+        if examples is None:
+            return {}
         tokenizer = models.tokenizer_and_config(experiment.model)[0]
         encoded = encode_examples(tokenizer, config.template, examples, config.settings.max_length)
-    except HbvError:  # the model is no longer on this machine
+    except HbvError:  # a defense refuses other rows, or the model is no longer on this machine
         return {}
     return token_counts(encoded) if [row.id for row in encoded] == stored["used"] else {}
 

@@ -241,8 +241,7 @@ def _write_rows(
     before_defense: Sequence[Example] = (),
     uploaded: Sequence[Example] | None = None,
 ) -> None:
-    """Store the ids of the trained rows and of those without room for a response, and the counts of tokens and of a
-    filter."""
+    """Store the ids of the trained rows and of those without room, and the counts of tokens and of a filter."""
     used = {row.id for row in encoded}
     record: dict[str, Any] = {
         "used": [row.id for row in encoded],

@@ -64,7 +64,7 @@ def _draw_curve(axes: Axes, curve: TokenCurve, color: str, markers: Mapping[str,
         axes.errorbar(
             x,
             y,
-            yerr=[[y - cell["harmful_score_low"]], [cell["harmful_score_high"] - y]],
+            yerr=[[max(0.0, y - cell["harmful_score_low"])], [max(0.0, cell["harmful_score_high"] - y)]],
             fmt=markers[cell["task"]],
             color=color,
             markerfacecolor="white" if cell_mark(cell) else color,
