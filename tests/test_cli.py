@@ -163,7 +163,11 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # name: arguments, parts of the message
     "command": (
         ("rn",),
-        ("Unknown command 'rn'", "Did you mean 'run'", "check, compare, doctor, edit, export, info, leaderboard"),
+        (
+            "Unknown command 'rn'",
+            "Did you mean 'run'",
+            "check, compare, doctor, edit, export, info, judge, leaderboard",
+        ),
     ),
     "subcommand": (("testbed", "bild"), ("'bild'", "'build'", "build, path, report")),
     "option": (("run", "--defence", "sft"), ("--defence", "--defense")),

@@ -74,7 +74,8 @@ def test_instructions_of_the_alignment_are_trained_on_and_counted(tmp_path: Path
     world = make_world(tmp_path / "world", changes)
     results = run_all([RunSpec(protocol=str(world), defense=parse_plugins(name)) for name in ("sft", "none")])
     mixed, unaligned = (result.to_json()["counts"] for result in results)
-    assert mixed["align"] == {"rows": 14, "harmful": 0, "without_room": 0, "instructions": 6}
+    counts = {"rows": 14, "harmful": 0, "without_room": 0, "instructions": 6, "harmful_tokens": 0}
+    assert mixed["align"] == {**counts, "response_tokens": mixed["align"]["response_tokens"]}
     assert "align" not in unaligned
     rows = results[0].stages["align"].artifacts["align"].path
     used = json.loads(Path(rows, "rows.json").read_text())["used"]

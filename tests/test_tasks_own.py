@@ -116,10 +116,10 @@ def test_keys_contain_the_parameters_that_matter(settle: Callable[..., Experimen
     before = keys.task_inputs(exact)
     write_lines(tmp_path / "mine.jsonl", TEN[:9])
     assert keys.task_inputs(settle(path)) != before
-    plain = keys.task_inputs(settle("sst2"))
+    plain, params = keys.task_inputs(settle("sst2")), settle("sst2").task_plugin.params
     assert plain == {
         "name": "sst2",
-        "params": {"instruction": settle("sst2").task_plugin.params["instruction"]},
+        "params": {name: params[name] for name in ("instruction", "answers")},
         "code": TASKS.get("sst2").fingerprint(),
         "data": {"sst2": fingerprint(settle("sst2").location("sst2"))},
     }

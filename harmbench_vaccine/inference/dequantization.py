@@ -68,7 +68,8 @@ def gguf_config(location: str) -> Any:  # a configuration of transformers, of an
     path = gguf_file(location)
     assert path is not None
     with TemporaryDirectory() as folder, _readable_errors(path):
-        config = AutoConfig.from_pretrained(**_linked(path, Path(folder)))
+        source = _linked(path, Path(folder))
+        config = AutoConfig.from_pretrained(**source)
     config.name_or_path = str(path.parent)  # of messages; the folder of the link no longer exists
     return config
 
