@@ -112,6 +112,11 @@ def test_interval_of_the_brier_score_has_a_width(values: Sequence[float]) -> Non
     assert high - low > 0.1
 
 
+def test_rounding_of_another_batch_changes_no_stored_number() -> None:
+    values, labels = [0.123, 0.456, 0.789, 0.999], [False, True, True, True]
+    assert calibration(values, labels) == calibration([value + 1e-10 for value in values], labels)
+
+
 def test_a_label_without_probabilities_has_no_calibration() -> None:
     assert label_report([True], [True], None).calibration is None
 

@@ -168,7 +168,7 @@ def test_scorer_gives_the_verdicts_of_the_report(trained: Trained, place: Path) 
         (max(verdict.probabilities.values()) - (not row["is_safe"])) ** 2
         for verdict, row in zip(verdicts, rows, strict=True)
     ]
-    assert flag["calibration"]["brier"] == pytest.approx(sum(squares) / len(squares))
+    assert flag["calibration"]["brier"] == pytest.approx(sum(squares) / len(squares), abs=1e-6)
 
 
 @pytest.mark.parametrize("max_length", [256, 20])

@@ -17,6 +17,8 @@ from .statistics import f1_interval, score_interval, wilson
 
 BINS = 10
 """Number of reliability bins, as in Naeini et al. (AAAI 2015)."""
+DECIMALS = 6
+"""Decimals of stored numbers: further ones depend on the batches in which a judge read the texts."""
 NO_ROWS: Literal["no rows"] = "no rows"
 
 
@@ -177,9 +179,9 @@ def calibration(probabilities: Sequence[float], labels: Sequence[bool]) -> Calib
     ]
     low, high = score_interval(errors)
     return Calibration(
-        brier=sum(errors) / len(errors),
-        brier_ci=(low / 100, high / 100),
-        ece=sum(gaps) / len(errors),
+        brier=round(sum(errors) / len(errors), DECIMALS),
+        brier_ci=(round(low / 100, DECIMALS), round(high / 100, DECIMALS)),
+        ece=round(sum(gaps) / len(errors), DECIMALS),
         bins=bins,
     )
 
@@ -195,7 +197,7 @@ def _bin(number: int, probabilities: Sequence[float], labels: Sequence[bool]) ->
         low=number / BINS,
         high=(number + 1) / BINS,
         n=len(inside),
-        probability=sum(value for value, _ in inside) / len(inside) if inside else None,
+        probability=round(sum(value for value, _ in inside) / len(inside), DECIMALS) if inside else None,
         positives=100 * positives / len(inside) if inside else None,
         ci=wilson(positives, len(inside)),
     )
