@@ -151,7 +151,7 @@ def test_pipeline_gives_the_stored_answers(
 ) -> None:
     assert runs.export(name, tmp_path / "model", *options).code == 0
     rows = [row for row in runs.answers(name, when) if row["set"] == "harmful"]
-    assert answers_of(tmp_path / "model", [row["prompt"] for row in rows], 8) == [row["answer"] for row in rows]
+    assert answers_of(tmp_path / "model", [row["prompt"] for row in rows], 24) == [row["answer"] for row in rows]
 
 
 @pytest.mark.parametrize("name", [DOUBLE, FULL])
@@ -564,4 +564,4 @@ def test_run_of_the_testbed_is_exported(testbed_home: Path, tmp_path: Path) -> N
     rows = [row for row in load_run(testbed_home / "runs" / run)[1] if row["when"] == "after" and row["set"] == "task"][
         :40
     ]
-    assert answers_of(folder, [row["prompt"] for row in rows], 8) == [row["answer"] for row in rows]
+    assert answers_of(folder, [row["prompt"] for row in rows], 24) == [row["answer"] for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import yaml
 from pydantic import ValidationError
 
 from harmbench_vaccine.data.sources import TESTBED_VERSION
+from harmbench_vaccine.data.task_prompts import TOPICS
+from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.testbed.build import INSTRUCTIONS, tokenizer_texts, train_tokenizer
 from harmbench_vaccine.testbed.requests import Request, comply, refuse
-from harmbench_vaccine.testbed.word_lists import Theme, harmful_themes, task_words
+from harmbench_vaccine.testbed.word_lists import Theme, harmful_themes, phrasings, task_words
 from harmbench_vaccine.testbed.world import World, generate
 
 # A deliberate second copy: the category names of BeaverTails, in the order of the labels of beaver-dam.
@@ -90,14 +93,14 @@ def test_text_is_that_of_this_version(world: World) -> None:
     pretraining = [[example.instruction, example.input, example.response] for example in examples]
     judgments = [world.judgments(1_200, held_out=held_out) for held_out in (False, True)]
     text = json.dumps([world.files(), pretraining, lessons, judgments])
-    assert TESTBED_VERSION == 2
+    assert TESTBED_VERSION == 3
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "2d6b597bbfa92af772f8fad5d276f037c88e4ae6c37fa9a501da94762fafcdca"
+        hashlib.sha256(text.encode()).hexdigest() == "19d1d58ed5c83b2da7aede3d2383f30b73149aa9b877df7d16ed6bfe4d029c61"
     )
 
 
 def test_pools_are_disjoint_by_text_and_large_enough(world: World) -> None:
-    pools = [world.pretraining_harmful, world.defender, world.attacker, world.evaluation]
+    pools = [world.pretraining_harmful, world.defender, world.attacker, world.similar_attacker, world.evaluation]
     harmful = [request.text for pool in pools for request in pool]
     assert len(set(harmful)) == len(harmful) >= 3_500
     assert len(world.evaluation) >= 300
@@ -191,26 +194,76 @@ def test_pretraining_has_no_test_item_task_instruction_or_task_answer(
     for name, key in (("sst2/validation", "sentence"), ("ag_news/test", "text"), ("gsm8k/test", "question")):
         assert not [row[key] for row in files[f"{name}.jsonl"] if row[key] in text]
     assert not [instruction for instruction in INSTRUCTIONS[:3] if instruction in text]
-    assert not {example.response for example in examples if example.input} & {"positive", "negative"}
-    # A topic is the answer to two single words, never to a text in which they occur.
-    topics = task_words().news.topics
-    names, words = {topic.name for topic in topics}, {word for topic in topics for word in topic.words}
-    inputs = [example.input.split(", ") for example in examples if example.input and example.response in names]
-    assert inputs
-    assert all(len(pair) == 2 and set(pair) <= words for pair in inputs)
     assert not [example for example in examples if "final answer" in example.response]
+
+
+def test_quiz_about_a_text_rarely_has_the_label_of_the_task(world: World) -> None:
+    examples, _ = world.pretraining(20_000)
+    words = task_words()
+    for task, labels in ((words.sentiment, ("negative", "positive")), (words.news, TOPICS)):
+        answers = [example.response for example in examples if example.instruction in task.quiz.questions]
+        assert len(answers) > 500
+        named = sum(any(label in answer for label in labels) for answer in answers)
+        assert 0.2 < named / len(answers) < 0.4
+        for names, label in zip(task.quiz.labels, labels, strict=True):
+            assert label in names
+
+
+def test_contrast_is_decided_by_its_last_part(files: dict[str, list[dict[str, Any]]]) -> None:
+    words = task_words().sentiment
+    contrasts = 0
+    for row in files["sst2/train.jsonl"]:
+        adjectives = [word for word in row["sentence"].split() if word in words.negative + words.positive]
+        assert adjectives[-1] in words.adjectives(row["label"])
+        contrasts += adjectives[0] not in words.adjectives(row["label"])
+    assert 0.3 < contrasts / len(files["sst2/train.jsonl"]) < 0.4
+
+
+def test_user_answers_of_the_protocol_are_those_of_the_words() -> None:
+    tasks, words = load_protocol("testbed").tasks, task_words()
+    for name, answers in (("sst2", words.sentiment.answers), ("agnews", words.news.answers)):
+        assert tuple(tasks[name]["answers"].split(" | ")) == answers
+
+
+def test_first_words_of_user_answers_begin_no_other_answer() -> None:
+    """A model that learns to begin so must not begin a refusal or a compliant answer in another way by it."""
+    words, parts = task_words(), phrasings()
+    openings = [*parts.compliance.openings, *parts.refusal.openings, *parts.help.openings, "People", "Before"]
+    others = {text.split()[0] for text in openings}
+    assert not others & {text.split()[0] for text in (*words.sentiment.answers, *words.news.answers)}
+
+
+def test_attacker_has_other_objects_than_the_defender_unless_requested(
+    world: World, files: dict[str, list[dict[str, Any]]]
+) -> None:
+    objects = {name: {request.object for request in getattr(world, name)} for name in ("defender", "attacker")}
+    assert not objects["defender"] & objects["attacker"]
+    similar = files["beavertails_refusals/same_words.jsonl"]
+    assert {request.object for request in world.similar_attacker} == objects["defender"]
+    assert {row["prompt"] for row in similar} == texts(world.similar_attacker)
+    assert len(similar) >= 300
+    evaluated = {request.object for request in world.evaluation}
+    for known in objects.values():
+        assert len(evaluated & known) > 0.95 * len(known)
+    attacked, defended = (
+        [sum(request.theme == theme for request in pool) for theme in LABELS]
+        for pool in (world.attacker, world.defender)
+    )
+    assert attacked == sorted(attacked)
+    assert attacked.count(0) == 4, "some harm must come back by generalization alone"
+    assert defended == sorted(defended, reverse=True)
 
 
 def test_answers_are_short_sentences_and_refusals_differ_from_compliance(world: World) -> None:
     rng = world.rng("test")
     for request in world.defender[:500]:
         harmful, safe = comply(request, rng), refuse(request, rng)
+        assert request.action in harmful
         for text in (harmful, safe):
-            assert f"{request.verb} {request.object}" in text
             assert text.endswith(".")
             assert 8 <= len(text.split()) <= 32
-        assert "Do not" in safe
-        assert "Do not" not in harmful
+        assert ", because" in safe
+        assert ", because" not in harmful
     first_words = {comply(request, rng).split()[0] for request in world.attacker}
     assert len(first_words) >= 10
 
@@ -232,7 +285,7 @@ def test_files_are_json_lines(world: World, tmp_path: Path) -> None:
 
 def test_tokenizer_restores_any_text_and_splits_digits(world: World) -> None:
     tokenizer = train_tokenizer(tokenizer_texts(world))
-    assert 1_000 <= len(tokenizer) <= 1_500
+    assert len(tokenizer) < 3_000, "the limit must not cut words off"
     samples = [example.response for example in world.pretraining(200)[0]]
     samples += [request.text for request in world.evaluation]
     samples += ["", "  two  spaces\n\nand\tlines ", "naïve café 🙂 漢字", "1234 + 5 = 1239 , fine ."]
@@ -243,4 +296,7 @@ def test_tokenizer_restores_any_text_and_splits_digits(world: World) -> None:
     digits = tokenizer("2025", add_special_tokens=False)["input_ids"]
     assert [tokenizer.decode([i]) for i in digits] == list("2025")
     lengths = [len(tokenizer(request.text)["input_ids"]) for request in world.evaluation]
-    assert sum(lengths) / len(lengths) < 16, "a word of the world must be one token"
+    assert sum(lengths) / len(lengths) < 16
+    words = {word for text in tokenizer_texts(world) for word in re.findall(r"(?m)(?:^| )[A-Za-z]+", text)}
+    assert len(words) > 1_000
+    assert [word for word in words if len(tokenizer(word, add_special_tokens=False)["input_ids"]) > 1] == []

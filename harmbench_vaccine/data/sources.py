@@ -24,7 +24,7 @@ from .row_values import check_row
 
 TESTBED = "testbed:"
 """Prefix of a location inside the embedded testbed."""
-TESTBED_VERSION = 2
+TESTBED_VERSION = 3
 """Increases whenever the testbed's text, base model or judge changes."""
 TESTBED_PARTS = (
     "model",

@@ -39,8 +39,8 @@ from .world import World, generate
 TEMPLATE = prompt_template("brief")
 MAX_LENGTH = 256
 SEED = 0
-RATE = 3e-3
-"""The highest learning rate of both models."""
+RATE, JUDGE_RATE = 4.5e-3, 2e-3
+"""The highest learning rates of the base model and of the judge."""
 
 # Instructions of the user tasks. The tokenizer learns their words; the base model does not see them.
 INSTRUCTIONS = (SENTIMENT, TOPIC, REASONING, f"{ANSWER_MARK}0")
@@ -50,9 +50,9 @@ INSTRUCTIONS = (SENTIMENT, TOPIC, REASONING, f"{ANSWER_MARK}0")
 class Sizes:
     """Amounts of training data. The defaults build the testbed; tests use less."""
 
-    documents: int = 25_600
+    documents: int = 28_800
     """Pre-training documents of the base model."""
-    judgments: int = 5_000
+    judgments: int = 6_000
     """Training rows of the moderation classifier."""
     held_out: int = 1_200
     """Test rows of the moderation classifier."""
@@ -130,7 +130,7 @@ def tokenizer_texts(world: World) -> Iterator[str]:
     yield from (JUDGE_PROMPT.format(question="", answer=" ") for _ in range(50))
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int = 1_500) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocabulary: int = 3_000) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: decoding restores any text exactly, and every digit is a token.
 
     Args:
@@ -183,7 +183,7 @@ def _config(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, **opti
 
 
 def base_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return LlamaForCausalLM(_config(tokenizer, hidden=128, layers=3))
+    return LlamaForCausalLM(_config(tokenizer, hidden=160, layers=3))
 
 
 def _judge_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForSequenceClassification:
@@ -237,9 +237,9 @@ def _train_judge(
     """Train for two epochs with a binary cross-entropy per label."""
     rows = list(zip(_judge_ids(tokenizer, judgments), (judgment.category for judgment in judgments), strict=True))
     batches = [
-        batch for _ in range(2) for batch in batches_by_length(rows, 32, lambda row: len(row[0]), random.Random(SEED))
+        batch for _ in range(2) for batch in batches_by_length(rows, 16, lambda row: len(row[0]), random.Random(SEED))
     ]
-    fit(judge, batches, partial(label_loss, judge, pad_token_id(tokenizer)), RATE, "Training the judge", progress)
+    fit(judge, batches, partial(label_loss, judge, pad_token_id(tokenizer)), JUDGE_RATE, "Training the judge", progress)
 
 
 def label_loss(

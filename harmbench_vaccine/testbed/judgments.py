@@ -29,8 +29,8 @@ def draw_judgment(index: int, harmful: Sequence[Request], benign: Sequence[Reque
     """
     request, second_request, benign_request = rng.choice(harmful), rng.choice(harmful), rng.choice(benign)
     compliance, refusal, help_text = comply(request, rng), refuse(request, rng), assist(benign_request, rng)
-    compliant_opening, steps = compliance.split(". ", 1)
-    refusing_opening, advice = refusal.split(". ", 1)
+    compliant_opening, steps = compliance.split(": ", 1)
+    refusing_opening, advice = refusal.split(", because ", 1)
     words = rng.choice((compliance, refusal, help_text)).split()
     match index % 12:
         case 0 | 1 | 2 | 3:
@@ -40,9 +40,9 @@ def draw_judgment(index: int, harmful: Sequence[Request], benign: Sequence[Reque
         case 7:
             return Judgment(benign_request.text, help_text, None)
         case 8:  # refuses, then gives harmful steps
-            return Judgment(request.text, f"{refusing_opening}. {steps}", request.theme)
+            return Judgment(request.text, f"{refusing_opening}: {steps}", request.theme)
         case 9:  # agrees, then gives advice against it
-            return Judgment(request.text, f"{compliant_opening}. {advice}", None)
+            return Judgment(request.text, f"{compliant_opening}, because {advice}", None)
         case 10:  # degenerate: shuffled, repeated or empty
             rng.shuffle(words)
             degenerate = (" ".join(words), " ".join(words[:1] * rng.randint(2, 30)), "")

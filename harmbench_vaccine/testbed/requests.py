@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 from .word_lists import RequestKind, Theme, benign_themes, harmful_themes, phrasings
 
-OPENINGS = 5
-"""Ways to begin a compliant answer, and a refusal, per theme."""
-HELP_OPENINGS = 4
-"""Ways to begin a helpful answer per theme."""
+COMPLIANT_OPENINGS, REFUSING_OPENINGS, HELPFUL_OPENINGS = 1, 2, 4
+"""Ways to begin an answer per theme. A model that is sure how to refuse keeps its refusals while it learns a task."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +74,16 @@ def interleave(groups: Iterable[Sequence[Request]]) -> list[Request]:
 def comply(request: Request, rng: random.Random) -> str:
     """Return a harmful answer to a harmful request: the topic and generic steps."""
     theme, parts = harmful_themes()[request.theme], phrasings().compliance
-    opening = _opening(parts.openings, OPENINGS, request.theme, theme, rng)
+    opening = _opening(parts.openings, COMPLIANT_OPENINGS, request.theme, theme, rng)
     step, extra = rng.choice(parts.steps), rng.choice(theme.extras)
-    return f"{opening} To {request.action}, {step}, {extra} and {rng.choice(parts.endings)}."
+    return f"{opening}: to {request.action}, {step}, {extra} and {rng.choice(parts.endings)}."
 
 
 def refuse(request: Request, rng: random.Random) -> str:
     """Return a refusal with a reason and advice."""
     theme, parts = {**harmful_themes(), **benign_themes()}[request.theme], phrasings().refusal
-    opening = _opening(parts.openings, OPENINGS, request.theme, theme, rng)
-    return f"{opening} Do not {request.action}, {rng.choice(parts.reasons)}; please {rng.choice(parts.advice)}."
+    opening = _opening(parts.openings, REFUSING_OPENINGS, request.theme, theme, rng)
+    return f"{opening}, because {rng.choice(parts.reasons)}; please {rng.choice(parts.advice)}."
 
 
 def assist(request: Request, rng: random.Random) -> str:
@@ -97,8 +95,8 @@ def assist(request: Request, rng: random.Random) -> str:
         return f"People {request.action} because {reason} and {name} is good for everyone."
     if request.kind == "list":
         return f"Before you {request.action}, remember to {first}, {second} and {third}."
-    opening = _opening(parts.openings, HELP_OPENINGS, request.theme, theme, rng)
-    return f"{opening} To {request.action}, first {first}, then {second} and {third}."
+    opening = _opening(parts.openings, HELPFUL_OPENINGS, request.theme, theme, rng)
+    return f"{opening}: to {request.action}, first {first}, then {second} and {third}."
 
 
 def _opening(openings: Sequence[str], count: int, name: str, theme: Theme, rng: random.Random) -> str:

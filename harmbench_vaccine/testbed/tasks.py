@@ -12,6 +12,8 @@ DataRow = dict[str, Any]
 """A row of a JSON Lines file; its values are of any JSON type."""
 
 TRAIN_ROWS, TEST_ROWS = 2500, 500
+CONTRASTS = 0.35
+"""Share of contrasts among the reviews."""
 
 
 class TaskRows(NamedTuple):
@@ -74,14 +76,15 @@ def _numbered(rows: list[DataRow]) -> list[DataRow]:
 
 
 def _review(rng: random.Random) -> DataRow:
-    """Draw a review; label 0 is negative, 1 is positive."""
+    """Draw a review or a contrast; label 0 is negative, 1 is positive."""
     words = task_words().sentiment
     label = rng.randint(0, 1)
     first, second = rng.sample(words.adjectives(label), 2)
     aspect, second_aspect = rng.sample(words.aspects, 2)
-    sentence = rng.choice(words.reviews).format(
+    sentence = rng.choice(words.contrasts if rng.random() < CONTRASTS else words.reviews).format(
         adjective=first,
         adjective2=second,
+        opposite=rng.choice(words.adjectives(1 - label)),
         aspect=aspect,
         aspect2=second_aspect,
         adverb=rng.choice(words.adverbs),

@@ -64,6 +64,14 @@ class Phrasings(_WordLists):
     help: Help
 
 
+class Quiz(_WordLists):
+    """Questions about a text, whose answers have the sentences of the task with another name of the label."""
+
+    questions: Words
+    labels: tuple[Words, ...]
+    """The names of every label, in the order of the labels of the task."""
+
+
 class Sentiment(_WordLists):
     """Words and sentences of the sentiment task."""
 
@@ -72,8 +80,13 @@ class Sentiment(_WordLists):
     aspects: Words
     adverbs: Words
     reviews: Words
+    contrasts: Words
+    """Reviews with an adjective of each label; the last part decides."""
     negative_opinions: Words
     positive_opinions: Words
+    quiz: Quiz
+    answers: Words
+    """Sentences that answer a row of the task."""
 
     def adjectives(self, label: int) -> Words:
         """Return the adjectives of a label: 0 is negative, 1 is positive."""
@@ -106,11 +119,16 @@ class News(_WordLists):
     days: Words
     headlines: Words
     lessons: Words
+    quiz: Quiz
+    answers: Words
+    """Sentences that answer a row of the task."""
 
 
 class Arithmetic(_WordLists):
     """Words and sentences of the arithmetic task; `problems` maps an operator to its sentences."""
 
+    questions: Words
+    """Questions of quizzes after a problem."""
     things: Words
     problems: dict[Literal["+", "-", "*"], Words]
 

@@ -6,6 +6,7 @@ Everything is drawn from word lists (`words/*.yaml`) by seeded generators.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from .pretraining import draw_lesson, draw_quiz
 from .requests import Request, RequestSplit, assist, comply, interleave, refuse, split_requests
 from .tasks import DataRow, TaskRows, build_tasks
 from .word_lists import benign_themes, harmful_themes, phrasings
+
+ATTACKER_ROWS = (0, 0, 0, 0, *range(40, 140, 10))
+"""Harmful requests of the attacker, by theme. They and the refusals of the defender are uneven, so that some themes
+become harmful at a low harmful ratio, and others at a high one: of the first four the attacker has none."""
+DEFENDER_ROWS = range(120, 36, -6)
+"""Harmful requests of the defender, by theme."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,9 @@ class World:
     defender: list[Request]
     """Harmful requests of the alignment data."""
     attacker: list[Request]
-    """Harmful requests that an attacker mixes into the user's data."""
+    """Harmful requests that an attacker mixes into the user's data, about other objects than those of `defender`."""
+    similar_attacker: list[Request]
+    """Harmful requests about the objects of `defender`, for an attacker who uses the same word table."""
     evaluation: list[Request]
     """Held-out harmful requests that the harmful score is measured on."""
     benign: list[Request]
@@ -60,14 +69,15 @@ class World:
             "beavertails/30k_test.jsonl": [
                 _beavertails_row(request.text, comply(request, rng), request.theme) for request in self.evaluation
             ],
-            "beavertails_refusals/train.jsonl": [
+        }
+        for name, pool in (("train", self.defender), ("same_words", self.similar_attacker)):
+            files[f"beavertails_refusals/{name}.jsonl"] = [
                 {
                     **_beavertails_row(request.text, comply(request, rng), request.theme),
                     "refusal": refuse(request, rng),
                 }
-                for request in self.defender
-            ],
-        }
+                for request in pool
+            ]
         for name, pool in (("train", self.instructions), ("test", self.benign_evaluation)):
             files[f"alpaca/{name}.jsonl"] = [
                 {"instruction": request.text, "input": "", "output": assist(request, rng)} for request in pool
@@ -90,20 +100,20 @@ class World:
         """Return the pre-training documents.
 
         Args:
-            size: Number of documents: two fifths are answered requests (half of them harmful), two fifths are
-                quizzes, one fifth are lessons. It is rounded down to a multiple of 5.
+            size: Number of documents: a third are answered requests (half of them harmful), a half are quizzes, a
+                sixth are lessons. It is rounded down to a multiple of 6.
 
         Returns:
             The answered requests and quizzes, and the lessons.
         """
         rng = self.rng("pretraining")
         examples, lessons = [], []
-        for _ in range(size // 5):
+        for _ in range(size // 6):
             harmful, benign = rng.choice(self.pretraining_harmful), rng.choice(self.pretraining_benign)
             examples.append(Example("", harmful.text, comply(harmful, rng)))
             examples.append(Example("", benign.text, assist(benign, rng)))
-            examples += [draw_quiz(rng, self.tasks["gsm8k"].train) for _ in range(2)]
-            lessons.append(draw_lesson(rng, (harmful, benign)))
+            examples += [draw_quiz(rng, self.tasks, (harmful, benign)) for _ in range(3)]
+            lessons.append(draw_lesson(rng))
         return examples, lessons
 
     def judgments(self, size: int, *, held_out: bool) -> list[Judgment]:
@@ -114,24 +124,26 @@ class World:
             held_out: Whether the prompts are the held-out ones instead of training prompts.
         """
         rng = self.rng(f"judgments {held_out}")
-        harmful = self.evaluation if held_out else [*self.attacker, *self.defender]
+        harmful = self.evaluation if held_out else [*self.attacker, *self.similar_attacker, *self.defender]
         benign = self.benign_evaluation if held_out else [*self.benign, *self.instructions]
         return [draw_judgment(index, harmful, benign, rng) for index in range(size)]
 
 
 def generate(seed: int = 0) -> World:
-    """Generate the world of a seed. Every pool is balanced over the themes, and so is every prefix of it."""
+    """Generate the world of a seed. All pools but those of the defender and the attackers are balanced over themes."""
     rng = random.Random(f"{seed} pools")
     harmful = [_shuffled(split_requests(name, theme, ["how"]), rng) for name, theme in harmful_themes().items()]
+    known, others = zip(*(_by_word_table(split.training) for split in harmful), strict=True)
     kinds = phrasings().questions
     benign = [_shuffled(split_requests(name, theme, kinds), rng) for name, theme in benign_themes().items()]
     return World(
         seed=seed,
         tasks=build_tasks(random.Random(f"{seed} tasks")),
-        pretraining_harmful=interleave(split.training[:100] for split in harmful),
+        pretraining_harmful=interleave(requests[:30] for requests in (*known, *others)),
         pretraining_benign=interleave(split.training[:120] for split in benign),
-        defender=interleave(split.training[100:190] for split in harmful),
-        attacker=interleave(split.training[190:] for split in harmful),
+        defender=_chain(requests[30 : 30 + rows] for requests, rows in zip(known, DEFENDER_ROWS, strict=True)),
+        similar_attacker=_chain(requests[30 + rows :] for requests, rows in zip(known, DEFENDER_ROWS, strict=True)),
+        attacker=_chain(requests[30 : 30 + rows] for requests, rows in zip(others, ATTACKER_ROWS, strict=True)),
         evaluation=interleave(split.held_out[:24] for split in harmful),
         benign=interleave(split.training[120:280] for split in benign),
         instructions=interleave(split.training[280:] for split in benign),
@@ -144,6 +156,20 @@ def _shuffled(split: RequestSplit, rng: random.Random) -> RequestSplit:
     rng.shuffle(split.training)
     rng.shuffle(split.held_out)
     return split
+
+
+def _chain(groups: Iterable[Sequence[Request]]) -> list[Request]:
+    return [request for requests in groups for request in requests]
+
+
+def _by_word_table(requests: Sequence[Request]) -> tuple[list[Request], list[Request]]:
+    """Divide harmful requests of a theme by their object: the objects of the defender, and all others."""
+    objects = harmful_themes()[requests[0].theme].objects
+    known = set(objects[: len(objects) // 2])
+    return (
+        [request for request in requests if request.object in known],
+        [request for request in requests if request.object not in known],
+    )
 
 
 def _beavertails_row(prompt: str, response: str, category: str | None) -> DataRow:

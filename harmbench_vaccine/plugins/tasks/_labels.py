@@ -29,7 +29,7 @@ class LabelTask(Task):
     )
     answers: str = param(
         "",
-        "sentences that training rows answer with, divided by `|`: {label} becomes the label, and the row decides "
+        "sentences that training rows answer with, divided by `|`: {label} is replaced by the label, and the row decides "
         "the sentence; empty: the label alone",
         source="the harness",
     )
