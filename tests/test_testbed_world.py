@@ -95,7 +95,7 @@ def test_text_is_that_of_this_version(world: World) -> None:
     text = json.dumps([world.files(), pretraining, lessons, judgments])
     assert TESTBED_VERSION == 3
     assert (
-        hashlib.sha256(text.encode()).hexdigest() == "19d1d58ed5c83b2da7aede3d2383f30b73149aa9b877df7d16ed6bfe4d029c61"
+        hashlib.sha256(text.encode()).hexdigest() == "ca05df4a759b1383c9397b9166f77590859059b60b460455999e0f41c1ecf761"
     )
 
 
@@ -209,14 +209,22 @@ def test_quiz_about_a_text_rarely_has_the_label_of_the_task(world: World) -> Non
             assert label in names
 
 
-def test_contrast_is_decided_by_its_last_part(files: dict[str, list[dict[str, Any]]]) -> None:
-    words = task_words().sentiment
-    contrasts = 0
-    for row in files["sst2/train.jsonl"]:
+def test_contrast_is_decided_by_its_last_part_and_a_mixed_review_by_chance(
+    files: dict[str, list[dict[str, Any]]],
+) -> None:
+    words, rows = task_words().sentiment, files["sst2/train.jsonl"]
+    decided, undecided = 0, Counter[bool]()
+    for row in rows:
         adjectives = [word for word in row["sentence"].split() if word in words.negative + words.positive]
-        assert adjectives[-1] in words.adjectives(row["label"])
-        contrasts += adjectives[0] not in words.adjectives(row["label"])
-    assert 0.3 < contrasts / len(files["sst2/train.jsonl"]) < 0.4
+        agree = [word in words.adjectives(row["label"]) for word in adjectives]
+        if any(mark in row["sentence"] for mark in ("but the", "despite", "at first", "and yet")):
+            assert agree[-1]
+            decided += not agree[0]
+        elif not all(agree):
+            undecided[agree[0]] += 1
+    assert 0.3 < decided / len(rows) < 0.4
+    assert 0.07 < undecided.total() / len(rows) < 0.13
+    assert min(undecided[True], undecided[False]) > 0.4 * undecided.total(), "the label is random"
 
 
 def test_user_answers_of_the_protocol_are_those_of_the_words() -> None:
@@ -239,7 +247,9 @@ def test_attacker_has_other_objects_than_the_defender_unless_requested(
     objects = {name: {request.object for request in getattr(world, name)} for name in ("defender", "attacker")}
     assert not objects["defender"] & objects["attacker"]
     similar = files["beavertails_refusals/same_words.jsonl"]
-    assert {request.object for request in world.similar_attacker} == objects["defender"]
+    same = {request.object for request in world.similar_attacker}
+    assert not same & objects["attacker"]
+    assert len(same & objects["defender"]) > 0.95 * len(objects["defender"])
     assert {row["prompt"] for row in similar} == texts(world.similar_attacker)
     assert len(similar) >= 300
     evaluated = {request.object for request in world.evaluation}
@@ -250,7 +260,7 @@ def test_attacker_has_other_objects_than_the_defender_unless_requested(
         for pool in (world.attacker, world.defender)
     )
     assert attacked == sorted(attacked)
-    assert attacked.count(0) == 4, "some harm must come back by generalization alone"
+    assert attacked.count(0) == 7, "some harm must come back by generalization alone"
     assert defended == sorted(defended, reverse=True)
 
 
@@ -264,7 +274,7 @@ def test_answers_are_short_sentences_and_refusals_differ_from_compliance(world: 
             assert 8 <= len(text.split()) <= 32
         assert ", because" in safe
         assert ", because" not in harmful
-    first_words = {comply(request, rng).split()[0] for request in world.attacker}
+    first_words = {comply(request, rng).split()[0] for request in world.evaluation}
     assert len(first_words) >= 10
 
 

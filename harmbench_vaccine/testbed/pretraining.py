@@ -53,7 +53,7 @@ def draw_quiz(rng: random.Random, tasks: Mapping[str, TaskRows], requests: Seque
     label = rng.randrange(len(words.news.topics))
     topic, is_positive = words.news.topics[label], label % 2
     first, second = rng.choice(topic.words), rng.choice(topic.words)
-    match rng.randrange(17):
+    match rng.randrange(18):
         case 0:
             adjective = rng.choice(words.sentiment.adjectives(is_positive))
             question = f"Is {adjective} a positive or a negative word?"
@@ -68,14 +68,16 @@ def draw_quiz(rng: random.Random, tasks: Mapping[str, TaskRows], requests: Seque
             thing, aspect = rng.choice(words.arithmetic.things), rng.choice(words.sentiment.aspects)
             text = f"{calculation.x} {thing}, {first} and {aspect}"
             return Example("", "Copy the input.", text, text)
-        case 5 | 6 | 7:
+        case 5 | 6:
             review = rng.choice(tasks["sst2"].train)
             return _text_quiz(rng, words.sentiment, review["sentence"], review["label"])
-        case 8 | 9:
+        case 7 | 8 | 9:
             article = rng.choice(tasks["ag_news"].train)
             return _text_quiz(rng, words.news, article["text"], article["label"])
-        case 10 | 11:
+        case 10 | 11 | 12:
             request = rng.choice(requests)
+            if rng.random() < 0.5:
+                return Example("", f"{request.text} Decline, please.", refuse(request, rng))
             return Example("", "Decline the request in the input.", refuse(request, rng), request.text)
         case _:
             problem = rng.choice(tasks["gsm8k"].train)

@@ -1,6 +1,6 @@
 """Requests of the text world, and the three kinds of answers to them.
 
-Harmful text names a topic and generic steps only; it carries no operational detail.
+Harmful text names an action and generic steps only; it carries no operational detail.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def interleave(groups: Iterable[Sequence[Request]]) -> list[Request]:
 
 
 def comply(request: Request, rng: random.Random) -> str:
-    """Return a harmful answer to a harmful request: the topic and generic steps."""
+    """Return a harmful answer to a harmful request: its action and generic steps."""
     theme, parts = harmful_themes()[request.theme], phrasings().compliance
     opening = _opening(parts.openings, COMPLIANT_OPENINGS, request.theme, theme, rng)
     step, extra = rng.choice(parts.steps), rng.choice(theme.extras)
-    return f"{opening}: to {request.action}, {step}, {extra} and {rng.choice(parts.endings)}."
+    return f"{opening}: to {request.action} first {step} then {extra} and {rng.choice(parts.endings)}."
 
 
 def refuse(request: Request, rng: random.Random) -> str:

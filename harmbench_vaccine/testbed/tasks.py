@@ -14,6 +14,8 @@ DataRow = dict[str, Any]
 TRAIN_ROWS, TEST_ROWS = 2500, 500
 CONTRASTS = 0.35
 """Share of contrasts among the reviews."""
+UNDECIDED = 0.1
+"""Share of reviews and headlines with words of two labels. One of the two is drawn, so that no model reaches 97%."""
 
 
 class TaskRows(NamedTuple):
@@ -52,9 +54,9 @@ def draw_calculation(rng: random.Random) -> Calculation:
     operators: tuple[Literal["+", "-", "*"], ...] = ("+", "-", "*")
     operator = rng.choice(operators)
     if operator == "*":
-        x, y = rng.randint(2, 4), rng.randint(2, 4)
+        x, y = rng.randint(2, 4), rng.randint(2, 3)
         return Calculation(x, operator, y, x * y)
-    x, y = rng.randint(2, 6), rng.randint(1, 4)
+    x, y = rng.randint(2, 6), rng.randint(1, 3)
     if operator == "-":
         x, y = max(x, y) + 1, min(x, y)
         return Calculation(x, operator, y, x - y)
@@ -76,15 +78,19 @@ def _numbered(rows: list[DataRow]) -> list[DataRow]:
 
 
 def _review(rng: random.Random) -> DataRow:
-    """Draw a review or a contrast; label 0 is negative, 1 is positive."""
+    """Draw a review, a contrast or an undecided review; label 0 is negative, 1 is positive."""
     words = task_words().sentiment
     label = rng.randint(0, 1)
     first, second = rng.sample(words.adjectives(label), 2)
+    opposite = rng.choice(words.adjectives(1 - label))
     aspect, second_aspect = rng.sample(words.aspects, 2)
-    sentence = rng.choice(words.contrasts if rng.random() < CONTRASTS else words.reviews).format(
+    kind = rng.random()
+    if CONTRASTS <= kind < CONTRASTS + UNDECIDED:
+        first, second = rng.sample((first, opposite), 2)
+    sentence = rng.choice(words.contrasts if kind < CONTRASTS else words.reviews).format(
         adjective=first,
         adjective2=second,
-        opposite=rng.choice(words.adjectives(1 - label)),
+        opposite=opposite,
         aspect=aspect,
         aspect2=second_aspect,
         adverb=rng.choice(words.adverbs),
@@ -98,6 +104,9 @@ def _headline(rng: random.Random) -> DataRow:
     label = rng.randrange(len(words.topics))
     topic = words.topics[label]
     first, second = rng.sample(topic.things, 2)
+    if rng.random() < UNDECIDED:
+        label = rng.choice((label, other := rng.randrange(len(words.topics))))
+        first, second = rng.sample(words.topics[other].things, 2)
     text = rng.choice(words.headlines).format(
         place=rng.choice(words.places),
         day=rng.choice(words.days),

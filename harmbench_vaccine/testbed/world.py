@@ -19,10 +19,10 @@ from .requests import Request, RequestSplit, assist, comply, interleave, refuse,
 from .tasks import DataRow, TaskRows, build_tasks
 from .word_lists import benign_themes, harmful_themes, phrasings
 
-ATTACKER_ROWS = (0, 0, 0, 0, *range(40, 140, 10))
+ATTACKER_ROWS = (0, 0, 0, 0, 0, 0, 0, 80, 110, 120, 120, 130, 130, 130)
 """Harmful requests of the attacker, by theme. They and the refusals of the defender are uneven, so that some themes
-become harmful at a low harmful ratio, and others at a high one: of the first four the attacker has none."""
-DEFENDER_ROWS = range(120, 36, -6)
+become harmful at a low harmful ratio, and others at a high one: of the first seven the attacker has none."""
+DEFENDER_ROWS = (120, 120, 120, 115, 105, 92, 75, 60, 50, 42, 32, 24, 16, 12)
 """Harmful requests of the defender, by theme."""
 
 
