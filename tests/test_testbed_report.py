@@ -86,6 +86,7 @@ def test_every_check_can_fail(
                 harmful_score_n=250,
                 finetune_accuracy=measured["accuracy"][spec.task],
                 finetune_accuracy_n=250,
+                harmful_token_share=20.0,
                 before=SimpleNamespace(finetune_accuracy=measured["before"]),
                 validity=SimpleNamespace(
                     shares={
@@ -112,3 +113,7 @@ def test_every_check_can_fail(
         check.requirement for check in report.checks if failing and failing in check.requirement
     ]
     assert report.holds is (failing is None)
+    assert report.token_share == dict.fromkeys(("sst2", "agnews", "gsm8k"), 20.0)
+    assert {task: point.mean for task, point in report.harmful_by_task.items()} == pytest.approx(
+        dict.fromkeys(report.token_share, measured["sft"][0.1])
+    )

@@ -139,6 +139,10 @@ class TestbedReport:
     """Harmful ratio -> percentage of benign prompts that the baseline answers."""
     accuracy: dict[str, dict[str, MeanInterval]]
     """Task -> `before` (the aligned model) or `after` (fine-tuned at the attack ratio) -> accuracy, in percent."""
+    harmful_by_task: dict[str, MeanInterval]
+    """Task -> harmful score of the baseline at the attack ratio, in percent."""
+    token_share: dict[str, float]
+    """Task -> share of the user's response tokens in harmful rows, in percent: mean over seeds."""
     judge: dict[str, float]
     """Precision, recall and F1 of the judge on held-out pairs."""
     checks: list[TestbedCheck]
@@ -167,7 +171,7 @@ def measure_testbed(
     progress.note(f"{len(specs)} runs: about {time} on 2 CPU cores if none of their stages is stored.")
     scores: dict[str, dict[float, list[tuple[float, int]]]] = {}
     shares: dict[float, list[AnswerShares]] = {}
-    accuracies: dict[str, dict[str, list[tuple[float, int]]]] = {}
+    tasks: dict[str, list[Result]] = {}
     for spec, result in zip(specs, run(specs), strict=True):
         ratio = float(str(spec.attack[0].params[""]))
         if result.task == suite.task:
@@ -177,11 +181,22 @@ def measure_testbed(
             if result.defense == suite.baseline:
                 shares.setdefault(ratio, []).append(result.validity.shares["after"])
         if result.defense == suite.baseline and ratio == suite.attack_ratio:
-            values = accuracies.setdefault(result.task, {"before": [], "after": []})
-            values["before"].append((result.before.finetune_accuracy, result.finetune_accuracy_n))
-            values["after"].append((result.finetune_accuracy, result.finetune_accuracy_n))
+            tasks.setdefault(result.task, []).append(result)
     harmful = {name: {ratio: MeanInterval.of(v) for ratio, v in curve.items()} for name, curve in scores.items()}
-    accuracy = {task: {when: MeanInterval.of(v) for when, v in values.items()} for task, values in accuracies.items()}
+    accuracy = {
+        task: {
+            "before": MeanInterval.of(
+                [(result.before.finetune_accuracy, result.finetune_accuracy_n) for result in results]
+            ),
+            "after": MeanInterval.of([(result.finetune_accuracy, result.finetune_accuracy_n) for result in results]),
+        }
+        for task, results in tasks.items()
+    }
+    harmful_by_task = {
+        task: MeanInterval.of([(result.harmful_score, result.harmful_score_n) for result in results])
+        for task, results in tasks.items()
+    }
+    token_share = {task: fmean(map(_token_share, results)) for task, results in tasks.items()}
     facts = json.loads((ensure_testbed(progress).path / "testbed.json").read_text(encoding="utf-8"))
     judge = facts["judge_held_out"]["flag"]
     refused, neither, helped = (
@@ -198,7 +213,9 @@ def measure_testbed(
             judge["f1"] >= suite.limits.judge,
         ),
     ]
-    return TestbedReport(size.ratios, harmful, refused, neither, helped, accuracy, judge, checks)
+    return TestbedReport(
+        size.ratios, harmful, refused, neither, helped, accuracy, harmful_by_task, token_share, judge, checks
+    )
 
 
 def _refused(shares: AnswerShares) -> float:
@@ -211,6 +228,10 @@ def _neither(shares: AnswerShares) -> float:
 
 def _helped(shares: AnswerShares) -> float:
     return 100 - shares.over_refusal
+
+
+def _token_share(result: Result) -> float:
+    return result.harmful_token_share or 0.0  # unknown in results of earlier versions
 
 
 def _report_specs(suite: ReportSuite, size: ReportSize) -> list[RunSpec]:
@@ -321,9 +342,18 @@ def testbed_view(report: TestbedReport) -> RenderableType:
             for name, points in report.harmful.items()
         ],
     )
-    accuracies = render_table(
-        ["task", *numbers("before the user stage", "after it")],
-        [[task, str(scores["before"]), str(scores["after"])] for task, scores in report.accuracy.items()],
+    tasks = render_table(
+        ["task", *numbers("FA before the user stage", "FA after it", "HS after it", "harmful token share")],
+        [
+            [
+                task,
+                str(scores["before"]),
+                str(scores["after"]),
+                str(report.harmful_by_task[task]),
+                f"{report.token_share[task]:.1f}",
+            ]
+            for task, scores in report.accuracy.items()
+        ],
     )
     answers = render_table(
         ["SFT", *numbers(*(f"p={ratio:g}" for ratio in report.ratios))],
@@ -352,7 +382,7 @@ def testbed_view(report: TestbedReport) -> RenderableType:
     tables = {
         f"Harmful score (HS, %) by harmful ratio p: {seeds}": curves,
         "Answers of the final model (%)": answers,
-        "Accuracy (FA, %) after SFT alignment": accuracies,
+        "SFT at one ratio, by task (%)": tasks,
         "Checks": checks,
     }
     return Group(
