@@ -29,8 +29,8 @@ class LabelTask(Task):
     )
     answers: str = param(
         "",
-        "sentences that training rows answer with, divided by `|`: {label} is replaced by the label, and the row decides "
-        "the sentence; empty: the label alone",
+        "sentences that training rows answer with, divided by `|`: {label} is replaced by the label, and the row "
+        "decides the sentence; empty: the label alone",
         source="the harness",
     )
 
