@@ -27,7 +27,7 @@ CELL = 12.2
 """Width of a character in a picture of rich."""
 COMMANDS = {
     "run": "hbv run --defense sft --defense vaccine --attack ratio=0.1",
-    "show": "hbv show vaccine-2f --limit 1",
+    "show": "hbv show vaccine-d2 --limit 1",
     "leaderboard": "hbv leaderboard leaderboards/testbed.csv",
     "info": "hbv info vaccine",
     "check": "hbv check vaccine",

@@ -54,9 +54,9 @@ def compare(
     both have. RUN is a run id, a unique prefix of one, or a folder.
 
     \b
-    Example: hbv compare sft-c9 vaccine-2f
-    Judges: hbv compare vaccine-2f --scorer beaver_dam --scorer refusal_keywords
-    Noise floor: hbv compare vaccine-2f --repeat
+    Example: hbv compare sft-25 vaccine-d2
+    Judges: hbv compare vaccine-d2 --scorer beaver_dam --scorer refusal_keywords
+    Noise floor: hbv compare vaccine-d2 --repeat
     """
     from harmbench_vaccine.core.jsonl import finite
     from harmbench_vaccine.evaluation.records import find_run

@@ -41,8 +41,8 @@ def export(run: str, folder: Path, stage: str, merge: bool, as_json: bool) -> No
     It must be empty or absent. RUN is a run id, a unique prefix of one, or a folder.
 
     \b
-    Example: hbv export vaccine-2f my-adapter
-    All weights: hbv export vaccine-2f my-model --merge
+    Example: hbv export vaccine-d2 my-adapter
+    All weights: hbv export vaccine-d2 my-model --merge
     """
     from harmbench_vaccine.evaluation.records import find_run
     from harmbench_vaccine.export.run_export import export_run

@@ -87,7 +87,7 @@ def add(result: Path, entries: Path) -> None:
     not edit it. Rank entries with `hbv leaderboard DIR`.
 
     \b
-    Example: hbv leaderboard add $HBV_HOME/runs/sft-c91739f1/result.json
+    Example: hbv leaderboard add $HBV_HOME/runs/sft-255aa195/result.json
     """
     from harmbench_vaccine.reporting.leaderboard.entries import add_entry
 

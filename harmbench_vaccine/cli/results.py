@@ -75,9 +75,9 @@ def show(
     one, or a folder.
 
     \b
-    Example: hbv show vaccine-2f --only flagged
-    Curves: hbv show vaccine-2f --curves curves.svg
-    Embeddings: hbv show vaccine-2f --embeddings map.svg
+    Example: hbv show vaccine-d2 --only flagged
+    Curves: hbv show vaccine-d2 --curves curves.svg
+    Embeddings: hbv show vaccine-d2 --embeddings map.svg
     """
     from harmbench_vaccine.core.errors import BadInput, unknown_name
     from harmbench_vaccine.evaluation.noise_floor import load_repeat
@@ -167,7 +167,7 @@ def score(run: str, scorers: tuple[str, ...], threshold: float | None, as_json: 
     to the stored ones, and the headline HS does not change. Stored judgments of the same answers are reused.
 
     \b
-    Example: hbv score vaccine-2f --scorer llama_guard --scorer beaver_dam=0.4
+    Example: hbv score vaccine-d2 --scorer llama_guard --scorer beaver_dam=0.4
     """
     from harmbench_vaccine.evaluation.records import find_run
     from harmbench_vaccine.evaluation.rescoring import rescore

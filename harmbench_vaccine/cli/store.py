@@ -173,7 +173,7 @@ def gc(
 
     \b
     Example: hbv store gc --older-than 30d
-    Remove: hbv store gc --run vaccine-2f --yes
+    Remove: hbv store gc --run vaccine-d2 --yes
     """
     from harmbench_vaccine.evaluation.store_cleanup import Selection, clean, plan_cleanup
     from harmbench_vaccine.reporting.store_views import cleanup_view

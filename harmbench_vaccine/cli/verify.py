@@ -33,7 +33,7 @@ def verify(sources: tuple[str, ...], cached: bool, as_json: bool) -> None:
     if a value differs or nothing could be compared.
 
     \b
-    Example: hbv verify vaccine-2f
+    Example: hbv verify vaccine-d2
     A CSV: hbv verify results.csv
     """
     from harmbench_vaccine.reporting.verification_view import verified_runs_view

@@ -20,7 +20,7 @@ def why(run: str, as_json: bool) -> None:
     run id, a unique prefix of one, or a folder.
 
     \b
-    Example: hbv why vaccine-2f
+    Example: hbv why vaccine-d2
     """
     from harmbench_vaccine.core.paths import home
     from harmbench_vaccine.core.store import Store
