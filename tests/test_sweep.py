@@ -224,6 +224,7 @@ def test_detectable_difference_with_stored_runs(world: Path, tmp_path: Path) -> 
         (["--data", "sst2"], "Invalid --data 'sst2'. Expected NAME=PATH."),
         (["--data", "sst=x", "--plan"], "Unknown data set 'sst' of protocol 'tiny'. Did you mean 'sst2'?"),
         (["--model", "absent.gguf", "--plan"], "'absent.gguf' does not exist"),
+        (["--scorer", "refusal_keyword", "--plan"], "Did you mean 'refusal_keywords'?"),
     ],
 )
 def test_bad_options(suite: Path, own_home: Path, options: list[str], sentence: str) -> None:
@@ -257,7 +258,7 @@ def test_workers_read_the_model_and_the_data_of_the_command(world: Path, tmp_pat
         tmp_path / "pair.yaml", world, defenses=["sft"], model="absent/model", data={"sst2": "absent/data"}
     )
     model, data = (shutil.copytree(world.parent / name, tmp_path / name) for name in ("model", "data"))
-    options = ("--model", model, "--data", f"sst2={data / 'sst2'}")
+    options = ("--model", model, "--data", f"sst2={data / 'sst2'}", "--scorer", "refusal_keywords")
     done = hbv("sweep", suite, *options, "--json", home=own_home)
     assert done.code == 0, done.err
     results = done.results
@@ -265,6 +266,7 @@ def test_workers_read_the_model_and_the_data_of_the_command(world: Path, tmp_pat
     for result in results:
         assert result["model"] == str(model)
         assert result["data"]["sst2"]["location"] == str(data / "sst2")
+        assert result["scorer"] == "refusal_keywords"
     status = json.loads(hbv("sweep", suite, *options, "--status", "--json", home=own_home).out)
     assert (status["finished"], status["runs"]) == (2, 2)
     file = own_home / "sweeps" / "pair" / "suite.yaml"

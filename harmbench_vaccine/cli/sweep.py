@@ -11,7 +11,7 @@ from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import ensure_writable, home, user_path
 
 from .clusters import CLUSTER_OPTIONS, ClusterOptions, cluster_options, parse_limit, submit_to_slurm, sweep_on_ray
-from .completion import suite_name
+from .completion import plugin_names, suite_name
 from .console import (
     GroupedCommand,
     output_options,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _OPTION_GROUPS = {
     "What to do": ("plan", "device_name", "show_status", "retry_failed"),
-    "What to run": ("model", "data"),
+    "What to run": ("model", "data", "scorers"),
     "Workers": ("workers", "device", "is_worker", "time_limit"),
     "Clusters": CLUSTER_OPTIONS,
     "Output": ("out", "as_json", "quiet", "verbose", "log_file"),
@@ -56,6 +56,14 @@ _OPTION_GROUPS = {
     "--model", default=None, metavar="ID", help="Hub id, folder or GGUF file, instead of the model of every run."
 )
 @click.option("--data", multiple=True, metavar="NAME=PATH", help="Replace a data set of every run. Repeatable.")
+@click.option(
+    "--scorer",
+    "scorers",
+    shell_complete=plugin_names("scorers"),
+    multiple=True,
+    metavar="SPEC",
+    help="Replace the judges of every run. Repeatable: the first gives the HS.",
+)
 @click.option(
     "--workers",
     type=click.IntRange(1, 1024),
@@ -91,6 +99,7 @@ def sweep(
     retry_failed: bool,
     model: str | None,
     data: tuple[str, ...],
+    scorers: tuple[str, ...],
     workers: int | None,
     is_worker: bool,
     time_limit: int | None,
@@ -120,14 +129,14 @@ def sweep(
         raise BadInput("--time-limit applies to --worker only: add --worker, or remove --time-limit.")
     if cluster.executor != "local" and (plan or show_status or is_worker):
         raise BadInput(f"--executor {cluster.executor} cannot be combined with {chosen[0]}: remove one of them.")
-    loaded = load_suite(suite).with_locations(model, parse_assignments("--data", "NAME=PATH", data))
+    loaded = load_suite(suite).with_replacements(model, parse_assignments("--data", "NAME=PATH", data), scorers)
     if plan:
         _print_plan(loaded, device_name, workers, as_json)
         return
     from harmbench_vaccine.sweeps.sweep import Sweep
 
     opened = Sweep.open(loaded, home(), out)
-    if (model or data) and not (show_status or is_worker):  # the workers read what the options have changed
+    if (model or data or scorers) and not (show_status or is_worker):  # the workers read what the options have changed
         file = ensure_writable(opened.folder, "The folder of the sweep").absolute() / "suite.yaml"
         loaded.write(file)
         suite = str(file)

@@ -165,12 +165,13 @@ class Suite(BaseModel):
             unique.setdefault(_identity(experiment), experiment)
         return list(unique.values())
 
-    def with_locations(self, model: str | None, data: Mapping[str, str]) -> Suite:
-        """Return the suite with another model and other locations of data sets, for all of its runs.
+    def with_replacements(self, model: str | None, data: Mapping[str, str], scorers: Texts) -> Suite:
+        """Return the suite with another model, other locations of data sets and other judges, for all of its runs.
 
         Args:
             model: Hub id, folder or GGUF file; None: those of the suite.
             data: Data set -> location.
+            scorers: Judges as on the command line; none: those of the suite.
 
         Raises:
             BadInput: The suite compares several models.
@@ -180,7 +181,8 @@ class Suite(BaseModel):
             names = ", ".join([*self.models, *entries])
             raise BadInput(f"--model cannot replace the models that suite {self.name!r} compares ({names}).")
         models = self.models if model is None else (model,)
-        return self.model_copy(update={"models": models, "data": {**self.data, **data}})
+        update = {"models": models, "data": {**self.data, **data}, "scorers": scorers or self.scorers}
+        return self.model_copy(update=update)
 
     def write(self, path: Path) -> None:
         """Write the suite as a file, which workers read."""
