@@ -361,7 +361,7 @@ def write_overlay(path: Path, **changes: Any) -> Path:
 
 def test_an_overlay_changes_only_its_values(tmp_path: Path) -> None:
     overlay, base = load_protocol(str(write_overlay(tmp_path / "mine.yaml"))), load_protocol("testbed")
-    changed = {"name": "mine", "version": 1, "defenses": {**base.defenses, "lisa": {"k1": 5, "k2": 45, "rho": 3.2}}}
+    changed = {"name": "mine", "version": 1, "defenses": {**base.defenses, "lisa": {"k1": 10, "k2": 90, "rho": 3.2}}}
     assert overlay.model_dump() == {**base.model_dump(), **changed}
     assert overlay.hash != base.hash
     assert overlay.untuned_hash == base.hash

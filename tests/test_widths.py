@@ -182,8 +182,7 @@ def test_long_notes_are_indented_and_legends_are_printed_once() -> None:
 def test_the_comment_of_a_protocol_keeps_paragraphs_and_indents() -> None:
     lines = lines_at(protocol_page(protocol_details("testbed")), 60)
     steps = next(number for number, line in enumerate(lines) if line.startswith("  steps "))
-    assert lines[steps + 1].startswith("  20 in the user stage")
-    assert lines[steps + 2] == "  of steps inside a stage"
+    assert lines[steps + 1] == "  -> 400); the same for numbers of steps inside a stage"
     prose = next(number for number, line in enumerate(lines) if line.startswith("Every number of rows"))
     assert lines[prose - 1] == ""
     assert all(len(line) > 40 for line in lines[prose : prose + 2])
@@ -271,11 +270,16 @@ def measured_testbed() -> RenderableType:
     checks = [testbed_report.TestbedCheck("The harmful score increases with the ratio " * 2, measured, False)]
     return testbed_report.testbed_view(
         testbed_report.TestbedReport(
-            list(points),
-            {"random_vaccine": points},
-            {"sst2": {"before": points[0.0], "after": points[0.1]}},
-            {},
-            checks,
+            ratios=list(points),
+            harmful={"random_vaccine": points},
+            refused=dict.fromkeys(points, 100.0),
+            neither=dict.fromkeys(points, 100.0),
+            helped=dict.fromkeys(points, 100.0),
+            accuracy={"sst2": {"before": points[0.0], "after": points[0.1]}},
+            harmful_by_task={"sst2": points[0.0]},
+            token_share={"sst2": 100.0},
+            judge={},
+            checks=checks,
         )
     )
 
