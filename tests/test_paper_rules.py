@@ -87,7 +87,7 @@ def test_the_testbed_keeps_its_prompts() -> None:
     assert converted["gsm8k"].instruction == f"How many? {suffix}"
     assert converted["gsm8k"].response == "We add.\nThe final answer is: 7"
     assert (protocol.hash, protocol.version) == ("48bc19dccbfa", 3)
-    assert {name: set(values) for name, values in protocol.tasks.items()} == {"sst2": {"answers"}, "agnews": {"answers"}}
+    assert {(task, *values) for task, values in protocol.tasks.items()} == {("sst2", "answers"), ("agnews", "answers")}
     assert settled("testbed", "sst2").template == prompt_template("brief")
 
 
