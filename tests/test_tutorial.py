@@ -153,7 +153,7 @@ def test_defense_tutorial_produces_leaderboard_rows(
     outputs = follow(DEFENSE, tmp_path, testbed_home)
     rows = {row["defense"]: row for row in rows_of(tmp_path / "surgery.csv")}
     assert set(rows) == {"sft", "surgery"}
-    assert all(row["collapsed"] == "False" and float(row["finetune_accuracy"]) > 90 for row in rows.values())
+    assert all(row["collapsed"] == "False" and float(row["finetune_accuracy"]) > 60 for row in rows.values())
     board = (tmp_path / "board" / "leaderboard.md").read_text(encoding="utf-8")
     assert "surgery" in board
     assert "surgery" in outputs["hbv leaderboard surgery.csv --out board"]
