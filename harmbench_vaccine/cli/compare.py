@@ -10,9 +10,10 @@ import click
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import home
 
-from .completion import plugin_names, stored_run
+from .completion import stored_run
 from .console import SuggestingChoice, output_options, print_json, print_view, terminal_progress
 from .device import device_option
+from .scorers import scorer_option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,13 +23,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN]", shell_complete=stored_run)
-@click.option(
-    "--scorer",
-    "scorers",
-    shell_complete=plugin_names("scorers"),
-    multiple=True,
-    metavar="SPEC",
-    help="With one RUN: compare the verdicts of two judges, each with its own --scorer. Missing verdicts are added.",
+@scorer_option(
+    "With one RUN: compare the verdicts of two judges, each with its own --scorer. Missing verdicts are added."
 )
 @click.option(
     "--repeat",

@@ -8,7 +8,7 @@ import click
 
 from harmbench_vaccine.core.paths import home, user_path
 
-from .completion import plugin_names, stored_run
+from .completion import stored_run
 from .console import (
     FiniteRange,
     SuggestingChoice,
@@ -19,6 +19,7 @@ from .console import (
     terminal_progress,
 )
 from .device import device_option
+from .scorers import scorer_option
 
 
 @click.command()
@@ -142,14 +143,7 @@ def _plot_embeddings(run: Path, path: Path) -> None:
 
 @click.command()
 @click.argument("run", shell_complete=stored_run)
-@click.option(
-    "--scorer",
-    "scorers",
-    shell_complete=plugin_names("scorers"),
-    multiple=True,
-    metavar="SPEC",
-    help="llama_guard, beaver_dam=0.4, harmbench:template=FILE. Repeatable. [default: the scorer of the run]",
-)
+@scorer_option("llama_guard, beaver_dam=0.4, harmbench:template=FILE. Repeatable. [default: the scorer of the run]")
 @click.option(
     "--threshold",
     type=FiniteRange(0, 1),

@@ -27,6 +27,7 @@ from .console import (
     terminal_progress,
 )
 from .device import device_option
+from .scorers import scorer_option
 
 if TYPE_CHECKING:
     from harmbench_vaccine.evaluation.result import Result
@@ -91,13 +92,8 @@ _OPTION_GROUPS = {
     "--model", default=None, metavar="ID", help="Override the protocol's model with a Hub id, a folder or a GGUF file."
 )
 @click.option("--data", multiple=True, metavar="NAME=PATH", help="Override a data set of the protocol. Repeatable.")
-@click.option(
-    "--scorer",
-    "scorers",
-    shell_complete=plugin_names("scorers"),
-    multiple=True,
-    metavar="SPEC",
-    help="Override the protocol's judge. Repeatable: the first gives the HS, the others are reported in addition.",
+@scorer_option(
+    "Override the protocol's judge. Repeatable: the first gives the HS, the others are reported in addition."
 )
 @click.option(
     "--set",

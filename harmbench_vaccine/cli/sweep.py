@@ -11,7 +11,7 @@ from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.paths import ensure_writable, home, user_path
 
 from .clusters import CLUSTER_OPTIONS, ClusterOptions, cluster_options, parse_limit, submit_to_slurm, sweep_on_ray
-from .completion import plugin_names, suite_name
+from .completion import suite_name
 from .console import (
     GroupedCommand,
     output_options,
@@ -22,6 +22,7 @@ from .console import (
     terminal_progress,
 )
 from .device import device_option
+from .scorers import scorer_option
 
 if TYPE_CHECKING:
     from harmbench_vaccine.sweeps.suite import Suite
@@ -56,14 +57,7 @@ _OPTION_GROUPS = {
     "--model", default=None, metavar="ID", help="Hub id, folder or GGUF file, instead of the model of every run."
 )
 @click.option("--data", multiple=True, metavar="NAME=PATH", help="Replace a data set of every run. Repeatable.")
-@click.option(
-    "--scorer",
-    "scorers",
-    shell_complete=plugin_names("scorers"),
-    multiple=True,
-    metavar="SPEC",
-    help="Replace the judges of every run. Repeatable: the first gives the HS.",
-)
+@scorer_option("Replace the judges of every run. Repeatable: the first gives the HS.")
 @click.option(
     "--workers",
     type=click.IntRange(1, 1024),
