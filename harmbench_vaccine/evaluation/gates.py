@@ -13,7 +13,7 @@ from .agreement import AnswerRow, is_flagged
 from .result import AnswerShares, Validity
 from .statistics import percentage
 
-_MODELS: dict[Literal["before", "after"], str] = {"before": "of the aligned model", "after": "after the user stage"}
+_MODELS: dict[Literal["before", "after"], str] = {"before": "before the user stage", "after": "after the user stage"}
 
 
 def measure_validity(
