@@ -21,7 +21,7 @@ MEASUREMENT_SECONDS = 0.2
 _WIDTHS = 8
 """Widths of training rows are rounded up to a multiple of this number of tokens, so that stages share measurements."""
 CPU_LIMIT = 5e11
-"""Maximum floating point operations per step of two layers that are timed on a CPU, which needs about twenty steps."""
+"""Maximum floating point operations per step of two layers that are timed on a CPU, which needs about ten steps."""
 FEW_TOKENS, MANY_TOKENS = 2, 34
 """Generated tokens of two calls, whose difference is the time of the tokens between."""
 
