@@ -277,7 +277,7 @@ def test_unknown_suite() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Suites that ship with the package
 
-PAPER_SUITES = [name for name in suite_names() if not name.startswith("testbed-")]
+PAPER_SUITES = [name for name in suite_names() if load_suite(name).protocols[0].endswith("-paper")]
 Cell = tuple[str, str, str, float, int]
 """Model, task, defense with every parameter as JSON, harmful ratio, number of rows."""
 
