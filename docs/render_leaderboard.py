@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/leaderboard.md from the results of suite testbed-vaccine-table1.
+"""Write the tables of README.md and docs/leaderboard.md from the results of all defenses on the testbed.
 
 python docs/render_leaderboard.py
 """
@@ -14,11 +14,12 @@ from harmbench_vaccine.reporting.leaderboard.ranking import rank_results
 from harmbench_vaccine.reporting.leaderboard.tuned import tuned_changes, tuned_grids
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "leaderboards" / "testbed-vaccine-table1" / "results.csv"
+RESULTS = ROOT / "leaderboards" / "testbed.csv"
 PAGES = ROOT / "README.md", ROOT / "docs" / "leaderboard.md"
 BEGIN, END = "<!-- Written by docs/render_leaderboard.py: {} -->", "<!-- end: {} -->"
 MARKS = {"": "", "collapsed": "†", "hollow": "‡"}
 LEVEL = 0.05
+BASELINES = "none", "sft"
 DETAILED = "p = 10%"
 """The column whose other scores are shown."""
 
@@ -43,17 +44,25 @@ def table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def defense_rows(default: Grid, tuned: Grid) -> Iterator[tuple[str, Grid, str]]:
-    """Yield the label, the grid and the name of each defense, and again where the tuning changed its parameters."""
-    for name in default.defenses:
+def defense_rows(default: Grid, tuned: Grid | None) -> Iterator[tuple[str, Grid, str]]:
+    """Yield the label, the grid and the name of each defense, and again where the tuning changed its parameters.
+
+    The baselines come first. The others are sorted by HS at one ratio; those without a rank come last.
+    """
+
+    def place(name: str) -> tuple[bool, bool, float]:
+        cell = default.cell(name, DETAILED)
+        return (name not in BASELINES, not cell or cell_mark(cell) != "", cell["harmful_score"] if cell else math.inf)
+
+    for name in sorted(default.defenses, key=place):
         yield f"`{name}`", default, name
-        before, after = (grid.cell(name, DETAILED) for grid in (default, tuned))
-        if before and after and (changes := tuned_changes(before, after)):
+        before, after = (grid.cell(name, DETAILED) if grid else None for grid in (default, tuned))
+        if tuned and before and after and (changes := tuned_changes(before, after)):
             values = ", ".join(f"{key} = {value:g}" for key, value in changes.items())
             yield f"`{name}`, tuned ({values})", tuned, name
 
 
-def harmful_scores(default: Grid, tuned: Grid) -> list[str]:
+def harmful_scores(default: Grid, tuned: Grid | None) -> list[str]:
     """Return the table of the harmful scores for every harmful ratio."""
     return [
         table_row(["HS %", *default.columns]),
@@ -65,7 +74,7 @@ def harmful_scores(default: Grid, tuned: Grid) -> list[str]:
     ]
 
 
-def answers(default: Grid, tuned: Grid) -> list[str]:
+def answers(default: Grid, tuned: Grid | None) -> list[str]:
     """Return the table of what the answers to harmful questions are, and of the accuracy, at one ratio."""
     columns: dict[str, Callable[[Cell], str]] = {
         "HS %": lambda cell: f"{cell['harmful_score']:.1f}{MARKS[cell_mark(cell)]}",
@@ -85,7 +94,8 @@ def answers(default: Grid, tuned: Grid) -> list[str]:
 
 def page(text: str) -> str:
     """Return a page with its tables replaced."""
-    ((default, tuned),) = tuned_grids(ratio_grids(rank_results([RESULTS])))
+    grids = ratio_grids(rank_results([RESULTS]))
+    default, tuned = next(iter(tuned_grids(grids)), (grids[0], None))
     for name, table in (("harmful scores", harmful_scores), ("answers", answers)):
         begin, end = BEGIN.format(name), END.format(name)
         if begin in text:

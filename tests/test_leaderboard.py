@@ -463,15 +463,15 @@ def test_empty_file_is_ignored(tmp_path: Path) -> None:
 
 
 def test_committed_table_is_complete_and_matches_the_markdown() -> None:
-    """It has all defenses, three ratios, two seeds, one protocol; the command generates the Markdown file from it."""
+    """It has all defenses, four ratios, three seeds, one protocol; the command generates the Markdown file from it."""
     folder = Path(__file__).parents[1] / "leaderboards"
     rows = read_csv(folder / "testbed.csv")
     names = {row.defense for row in rows}
     assert len(names) == 21
     assert names <= set(DEFENSES.entries())
     runs = {(row.defense, row.attack, row.seed) for row in rows}
-    ratios = ("ratio=0", "ratio=0.1", "ratio=0.2")
-    assert runs == {(name, ratio, seed) for name in names for ratio in ratios for seed in (0, 1)}
+    ratios = ("ratio=0", "ratio=0.05", "ratio=0.1", "ratio=0.2")
+    assert runs == {(name, ratio, seed) for name in names for ratio in ratios for seed in range(3)}
     assert len(rows) == len(runs)
     assert len({row.protocol_hash for row in rows}) == 1
     markdown = (folder / "testbed" / "leaderboard.md").read_text(encoding="utf-8")
