@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harmbench_vaccine.evaluation.records import load_run
+from harmbench_vaccine.experiment.protocol import protocol_names
 from harmbench_vaccine.export.edit import user_update
 from harmbench_vaccine.export.models import stack_adapters
 from harmbench_vaccine.export.peft_folders import read_adapter_folder
@@ -408,7 +409,7 @@ def test_defenses_that_cannot_edit_are_refused(
 def test_protocol_is_required_for_other_models(foreign: Path, tmp_path: Path) -> None:
     outcome = hbv("edit", "antidote", foreign, "--out", tmp_path / "edited")
     assert outcome.code == 2
-    names = "booster-paper, lisa-paper, testbed, testbed-tuned, vaccine-paper"
+    names = ", ".join(protocol_names())
     assert f"add --protocol NAME; allowed: {names}" in outcome.sentence
 
 
