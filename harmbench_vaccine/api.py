@@ -312,7 +312,7 @@ def train_judge(
     """Train a small judge on labeled pairs, and write it to a folder, as `hbv judge train` does.
 
     Args:
-        model: Base: a folder or Hub id of a causal language model, or of an encoder.
+        model: Base: a folder, GGUF file or Hub id of a causal language model, or of an encoder.
         out: The folder to write; it must be empty or absent.
         device: As in `run`.
         progress: Whether to show progress, or a receiver of it.

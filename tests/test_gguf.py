@@ -151,6 +151,16 @@ def test_a_file_is_dequantized_once_whatever_its_name(world: Path, tmp_path: Pat
     assert len(list((own_home / "store" / "gguf").iterdir())) == 1
 
 
+def test_a_judge_is_trained_from_a_file_that_no_run_has_used(world: Path, tmp_path: Path, own_home: Path) -> None:
+    base, data = world.parent / "Q8_0.gguf", f"beavertails={world.parent / 'data' / 'beavertails'}"
+    fast = ("--rows", 8, "--epochs", 1, "--max-length", 64)
+    done = hbv("judge", "train", "--model", base, "--data", data, *fast, "--out", tmp_path / "judge", home=own_home)
+    assert done.code == 0, done.err
+    assert "dequantize Q8_0.gguf: 22 steps" in done.err.splitlines()
+    card = json.loads((tmp_path / "judge" / "judge.json").read_text())
+    assert card["base"] == {"location": str(base), "fingerprint": content_hash(base)}
+
+
 def test_a_stored_run_needs_no_dequantized_folder(world: Path, own_home: Path) -> None:
     arguments = ("run", "--protocol", world, "--defense", "none", "--json", "--model", world.parent / "F32.gguf")
     hbv(*arguments)

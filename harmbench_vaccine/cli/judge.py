@@ -66,7 +66,7 @@ def judge() -> None:
     "--model",
     required=True,
     metavar="ID",
-    help="Base: a folder or Hub id of a causal language model, or of an encoder.",
+    help="Base: a folder, GGUF file or Hub id of a causal language model, or of an encoder.",
 )
 @_data_option
 @click.option("--split", default="30k_train", show_default=True, metavar="NAME", help="Split of the pairs.")

@@ -40,6 +40,7 @@ from harmbench_vaccine.evaluation.rescoring import prepare_scorer
 from harmbench_vaccine.evaluation.result import DataSource
 from harmbench_vaccine.experiment.protocol import protocol_models
 from harmbench_vaccine.experiment.spec import first_validation_error
+from harmbench_vaccine.inference.dequantization import check_gguf, ensure_dequantized
 from harmbench_vaccine.inference.loading import check_model, load_tokenizer_and_config
 from harmbench_vaccine.plugins import Scorer
 from harmbench_vaccine.plugins.composition import canonical_name, resolve_plugins
@@ -68,7 +69,7 @@ class JudgeTraining(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str
-    """Base: a folder or Hub id of a causal language model, or of an encoder."""
+    """Base: a folder, GGUF file or Hub id of a causal language model, or of an encoder."""
     data: str = BEAVERTAILS
     """Location of labeled pairs with the fields of BeaverTails."""
     split: str = "30k_train"
@@ -175,7 +176,7 @@ def write_judge(request: JudgeTraining, folder: Path, progress: Progress = SILEN
         prepare_location(location, progress)
     for judge in second_judges.values():
         prepare_scorer(judge, progress)
-    _check_base(request)
+    _prepare_base(request, progress)
     pairs = _read_pairs(request)
     store = Store(ensure_writable(home() / "store", "The store"), progress)
     create = partial(_create, request, pairs.training, progress)
@@ -208,8 +209,10 @@ def write_judge(request: JudgeTraining, folder: Path, progress: Progress = SILEN
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_base(request: JudgeTraining) -> None:
-    """Check that the base exists and reads as many tokens as the judge is to read."""
+def _prepare_base(request: JudgeTraining, progress: Progress) -> None:
+    """Check that the base exists and reads as many tokens as the judge is to read; dequantize a GGUF file."""
+    check_gguf(request.model)
+    ensure_dequantized([request.model], Store(home() / "store", progress))
     if not request.model.startswith(TESTBED):
         check_model(request.model, protocol_models())
     limit = position_limit(load_tokenizer_and_config(request.model, "Base model")[1])
