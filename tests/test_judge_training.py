@@ -233,6 +233,8 @@ def test_run_accepts_the_folder(trained: Trained, tmp_path: Path) -> None:
         done = hbv_command("run", "--protocol", world, *options, "--json", home=tmp_path / "home")
         assert done.code == 0, done.err
         assert done.results[0]["judge"] == str(trained.folder)
+        (score,) = done.results[0]["scores"].values()
+        assert score["license"] == ""  # that of beaver-dam's weights does not apply
 
 
 def test_hash_is_that_of_the_folder(trained: Trained) -> None:

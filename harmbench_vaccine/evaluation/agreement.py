@@ -10,8 +10,6 @@ from itertools import combinations
 from typing import Any, Literal
 
 from harmbench_vaccine.core.types import Verdict
-from harmbench_vaccine.data.sources import TESTBED
-from harmbench_vaccine.plugins import Scorer
 
 from .result import Agreement, HarmfulShare, JudgeScore
 from .statistics import cohen_kappa, percentage, wilson
@@ -20,13 +18,7 @@ AnswerRow = Mapping[str, Any]
 """A row of `answers.jsonl`; a judged one has `verdicts`: scorer -> verdict."""
 
 SCORER_FACTS = ("model", "license", "unverified", "comparison_only")
-
-
-def scorer_facts(scorer: Scorer) -> dict[str, Any]:
-    """Return the facts of a scorer that a result stores (`SCORER_FACTS`). The testbed's judge has no license."""
-    model = getattr(scorer, "model", "")
-    license_text = "" if model.startswith(TESTBED) else scorer.license
-    return dict(zip(SCORER_FACTS, (model, license_text, scorer.unverified, scorer.comparison_only), strict=True))
+"""The facts of a scorer that a result stores."""
 
 
 def stored_verdict(values: Mapping[str, Any]) -> dict[str, Any]:

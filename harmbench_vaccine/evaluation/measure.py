@@ -27,11 +27,12 @@ from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.plugins.composition import canonical_name
 
-from .agreement import AnswerRow, harmful_shares, judge_scores, pairwise_agreement, scorer_facts, stored_verdict
+from .agreement import AnswerRow, harmful_shares, judge_scores, pairwise_agreement, stored_verdict
 from .environment import current_environment
 from .gates import measure_validity
 from .result import Accuracy, Before, Counts, DataSource, Result, StageArtifact, StageRecord
 from .result_fields import Interval, Rule, TuningRecord
+from .scorer_facts import scorer_facts
 from .statistics import percentage, score_interval
 from .trained_tokens import harmful_token_share, trained_tokens
 

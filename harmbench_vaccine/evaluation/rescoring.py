@@ -23,9 +23,10 @@ from harmbench_vaccine.plugins.composition import Component, canonical_name, par
 from harmbench_vaccine.plugins.registry import SCORERS
 from harmbench_vaccine.testbed import ensure_testbed
 
-from .agreement import AnswerRow, scorer_facts, stored_verdict
+from .agreement import AnswerRow, stored_verdict
 from .records import add_judges, load_run, row_identity, run_lock, write_run
 from .result import Result
+from .scorer_facts import scorer_facts
 from .verdicts import check_scorer, judge_answers, judged_pair, scorer_models
 
 
