@@ -1,4 +1,4 @@
-"""What a result stores about a scorer."""
+"""The facts of a scorer that a result stores."""
 
 from __future__ import annotations
 
