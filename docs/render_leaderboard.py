@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/leaderboard.md from the results of all defenses on the testbed.
+"""Write the tables of scores on three pages from the results in `leaderboards`.
 
 python docs/render_leaderboard.py
 """
@@ -7,21 +7,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from harmbench_vaccine.reporting.leaderboard.grids import Cell, Grid, cell_mark, ratio_grids
 from harmbench_vaccine.reporting.leaderboard.ranking import rank_results
 from harmbench_vaccine.reporting.leaderboard.tuned import tuned_changes, tuned_grids
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "leaderboards" / "testbed.csv"
-PAGES = ROOT / "README.md", ROOT / "docs" / "leaderboard.md"
+
+
+class Source(NamedTuple):
+    """Results, and the column whose other scores are shown."""
+
+    results: Path
+    detailed: str
+
+
+TESTBED = Source(ROOT / "leaderboards" / "testbed.csv", "p = 10%")
+SMOLLM2 = Source(ROOT / "leaderboards" / "smollm2.csv", "p = 20%")
+PAGES = {
+    ROOT / "README.md": TESTBED,
+    ROOT / "docs" / "leaderboard.md": TESTBED,
+    ROOT / "docs" / "smollm2.md": SMOLLM2,
+}
 BEGIN, END = "<!-- Written by docs/render_leaderboard.py: {} -->", "<!-- end: {} -->"
 MARKS = {"": "", "collapsed": "†", "hollow": "‡"}
 LEVEL = 0.05
 BASELINES = "none", "sft"
-DETAILED = "p = 10%"
-"""The column whose other scores are shown."""
 
 
 def score_text(cell: Cell) -> str:
@@ -44,37 +58,37 @@ def table_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def defense_rows(default: Grid, tuned: Grid | None) -> Iterator[tuple[str, Grid, str]]:
+def defense_rows(default: Grid, tuned: Grid | None, column: str) -> Iterator[tuple[str, Grid, str]]:
     """Yield the label, the grid and the name of each defense, and again where the tuning changed its parameters.
 
-    The baselines come first. The others are sorted by HS at one ratio; those without a rank come last.
+    The baselines come first. The others are sorted by HS in one column; those without a rank come last.
     """
 
     def place(name: str) -> tuple[bool, bool, float]:
-        cell = default.cell(name, DETAILED)
+        cell = default.cell(name, column)
         return (name not in BASELINES, not cell or cell_mark(cell) != "", cell["harmful_score"] if cell else math.inf)
 
     for name in sorted(default.defenses, key=place):
         yield f"`{name}`", default, name
-        before, after = (grid.cell(name, DETAILED) if grid else None for grid in (default, tuned))
+        before, after = (grid.cell(name, column) if grid else None for grid in (default, tuned))
         if tuned and before and after and (changes := tuned_changes(before, after)):
             values = ", ".join(f"{key} = {value:g}" for key, value in changes.items())
             yield f"`{name}`, tuned ({values})", tuned, name
 
 
-def harmful_scores(default: Grid, tuned: Grid | None) -> list[str]:
-    """Return the table of the harmful scores for every harmful ratio."""
+def by_ratio(title: str, text: Callable[[Cell], str], default: Grid, tuned: Grid | None, column: str) -> list[str]:
+    """Return the table of what `text` returns for each cell; a table column is a harmful ratio."""
     return [
-        table_row(["HS %", *default.columns]),
+        table_row([title, *default.columns]),
         table_row(["---", *("---:" for _ in default.columns)]),
         *(
-            table_row([label, *(score_text(cell) if cell else "" for cell in grid.cells(name))])
-            for label, grid, name in defense_rows(default, tuned)
+            table_row([label, *(text(cell) if cell else "" for cell in grid.cells(name))])
+            for label, grid, name in defense_rows(default, tuned, column)
         ),
     ]
 
 
-def answers(default: Grid, tuned: Grid | None) -> list[str]:
+def answers(default: Grid, tuned: Grid | None, column: str) -> list[str]:
     """Return the table of what the answers to harmful questions are, and of the accuracy, at one ratio."""
     columns: dict[str, Callable[[Cell], str]] = {
         "HS %": lambda cell: f"{cell['harmful_score']:.1f}{MARKS[cell_mark(cell)]}",
@@ -84,26 +98,38 @@ def answers(default: Grid, tuned: Grid | None) -> list[str]:
         "FA %": lambda cell: f"{cell['finetune_accuracy']:.1f}",
         "HS - HS of `sft`": difference_text,
     }
-    rows = [(label, grid.cell(name, DETAILED)) for label, grid, name in defense_rows(default, tuned)]
+    rows = [(label, grid.cell(name, column)) for label, grid, name in defense_rows(default, tuned, column)]
     return [
-        table_row([f"at {DETAILED}", *columns]),
+        table_row([f"at {column}", *columns]),
         table_row(["---", *("---:" for _ in columns)]),
         *(table_row([label, *(text(cell) for text in columns.values())]) for label, cell in rows if cell),
     ]
 
 
-def page(text: str) -> str:
+TABLES = {
+    "harmful scores": partial(by_ratio, "HS %", score_text),
+    "answers": answers,
+    "loss and drift": partial(
+        by_ratio,
+        "alignment loss, drift",
+        lambda cell: f"{cell['alignment_loss']:.2f}, {cell['embedding_drift_per_token']:.1f}",
+    ),
+}
+
+
+def page(text: str, source: Source) -> str:
     """Return a page with its tables replaced."""
-    grids = ratio_grids(rank_results([RESULTS]))
+    grids = ratio_grids(rank_results([source.results]))
     default, tuned = next(iter(tuned_grids(grids)), (grids[0], None))
-    for name, table in (("harmful scores", harmful_scores), ("answers", answers)):
+    for name, table in TABLES.items():
         begin, end = BEGIN.format(name), END.format(name)
         if begin in text:
             before, _, rest = text.partition(begin)
-            text = "\n".join([f"{before}{begin}", "", *table(default, tuned), "", f"{end}{rest.partition(end)[2]}"])
+            lines = table(default, tuned, source.detailed)
+            text = "\n".join([f"{before}{begin}", "", *lines, "", f"{end}{rest.partition(end)[2]}"])
     return text
 
 
 if __name__ == "__main__":
-    for path in PAGES:
-        path.write_text(page(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, source in PAGES.items():
+        path.write_text(page(path.read_text(encoding="utf-8"), source), encoding="utf-8")
