@@ -17,9 +17,6 @@ from .statistics import cohen_kappa, percentage, wilson
 AnswerRow = Mapping[str, Any]
 """A row of `answers.jsonl`; a judged one has `verdicts`: scorer -> verdict."""
 
-SCORER_FACTS = ("model", "license", "unverified", "comparison_only")
-"""The facts of a scorer that a result stores."""
-
 
 def stored_verdict(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a verdict that `answers.jsonl` stores: those that the judge reports, and `unparsed`."""

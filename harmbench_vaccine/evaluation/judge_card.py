@@ -34,7 +34,7 @@ class JudgeBase(ResultRecord):
     """The model that training started from."""
 
     location: str
-    """A folder, or a name of the Hub."""
+    """A folder, a GGUF file, or a name of the Hub."""
     fingerprint: str
     """Hash of its content, or its name and commit on the Hub."""
 

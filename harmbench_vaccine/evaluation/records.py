@@ -20,11 +20,12 @@ from harmbench_vaccine.core.paths import home
 from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.experiment.spec import first_validation_error
 
-from .agreement import SCORER_FACTS, AnswerRow, judge_scores, pairwise_agreement
+from .agreement import AnswerRow, judge_scores, pairwise_agreement
 from .result import JudgeScore, Result
 from .results_csv import add_row
 from .run_overview import RESULT, RunOverview, read_overview, read_result_file
 from .run_registry import register_run_folder
+from .scorer_facts import SCORER_FACTS
 
 ANSWERS = "answers.jsonl"
 _FURTHER_FIELDS = ConfigDict(extra="allow", strict=True)

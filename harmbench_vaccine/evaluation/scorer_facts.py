@@ -7,8 +7,10 @@ from typing import Any
 from harmbench_vaccine.data.sources import TESTBED, local_path
 from harmbench_vaccine.plugins import Scorer
 
-from .agreement import SCORER_FACTS
 from .judge_card import CARD
+
+SCORER_FACTS = ("model", "license", "unverified", "comparison_only")
+"""The facts of a scorer that a result stores."""
 
 
 def scorer_facts(scorer: Scorer) -> dict[str, Any]:
