@@ -106,7 +106,7 @@ def answers(default: Grid, tuned: Grid | None, column: str) -> list[str]:
     ]
 
 
-TABLES = {
+TABLES: dict[str, Callable[[Grid, Grid | None, str], list[str]]] = {
     "harmful scores": partial(by_ratio, "HS %", score_text),
     "answers": answers,
     "loss and drift": partial(
