@@ -84,6 +84,7 @@ const duration = optional((s) => (s < 90 ? `${s.toFixed(0)} s` : s < 5400 ? `${(
 const range = (cell, key, format) => `${format(cell[`${key}_low`])} to ${format(cell[`${key}_high`])}`;
 const ranks = (first, last) => (first === last ? `${first}` : `${first}–${last}`);
 const doubt = (cell) => `${cell.mark} ${cell[`${cell.mark}_cells`]}/${cell.seeds}`;
+const breakable = (name) => name.split(/(?<=[_,:+])/).flatMap((part) => [html("wbr", {}), part]);
 const small = (...content) => html("div", { class: "small" }, ...content);
 
 function bar(cell, key) {
@@ -97,7 +98,7 @@ const FORMATS = {
   rank: (cell) => (cell.rank === null ? [html("span", { class: "mark" }, doubt(cell))]
     : [ranks(cell.tie_first, cell.tie_last), cell.pareto === 1 && small("Pareto")]),
   name: (cell) => [
-    html("button", { "data-action": "open", id: `open-${cell.id}`, "aria-expanded": `${state.open.has(cell.id)}` }, cell.defense),
+    html("button", { "data-action": "open", id: `open-${cell.id}`, "aria-expanded": `${state.open.has(cell.id)}` }, breakable(cell.defense)),
     html("div", { class: `small dot ${cell.facts.color}` }, cell.facts.stage.join(", "),
       html("span", { class: "badge tablet" }, cell.facts.badge))],
   score: (cell, key) => [html("b", {}, fixed(cell[key])), html("span", { class: "interval" }, range(cell, key, fixed)),
@@ -209,7 +210,7 @@ function drawScatter(group) {
   const steps = front.map(([px, py], index) => (index ? `H${px}V${py}` : `M${px} ${py}`)).join("");
   root.append(svg("path", { class: "front", d: steps }));
   const taken = group.map((cell) => [place(cell)[0] - 5, place(cell)[1] + 4, 10]); // left, base and width of points and labels
-  root.append(...group.map((cell) => {
+  const layers = group.map((cell) => {
     const [[px, py], name] = [place(cell), shortened(cell.defense)];
     const width = 6.6 * name.length;
     const isFree = ([left, base]) => left > LEFT && base < HEIGHT - BOTTOM
@@ -218,10 +219,14 @@ function drawScatter(group) {
     const spot = shifts.map(([dx, dy]) => [px + dx, py + dy]).find(isFree);
     if (spot) taken.push([...spot, width]);
     const errors = [["_low", "", "_high", ""], ["", "_low", "", "_high"]];
-    return svg("g", { class: cell.facts.color, "data-defense": cell.defense },
-      errors.map(([hs, fa, hsEnd, faEnd]) => line("error", ...place(cell, hs, fa), ...place(cell, hsEnd, faEnd))),
-      spot ? [line("leader", px, py, spot[0], spot[1] - 4), word(...spot, "start", name)] : [], point(cell, [px, py]));
-  }));
+    const drawn = { class: cell.facts.color, "data-defense": cell.defense };
+    return [
+      svg("g", drawn, errors.map(([hs, fa, hsEnd, faEnd]) => line("error", ...place(cell, hs, fa), ...place(cell, hsEnd, faEnd))),
+        spot ? [line("leader", px, py, spot[0], spot[1] - 4)] : [], point(cell, [px, py])),
+      svg("g", drawn, spot ? [word(...spot, "start", name)] : []),
+    ];
+  });
+  root.append(...[0, 1].flatMap((layer) => layers.map((each) => each[layer]))); // names cover the marks of other defenses
   return figure;
 }
 
