@@ -210,23 +210,18 @@ function drawScatter(group) {
   const steps = front.map(([px, py], index) => (index ? `H${px}V${py}` : `M${px} ${py}`)).join("");
   root.append(svg("path", { class: "front", d: steps }));
   const taken = group.map((cell) => [place(cell)[0] - 5, place(cell)[1] + 4, 10]); // left, base and width of points and labels
-  const layers = group.map((cell) => {
-    const [[px, py], name] = [place(cell), shortened(cell.defense)];
+  const names = []; // over the marks of all defenses
+  root.append(...group.map((cell) => {
+    const [[px, py], name, drawn] = [place(cell), shortened(cell.defense), { class: cell.facts.color, "data-defense": cell.defense }];
     const width = 6.6 * name.length;
     const isFree = ([left, base]) => left > LEFT && base < HEIGHT - BOTTOM
       && !taken.some((box) => left < box[0] + box[2] && box[0] < left + width && Math.abs(base - box[1]) < 12);
     const shifts = [[8, 4], [-8 - width, 4], ...[17, 29, 41, 53, 65, 77, 89].map((dy) => [2, dy])];
     const spot = shifts.map(([dx, dy]) => [px + dx, py + dy]).find(isFree);
-    if (spot) taken.push([...spot, width]);
-    const errors = [["_low", "", "_high", ""], ["", "_low", "", "_high"]];
-    const drawn = { class: cell.facts.color, "data-defense": cell.defense };
-    return [
-      svg("g", drawn, errors.map(([hs, fa, hsEnd, faEnd]) => line("error", ...place(cell, hs, fa), ...place(cell, hsEnd, faEnd))),
-        spot ? [line("leader", px, py, spot[0], spot[1] - 4)] : [], point(cell, [px, py])),
-      svg("g", drawn, spot ? [word(...spot, "start", name)] : []),
-    ];
-  });
-  root.append(...[0, 1].flatMap((layer) => layers.map((each) => each[layer]))); // names cover the marks of other defenses
+    if (spot) taken.push([...spot, width]) && names.push(svg("g", drawn, word(...spot, "start", name)));
+    const errors = [["_low", "", "_high", ""], ["", "_low", "", "_high"]].map(([hs, fa, hsEnd, faEnd]) => line("error", ...place(cell, hs, fa), ...place(cell, hsEnd, faEnd)));
+    return svg("g", drawn, errors, spot ? [line("leader", px, py, spot[0], spot[1] - 4)] : [], point(cell, [px, py]));
+  }), ...names);
   return figure;
 }
 
