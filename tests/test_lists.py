@@ -302,8 +302,10 @@ def test_info_shows_every_value_of_a_protocol_with_its_source(name: str) -> None
     text = "".join(done.out.split())
     if name == "testbed-tuned":  # it shows only what it changes
         assert "Allothervaluesarethoseoftestbed" in text
-        values = {path: entry for path, entry in values.items() if "hbv tune" in entry["source"]}
-        assert {path.split(".")[1] for path in values} < set(load_protocol(name).tuning)
+        tuned = {path: entry for path, entry in values.items() if "testbed-tuned" in entry["source"]}
+        assert len(tuned) == len(load_protocol(name).tuning) == 18
+        values = {path: entry for path, entry in tuned.items() if entry["changed"]}
+        assert tuned.keys() - values.keys() == {"defenses.backdoor_align.rows"}
     for path, entry in values.items():
         assert path.partition(".")[2] in text
         assert "".join(entry["source"].split())[:10] in text

@@ -218,7 +218,7 @@ function drawScatter(group) {
       && !taken.some((box) => left < box[0] + box[2] && box[0] < left + width && Math.abs(base - box[1]) < 12);
     const shifts = [[8, 4], [-8 - width, 4], ...[17, 29, 41, 53, 65, 77, 89].map((dy) => [2, dy])];
     const spot = shifts.map(([dx, dy]) => [px + dx, py + dy]).find(isFree);
-    if (spot) taken.push([...spot, width]) && names.push(svg("g", drawn, word(...spot, "start", name)));
+    if (spot) { taken.push([...spot, width]); names.push(svg("g", drawn, word(...spot, "start", name))); }
     const errors = [["_low", "", "_high", ""], ["", "_low", "", "_high"]].map(([hs, fa, hsEnd, faEnd]) => line("error", ...place(cell, hs, fa), ...place(cell, hsEnd, faEnd)));
     return svg("g", drawn, errors, spot ? [line("leader", px, py, spot[0], spot[1] - 4)] : [], point(cell, [px, py]));
   }), ...names);
