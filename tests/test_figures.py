@@ -152,13 +152,7 @@ def test_ratios_of_one_attack_share_a_figure() -> None:
 
 def test_default_and_tuned_parameters_side_by_side() -> None:
     """Both panels have the same lines for the same defenses, and one axis."""
-    tuning = {"untuned_hash": DEFAULTS["protocol_hash"], "runs": 10, "seconds": 60.0}
-    tuned = [
-        run.model_copy(update={"harmful_score": run.harmful_score / 2, "run": f"{run.run}-tuned", **changes})
-        for run in FEW
-        for changes in [{"protocol": "tuned", "protocol_hash": "0" * 12, "tuning": TuningRecord(**tuning)}]
-    ]
-    grids = ratio_grids(rank(*FEW, *tuned))
+    grids = ratio_grids(rank(*FEW, *halved(FEW)))
     ((default, other),) = tuned_grids(grids)
     left, right = plot_tuned(default, other).axes
     assert lines_of(left) == [[2, 81, 91], [1, 61, 81], [3, 7, 15]]
@@ -166,6 +160,33 @@ def test_default_and_tuned_parameters_side_by_side() -> None:
     assert [line.get_color() for line in left.lines] == [line.get_color() for line in right.lines]
     assert left.get_ylim() == right.get_ylim()
     assert file_names(grids) == ["tiny", "tuned"]
+
+
+def test_each_of_many_tuned_defenses_has_a_panel_with_its_default_parameters() -> None:
+    """Default parameters are behind; a defense that only one of the grids has is drawn too."""
+    first = [run for run in MANY if run.defense != "d10"]
+    ((default, other),) = tuned_grids(ratio_grids(rank(*first, *halved(MANY))))
+    figure = plot_tuned(default, other)
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_visible()}
+    assert list(panels) == other.defenses
+    before, after = [5, 45, 71], [2.5, 22.5, 35.5]
+    drawn = lines_of(panels["d4"])
+    assert drawn.index(before) < drawn.index(after)
+    (baseline,) = [line for line in panels["d4"].lines if line.get_linestyle() == "--" if line.get_ydata()[0] == 1]
+    assert baseline.get_ydata().tolist() == [1, 40.5, 45.5]
+    assert [5.5, 25.5, 35.5] in lines_of(panels["d10"])
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[2:] == ["with default parameters", "sft"]
+
+
+def halved(results: list[Result]) -> list[Result]:
+    """Return the results under a tuned protocol, with half of their HS."""
+    tuning = TuningRecord(untuned_hash=DEFAULTS["protocol_hash"], runs=10, seconds=60.0)
+    protocol = {"protocol": "tuned", "protocol_hash": "0" * 12, "tuning": tuning}
+    return [
+        run.model_copy(update={"harmful_score": run.harmful_score / 2, "run": f"{run.run}-tuned", **protocol})
+        for run in results
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,14 @@
 """Curves against the harmful ratio p: HS and FA with their intervals, and alignment loss and embedding drift.
 
 Few defenses share a panel, with their names at the ends of the lines. With more, each defense has a small panel that
-also has the baseline in gray.
+also has the baseline in gray, and, if parameters were tuned, the scores with default parameters in pale colors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from harmbench_vaccine.reporting.leaderboard.grids import Grid, cell_mark
@@ -20,6 +20,7 @@ from .style import (
     HARM,
     LINE_STYLES,
     MUTED,
+    PALE,
     Label,
     new_figure,
     panel_grid,
@@ -47,6 +48,7 @@ class _Quantity:
 
     column: str
     label: str
+    """Title of its panel and name in the legend; empty: not in the legend."""
     color: str
     has_interval: bool = False
     """Whether the columns `*_low` and `*_high` are its interval; otherwise the single seeds are drawn."""
@@ -61,6 +63,13 @@ _LOSS_AND_DRIFT = (
     _Quantity("alignment_loss", "alignment loss of the final model", HARM),
     _Quantity("embedding_drift", "harmful embedding drift", ACCURACY),
 )
+
+_SCORES_BEFORE = (
+    replace(_SCORES[0], label="with default parameters", color=PALE[HARM]),
+    replace(_SCORES[1], label="", color=PALE[ACCURACY]),
+)
+_Layer = tuple[Grid, Sequence[_Quantity]]
+"""Quantities of a grid that small panels draw; a later layer is in front."""
 
 
 @styled
@@ -87,15 +96,22 @@ def plot_loss_and_drift(grid: Grid, note: str = "") -> Figure:
 
 @styled
 def plot_tuned(default: Grid, tuned: Grid, note: str = "") -> Figure:
-    """Draw HS against p twice, with the default and with the tuned parameters; a defense has the same line in both.
+    """Draw HS against p with the default and with the tuned parameters.
+
+    Few defenses have a panel for each, with the same line in both. With more, each defense has a small panel with HS
+    and FA.
 
     Args:
         default: The grid before the tuning.
         tuned: The grid with the tuned parameters, of `tuned_grids`.
         note: A text for the title, such as "12 of 90 runs".
     """
+    details = tuned.title, note, _marks_legend(default, tuned)
+    if _is_crowded(tuned):
+        title = "HS and FA against the harmful ratio p with tuned parameters; bands: 95% intervals"
+        return _panel_figure(title, details, [[(default, _SCORES_BEFORE), (tuned, _SCORES)]])
     title = "HS against the harmful ratio p with default and with tuned parameters; bands: 95% intervals"
-    figure = new_figure(8.8, 3.8, title, tuned.title, note, _marks_legend(default, tuned))
+    figure = new_figure(8.8, 3.8, title, *details)
     panels = figure.subplots(1, 2, sharey=True)
     styles = _line_styles(default)
     for axes, grid, kind in zip(panels, (default, tuned), ("default", "tuned"), strict=True):
@@ -106,20 +122,18 @@ def plot_tuned(default: Grid, tuned: Grid, note: str = "") -> Figure:
 
 def _plot(grid: Grid, quantities: Sequence[_Quantity], title: str, note: str) -> Figure:
     details = grid.title, note, _marks_legend(grid)
-    if len([name for name in grid.defenses if name != grid.baseline]) <= _MOST_LINES:
-        figure = new_figure(8.8, 3.8, title, *details)
-        for axes, quantity in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
-            _overlay(axes, grid, quantity, _line_styles(grid))
-        return figure
-    rows = math.ceil(len(grid.defenses) / _COLUMNS)
-    together = all(quantity.is_percent for quantity in quantities)
-    blocks = [quantities] if together else [[quantity] for quantity in quantities]
-    figure = new_figure(9.2, 0.9 + len(blocks) * (0.3 + 1.25 * rows), title, *details)
-    parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
-    for part, block in zip(parts, blocks, strict=True):
-        _small_panels(part, grid, block)
-    _write_legend(figure, grid, blocks[0])
+    if _is_crowded(grid):
+        together = all(quantity.is_percent for quantity in quantities)
+        blocks = [quantities] if together else [[quantity] for quantity in quantities]
+        return _panel_figure(title, details, [[(grid, block)] for block in blocks])
+    figure = new_figure(8.8, 3.8, title, *details)
+    for axes, quantity in zip(figure.subplots(1, len(quantities)), quantities, strict=True):
+        _overlay(axes, grid, quantity, _line_styles(grid))
     return figure
+
+
+def _is_crowded(grid: Grid) -> bool:
+    return len([name for name in grid.defenses if name != grid.baseline]) > _MOST_LINES
 
 
 def _marks_legend(*grids: Grid) -> str:
@@ -156,7 +170,19 @@ def _overlay(axes: Axes, grid: Grid, quantity: _Quantity, styles: Mapping[str, t
 # A small panel for each defense
 
 
-def _small_panels(part: SubFigure, grid: Grid, quantities: Sequence[_Quantity]) -> None:
+def _panel_figure(title: str, details: Sequence[str], blocks: Sequence[Sequence[_Layer]]) -> Figure:
+    """Draw blocks of small panels, one panel for each defense of the front layer."""
+    rows = math.ceil(len(blocks[0][-1][0].defenses) / _COLUMNS)
+    figure = new_figure(9.2, 0.9 + len(blocks) * (0.3 + 1.25 * rows), title, *details)
+    parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
+    for part, layers in zip(parts, blocks, strict=True):
+        _small_panels(part, layers)
+    _write_legend(figure, blocks[0])
+    return figure
+
+
+def _small_panels(part: SubFigure, layers: Sequence[_Layer]) -> None:
+    grid, quantities = layers[-1]
     panels = panel_grid(part, len(grid.defenses), _COLUMNS, sharex=True, sharey=True)
     if len(quantities) == 1:
         part.suptitle(quantities[0].label, x=0.01, ha="left", fontsize=9, color=MUTED)
@@ -164,7 +190,9 @@ def _small_panels(part: SubFigure, grid: Grid, quantities: Sequence[_Quantity]) 
         for quantity in quantities:
             if grid.baseline and name != grid.baseline:
                 axes.plot(grid.ratios, _values(grid, grid.baseline, quantity), color=GRAY, linewidth=1, linestyle="--")
-            _draw_line(axes, grid, name, quantity, quantity.color, "o" if quantity is quantities[0] else "s")
+        for layer, drawn in layers:
+            for quantity, marker in zip(drawn, "os", strict=False):
+                _draw_line(axes, layer, name, quantity, quantity.color, marker)
         axes.set_title(short_name(name), fontsize=8, loc="left", pad=3)
         axes.tick_params(labelsize=7)
     for axes in panels:
@@ -175,13 +203,15 @@ def _small_panels(part: SubFigure, grid: Grid, quantities: Sequence[_Quantity]) 
         _set_ratio_axis(axes, grid, least=0.2, label="")
 
 
-def _write_legend(figure: Figure, grid: Grid, quantities: Sequence[_Quantity]) -> None:
+def _write_legend(figure: Figure, layers: Sequence[_Layer]) -> None:
     from matplotlib.lines import Line2D
 
+    grid, quantities = layers[-1]
     lines = [
-        Line2D([], [], color=quantity.color, marker="o" if quantity is quantities[0] else "s", label=quantity.label)
-        for quantity in quantities
-        if len(quantities) > 1
+        Line2D([], [], color=quantity.color, marker=marker, label=quantity.label)
+        for _, drawn in reversed(layers)
+        for quantity, marker in zip(drawn, "os", strict=False)
+        if quantity.label and len(quantities) > 1
     ]
     if grid.baseline:
         lines.append(Line2D([], [], color=GRAY, linewidth=1, linestyle="--", label=short_name(grid.baseline)))
