@@ -59,21 +59,28 @@ def table_row(cells: Sequence[str]) -> str:
 
 
 def defense_rows(default: Grid, tuned: Grid | None, column: str) -> Iterator[tuple[str, Grid, str]]:
-    """Yield the label, the grid and the name of each defense, and again where the tuning changed its parameters.
+    """Yield the label, the grid and the name of each defense, and again where the tuning changed its parameters."""
+    for name in sorted_defenses(default, column):
+        yield f"`{name}`", default, name
+        if tuned and (values := tuned_text(default, tuned, name, column)):
+            yield f"`{name}`, tuned ({values})", tuned, name
 
-    The baselines come first. The others are sorted by HS in one column; those without a rank come last.
-    """
+
+def sorted_defenses(grid: Grid, column: str) -> list[str]:
+    """Return the baselines, the other defenses by HS in one column, and those without a rank."""
 
     def place(name: str) -> tuple[bool, bool, float]:
-        cell = default.cell(name, column)
+        cell = grid.cell(name, column)
         return (name not in BASELINES, not cell or cell_mark(cell) != "", cell["harmful_score"] if cell else math.inf)
 
-    for name in sorted(default.defenses, key=place):
-        yield f"`{name}`", default, name
-        before, after = (grid.cell(name, column) if grid else None for grid in (default, tuned))
-        if tuned and before and after and (changes := tuned_changes(before, after)):
-            values = ", ".join(f"{key} = {value:g}" for key, value in changes.items())
-            yield f"`{name}`, tuned ({values})", tuned, name
+    return sorted(grid.defenses, key=place)
+
+
+def tuned_text(default: Grid, tuned: Grid, name: str, column: str) -> str:
+    """Return the parameters of a defense that the tuning changed; empty if there are none."""
+    before, after = default.cell(name, column), tuned.cell(name, column)
+    changes = tuned_changes(before, after) if before and after else {}
+    return ", ".join(f"{key} = {value:g}" for key, value in changes.items())
 
 
 def by_ratio(title: str, text: Callable[[Cell], str], default: Grid, tuned: Grid | None, column: str) -> list[str]:
@@ -106,9 +113,26 @@ def answers(default: Grid, tuned: Grid | None, column: str) -> list[str]:
     ]
 
 
+def default_and_tuned(default: Grid, tuned: Grid | None, column: str) -> list[str]:
+    """Return the table of HS at the two largest ratios, with default parameters and where the tuning changed them."""
+    assert tuned
+    columns = list(default.columns)[-2:]
+    rows = [
+        table_row(["HS %", *(title for name in columns for title in (name, f"{name}, tuned")), "tuned"]),
+        table_row(["---", *("---:" for _ in 2 * columns), "---"]),
+    ]
+    for name in sorted_defenses(default, column):
+        values = tuned_text(default, tuned, name, column)
+        grids = (default, tuned if values else None)
+        cells = [grid.cell(name, title) if grid else None for title in columns for grid in grids]
+        rows.append(table_row([f"`{name}`", *(score_text(cell) if cell else "" for cell in cells), values]))
+    return rows
+
+
 TABLES: dict[str, Callable[[Grid, Grid | None, str], list[str]]] = {
     "harmful scores": partial(by_ratio, "HS %", score_text),
     "answers": answers,
+    "default and tuned parameters": default_and_tuned,
     "loss and drift": partial(
         by_ratio,
         "alignment loss, drift",

@@ -163,7 +163,7 @@ def test_default_and_tuned_parameters_side_by_side() -> None:
 
 
 def test_each_of_many_tuned_defenses_has_a_panel_with_its_default_parameters() -> None:
-    """Default parameters are behind; a defense that only one of the grids has is drawn too."""
+    """The line with default parameters is drawn first; a defense that only one of the grids has is drawn too."""
     first = [run for run in MANY if run.defense != "d10"]
     ((default, other),) = tuned_grids(ratio_grids(rank(*first, *halved(MANY))))
     figure = plot_tuned(default, other)

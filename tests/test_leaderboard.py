@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.results_csv import read_csv
 from harmbench_vaccine.plugins.registry import DEFENSES
+from harmbench_vaccine.reporting.leaderboard.files import write_tables
 from harmbench_vaccine.reporting.leaderboard.ranking import COLUMNS, Ranking, rank_results
 from harmbench_vaccine.reporting.leaderboard.views import rankings_frame, rankings_markdown
 from support.cli import hbv
@@ -462,20 +464,26 @@ def test_empty_file_is_ignored(tmp_path: Path) -> None:
 # The committed table
 
 
-def test_committed_table_is_complete_and_matches_the_markdown() -> None:
-    """It has all defenses, four ratios, three seeds, one protocol; the command generates the Markdown file from it."""
+def test_committed_results_are_complete() -> None:
+    """They have all defenses, four ratios and three seeds, with default and with tuned parameters."""
     folder = Path(__file__).parents[1] / "leaderboards"
     rows = read_csv(folder / "testbed.csv")
     names = {row.defense for row in rows}
     assert len(names) == 21
     assert names <= set(DEFENSES.entries())
-    runs = {(row.defense, row.attack, row.seed) for row in rows}
+    runs = {(row.protocol, row.defense, row.attack, row.seed) for row in rows}
     ratios = ("ratio=0", "ratio=0.05", "ratio=0.1", "ratio=0.2")
-    assert runs == {(name, ratio, seed) for name in names for ratio in ratios for seed in range(3)}
+    assert runs == set(product(("testbed", "testbed-tuned"), names, ratios, range(3)))
     assert len(rows) == len(runs)
-    assert len({row.protocol_hash for row in rows}) == 1
-    markdown = (folder / "testbed" / "leaderboard.md").read_text(encoding="utf-8")
-    assert rankings_markdown(rank_results([folder / "testbed.csv"])) == markdown
+    assert len({row.protocol_hash for row in rows}) == 2
+
+
+@pytest.mark.parametrize("name", ["testbed", "smollm2"])
+def test_committed_tables_are_those_of_the_committed_results(name: str, tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "leaderboards"
+    write_tables(rank_results([folder / f"{name}.csv"]), tmp_path)
+    for table in ("leaderboard.md", "leaderboard.csv", "leaderboard.tex"):
+        assert (tmp_path / table).read_bytes() == (folder / name / table).read_bytes()
 
 
 @pytest.mark.parametrize("baseline", ["foo", "", "vacine", "x" * 300])

@@ -29,7 +29,7 @@ INK, MUTED, GRAY, GRID = "#222222", "#555555", "#8a8a8a", "#e4e4e4"
 HARM, ACCURACY = "#c44e00", "#0067a5"
 """Colors of the harmful score and of the finetune accuracy."""
 PALE = {HARM: "#efbf9f", ACCURACY: "#a3c8e2"}
-"""Colors of the same scores with other parameters, behind the ones that are compared."""
+"""Colors of the same scores with default parameters, in a figure of tuned ones."""
 LINE_STYLES = (
     ("#0067a5", "s"),
     ("#c44e00", "^"),
