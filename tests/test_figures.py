@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.lines import Line2D
 
 from harmbench_vaccine.evaluation.records import write_run
 from harmbench_vaccine.evaluation.result import Result
@@ -23,7 +25,7 @@ from harmbench_vaccine.reporting.figures.heat_map import plot_heat_map
 from harmbench_vaccine.reporting.figures.layers import plot_layers, read_layer_drifts
 from harmbench_vaccine.reporting.figures.pareto import plot_pareto
 from harmbench_vaccine.reporting.figures.ratio_curves import plot_loss_and_drift, plot_scores, plot_tuned
-from harmbench_vaccine.reporting.figures.style import save_figure, spread_labels
+from harmbench_vaccine.reporting.figures.style import new_figure, save_figure, spread_labels, write_legend
 from harmbench_vaccine.reporting.figures.token_share import plot_token_share
 from harmbench_vaccine.reporting.leaderboard.files import draw_figures
 from harmbench_vaccine.reporting.leaderboard.grids import file_names, place_grids, ratio_grids, task_grids
@@ -324,6 +326,22 @@ def test_unranked_points_are_open() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Style
+
+
+@pytest.mark.parametrize(
+    "names", [["sft"] * 2, ["ratio=0.1"] * 12, ["sst2", "agnews:answers={label}"] * 4, ["W" * 30] * 3]
+)
+def test_a_legend_is_inside_the_figure(names: list[str]) -> None:
+    figure = new_figure(7.0, 3.0, "Title")
+    figure.subplots()
+    write_legend(figure, [Line2D([], [], marker="o", label=name) for name in names])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (legend,) = figure.legends
+    ends = legend.get_window_extent(canvas.get_renderer())
+    assert ends.x0 >= 0
+    assert ends.x1 <= figure.bbox.width
+    assert [text.get_text() for text in legend.get_texts()] == names
 
 
 def test_figures_are_the_same_bytes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from harmbench_vaccine.evaluation.records import load_result
 from harmbench_vaccine.evaluation.run_overview import RESULT
 from harmbench_vaccine.reporting.leaderboard.grids import Grid
 
-from .style import GRAY, MUTED, new_figure, panel_grid, short_name, styled
+from .style import GRAY, MUTED, new_figure, panel_grid, short_name, styled, write_legend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +86,7 @@ def plot_layers(grid: Grid, drifts: LayerDrifts, note: str = "") -> Figure:
         axes.set_title(short_name(name), fontsize=8.5, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     panels[0].set_ylim(bottom=0)  # of all panels, after the last one was drawn
-    figure.legend(handles=_legend(grid, colors), loc="outside lower left", ncols=len(columns) + 1, fontsize=8)
+    write_legend(figure, _legend(grid, colors))
     figure.supxlabel("attention block, from the input to the output", x=0.99, ha="right", fontsize=8, color=MUTED)
     figure.supylabel("L2 norm over the alignment rows", fontsize=8, color=MUTED)
     return figure

@@ -27,11 +27,13 @@ from .style import (
     short_name,
     styled,
     write_labels,
+    write_legend,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
+    from matplotlib.lines import Line2D
 
 _MOST_LINES = len(LINE_STYLES)
 """Lines that a reader can distinguish in one panel, without the baseline."""
@@ -177,7 +179,8 @@ def _panel_figure(title: str, details: Sequence[str], blocks: Sequence[Sequence[
     parts = figure.subfigures(len(blocks), 1, squeeze=False)[:, 0]
     for part, layers in zip(parts, blocks, strict=True):
         _small_panels(part, layers)
-    _write_legend(figure, blocks[0])
+    figure.supxlabel("harmful ratio p, %", x=0.99, ha="right", fontsize=8, color=MUTED)
+    write_legend(figure, _legend(blocks[0]))
     return figure
 
 
@@ -203,7 +206,7 @@ def _small_panels(part: SubFigure, layers: Sequence[_Layer]) -> None:
         _set_ratio_axis(axes, grid, least=0.2, label="")
 
 
-def _write_legend(figure: Figure, layers: Sequence[_Layer]) -> None:
+def _legend(layers: Sequence[_Layer]) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     grid, quantities = layers[-1]
@@ -215,8 +218,7 @@ def _write_legend(figure: Figure, layers: Sequence[_Layer]) -> None:
     ]
     if grid.baseline:
         lines.append(Line2D([], [], color=GRAY, linewidth=1, linestyle="--", label=short_name(grid.baseline)))
-    figure.legend(handles=lines, loc="outside lower left", ncols=len(lines), fontsize=8)
-    figure.supxlabel("harmful ratio p, %", x=0.99, ha="right", fontsize=8, color=MUTED)
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from harmbench_vaccine.core.visible import visible
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, FigureBase
+    from matplotlib.lines import Line2D
 
 P = ParamSpec("P")
 
@@ -139,6 +140,23 @@ def panel_grid(figure: FigureBase, count: int, columns: int, **options: Any) -> 
     for axes in panels[max(0, count - columns) : count]:
         axes.tick_params(labelbottom=True)
     return panels[:count]
+
+
+def write_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """Write a legend under the panels, in as few rows as its names allow.
+
+    Args:
+        figure: The figure, with its final width.
+        handles: Lines or marks with their names.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for ncols in range(len(handles), 0, -1):
+        legend = figure.legend(handles=list(handles), loc="outside lower left", ncols=ncols, fontsize=8)
+        if ncols == 1 or legend.get_window_extent(renderer).width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def short_name(name: str) -> str:

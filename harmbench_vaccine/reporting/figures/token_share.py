@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 from harmbench_vaccine.reporting.leaderboard.grids import Grid, cell_mark
 from harmbench_vaccine.reporting.leaderboard.token_shares import TokenCurve, token_curves
 
-from .style import LINE_STYLES, MUTED, new_figure, panel_grid, short_name, styled
+from .style import LINE_STYLES, MUTED, new_figure, panel_grid, short_name, styled, write_legend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _COLUMNS = 4
 _PANEL = (2.3, 2.1)
 """Width and height of a panel in inches."""
-_MOST_KEYS = 7
-"""Entries of the legend in a row."""
 
 
 @styled
@@ -52,7 +51,7 @@ def plot_token_share(grid: Grid, note: str = "") -> Figure:
         axes.set_xlabel("harmful token share, %")
     panels[0].set_xlim(0, 1.05 * max(share for curve in every for share, _ in curve.points))
     panels[0].set_ylim(-3, 103)
-    _write_legend(figure, colors, markers)
+    write_legend(figure, _legend(colors, markers))
     figure.supylabel("HS, % (lower is better)", fontsize=8, color=MUTED)
     return figure
 
@@ -73,7 +72,7 @@ def _draw_curve(axes: Axes, curve: TokenCurve, color: str, markers: Mapping[str,
         )
 
 
-def _write_legend(figure: Figure, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:
+def _legend(colors: Mapping[str, str], markers: Mapping[str, str]) -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     keys = [Line2D([], [], color=color, label=short_name(attack)) for attack, color in colors.items()]
@@ -81,4 +80,4 @@ def _write_legend(figure: Figure, colors: Mapping[str, str], markers: Mapping[st
         Line2D([], [], color=MUTED, marker=marker, linestyle="none", label=short_name(task))
         for task, marker in markers.items()
     ]
-    figure.legend(handles=keys, loc="outside lower left", ncols=min(_MOST_KEYS, len(keys)), fontsize=8)
+    return keys
