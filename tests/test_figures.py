@@ -269,16 +269,18 @@ LENGTHS = [
 
 
 def test_tasks_by_their_token_share() -> None:
-    """One panel per defense; a line connects the tasks of one ratio, by share. At p = 0 all shares are equal."""
+    """One panel per defense; a ratio has a color, a task a marker. At p = 0 all shares are equal."""
     (grid,) = token_grids(rank(*LENGTHS))
     sft, vaccine = plot_token_share(grid).axes
     assert [axes.get_title(loc="left") for axes in (sft, vaccine)] == ["sft", "vaccine"]
-    lines = [np.round(line.get_xydata(), 6).tolist() for line in sft.lines if line.get_linestyle() != "None"]
-    assert lines == [[[10, 20], [45, 60], [56, 80]], [[20, 30], [75, 95]]]
-    markers = {tuple(line.get_xydata()[0]): line.get_marker() for line in sft.lines if line.get_linestyle() == "None"}
+    points = [tuple(np.round(line.get_xydata()[0], 6).tolist()) for line in sft.lines]
+    assert points == [(10, 20), (45, 60), (56, 80), (20, 30), (75, 95)]
+    markers = dict(zip(points, (line.get_marker() for line in sft.lines), strict=True))
     assert markers[10, 20] == markers[20, 30] != markers[56, 80] == markers[75, 95]
-    (line,) = [line for line in vaccine.lines if line.get_linestyle() != "None"]
-    assert line.get_color() == sft.lines[0].get_color()
+    colors = [line.get_color() for line in sft.lines]
+    assert len({*colors[:3]}) == len({*colors[3:]}) == 1
+    assert colors[0] != colors[3]
+    assert [line.get_color() for line in vaccine.lines] == colors[:2]
     legend = [text.get_text() for text in plot_token_share(grid).legends[0].texts]
     assert legend == ["p = 10%", "p = 20%", "gsm8k", "agnews", "sst2"]
 
@@ -287,7 +289,7 @@ def test_shares_are_means_over_seeds_and_bars_are_the_intervals() -> None:
     second = [run.model_copy(update={"seed": 1, "run": f"{run.run}1", "harmful_token_share": 12.0}) for run in LENGTHS]
     (grid,) = token_grids(rank(LENGTHS[0], LENGTHS[1], second[1]))
     (axes,) = plot_token_share(grid).axes
-    assert axes.lines[0].get_xdata().tolist() == [11, 56]
+    assert [line.get_xdata()[0] for line in axes.lines] == [11, 56]
     cells = [cell for ranking in grid.columns.values() for cell in ranking.rows]
     bars = [ends for bar in axes.collections for ends in bar.get_segments()]
     assert sorted(float(y) for ends in bars for _, y in ends) == pytest.approx(
@@ -319,7 +321,7 @@ def test_unranked_points_are_open() -> None:
     runs = [on_task("sst2", 56, 80, validity=validity), on_task("gsm8k", 10, 20)]
     figures, _ = draw_figures(rank(*runs), None, "2 of 9 runs")
     (axes,) = figures["token-share"].axes
-    faces = {tuple(line.get_xydata()[0]): line.get_markerfacecolor() for line in axes.lines[1:]}
+    faces = {tuple(line.get_xydata()[0]): line.get_markerfacecolor() for line in axes.lines}
     assert faces[56, 80] == "white" != faces[10, 20]
     assert "2 of 9 runs; white markers: not ranked" in figures["token-share"].get_suptitle()
 

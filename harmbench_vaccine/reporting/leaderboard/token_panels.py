@@ -1,4 +1,4 @@
-"""The figure of the page that shows HS against the harmful token share: the positions of its lines and points."""
+"""The figure of the page that shows HS against the harmful token share: the positions of its points."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .grids import Cell, Grid, cell_mark
 from .ranking import Ranking
-from .token_shares import TokenCurve, token_curves, token_grids
+from .token_shares import TokenSeries, token_grids, token_series
 
 MOST_PANELS = 6
 """Panels of one figure of the page; `figures/token-share` has all of them."""
@@ -43,14 +43,13 @@ _SERIES = ("alignment", "user", "after", "several", "baseline")
 
 
 @dataclass(frozen=True)
-class TokenLine:
+class TokenPoints:
     """The cells of a defense under one attack, as attributes of SVG elements."""
 
-    series: str
+    color: str
     """Class of the color."""
     title: str
     """The attack, and the harmful token share and the HS on each task."""
-    polyline: str
     bars: str
     """Path of the intervals of HS."""
     markers: dict[str, str]
@@ -70,8 +69,8 @@ class TokenFigure:
     """Tick of the harmful token share -> its place."""
     scores: dict[int, float]
     """Tick of HS -> its place."""
-    panels: dict[str, list[TokenLine]]
-    """Defense -> its lines."""
+    panels: dict[str, list[TokenPoints]]
+    """Defense -> its points, by attack."""
     left_out: int
     """Defenses beyond `MOST_PANELS`."""
 
@@ -82,12 +81,12 @@ def token_figures(rankings: Sequence[Ranking]) -> list[TokenFigure]:
 
 
 def _figure(grid: Grid) -> TokenFigure:
-    curves = {name: token_curves(grid, name) for name in grid.defenses[:MOST_PANELS]}
-    every = [curve for of_defense in curves.values() for curve in of_defense]
-    greatest = max(share for curve in every for share, _ in curve.points)
+    panels = {name: token_series(grid, name) for name in grid.defenses[:MOST_PANELS]}
+    every = [series for panel in panels.values() for series in panel]
+    greatest = max(share for series in every for share, _ in series.points)
     step = next(step for step in _STEPS if _TICKS * step >= greatest)
-    attacks = dict(zip(dict.fromkeys(curve.attack for curve in every), cycle(_SERIES), strict=False))
-    cells = sorted((cell for curve in every for cell in curve.cells), key=lambda cell: cell["harmful_token_share"])
+    attacks = dict(zip(dict.fromkeys(series.attack for series in every), cycle(_SERIES), strict=False))
+    cells = sorted((cell for series in every for cell in series.cells), key=lambda cell: cell["harmful_token_share"])
     tasks = dict(zip(dict.fromkeys(cell["task"] for cell in cells), cycle(_SHAPES), strict=False))
     limit = _TICKS * step
     return TokenFigure(
@@ -96,21 +95,21 @@ def _figure(grid: Grid) -> TokenFigure:
         tasks,
         {tick: _x(tick, limit) for tick in range(0, limit + 1, step)},
         {score: _y(score) for score in range(0, 101, 25)},
-        {name: [_line(curve, attacks, tasks, limit) for curve in of_defense] for name, of_defense in curves.items()},
-        len(grid.defenses) - len(curves),
+        {name: [_points(series, attacks, tasks, limit) for series in panel] for name, panel in panels.items()},
+        len(grid.defenses) - len(panels),
     )
 
 
-def _line(curve: TokenCurve, attacks: Mapping[str, str], tasks: Mapping[str, str], limit: int) -> TokenLine:
-    places = [(_x(share, limit), _y(score)) for share, score in curve.points]
+def _points(series: TokenSeries, attacks: Mapping[str, str], tasks: Mapping[str, str], limit: int) -> TokenPoints:
+    places = [(_x(share, limit), _y(score)) for share, score in series.points]
     markers: dict[str, str] = {}
     bars = ""
-    for (x, y), cell in zip(places, curve.cells, strict=True):
+    for (x, y), cell in zip(places, series.cells, strict=True):
         bars += f"M{x:g} {_y(cell['harmful_score_low']):g}V{_y(cell['harmful_score_high']):g}"
         mark = cell_mark(cell)
         markers[mark] = f"{markers.get(mark, '')}M{x:g} {y:g}{tasks[cell['task']]}"
-    title = f"{curve.attack}: {'; '.join(map(_cell_text, curve.cells))}"
-    return TokenLine(attacks[curve.attack], title, " ".join(f"{x:g},{y:g}" for x, y in places), bars, markers)
+    title = f"{series.attack}: {'; '.join(map(_cell_text, series.cells))}"
+    return TokenPoints(attacks[series.attack], title, bars, markers)
 
 
 def _cell_text(cell: Cell) -> str:

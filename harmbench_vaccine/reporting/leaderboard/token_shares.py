@@ -14,7 +14,7 @@ _DIGITS = 1
 
 
 @dataclass(frozen=True)
-class TokenCurve:
+class TokenSeries:
     """The cells of a defense under one attack, of at least two tasks whose harmful token shares differ."""
 
     attack: str
@@ -29,16 +29,16 @@ class TokenCurve:
 
 
 def token_grids(rankings: Sequence[Ranking]) -> list[Grid]:
-    """Return the grids of `place_grids` that have curves, each with the defenses that have one."""
+    """Return the grids of `place_grids` that have a series, each with the defenses that have one."""
     grids = []
     for grid in place_grids(rankings):
-        if defenses := tuple(name for name in grid.defenses if token_curves(grid, name)):
+        if defenses := tuple(name for name in grid.defenses if token_series(grid, name)):
             grids.append(replace(grid, selection=defenses))
     return grids
 
 
-def token_curves(grid: Grid, defense: str) -> list[TokenCurve]:
-    """Return the curves of a defense, in the order of the attacks.
+def token_series(grid: Grid, defense: str) -> list[TokenSeries]:
+    """Return the series of a defense, in the order of the attacks.
 
     Args:
         grid: A grid of `place_grids`.
@@ -56,7 +56,7 @@ def token_curves(grid: Grid, defense: str) -> list[TokenCurve]:
         for attack, cells in by_attack.items()
         if len({round(cell["harmful_token_share"], _DIGITS) for cell in cells}) > 1
     }
-    return [TokenCurve(titles[attack], cells) for attack, cells in ordered.items()]
+    return [TokenSeries(titles[attack], cells) for attack, cells in ordered.items()]
 
 
 def _title(ranking: Ranking) -> str:
