@@ -77,10 +77,12 @@ def sorted_defenses(grid: Grid, column: str) -> list[str]:
 
 
 def tuned_text(default: Grid, tuned: Grid, name: str, column: str) -> str:
-    """Return the parameters of a defense that the tuning changed; empty if there are none."""
+    """Return the parameters of a defense that the tuning changed, with their defaults; empty if there are none."""
     before, after = default.cell(name, column), tuned.cell(name, column)
-    changes = tuned_changes(before, after) if before and after else {}
-    return ", ".join(f"{key} = {value:g}" for key, value in changes.items())
+    if not before or not after:
+        return ""
+    changes, defaults = tuned_changes(before, after), tuned_changes(after, before)
+    return ", ".join(f"{key} = {value:g}, default {defaults[key]:g}" for key, value in changes.items())
 
 
 def by_ratio(title: str, text: Callable[[Cell], str], default: Grid, tuned: Grid | None, column: str) -> list[str]:
@@ -114,19 +116,32 @@ def answers(default: Grid, tuned: Grid | None, column: str) -> list[str]:
 
 
 def default_and_tuned(default: Grid, tuned: Grid | None, column: str) -> list[str]:
-    """Return the table of HS at the two largest ratios, with default parameters and where the tuning changed them."""
+    """Return the table of HS at the two largest ratios and of FA, with default and with tuned parameters."""
     assert tuned
     columns = list(default.columns)[-2:]
+    titles = [f"HS %, {name}" for name in columns] + [f"FA %, {column}"]
     rows = [
-        table_row(["HS %", *(title for name in columns for title in (name, f"{name}, tuned")), "tuned"]),
-        table_row(["---", *("---:" for _ in 2 * columns), "---"]),
+        table_row(["defense", *(title for name in titles for title in (name, "tuned")), "tuned value"]),
+        table_row(["---", *("---:" for _ in 2 * titles), "---"]),
     ]
     for name in sorted_defenses(default, column):
         values = tuned_text(default, tuned, name, column)
         grids = (default, tuned if values else None)
-        cells = [grid.cell(name, title) if grid else None for title in columns for grid in grids]
-        rows.append(table_row([f"`{name}`", *(score_text(cell) if cell else "" for cell in cells), values]))
+        texts = [cell_text(grid, name, title, score_text) for title in columns for grid in grids]
+        texts += [cell_text(grid, name, column, accuracy_text) for grid in grids]
+        rows.append(table_row([f"`{name}`", *texts, values]))
     return rows
+
+
+def cell_text(grid: Grid | None, name: str, column: str, text: Callable[[Cell], str]) -> str:
+    """Return what `text` returns for a cell; empty without a grid or without the cell."""
+    cell = grid.cell(name, column) if grid else None
+    return text(cell) if cell else ""
+
+
+def accuracy_text(cell: Cell) -> str:
+    """Return FA."""
+    return f"{cell['finetune_accuracy']:.1f}"
 
 
 TABLES: dict[str, Callable[[Grid, Grid | None, str], list[str]]] = {
