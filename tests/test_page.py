@@ -576,6 +576,20 @@ def test_figures_follow_the_filters(browser: Browser, page: Path) -> None:
 
 @pytest.mark.slow
 @needs_browser
+@pytest.mark.parametrize("fa", [0, 60, 100])
+def test_close_points_have_a_name_each(browser: Browser, tmp_path: Path, fa: float) -> None:
+    """Also at the edges of the figure."""
+    names = ["sft", *(f"defense_{number}" for number in range(7))]
+    ends = cell("far", 90, finetune_accuracy=0), cell("best", 90, finetune_accuracy=100)
+    runs = [run for name in names for run in cell(name, 2, finetune_accuracy=fa)]
+    write_page(tmp_path, rank(*runs, *ends[0], *ends[1]))
+    browser.open(tmp_path / "index.html")
+    shown = browser.evaluate("[...document.querySelectorAll('figure text')].map(each => each.textContent)")
+    assert {*names, "far", "best"} <= set(shown)
+
+
+@pytest.mark.slow
+@needs_browser
 @pytest.mark.parametrize("width", [320, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_figure_of_token_shares_is_readable(browser: Browser, tmp_path: Path, width: int, scheme: str) -> None:

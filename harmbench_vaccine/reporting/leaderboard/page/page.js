@@ -214,9 +214,9 @@ function drawScatter(group) {
   root.append(...group.map((cell) => {
     const [[px, py], name, drawn] = [place(cell), shortened(cell.defense), { class: cell.facts.color, "data-defense": cell.defense }];
     const width = 6.6 * name.length;
-    const isFree = ([left, base]) => left > LEFT && base < HEIGHT - BOTTOM
+    const isFree = ([left, base]) => left > LEFT && base > TOP + 8 && base < HEIGHT - BOTTOM
       && !taken.some((box) => left < box[0] + box[2] && box[0] < left + width && Math.abs(base - box[1]) < 12);
-    const shifts = [[8, 4], [-8 - width, 4], ...[17, 29, 41, 53, 65, 77, 89].map((dy) => [2, dy])];
+    const shifts = [[8, 4], [-8 - width, 4], ...[1, 2, 3, 4, 5, 6, 7, 8].flatMap((row) => [[2, 5 + 12 * row], [2, -12 * row]])];
     const spot = shifts.map(([dx, dy]) => [px + dx, py + dy]).find(isFree);
     if (spot) { taken.push([...spot, width]); names.push(svg("g", drawn, word(...spot, "start", name))); }
     const errors = [["_low", "", "_high", ""], ["", "_low", "", "_high"]].map(([hs, fa, hsEnd, faEnd]) => line("error", ...place(cell, hs, fa), ...place(cell, hsEnd, faEnd)));
