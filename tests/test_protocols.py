@@ -34,8 +34,9 @@ def test_every_value_has_a_source(name: str) -> None:
 def test_committed_table_has_the_hash_of_its_version() -> None:
     """A new hash needs a new version and a new table."""
     table = pd.read_csv(Path(__file__).parent.parent / "leaderboards" / "testbed.csv")
-    protocol = load_protocol("testbed")
-    assert {*zip(table["protocol_version"], table["protocol_hash"], strict=True)} == {(protocol.version, protocol.hash)}
+    protocols = load_protocol("testbed"), load_protocol("testbed-tuned")
+    versions = zip(table["protocol"], table["protocol_version"], table["protocol_hash"], strict=True)
+    assert {*versions} == {(protocol.name, protocol.version, protocol.hash) for protocol in protocols}
 
 
 @pytest.mark.parametrize("name", PAPERS)
