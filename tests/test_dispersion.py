@@ -21,11 +21,11 @@ TESTBED = Path(__file__).parents[1] / "leaderboards" / "testbed.csv"
 
 
 def read_testbed(attack: str) -> dict[str, SeedShares]:
-    """Read the harmful scores of the cells of the testbed's table that did not collapse."""
+    """Read the harmful scores of the testbed's default cells that did not collapse."""
     scores, collapsed = defaultdict(list), set()
     with TESTBED.open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["attack"] == attack:
+            if (row["protocol"], row["attack"]) == ("testbed", attack):
                 scores[row["defense"]].append(float(row["harmful_score"]) / 100)
                 if row["collapsed"] == "True":
                     collapsed.add(row["defense"])
