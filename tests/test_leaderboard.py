@@ -478,7 +478,7 @@ def test_committed_results_are_complete() -> None:
     assert len({row.protocol_hash for row in rows}) == 2
 
 
-@pytest.mark.parametrize("name", ["testbed", "smollm2"])
+@pytest.mark.parametrize("name", ["testbed", "testbed-token-share", "smollm2"])
 def test_committed_tables_are_those_of_the_committed_results(name: str, tmp_path: Path) -> None:
     folder = Path(__file__).parents[1] / "leaderboards"
     write_tables(rank_results([folder / f"{name}.csv"]), tmp_path)
