@@ -217,6 +217,52 @@ def test_grades_depend_on_the_content_of_a_local_judge(settle: Callable[..., Exp
     assert grade_key("small", remote) != grade_key("large", remote)
 
 
+def with_judge(settle: Callable[..., Experiment], folder: Path, threshold: float = 0.5) -> Experiment:
+    return settle(scorers=(f"beaver_dam:model={folder},threshold={threshold}",))
+
+
+def test_the_protocol_hash_depends_on_the_content_of_a_local_judge(
+    settle: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    for name, content in (("judge", "{}"), ("copy", "{}"), ("other", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    first = with_judge(settle, tmp_path / "judge")
+    assert first.protocol_hash == with_judge(settle, tmp_path / "copy").protocol_hash
+    others = [with_judge(settle, tmp_path / "other"), with_judge(settle, tmp_path / "judge", 0.4), settle()]
+    assert len({first.protocol_hash, *(other.protocol_hash for other in others)}) == 4
+    (tmp_path / "judge" / "config.json").write_text("[]")
+    assert with_judge(settle, tmp_path / "judge").protocol_hash == others[0].protocol_hash
+
+
+def test_the_protocol_hash_depends_on_the_content_of_a_local_template(
+    settle: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    def protocol_hash(name: str) -> str:
+        return settle(scorers=(f"wildguard:template={tmp_path / name},model=org/name",)).protocol_hash
+
+    for name, content in (("first", "{prompt} {response}"), ("copy", "{prompt} {response}"), ("other", "{response}")):
+        (tmp_path / name).write_text(content)
+    assert protocol_hash("first") == protocol_hash("copy") != protocol_hash("other")
+
+
+def test_the_protocol_hash_depends_on_the_content_of_local_data(
+    settle: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    original = Path(settle().location("beavertails"))
+    shutil.copytree(original, tmp_path / "copy")
+
+    def copied() -> Experiment:
+        return settle(data={"beavertails": str(tmp_path / "copy")})
+
+    assert copied().protocol_hash == settle().protocol_hash
+    assert copied().protocol_hash != copied().protocol.hash  # that of the paths
+    file = next(path for path in (tmp_path / "copy").rglob("*") if path.is_file())
+    file.write_bytes(file.read_bytes() + b"\n")
+    assert copied().protocol_hash != settle().protocol_hash
+    assert keys.run_id(copied()) != keys.run_id(settle())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A copied home, and why an artifact was created
 

@@ -143,6 +143,15 @@ def fingerprint(location: str, kind: hub.Kind = "model") -> str:
     return f"{location.partition('@')[0]}@{commit}" if commit else location
 
 
+def location_identity(location: str) -> str:
+    """Return the content hash of a path; a part of the testbed or a name of the Hub is returned unchanged.
+
+    So a copy has the same identity, and the testbed, which each machine builds, is the same on all of them.
+    """
+    is_path = not location.startswith(TESTBED) and local_path(location) is not None
+    return fingerprint(location) if is_path else location
+
+
 def provenance(location: str, rows: Mapping[str, int]) -> dict[str, Any]:
     """Describe what was read at a location.
 

@@ -84,7 +84,7 @@ def experiment_fields(experiment: Experiment) -> dict[str, Any]:
         "model": experiment.model,
         "protocol": protocol.name,
         "protocol_version": protocol.version,
-        "protocol_hash": protocol.hash,
+        "protocol_hash": experiment.protocol_hash,
         **_tuning(experiment),
         "scorer": protocol.score.scorer,
         "judge": experiment.scorer.params.get("model", ""),
@@ -194,7 +194,7 @@ def _tuning(experiment: Experiment) -> dict[str, Any]:
     names = [resolved.plugin.name for resolved in experiment.defenses]
     costs = [protocol.tuning[name] for name in names if name in protocol.tuning]
     runs, seconds = (sum(getattr(cost, amount) for cost in costs) for amount in ("runs", "seconds"))
-    return {"tuning": TuningRecord(untuned_hash=protocol.untuned_hash, runs=runs, seconds=seconds)}
+    return {"tuning": TuningRecord(untuned_hash=experiment.untuned_hash, runs=runs, seconds=seconds)}
 
 
 def answer_rows(measurements: Measurements) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def detectable_differences(experiments: Iterable[Experiment], runs: Path) -> lis
     """
     tables: dict[tuple[str, str, str, str], list[Experiment]] = defaultdict(list)
     for experiment in experiments:
-        key = (experiment.protocol.hash, experiment.model, experiment.task_name, experiment.attack)
+        key = (experiment.protocol_hash, experiment.model, experiment.task_name, experiment.attack)
         tables[key].append(experiment)
     stored = _read_stored({key[0] for key in tables}, runs)
     return [_plan_table(table, stored) for table in tables.values()]
@@ -72,7 +72,7 @@ def _plan_table(table: Sequence[Experiment], stored: Sequence[RunOverview]) -> D
     for experiment in table:
         seeds[experiment.defense].add(experiment.spec.seed)
     least = min(map(len, seeds.values()))
-    alike = [run for run in stored if (run.protocol_hash, run.model) == (first.protocol.hash, first.model)]
+    alike = [run for run in stored if (run.protocol_hash, run.model) == (first.protocol_hash, first.model)]
     cells = _cells(alike, questions)
     pooled = pool_dispersion(cells.values()) if cells else None
     is_known = pooled is not None and pooled.df > 0

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -18,6 +19,7 @@ from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import STAGES, StageName, Topology, TrainSettings
 from harmbench_vaccine.data.files import is_data_file
 from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
+from harmbench_vaccine.data.sources import location_identity
 from harmbench_vaccine.inference.engine import Backend, choose_backend
 from harmbench_vaccine.plugins import Attack, Defense, Resolved, Scorer, Task
 from harmbench_vaccine.plugins.base import resolve_params
@@ -137,6 +139,27 @@ class Experiment:
         _check_combination(experiment)
         _check_changed_names(written, experiment)
         return experiment
+
+    @cached_property
+    def protocol_hash(self) -> str:
+        """The identity that tables compare: the protocol's hash, with the content of local files for their paths."""
+        return self.protocol.hash_with(self._contents)
+
+    @cached_property
+    def untuned_hash(self) -> str:
+        """`protocol_hash` without the tuned parameters of defenses; empty for a protocol that is not an overlay."""
+        return self.protocol.untuned_hash_with(self._contents)
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        """Location of a data set or of the headline judge, and the judge as it is written -> the same by content."""
+        contents = {location: location_identity(location) for location in self.protocol.data.values()}
+        params = self.scorer.params
+        local = self.scorer.plugin.file_params if params.get("base_url") else ("model", *self.scorer.plugin.file_params)
+        judge = {key: location_identity(params[key]) for key in local if params.get(key)}
+        contents |= {params[key]: identity for key, identity in judge.items()}
+        contents[self.protocol.score.scorer] = canonical_name([replace(self.scorer, params={**params, **judge})])
+        return contents
 
     @property
     def defense(self) -> str:

@@ -15,7 +15,7 @@ from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.core.types import StageName, TrainSettings
 from harmbench_vaccine.data.prompts import EvalSet
-from harmbench_vaccine.data.sources import TESTBED, fingerprint, local_path
+from harmbench_vaccine.data.sources import fingerprint, location_identity
 from harmbench_vaccine.plugins import Resolved, Scorer
 
 from .artifacts import TrainedModel
@@ -160,25 +160,19 @@ def run_id(experiment: Experiment) -> str:
     locations = {name: experiment.location(name) for name in (*experiment.protocol.data, *task.locations())}
     judge = scorer.params.get("model")
     if judge and not scorer.params.get("base_url"):
-        judge = _location_identity(judge)
+        judge = location_identity(judge)
     inputs = {
-        "protocol": experiment.protocol.hash,
+        "protocol": experiment.protocol_hash,
         "plugins": [resolved.identity for resolved in [*experiment.defenses, *experiment.attacks]],
         "scorer": {**scorer.identity, "params": {**scorer.params, "model": judge}},
         "task": {"name": task.name, "params": _task_params(experiment)},
-        "model": _location_identity(experiment.model),
+        "model": location_identity(experiment.model),
         "seed": experiment.spec.seed,
-        "data": {name: _location_identity(location) for name, location in locations.items()},
+        "data": {name: location_identity(location) for name, location in locations.items()},
         **_backend_inputs(experiment),
     }
     names = "-".join(resolved.plugin.name for resolved in experiment.defenses)
     return f"{names}-{digest(inputs, 8)}"
-
-
-def _location_identity(location: str) -> str:
-    """Return the content hash of a path, or any other location unchanged."""
-    is_path = not location.startswith(TESTBED) and local_path(location) is not None
-    return fingerprint(location) if is_path else location
 
 
 def judge_inputs(experiment: Experiment, scorer: Resolved[Scorer]) -> Inputs:

@@ -213,8 +213,8 @@ class Protocol(_Strict):
 
     @cached_property
     def hash(self) -> str:
-        """The identity that tables compare: 12 hexadecimal digits over every value except the sources."""
-        return digest(self.model_dump(mode="json"), 12)
+        """The identity of the values: 12 hexadecimal digits over all except the sources."""
+        return self.hash_with({})
 
     @cached_property
     def untuned_hash(self) -> str:
@@ -222,11 +222,23 @@ class Protocol(_Strict):
 
         Results under this hash differ from those under `hash` in the parameters of defenses only.
         """
+        return self.untuned_hash_with({})
+
+    def hash_with(self, contents: Mapping[str, str]) -> str:
+        """Return the hash with other texts for some values.
+
+        Args:
+            contents: A text, such as the path of a file -> the text to hash, such as the hash of its content.
+        """
+        return digest(_with_texts(self.model_dump(mode="json"), contents), 12)
+
+    def untuned_hash_with(self, contents: Mapping[str, str]) -> str:
+        """Return the `untuned_hash` with other texts for some values; the argument is that of `hash_with`."""
         if not self.base:
             return ""
         untuned = self.model_dump(mode="json")
         untuned |= load_protocol(self.base).model_dump(mode="json", include={"name", "version", "defenses"})
-        return digest(untuned, 12)
+        return digest(_with_texts(untuned, contents), 12)
 
     def replaced(self, values: Mapping[str, str]) -> Protocol:
         """Return the protocol with other values at dotted paths, such as `align.settings.lr`; each is read as YAML.
@@ -268,6 +280,15 @@ class Protocol(_Strict):
         if dataset not in self.data:
             raise unknown_name("data set", dataset, self.data, of=f"protocol {self.name!r}")
         return self.data[dataset]
+
+
+def _with_texts(value: Any, texts: Mapping[str, str]) -> Any:
+    """Return JSON with other texts for some of its values."""
+    if isinstance(value, dict):
+        return {key: _with_texts(nested, texts) for key, nested in value.items()}
+    if isinstance(value, list):
+        return [_with_texts(nested, texts) for nested in value]
+    return texts.get(value, value) if isinstance(value, str) else value
 
 
 def _paths(kind: Any, prefix: str = "") -> list[str]:

@@ -227,7 +227,7 @@ def _tracked(
         "seed": experiment.spec.seed,
         "model": experiment.model,
         "protocol": experiment.protocol.name,
-        "protocol_hash": experiment.protocol.hash,
+        "protocol_hash": experiment.protocol_hash,
         **asdict(settings),
     }
     folder = context.store.root.parent / "trackers"

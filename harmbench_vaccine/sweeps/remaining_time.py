@@ -142,7 +142,7 @@ def _longest_estimate(experiments: Sequence[Experiment], kind: str) -> float:
     if kind not in ESTIMATED:
         return 0.0
     groups = {
-        (experiment.protocol.hash, experiment.model, experiment.defense): experiment for experiment in experiments
+        (experiment.protocol_hash, experiment.model, experiment.defense): experiment for experiment in experiments
     }
     longest = 0.0
     for experiment in groups.values():

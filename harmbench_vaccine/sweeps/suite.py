@@ -216,7 +216,7 @@ def _identity(experiment: Experiment) -> str:
     """Return everything in which two settled runs of a suite can differ."""
     plugins = (*experiment.defenses, *experiment.attacks, *experiment.scorers, experiment.task_plugin)
     params = [[resolved.plugin.name, resolved.params] for resolved in plugins]
-    return canonical_json([experiment.protocol.hash, experiment.model, params, experiment.spec.seed])
+    return canonical_json([experiment.protocol_hash, experiment.model, params, experiment.spec.seed])
 
 
 def _matches(entry: SuiteEntry, spec: RunSpec) -> bool:

@@ -39,7 +39,7 @@ def dry_run_json(
     first = plan.experiments[0]
     return {
         "device": _device_json(target) if estimates or target.rates else None,
-        "protocol": {"hash": first.protocol.hash, "values": list(protocol_values(first))},
+        "protocol": {"hash": first.protocol_hash, "values": list(protocol_values(first))},
         "experiments": experiments,
         "sources": [vars(source) for source in plan.sources],
         "unknown": plan.unknown,
