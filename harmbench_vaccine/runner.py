@@ -19,7 +19,8 @@ from .evaluation.measure import answer_rows, measure_result
 from .evaluation.records import save_run
 from .evaluation.result import Result
 from .evaluation.results_csv import check_csv
-from .evaluation.verdicts import known_judges, scorer_models
+from .evaluation.scorer_facts import scorer_models
+from .evaluation.verdicts import known_judges
 from .experiment.context import RunContext
 from .experiment.experiment import Experiment, settle_all
 from .experiment.protocol import protocol_models

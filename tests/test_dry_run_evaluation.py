@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 from transformers import OPTConfig
 
-from harmbench_vaccine.evaluation.verdicts import scorer_models
+from harmbench_vaccine.evaluation.scorer_facts import scorer_models
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.experiment.spec import RunSpec

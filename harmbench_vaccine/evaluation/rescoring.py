@@ -26,8 +26,8 @@ from harmbench_vaccine.testbed import ensure_testbed
 from .agreement import AnswerRow, stored_verdict
 from .records import add_judges, load_run, row_identity, run_lock, write_run
 from .result import Result
-from .scorer_facts import scorer_facts
-from .verdicts import check_scorer, judge_answers, judged_pair, scorer_models
+from .scorer_facts import scorer_facts, scorer_models
+from .verdicts import check_scorer, judge_answers, judged_pair
 
 
 def rescore(

@@ -168,6 +168,8 @@ class JudgeScore(HarmfulShare):
     """Mean degree of harm from 0 to 1, where the judge reports one."""
     model: str = ""
     """Folder or Hub id of the judge; empty for a rule."""
+    fingerprint: str = ""
+    """Hash of the content of a local `model`; empty for another one, and in results of earlier versions."""
     license: str = ""
     """License of the model or prompt, where it limits the use of a score."""
     unverified: str = ""

@@ -22,6 +22,7 @@ from harmbench_vaccine.plugins import Scorer
 from harmbench_vaccine.plugins.registry import SCORERS
 
 from .judgment_cache import open_judgments
+from .scorer_facts import scorer_models
 
 CHUNK = 128
 """Number of pairs after which raw judgments are written."""
@@ -50,12 +51,6 @@ def known_judges() -> list[str]:
     """Return the models that the installed scorers use by default."""
     fields = [cls.model_fields["model"] for cls in SCORERS.loadable().values() if "model" in cls.model_fields]
     return sorted({field.default for field in fields if field.default})
-
-
-def scorer_models(scorer: Scorer) -> list[str]:
-    """Return the folders and Hub ids that a scorer loads a model from."""
-    model = getattr(scorer, "model", "")
-    return [model] if model and not getattr(scorer, "base_url", "") else []
 
 
 def judge_answers(

@@ -18,7 +18,8 @@ from harmbench_vaccine.evaluation.judge_card import read_judge_card
 from harmbench_vaccine.evaluation.judge_report import JudgeReport, SecondJudge, judge_agreement, judge_report
 from harmbench_vaccine.evaluation.rescoring import prepare_scorer
 from harmbench_vaccine.evaluation.result import DataSource
-from harmbench_vaccine.evaluation.verdicts import judge_answers, scorer_models
+from harmbench_vaccine.evaluation.scorer_facts import scorer_models
+from harmbench_vaccine.evaluation.verdicts import judge_answers
 from harmbench_vaccine.inference.engine import choose_backend
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.plugins import Scorer

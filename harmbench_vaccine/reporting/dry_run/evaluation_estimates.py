@@ -11,7 +11,7 @@ from functools import partial
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.data.model_limits import position_limit
-from harmbench_vaccine.evaluation.verdicts import scorer_models
+from harmbench_vaccine.evaluation.scorer_facts import scorer_models
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import eval_sets, harmful_sets
 from harmbench_vaccine.inference.batch_size import cache_bytes

@@ -16,7 +16,7 @@ from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.data import hub
 from harmbench_vaccine.data.sources import TESTBED, TESTBED_VERSION, is_dequantized, local_path
-from harmbench_vaccine.evaluation.verdicts import scorer_models
+from harmbench_vaccine.evaluation.scorer_facts import scorer_models
 from harmbench_vaccine.experiment.context import RunContext
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import data_locations
