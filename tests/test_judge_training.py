@@ -36,6 +36,8 @@ from support.world import make_world
 HARMS = {CATEGORIES[3]: "steal the", CATEGORIES[9]: "burn the"}
 THINGS = [f"{color} {thing}" for color in ("red", "blue", "green", "old", "new") for thing in ("lamp", "door", "boat")]
 FAST = ("--lr", "3e-3", "--batch", "8", "--epochs", "16")
+SLOW = ("--lr", "1e-3", "--batch", "4", "--epochs", "48")
+"""An encoder with random weights first learns only how frequent the labels are."""
 
 
 def labeled(question: str, answer: str, *categories: str) -> dict[str, Any]:
@@ -235,6 +237,7 @@ def test_run_accepts_the_folder(trained: Trained, tmp_path: Path) -> None:
         assert done.results[0]["judge"] == str(trained.folder)
         (score,) = done.results[0]["scores"].values()
         assert score["license"] == ""  # that of beaver-dam's weights does not apply
+        assert score["fingerprint"] == trained.output["fingerprint"]
 
 
 def test_hash_is_that_of_the_folder(trained: Trained) -> None:
@@ -293,6 +296,23 @@ def test_rows_and_balance_limit_what_is_trained_on(place: Path, tmp_path: Path) 
         assert done.code == 0, done.err
         training = done.results[0]["card"]["training"]
         assert (training["rows"], training["unsafe"]) == rows
+
+
+def test_pairs_of_one_kind_for_every_question_are_reported(place: Path, tmp_path: Path) -> None:
+    """From such pairs a judge can learn to flag by the question."""
+    rows = data_rows(THINGS[:12])
+    harm = THINGS[:6]
+    one_kind = [row for row in rows if row["is_safe"] != any(thing in row["prompt"] for thing in harm)]
+    questions = [row["prompt"] for row in one_kind]
+    assert len(set(questions)) == len(questions) == 24
+    warning = "No training question has a safe and an unsafe answer: the judge may flag by the question alone."
+    for data, expected in ((one_kind, True), (rows, False)):
+        folder = tmp_path / str(expected)
+        write_rows(folder / "data" / "30k_train.jsonl", data)
+        options = ("--epochs", "0.2", "--held-out", "0.2")
+        done = train(folder, folder / "out", *options, home=tmp_path / "home", model=place / "base")
+        assert done.code == 0, done.err
+        assert (warning in " ".join(done.err.split())) == expected
 
 
 def test_contradictory_rows_are_reported(place: Path, tmp_path: Path) -> None:
@@ -370,6 +390,8 @@ def bert(folder: Path) -> None:
             intermediate_size=96,
             max_position_embeddings=256,
             initializer_range=0.1,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
         )
     )
     tiny.save(network, tokenizer, folder)
@@ -398,15 +420,14 @@ def without_padding(folder: Path) -> None:
 
 @pytest.mark.parametrize("make", [bert, sentiment_classifier, padded_by_its_end, without_padding])
 def test_other_bases(make: Callable[[Path], None], place: Path, tmp_path: Path) -> None:
-    """The encoder has random weights, and learns only how frequent the labels are."""
     make(tmp_path / "base")
-    options = (*FAST, "--held-out-split", "30k_test", "--json")
+    settings = SLOW if make is bert else FAST
+    options = (*settings, "--held-out-split", "30k_test", "--json")
     done = train(place, tmp_path / "judge", *options, home=tmp_path / "home", model=tmp_path / "base")
     assert done.code == 0, done.err
     losses, flag = done.results[0]["card"]["losses"], done.results[0]["card"]["report"]["flag"]
     assert losses[-1] < 0.5 * losses[0]
-    if make is not bert:
-        assert flag["f1"]["value"] > 90
+    assert flag["f1"]["value"] > 90
     rows = read_rows(place / "data" / "30k_test.jsonl")
     pairs = [(row["prompt"], row["response"]) for row in rows]
     together, alone = judged(tmp_path / "judge", pairs), judged(tmp_path / "judge", pairs, batch=1)

@@ -178,6 +178,8 @@ def write_judge(request: JudgeTraining, folder: Path, progress: Progress = SILEN
         prepare_scorer(judge, progress)
     _prepare_base(request, progress)
     pairs = _read_pairs(request)
+    if not _have_both_answers(pairs.training):
+        progress.note("No training question has a safe and an unsafe answer: the judge may flag by the question alone.")
     store = Store(ensure_writable(home() / "store", "The store"), progress)
     create = partial(_create, request, pairs.training, progress)
     artifact = store.get_or_create("judge", _training_key(request, pairs.training), create)
@@ -292,6 +294,12 @@ def _trained_scorer(folder: str, tokens: int) -> tuple[str, Scorer]:
     """Return the name and the scorer of a folder."""
     resolved = resolve_plugins((folder_component(folder, tokens),), SCORERS, {}, "")
     return canonical_name(resolved), resolved[0].plugin
+
+
+def _have_both_answers(pairs: Sequence[LabeledPair]) -> bool:
+    """Return whether a question has a safe and an unsafe answer."""
+    safe, unsafe = ({normalize(pair.question) for pair in pairs if pair.unsafe is kind} for kind in (False, True))
+    return not safe.isdisjoint(unsafe)
 
 
 def _counts(pairs: Sequence[LabeledPair]) -> LabeledRowCounts:
