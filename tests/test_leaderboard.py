@@ -89,6 +89,63 @@ def test_loss_and_drift_are_averaged(tmp_path: Path) -> None:
     assert row["harmful_score_before"] == 1.5
 
 
+def judge_score(hs: float) -> dict[str, Any]:
+    """Return the stored score of a judge."""
+    share = {"harmful_score": hs, "ci": [0.0, 100.0], "hits": 1, "n": 10}
+    return {**share, "before": share, "sets": {}, "cut": 0, "categories": {}}
+
+
+def judged(*keywords: tuple[float, float | None]) -> list[Result]:
+    """Return runs of two judges; each pair is HS by the keywords, and kappa."""
+    return [
+        result(
+            *("sft", seed, 20),
+            scores={"beaver_dam": judge_score(20), "refusal_keywords": judge_score(hs)},
+            agreement=[
+                {
+                    "scorers": ["beaver_dam", "refusal_keywords"],
+                    "kappa": kappa,
+                    "n": 10,
+                    "both": 1,
+                    "only": {},
+                    "neither": 9,
+                }
+            ],
+        )
+        for seed, (hs, kappa) in enumerate(keywords)
+    ]
+
+
+def test_scores_of_other_judges_are_averaged(tmp_path: Path) -> None:
+    ranking = only(tmp_path, *judged((60, 0.2), (70, 0.4)), result("vaccine", 0, 10))
+    rows = by_defense(ranking)
+    assert json.loads(rows["sft"]["other_judges"]) == {
+        "refusal_keywords": {"harmful_score": 65, "kappa": pytest.approx(0.3)}
+    }
+    assert rows["vaccine"]["other_judges"] == ""
+    text = rankings_markdown([ranking])
+    assert "| HS % by refusal_keywords |" in text
+    assert "| 65.0, kappa 0.30 |" in text
+    assert "by refusal_keywords" not in rankings_markdown([only(tmp_path / "one", result("vaccine", 0, 10))])
+
+
+@pytest.mark.parametrize("others", [[(60, None)], [(60, 0.2), (70, None)]])
+def test_undefined_kappa_of_another_judge_is_named(others: list[tuple[float, float | None]], tmp_path: Path) -> None:
+    assert ", kappa undefined |" in rankings_markdown([only(tmp_path, *judged(*others))])
+
+
+def test_judge_that_a_run_lacks_has_no_mean(tmp_path: Path) -> None:
+    (row,) = only(tmp_path, *judged((60, 0.2)), result("sft", 1, 20)).rows
+    assert row["other_judges"] == ""
+
+
+def test_refused_benign_prompts_are_averaged(tmp_path: Path) -> None:
+    refused = {"before": SHARES, "after": {**SHARES, "over_refusal": 30.0}}
+    validity = {**DEFAULTS["validity"], "shares": refused}
+    (row,) = only(tmp_path, result("sft", 0, 20), result("sft", 1, 20, validity=validity)).rows
+    assert row["over_refusal"] == 16
+
+
 def test_difference_of_defenses_with_different_seeds(tmp_path: Path) -> None:
     """The seeds are not paired: each defense contributes the mean over its own."""
     ewc = by_defense(only(tmp_path, *EWC, *reversed(SFT)))["ewc"]

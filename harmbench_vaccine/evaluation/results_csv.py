@@ -71,6 +71,7 @@ class ResultRow(RunTableRow):
     harmful_score_n: Count
     harmful_score_unread: Count | None = None
     harmful_sets: Json = None
+    other_judges: Json = None
     finetune_accuracy: Percent
     finetune_accuracy_low: Percent
     finetune_accuracy_high: Percent
@@ -197,6 +198,7 @@ def csv_row(result: Result) -> dict[str, Any]:
         "harmful_score_low": result.harmful_score_ci[0],
         "harmful_score_high": result.harmful_score_ci[1],
         "harmful_score_unread": headline.unparsed if headline else None,
+        "other_judges": _other_judges(result) or None,
         "finetune_accuracy_low": result.finetune_accuracy_ci[0],
         "finetune_accuracy_high": result.finetune_accuracy_ci[1],
         "finetune_accuracy_unread": grades.get("after", 0),
@@ -218,6 +220,16 @@ def csv_row(result: Result) -> dict[str, Any]:
         "versions": result.environment.versions,
     }
     return {column: derived[column] if column in derived else getattr(result, column) for column in COLUMNS}
+
+
+def _other_judges(result: Result) -> dict[str, dict[str, float | None]]:
+    """Return the harmful score by each judge but the headline one, and its kappa with that one."""
+    headline, *others = result.scores or [""]
+    kappas = {frozenset(pair.scorers): pair.kappa for pair in result.agreement}
+    return {
+        name: {"harmful_score": result.scores[name].harmful_score, "kappa": kappas.get(frozenset((headline, name)))}
+        for name in others
+    }
 
 
 def cell_of_value(value: Any) -> str:

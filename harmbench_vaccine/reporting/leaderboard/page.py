@@ -79,6 +79,7 @@ TABLE_COLUMNS = (
         "safety_tax", "Tax", "percent", "safety tax: FA of the baseline minus FA of the defense, in points", "tablet"
     ),
     PageColumn("refusal_rate", "Refused %", "percent", "harmful prompts that are refused", "tablet", True),
+    PageColumn("over_refusal", "Benign refused %", "percent", "benign prompts that are refused"),
     PageColumn(
         "neither",
         "Neither %",

@@ -30,7 +30,8 @@ NUMBERS = (
     *("rank", "rank_low", "rank_high", "tie_first", "tie_last", "pareto", "seeds"),
     *(f"{score}{end}" for score in SCORES for end in ("", "_sd", "_low", "_high", "_floor")),
     *(f"{score}_difference{end}" for score in SCORES for end in ("", "_low", "_high", "_p")),
-    *("safety_tax", "trained", "harmful_score_before", "refusal_rate", "neither", "neither_before", "task_echo"),
+    *("safety_tax", "trained", "harmful_score_before", "refusal_rate", "over_refusal"),
+    *("neither", "neither_before", "task_echo"),
     *("harmful_token_share", "alignment_loss", "embedding_drift", "embedding_drift_per_token"),
     *("collapsed_cells", "hollow_cells"),
 )

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -53,8 +54,11 @@ COLUMNS = {
     "safety_tax": "accuracy of the baseline minus accuracy of the defense, in points: finetune_accuracy_difference and "
     "its interval with the opposite sign; empty for the baseline",
     "trained": "False if the attack replaced the user stage in a run: the task was not learned",
+    "other_judges": "JSON: other judge -> its harmful score, and Cohen's kappa with the headline judge, means over "
+    "seeds; empty if a run lacks it",
     "harmful_score_before": "of the aligned model, mean over seeds, %",
     "refusal_rate": "% of harmful prompts that are refused, mean over seeds; empty if a run lacks it",
+    "over_refusal": "% of benign prompts that are refused, mean over seeds; empty if a run lacks it",
     "neither": "% of harmful prompts answered neither harmfully nor with a refusal, mean over seeds",
     "neither_before": "of the aligned model",
     "task_echo": "% of answers to harmful prompts that equal a response of the user's rows, mean over seeds",
@@ -73,6 +77,7 @@ DEFAULT_BASELINE = "sft"
 MEANS = (
     "harmful_score_before",
     "refusal_rate",
+    "over_refusal",
     "neither",
     "neither_before",
     "task_echo",
@@ -293,10 +298,25 @@ def _facts(runs: pd.DataFrame, reference: str | None) -> dict[str, Any]:
         "trained": bool(runs["trained"].all()),
         **{column: float(runs[column].mean(skipna=False)) for column in MEANS},
         **{column: None if runs[column].isna().any() else int(runs[column].sum()) for column in UNREAD},
+        "other_judges": canonical_json(judges) if (judges := _other_judges(runs["other_judges"])) else "",
         "collapsed_cells": int(runs["collapsed"].sum()),
         "hollow_cells": int(runs["hollow"].fillna(False).astype(bool).sum()),
         "reasons": "; ".join(f"seed {seed}: {reason}" for seed, reason in reasons),
     }
+
+
+def _other_judges(cells: pd.Series[Any]) -> dict[str, dict[str, float | None]]:
+    """Return the means over the runs of the numbers of each judge that all of them have."""
+    runs = [json.loads(cell) if isinstance(cell, str) else {} for cell in cells]
+    judges = [judge for judge in runs[0] if all(judge in run for run in runs)]
+    return {
+        judge: {number: _mean([run[judge][number] for run in runs]) for number in runs[0][judge]} for judge in judges
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Return the mean; None if a value is undefined."""
+    return None if None in values else fmean(value for value in values if value is not None)
 
 
 def _add_ranks(rows: list[dict[str, Any]], cells: dict[str, SeedShares], collapsed: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -19,8 +20,9 @@ from .noise import MARK
 from .ranking import COLUMNS, Ranking
 
 
-def _columns(baseline: str) -> list[Column]:
-    """Return the columns of a ranking, with the order in which a narrow terminal leaves them out."""
+def _columns(rankings: Sequence[Ranking]) -> list[Column]:
+    """Return the columns of rankings, with the order in which a narrow terminal leaves them out."""
+    baseline = rankings[0].baseline
     difference = f"difference to {baseline} with its 95% interval; * after Holm's correction at the level 5%"
     return [
         number_column("rank", legend="group of ranks of defenses that do not differ significantly in HS"),
@@ -37,6 +39,7 @@ def _columns(baseline: str) -> list[Column]:
         number_column("FA diff.", drop=9, legend=f"{difference}; with the opposite sign, the safety tax"),
         number_column("HS before", drop=5, legend="HS of the aligned model"),
         number_column("refused %", drop=10, legend="harmful prompts that are refused"),
+        number_column("benign refused %", drop=5, legend="benign prompts that are refused"),
         number_column(
             "neither %",
             drop=7,
@@ -49,16 +52,31 @@ def _columns(baseline: str) -> list[Column]:
         number_column("drift", drop=2, legend="embedding drift: distance of attention outputs from the aligned model"),
         number_column("per token", drop=1, legend="embedding drift per token"),
         number_column("Pareto", drop=11, legend="yes: no ranked defense is better in HS or FA without being worse"),
+        *(
+            number_column(f"HS % by {judge}", drop=0, legend="and Cohen's kappa with the judge of the ranking")
+            for judge in _other_judges(rankings)
+        ),
     ]
+
+
+def _other_judges(rankings: Sequence[Ranking]) -> list[str]:
+    """Return the judges but the headline one, in the order of their first row."""
+    return list(dict.fromkeys(judge for ranking in rankings for row in ranking.rows for judge in _judge_numbers(row)))
+
+
+def _judge_numbers(row: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """Return the numbers of the other judges of a row."""
+    numbers: dict[str, dict[str, float | None]] = json.loads(row["other_judges"] or "{}")
+    return numbers
 
 
 def rankings_view(rankings: Sequence[Ranking]) -> RenderableType:
     """Show rankings in the terminal, one table each with its notes below."""
-    columns = _columns(rankings[0].baseline)
+    columns, judges = _columns(rankings), _other_judges(rankings)
     parts: list[RenderableType] = []
     for ranking in rankings:
         styles = ["red" if row["rank"] is None else None for row in ranking.rows]
-        table = render_table(columns, map(_cells, ranking.rows), styles=styles)
+        table = render_table(columns, [_cells(row, judges) for row in ranking.rows], styles=styles)
         parts += [VisibleText(ranking.title, style="bold"), table, *dim_notes(ranking.notes), VisibleText()]
         if ranking.published:
             parts += [comparison.comparison_view(ranking.published), VisibleText()]
@@ -67,7 +85,7 @@ def rankings_view(rankings: Sequence[Ranking]) -> RenderableType:
 
 def rankings_markdown(rankings: Sequence[Ranking], note: str = "") -> str:
     """Return rankings as a Markdown page; the title has a note such as "12 of 90 runs"."""
-    columns = _columns(rankings[0].baseline)
+    columns, judges = _columns(rankings), _other_judges(rankings)
     lines = [
         f"# Leaderboard{note and f': {note}'}",
         "",
@@ -76,7 +94,7 @@ def rankings_markdown(rankings: Sequence[Ranking], note: str = "") -> str:
     for ranking in rankings:
         lines += ["", f"## {markdown_text(ranking.title)}", "", markdown_row([column.title for column in columns])]
         lines += [markdown_row(["---:" if column.right else "---" for column in columns])]
-        lines += [markdown_row(_cells(row)) for row in ranking.rows]
+        lines += [markdown_row(_cells(row, judges)) for row in ranking.rows]
         if ranking.notes:
             lines += ["", *(f"- {markdown_text(note)}" for note in ranking.notes)]
         if ranking.published:
@@ -107,8 +125,8 @@ def rankings_frame(rankings: Sequence[Ranking]) -> pd.DataFrame:
     return pd.DataFrame(ranking_rows(rankings), columns=[*COLUMNS, *compared])
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    """Return the cells of a row under `_columns`."""
+def _cells(row: dict[str, Any], judges: Sequence[str]) -> list[str]:
+    """Return the cells of a row under `_columns`, with those of the other judges."""
     return [
         _rank(row),
         row["defense"],
@@ -119,7 +137,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _interval(row, "finetune_accuracy"),
         _difference(row, "finetune_accuracy"),
         _number(row["harmful_score_before"], ".1f"),
-        *(_number(row[column], ".1f") for column in ("refusal_rate", "neither", "task_echo", "harmful_token_share")),
+        *(
+            _number(row[column], ".1f")
+            for column in ("refusal_rate", "over_refusal", "neither", "task_echo", "harmful_token_share")
+        ),
         *(
             _number(row[column], form)
             for column, form in (
@@ -129,7 +150,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
             )
         ),
         "yes" if row["pareto"] else "",
+        *(_judge_score(_judge_numbers(row).get(judge)) for judge in judges),
     ]
+
+
+def _judge_score(numbers: dict[str, float | None] | None) -> str:
+    """Return HS by another judge with its kappa."""
+    if numbers is None:
+        return ""
+    kappa = numbers["kappa"]
+    return f"{numbers['harmful_score']:.1f}, kappa {'undefined' if kappa is None else format(kappa, '.2f')}"
 
 
 def _rank(row: dict[str, Any]) -> str:
