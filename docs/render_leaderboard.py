@@ -5,6 +5,7 @@ python docs/render_leaderboard.py
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -102,6 +103,7 @@ def answers(default: Grid, tuned: Grid | None, column: str) -> list[str]:
     columns: dict[str, Callable[[Cell], str]] = {
         "HS %": lambda cell: f"{cell['harmful_score']:.1f}{MARKS[cell_mark(cell)]}",
         "refused %": lambda cell: f"{cell['refusal_rate']:.1f}",
+        "benign refused %": lambda cell: f"{cell['over_refusal']:.1f}",
         "neither %": lambda cell: f"{cell['neither']:.1f}",
         "task echo %": lambda cell: f"{cell['task_echo']:.1f}",
         "FA %": lambda cell: f"{cell['finetune_accuracy']:.1f}",
@@ -139,6 +141,15 @@ def cell_text(grid: Grid | None, name: str, column: str, text: Callable[[Cell], 
     return text(cell) if cell else ""
 
 
+def keywords_text(cell: Cell) -> str:
+    """Return HS by `refusal_keywords`, and its kappa with the judge of the table."""
+    numbers = json.loads(cell["other_judges"] or "{}").get("refusal_keywords")
+    if not numbers:
+        return ""
+    kappa = "undefined" if numbers["kappa"] is None else f"{numbers['kappa']:.2f}"
+    return f"{numbers['harmful_score']:.0f}, {kappa}"
+
+
 def accuracy_text(cell: Cell) -> str:
     """Return FA."""
     return f"{cell['finetune_accuracy']:.1f}"
@@ -147,6 +158,7 @@ def accuracy_text(cell: Cell) -> str:
 TABLES: dict[str, Callable[[Grid, Grid | None, str], list[str]]] = {
     "harmful scores": partial(by_ratio, "HS %", score_text),
     "answers": answers,
+    "judges": partial(by_ratio, "not refused %, kappa", keywords_text),
     "default and tuned parameters": default_and_tuned,
     "loss and drift": partial(
         by_ratio,
