@@ -274,7 +274,7 @@ def measured_testbed() -> RenderableType:
             harmful={"random_vaccine": points},
             refused=dict.fromkeys(points, 100.0),
             neither=dict.fromkeys(points, 100.0),
-            helped=dict.fromkeys(points, 100.0),
+            not_refused=dict.fromkeys(points, 100.0),
             accuracy={"sst2": {"before": points[0.0], "after": points[0.1]}},
             harmful_by_task={"sst2": points[0.0]},
             token_share={"sst2": 100.0},
