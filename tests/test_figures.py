@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,36 @@ def test_heat_map() -> None:
     texts = [text.get_text() for text in axes.texts]
     assert texts[:3] == ["3.0", "7.0", "15.0"]
     assert texts[-3:] == ["0.0\N{DOUBLE DAGGER}", "0.0\N{DOUBLE DAGGER}", "no run"]
+
+
+@pytest.mark.parametrize("defenses", [1, 2, 21])
+@pytest.mark.parametrize("tasks", [1, 5, 12])
+def test_heat_map_has_room_for_its_titles(defenses: int, tasks: int) -> None:
+    """Matplotlib warns, and draws texts over each other, where the rows get no height."""
+    names = [f"sst2:answers={'a long text ' * 3}{number}" for number in range(tasks)]
+    runs = [result(f"vaccine={number}", 0.1, 50, task=task) for number in range(defenses) for task in names]
+    (grid,) = place_grids(rank(*runs))
+    figure = plot_heat_map(grid)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.draw_without_rendering()
+    axes = figure.axes[0]
+    boxes = [label.get_window_extent() for label in axes.get_xticklabels()]
+    (title,) = (text for text in figure.texts if text.get_text() == figure.get_suptitle())
+    assert max(box.y1 for box in boxes) <= title.get_window_extent().y0
+    assert axes.get_window_extent().height >= 10 * defenses
+
+
+def test_heat_map_names_what_its_columns_share_once() -> None:
+    tasks, ratios = [[result("sft", 0.1, 50, task=task) for task in ("sst2", "agnews")], FEW]
+    (by_task,), (by_ratio,) = place_grids(rank(*tasks)), place_grids(rank(*ratios))
+    assert [*by_task.columns] == ["agnews", "sst2"]
+    assert by_task.title.startswith("ratio=0.1, ")
+    assert [*by_ratio.columns] == [f"ratio={p:g}" for p in RATIOS]
+    assert by_ratio.title.startswith("sst2, ")
+    both = [result("sft", p, 50, task=task) for task in ("sst2", "agnews") for p in (0, 0.1)]
+    (grid,) = place_grids(rank(*both))
+    assert [*grid.columns] == ["agnews, ratio=0", "agnews, ratio=0.1", "sst2, ratio=0", "sst2, ratio=0.1"]
 
 
 def test_pareto_front() -> None:

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 _SIGNS = {"": "", "collapsed": "\N{DAGGER}", "hollow": "\N{DOUBLE DAGGER}"}
 _DARK = 70.0
 """Harmful score above which a cell is dark, so that its number is white."""
+_LEVEL_TITLES = 4
+"""Largest number of columns whose titles are level."""
+_CHARACTER = 0.08
+"""Width of a character of a title, in inches."""
+_FEWEST_ROWS = 3
+"""Fewer rows get the height of so many."""
 
 
 @styled
@@ -30,16 +36,21 @@ def plot_heat_map(grid: Grid, note: str = "") -> Figure:
     legend = [f"{sign} {mark}" for mark, sign in _SIGNS.items() if mark and mark in marks]
     details = grid.title, note, f"{', '.join(legend)}: not ranked" if legend else ""
     width = max(5.5, 2.6 + 0.95 * len(grid.columns))
-    figure = new_figure(width, 1.5 + 0.27 * len(names), "Harmful score by defense and attack, %", *details)
+    titles = list(map(short_name, grid.columns))
+    rotated = len(titles) > _LEVEL_TITLES
+    titles_height = 0.5 * _CHARACTER * max(map(len, titles)) if rotated else 0.0  # at 30 degrees
+    rows_height = 0.27 * max(len(names), _FEWEST_ROWS)
+    figure = new_figure(width, 1.5 + rows_height + titles_height, "Harmful score by defense and attack, %", *details)
     axes = figure.subplots()
     values = [[_value(cell) for cell in grid.cells(name)] for name in names]
     axes.set_facecolor(GRID)
     image = axes.imshow(values, cmap="YlOrBr", vmin=0, vmax=100, aspect="auto")
     axes.set_yticks(range(len(names)), list(map(short_name, names)))
-    axes.set_xticks(range(len(grid.columns)), list(map(short_name, grid.columns)))
+    axes.set_xticks(range(len(titles)), titles)
     axes.xaxis.tick_top()
-    if len(grid.columns) > 4:
-        axes.tick_params(axis="x", labelrotation=30)
+    if rotated:
+        for label in axes.get_xticklabels():
+            label.set(rotation=30, ha="left", rotation_mode="anchor")
     for row, name in enumerate(names):
         for column, cell in enumerate(grid.cells(name)):
             color = "white" if _value(cell) > _DARK else INK

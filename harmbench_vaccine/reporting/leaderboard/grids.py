@@ -75,13 +75,17 @@ def cell_mark(cell: Cell) -> Literal["", "collapsed", "hollow"]:
 
 
 def place_grids(rankings: Sequence[Ranking]) -> list[Grid]:
-    """Return one grid per place, with one column for each combination of task and attack."""
+    """Return one grid per place, with one column for each combination of task and attack.
+
+    A task or attack that all columns share is in the setting instead, except the attack of a single column.
+    """
     grids = []
     for setting, group in _grouped(rankings, PLACE):
-        several = len({ranking.setting["task"] for ranking in group}) > 1
-        axes = ("task", "attack") if several else ("attack",)
+        values = {axis: {ranking.setting[axis] for ranking in group} for axis in ("task", "attack")}
+        axes = [axis for axis in values if len(values[axis]) > 1] or ["attack"]
         columns = {", ".join(ranking.setting[axis] for axis in axes): ranking for ranking in group}
-        grids.append(Grid(setting, columns))
+        shared = {axis: group[0].setting[axis] for axis in values if axis not in axes}
+        grids.append(Grid(setting | shared, columns))
     return grids
 
 
