@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_failed_creation_leaves_no_artifact(store: Store, failure: BaseException
 
 def test_checkpoints_are_kept_until_the_artifact_is_complete(store: Store) -> None:
     def make(folder: Path, checkpoints: Path) -> None:
-        checkpoints_at_start.append(sorted(path.name for path in checkpoints.iterdir()))
+        checkpoints_at_start.append(sorted(path.name for path in checkpoints.glob("step-*")))
         (checkpoints / f"step-{len(checkpoints_at_start)}").write_text("half way")
         (folder / "x").write_text("x")
         if len(checkpoints_at_start) < 3:
@@ -165,6 +166,30 @@ def test_checkpoints_are_kept_until_the_artifact_is_complete(store: Store) -> No
     assert checkpoints_at_start == [[], ["step-1"], ["step-1", "step-2"]]
     assert sorted(path.name for path in artifact.path.iterdir()) == [META, "x"]
     assert not list((store.root / ".work").glob("*"))
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_time_has_the_interrupted_attempts_that_it_resumes(
+    checkpointed: bool, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt that left no checkpoint is repeated in full, so its time does not count."""
+    now = [1000.0]
+    monkeypatch.setattr("harmbench_vaccine.core.store.time.monotonic", lambda: now[0])
+
+    def make(folder: Path, checkpoints: Path, ends: bool = False) -> None:
+        now[0] += 10
+        if checkpointed:
+            (checkpoints / "step").write_text("half way")
+        (folder / "x").write_text("x")
+        if not ends:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            store.get_or_create("align", INPUTS, make)
+        now[0] += 500  # between two attempts
+    artifact = store.get_or_create("align", INPUTS, partial(make, ends=True))
+    assert artifact.seconds == store.get_or_create("align", INPUTS, make).seconds == (30 if checkpointed else 10)
 
 
 def test_checkpoints_of_different_inputs_are_separate(store: Store) -> None:

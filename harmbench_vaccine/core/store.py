@@ -23,7 +23,7 @@ from filelock import Timeout
 
 from . import distributed
 from .disk_errors import readable_disk_errors
-from .durable import flush, read_sealed, seal
+from .durable import flush, read_sealed, seal, write_atomically
 from .errors import HbvError
 from .hashing import digest
 from .locks import shared_lock
@@ -34,6 +34,8 @@ META = "artifact.json"
 """The description of an artifact, inside its folder."""
 ASIDE, WORK, LOCKS = ".aside", ".work", ".locks"
 """Folders of unfinished artifacts, of their checkpoints, and of the locks of both."""
+_SECONDS = ".seconds"
+"""File next to the checkpoints: the time of the attempts so far."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,28 @@ class Artifact:
     key: str
     path: Path
     seconds: float
-    """Time that its creation took."""
+    """Time that its creation took, with that of interrupted attempts whose checkpoints it used."""
     cached: bool
     """True if it existed before this call."""
 
     def json(self, name: str) -> Any:
         """Read a JSON file of the artifact."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+
+def _earlier_seconds(checkpoints: Path) -> float:
+    """Return the time of the interrupted attempts that wrote these checkpoints."""
+    try:
+        return float((checkpoints / _SECONDS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _record_seconds(checkpoints: Path, seconds: float) -> None:
+    """Write down the time of an interrupted attempt, if the next one has something to resume from."""
+    with suppress(OSError):
+        if any(path.name != _SECONDS for path in checkpoints.iterdir()):
+            write_atomically(checkpoints / _SECONDS, f"{seconds:.3f}")
 
 
 class Store:
@@ -101,7 +118,7 @@ class Store:
             distributed.broadcast(False)
             folder, checkpoints = self.root / ASIDE / f"{stage}-{key}", self.root / WORK / f"{stage}-{key}"
             shutil.rmtree(folder, ignore_errors=True)
-            start = time.monotonic()
+            start = time.monotonic() - _earlier_seconds(checkpoints)
             try:
                 with readable_disk_errors(f"the {stage} stage", self.root):
                     folder.mkdir(parents=True)
@@ -123,6 +140,7 @@ class Store:
                     flush(final.parent)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
+                _record_seconds(checkpoints, time.monotonic() - start)
                 raise
             shutil.rmtree(checkpoints, ignore_errors=True)
             distributed.barrier()
