@@ -35,7 +35,7 @@ META = "artifact.json"
 ASIDE, WORK, LOCKS = ".aside", ".work", ".locks"
 """Folders of unfinished artifacts, of their checkpoints, and of the locks of both."""
 _SECONDS = ".seconds"
-"""File next to the checkpoints: the time of the attempts so far."""
+"""File next to the checkpoints: the time of the interrupted attempts."""
 
 
 @dataclass(frozen=True)
