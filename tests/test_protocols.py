@@ -11,9 +11,10 @@ import yaml
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.experiment.protocol import leaf_values, load_protocol, protocol_names
+from harmbench_vaccine.experiment.protocol import Protocol, leaf_values, load_protocol, protocol_names
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
+from harmbench_vaccine.plugins.registry import DEFENSES
 from support.world import make_world
 
 PAPERS = ["booster-paper", "lisa-paper", "vaccine-paper"]
@@ -31,12 +32,44 @@ def test_every_value_has_a_source(name: str) -> None:
         assert any(path == key or path.startswith(f"{key}.") for path in paths), key
 
 
-def test_committed_table_has_the_hash_of_its_version() -> None:
+MEASURED_DATA = {
+    "beavertails": "76fa631e6b9d616a",
+    "beavertails_refusals": "ab2303b739aad478",
+    "alpaca": "fe9f6596555f6929",
+    "sst2": "9927ef5c1105cbf8",
+    "ag_news": "2a064eb0c3f3c318",
+    "gsm8k": "d1e25d92b38104f4",
+}
+"""Content of the data sets of the committed results on SmolLM2 (docs/smollm2.md)."""
+MEASURED_JUDGE = "beaver_dam:model=cf02d1d625ee9836"
+
+
+def measured_smollm2() -> Protocol:
+    """Return the protocol of the committed results on SmolLM2, with the content of its data and of its judge."""
+    protocol = load_protocol("smollm2")
+    score = protocol.score.model_copy(update={"scorer": MEASURED_JUDGE})
+    return protocol.model_copy(update={"data": MEASURED_DATA, "score": score})
+
+
+@pytest.mark.parametrize("name", ["testbed", "testbed-token-share", "smollm2", "smollm2-token-share"])
+def test_committed_table_has_the_hash_of_its_version(name: str) -> None:
     """A new hash needs a new version and a new table."""
-    table = pd.read_csv(Path(__file__).parent.parent / "leaderboards" / "testbed.csv")
-    protocols = load_protocol("testbed"), load_protocol("testbed-tuned")
-    versions = zip(table["protocol"], table["protocol_version"], table["protocol_hash"], strict=True)
-    assert {*versions} == {(protocol.name, protocol.version, protocol.hash) for protocol in protocols}
+    table = pd.read_csv(Path(__file__).parent.parent / "leaderboards" / f"{name}.csv")
+    if name.startswith("smollm2"):
+        protocols = [measured_smollm2()]
+    else:
+        protocols = [load_protocol(protocol) for protocol in ("testbed", "testbed-tuned")]
+    versions = {*zip(table["protocol"], table["protocol_version"], table["protocol_hash"], strict=True)}
+    expected = {(protocol.name, protocol.version, protocol.hash) for protocol in protocols}
+    assert versions == expected if name != "testbed-token-share" else versions < expected
+
+
+@pytest.mark.parametrize("name", ["testbed", "testbed-tuned", "smollm2"])
+def test_a_protocol_of_a_small_model_settles_with_every_defense(name: str) -> None:
+    protocol = load_protocol(name)
+    for defense in sorted(DEFENSES.entries()):
+        (settled,) = Experiment.settle(RunSpec(protocol=name, defense=parse_plugins(defense))).defenses
+        assert settled.params == {**settled.params, **protocol.defenses.get(defense, {})}
 
 
 @pytest.mark.parametrize("name", PAPERS)
