@@ -686,10 +686,15 @@ def test_keys_alone_reach_and_change_everything(browser: Browser, page: Path) ->
 
 @pytest.mark.slow
 @needs_browser
-@pytest.mark.parametrize(("width", "columns"), [(320, 4), (390, 4), (900, 6), (1280, 10)])
+@pytest.mark.parametrize(("width", "columns"), [(320, 4), (390, 4), (900, 6), (1200, 6), (1233, 11), (1280, 11)])
 def test_the_table_fits_the_screen(browser: Browser, page: Path, width: int, columns: int) -> None:
     browser.open(page, f"open={AT_TENTH[2].run}", width=width)
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    table, place = (
+        browser.evaluate(f"document.querySelector('#ranking'){part}.getBoundingClientRect().right")
+        for part in ("", ".closest('section')")
+    )
+    assert table <= place + 1
     assert (
         sum(browser.evaluate("[...document.querySelectorAll('#ranking > thead th')].map(each => each.offsetWidth > 0)"))
         == columns
