@@ -158,7 +158,7 @@ def test_expected_times_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stages = [
         SimpleNamespace(
             artifact=Artifact(kind, f"{kind}{number}", tmp_path / f"{kind}{number}", 0.0, cached=False),
-            experiment=SimpleNamespace(protocol=SimpleNamespace(hash=""), model="", defense=defense),
+            experiment=SimpleNamespace(protocol_hash="", model="", defense=defense),
         )
         for kind in ("align", "grade")
         for number, defense in enumerate(("sft", "vaccine", "no configuration"))

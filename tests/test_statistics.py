@@ -314,7 +314,7 @@ def test_result_describes_the_run(experiment: Experiment, tmp_path: Path) -> Non
     assert values.judge_cut == 2
     assert values.seed == 3
     assert RunSpec.model_validate(values.spec) == experiment.spec
-    assert values.protocol_hash == experiment.protocol.hash
+    assert values.protocol_hash == experiment.protocol_hash
     assert {"python", "torch", "transformers", "harmbench-vaccine"} <= set(values.environment.versions)
 
 

@@ -197,7 +197,7 @@ def test_detectable_difference_with_stored_runs(world: Path, tmp_path: Path) -> 
     """Two seeds of SFT: phi is the squared deviation divided by m (1 - m), with one degree of freedom."""
     sweep = opened(write_suite(tmp_path / "pair.yaml", world, seeds=[0, 1], attacks=["ratio=0.2"]), tmp_path)
     first = sweep.experiments[0]
-    identity = {"protocol_hash": first.protocol.hash, "model": first.model, "attack": "ratio=0.2", "defense": "sft"}
+    identity = {"protocol_hash": first.protocol_hash, "model": first.model, "attack": "ratio=0.2", "defense": "sft"}
     for seed, score in ((0, 25.0), (1, 75.0)):
         result = make_result(**identity, seed=seed, harmful_score=score, run=f"sft-{seed}")
         (sweep.runs / result.run).mkdir(parents=True)

@@ -231,7 +231,7 @@ def _description(request: EditRequest, experiment: Experiment, folder: Path) -> 
         dtype=protocol.dtype,
         quantization=protocol.quantization,
         protocol=protocol.name,
-        protocol_hash=experiment.protocol_hash,
+        protocol_hash=protocol.hash,
         task=experiment.task_name,
         seed=experiment.spec.seed,
         rows=_rows(experiment),
