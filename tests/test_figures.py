@@ -212,9 +212,10 @@ def test_heat_map() -> None:
 def test_heat_map_has_room_for_its_titles(defenses: int, tasks: int) -> None:
     """Matplotlib warns, and draws texts over each other, where the rows get no height."""
     names = [f"sst2:answers={'a long text ' * 3}{number}" for number in range(tasks)]
-    runs = [result(f"vaccine={number}", 0.1, 50, task=task) for number in range(defenses) for task in names]
+    setting = {"model": "SmolLM2-135M-Instruct.Q4_1.gguf", "scorer": "beaver_dam:model=judge"}
+    runs = [result(f"vaccine={number}", 0.1, 50, task=task, **setting) for number in range(defenses) for task in names]
     (grid,) = place_grids(rank(*runs))
-    figure = plot_heat_map(grid)
+    figure = plot_heat_map(grid, "12 of 90 runs")  # a title of three lines
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure.draw_without_rendering()

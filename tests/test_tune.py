@@ -364,8 +364,8 @@ def test_an_overlay_changes_only_its_values(tmp_path: Path) -> None:
     changed = {"name": "mine", "version": 1, "defenses": {**base.defenses, "lisa": {"k1": 10, "k2": 90, "rho": 3.2}}}
     assert overlay.model_dump() == {**base.model_dump(), **changed}
     assert overlay.hash != base.hash
-    assert overlay.untuned_hash == base.hash
-    assert base.untuned_hash == ""
+    assert overlay.untuned_hash_with({}) == base.hash
+    assert base.untuned_hash_with({}) == ""
     assert overlay.source_of("defenses.lisa.rho") == "hbv tune"
     assert overlay.source_of("align.rows") == base.source_of("align.rows")
 
@@ -373,7 +373,7 @@ def test_an_overlay_changes_only_its_values(tmp_path: Path) -> None:
 def test_a_replaced_value_changes_both_hashes_of_an_overlay(tmp_path: Path) -> None:
     values = {"align.rows": "500"}
     overlay = load_protocol(str(write_overlay(tmp_path / "mine.yaml"))).replaced(values)
-    assert overlay.untuned_hash == load_protocol("testbed").replaced(values).hash
+    assert overlay.untuned_hash_with({}) == load_protocol("testbed").replaced(values).hash
 
 
 def test_the_cost_of_a_tuning_is_not_part_of_the_hash(tmp_path: Path) -> None:
@@ -483,7 +483,7 @@ def test_a_tuned_protocol_from_beginning_to_end(world: Path, tmp_path: Path, mon
     protocol = load_protocol(str(file))
     assert f"{protocol.defenses['vaccine']['rho']:g}" == chosen["value"]
     assert protocol.tuning["vaccine"].runs == 3
-    assert protocol.untuned_hash == load_protocol(str(world)).hash
+    assert protocol.untuned_hash_with({}) == load_protocol(str(world)).hash
 
     text, stages = file.read_text(), sorted((home / "store").glob("*/*/artifact.json"))
     times = [path.stat().st_mtime_ns for path in stages]

@@ -216,14 +216,6 @@ class Protocol(_Strict):
         """The identity of the values: 12 hexadecimal digits over all except the sources."""
         return self.hash_with({})
 
-    @cached_property
-    def untuned_hash(self) -> str:
-        """The hash with the name, the version and the defenses of the base; empty for a complete protocol.
-
-        Results under this hash differ from those under `hash` in the parameters of defenses only.
-        """
-        return self.untuned_hash_with({})
-
     def hash_with(self, contents: Mapping[str, str]) -> str:
         """Return the hash with other texts for some values.
 
@@ -233,7 +225,13 @@ class Protocol(_Strict):
         return digest(_with_texts(self.model_dump(mode="json"), contents), 12)
 
     def untuned_hash_with(self, contents: Mapping[str, str]) -> str:
-        """Return the `untuned_hash` with other texts for some values; the argument is that of `hash_with`."""
+        """Return the hash with the name, the version and the defenses of the base; empty for a complete protocol.
+
+        Results under this hash differ from those under `hash_with` in the parameters of defenses only.
+
+        Args:
+            contents: As for `hash_with`.
+        """
         if not self.base:
             return ""
         untuned = self.model_dump(mode="json")
