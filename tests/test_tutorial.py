@@ -196,5 +196,5 @@ def test_task_tutorial_produces_scores(tmp_path: Path, testbed_home: Path, monke
     follow(TASK, tmp_path, testbed_home, FEWER_PROMPTS)
     (matches,) = rows_of(tmp_path / "matches.csv")
     (recall,) = rows_of(tmp_path / "recall.csv")
-    assert float(matches["finetune_accuracy"]) > 90 > float(matches["finetune_accuracy_before"])
+    assert float(matches["finetune_accuracy"]) > 75 > float(matches["finetune_accuracy_before"])
     assert 30 < float(recall["finetune_accuracy"]) < 100
