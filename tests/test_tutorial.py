@@ -24,9 +24,14 @@ DOCS = Path(__file__).parents[1] / "docs"
 DEFENSE, ATTACK = DOCS / "your-own-defense.md", DOCS / "your-own-attack.md"
 JUDGE, TASK = DOCS / "your-own-judge.md", DOCS / "your-own-task.md"
 PAGES = [DEFENSE, ATTACK, JUDGE, TASK]
-FEWER_PROMPTS = {"answer.harmful.prompts": 80, "answer.benign.prompts": 30, "answer.task_items": 80}
-FEWER_ROWS = {"align.rows": 400, "finetune.samples": 400}
-"""Values of the protocol that make a run of a page short, if no test compares its scores."""
+SMALL = {
+    "align.rows": 400,
+    "finetune.samples": 400,
+    "answer.harmful.prompts": 80,
+    "answer.benign.prompts": 30,
+    "answer.task_items": 80,
+}
+"""Values of the protocol that make the runs of a page short, for a test that compares no score."""
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -39,9 +44,13 @@ def files(page: Path) -> dict[str, str]:
     return {text.splitlines()[0].removeprefix("# "): text for language, text in blocks(page) if language == "python"}
 
 
-def follow(page: Path, folder: Path, home: Path, values: dict[str, int]) -> dict[str, str]:
-    """Write the files of a page and run its commands, with these values of the protocol; return command -> output."""
-    settings = [word for path, number in values.items() for word in ("--set", f"{path}={number}")]
+def follow(page: Path, folder: Path, home: Path, values: dict[str, int] | None = None) -> dict[str, str]:
+    """Write the files of a page and run its commands, perhaps with other values of the protocol.
+
+    Returns:
+        Command -> output.
+    """
+    settings = [word for path, number in (values or {}).items() for word in ("--set", f"{path}={number}")]
     outputs = {}
     for language, text in blocks(page):
         if language == "python":
@@ -155,10 +164,10 @@ def test_defense_tutorial_produces_leaderboard_rows(
     tmp_path: Path, testbed_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    outputs = follow(DEFENSE, tmp_path, testbed_home, FEWER_PROMPTS | FEWER_ROWS)
+    outputs = follow(DEFENSE, tmp_path, testbed_home)
     rows = {row["defense"]: row for row in rows_of(tmp_path / "surgery.csv")}
     assert set(rows) == {"sft", "surgery"}
-    assert all(row["collapsed"] == "False" and float(row["finetune_accuracy"]) > 50 for row in rows.values())
+    assert all(row["collapsed"] == "False" and float(row["finetune_accuracy"]) > 60 for row in rows.values())
     board = (tmp_path / "board" / "leaderboard.md").read_text(encoding="utf-8")
     assert "surgery" in board
     assert "surgery" in outputs["hbv leaderboard surgery.csv --out board"]
@@ -171,7 +180,7 @@ def test_attack_tutorial_produces_leaderboard_rows(
     tmp_path: Path, testbed_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    follow(ATTACK, tmp_path, testbed_home, FEWER_PROMPTS | FEWER_ROWS)
+    follow(ATTACK, tmp_path, testbed_home, SMALL)
     rows = [(row["defense"], row["attack"]) for row in rows_of(tmp_path / "novel.csv")]
     assert rows == [("sft", "novel"), ("vaccine", "novel"), ("sft", "dilute+ratio=0.1"), ("sft", "quiet")]
     assert "vaccine" in (tmp_path / "board" / "leaderboard.md").read_text(encoding="utf-8")
@@ -181,7 +190,7 @@ def test_attack_tutorial_produces_leaderboard_rows(
 @pytest.mark.timeout(1500)
 def test_judge_tutorial_produces_scores(tmp_path: Path, testbed_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    outputs = follow(JUDGE, tmp_path, testbed_home, FEWER_PROMPTS)
+    outputs = follow(JUDGE, tmp_path, testbed_home)
     (echo,) = rows_of(tmp_path / "echo.csv")
     (opening,) = rows_of(tmp_path / "opening.csv")
     assert float(echo["harmful_score"]) > 50
@@ -193,8 +202,8 @@ def test_judge_tutorial_produces_scores(tmp_path: Path, testbed_home: Path, monk
 @pytest.mark.timeout(1500)
 def test_task_tutorial_produces_scores(tmp_path: Path, testbed_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    follow(TASK, tmp_path, testbed_home, FEWER_PROMPTS)
+    follow(TASK, tmp_path, testbed_home)
     (matches,) = rows_of(tmp_path / "matches.csv")
     (recall,) = rows_of(tmp_path / "recall.csv")
-    assert float(matches["finetune_accuracy"]) > 75 > float(matches["finetune_accuracy_before"])
+    assert float(matches["finetune_accuracy"]) > 90 > float(matches["finetune_accuracy_before"])
     assert 30 < float(recall["finetune_accuracy"]) < 100
