@@ -38,7 +38,7 @@ from harmbench_vaccine.data.collate import Encoded, collate, pad_token_id
 from harmbench_vaccine.testbed import build
 from harmbench_vaccine.testbed.fitting import fit
 
-GOAL = 60.0
+GOAL = 90.0
 BATCHES = 20
 
 Batches = Sequence[list[Encoded]]
