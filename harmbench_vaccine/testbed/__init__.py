@@ -15,7 +15,7 @@ from harmbench_vaccine.data.sources import TESTBED_VERSION
 
 
 def ensure_testbed(progress: Progress = SILENT) -> Artifact:
-    """Return the testbed, and build it if this user has none of this version (about a minute on two cores)."""
+    """Return the testbed, and build it if this user has none of this version (one to three minutes on two cores)."""
 
     def create(folder: Path, checkpoints: Path) -> None:
         from .build import build_testbed  # imports torch and transformers

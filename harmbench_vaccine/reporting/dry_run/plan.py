@@ -109,7 +109,7 @@ def describe_source(what: str, location: str, testbed_is_built: bool) -> Source:
         BadInput: The Hub has no such model or data set.
     """
     if location.startswith(TESTBED):
-        detail = "" if testbed_is_built else "the first run builds it, in about a minute"
+        detail = "" if testbed_is_built else "the first run builds it, in one to three minutes"
         return Source(what, location, testbed_is_built, detail)
     if local_path(location) is not None:
         return Source(what, location, True, "" if is_dequantized(location) else "the first run dequantizes it")
