@@ -53,7 +53,7 @@ def path() -> None:
 @click.option(
     "--quick",
     is_flag=True,
-    help="1 seed and 3 ratios instead of 5 and 6, without defenses: about 4 min instead of 47. CI runs this.",
+    help="1 seed and 4 ratios instead of 5 and 6, without defenses: about 4 min instead of 47. CI runs this.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @output_options
