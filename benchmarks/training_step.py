@@ -294,7 +294,7 @@ def passes_seconds(name: str, median: Mapping[str, float]) -> float | None:
     """Return the time of a defense's passes, if each costs what it costs SFT, and the rest of the step once."""
     if name in (BARE, FORWARD):
         return None
-    cost = re.findall(r"(\d+)([FB])", DEFENSES.get(name)().passes())
+    cost = re.findall(r"(\d+)([FB])", DEFENSES.get(name)().passes(DEFENSES.get(name).stages[0]))
     counts = {kind: int(count) for count, kind in cost}
     return counts["F"] * median[FORWARD] + counts["B"] * (median["sft"] - median[FORWARD])
 

@@ -24,7 +24,14 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from harmbench_vaccine.plugins import Defense, StageName, TrainSettings, TuningGrid, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, response_mask, token_losses
+from harmbench_vaccine.training.stage import (
+    Batch,
+    Gradient,
+    TrainingStage,
+    response_mask,
+    response_weights,
+    token_losses,
+)
 
 EARLY = 5
 """Position of the last response token that uses `beta_early`."""
@@ -76,7 +83,7 @@ class ConstrainedSFT(Defense):
         before = self._before.to(mask.device)[batch["rows"], : mask.shape[1]]
         shift = before[mask] - losses.detach()  # D
         beta = self._strengths(mask)[mask]
-        weights = 2 * torch.sigmoid(-beta * shift)
+        weights = 2 * torch.sigmoid(-beta * shift) * response_weights(batch)
         count = stage.sum_over_ranks(mask.sum())
         gradient = stage.gradient_of((weights * losses).sum() / count)
         terms = torch.where(beta > 0, 2 / beta.clamp(min=1e-12) * torch.nn.functional.softplus(-beta * shift), losses)

@@ -21,12 +21,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from harmbench_vaccine.data.collate import IGNORED
 from harmbench_vaccine.plugins import Defense, TuningGrid, param
-from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, response_mask, same_dropout
-from harmbench_vaccine.training.taps import final_norm
+from harmbench_vaccine.training.layer_losses import differing, layerwise_loss
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, same_dropout
 
 
 class RepNoise(Defense):
@@ -56,12 +55,7 @@ class RepNoise(Defense):
         """Return the gradient of ascent and noise; the activations are freed before the pass on safe rows."""
         with stage.taps_on("mlp").recorded() as mlp_outputs:
             output = stage.output(harmful, output_hidden_states=True)
-        model: Any = stage.model  # nn.Module does not declare get_output_embeddings
-        head, norm = model.get_output_embeddings(), final_norm(model)
-        targets = harmful["input_ids"][:, 1:][mask[:, 1:]]
-        states = [norm(state[:, :-1][mask[:, 1:]]) for state in output.hidden_states[:-1]]
-        logits = [*(head(state) for state in states), output.logits[mask[:, 1:][response_mask(harmful)]]]
-        ascent = torch.stack([nn.functional.cross_entropy(scores.float(), targets) for scores in logits]).mean()
+        ascent = layerwise_loss(stage, output, harmful, mask)
         generator = stage.generator("noise")
         noise = torch.stack([self._distance(mlp_output, mask, generator) for mlp_output in mlp_outputs]).mean()
         return stage.gradient_of(self.beta * noise - self.alpha * torch.log1p(ascent))
@@ -70,18 +64,6 @@ class RepNoise(Defense):
     def _distance(output: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(output.shape, generator=generator).to(output.device)
         return mmd2(*((sample.float() * mask.unsqueeze(-1)).flatten(1) for sample in (output, noise)))
-
-
-def differing(safe: Batch, harmful: Batch) -> Tensor:
-    """Return a mask of the harmful response tokens that differ from the safe row at the same position.
-
-    Returns:
-        Rows x length of `harmful`, bool. A position after the end of the safe row counts as different.
-    """
-    width = harmful["input_ids"].shape[1]
-    safe_ids = nn.functional.pad(safe["input_ids"], (0, width), value=-1)[:, :width]
-    safe_tokens = nn.functional.pad(safe["attention_mask"], (0, width))[:, :width].bool()
-    return (harmful["labels"] != IGNORED) & ((harmful["input_ids"] != safe_ids) | ~safe_tokens)
 
 
 def mmd2(x: Tensor, y: Tensor) -> Tensor:

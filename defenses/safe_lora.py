@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter
+from harmbench_vaccine.training.projection import alignment_projector
 from harmbench_vaccine.training.stage import TrainingStage
 
 
@@ -47,10 +47,13 @@ class SafeLoRA(Defense):
         projected, cosines = {}, {}
         for module in candidates:
             a, b = adapter.factors[module]
-            directions, weights = self.directions(aligned, module)
+            directions, weights = alignment_projector(aligned, module, self.projector)
             projected[module] = directions @ (weights.unsqueeze(1) * (directions.T @ b))
             cosines[module] = torch.nn.functional.cosine_similarity(
-                (projected[module] @ a).flatten(), (b @ a).flatten(), dim=0
+                (projected[module] @ a).flatten(),
+                (b @ a).flatten(),
+                dim=0,
+                eps=1e-30,  # updates may be small
             )
         if self.tau is not None:
             selected = {module for module in candidates if cosines[module] <= self.tau}
@@ -60,16 +63,3 @@ class SafeLoRA(Defense):
             module: (a, projected[module] if module in selected else b) for module, (a, b) in adapter.factors.items()
         }
         return Adapter(factors, adapter.scale)
-
-    def directions(self, aligned: Adapter, module: str) -> tuple[Tensor, Tensor]:
-        """Compute the factors of C = U diag(c) U^T for one module.
-
-        Returns:
-            U (outputs x rank of V) and c (rank of V).
-        """
-        a, b = aligned.factors[module]
-        basis, rest = torch.linalg.qr(aligned.scale * b)
-        rotation, values, _ = torch.linalg.svd(rest @ a, full_matrices=False)
-        nonzero = values > 1e-6 * values.max()
-        weights = values.square() / torch.linalg.vector_norm(values) if self.projector == "paper" else nonzero.float()
-        return (basis @ rotation)[:, nonzero], weights[nonzero]

@@ -54,7 +54,7 @@ class VLGuard(Defense):
         self.random("mix").shuffle(mixed)
         return mixed
 
-    def passes(self) -> str:
+    def passes(self, stage: StageName) -> str:
         """Return the passes of a step: a joint step runs the model on both batches."""
         return "2F 2B" if self.mix == "joint" and self.rows else self.cost
 

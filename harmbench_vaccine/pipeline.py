@@ -11,17 +11,16 @@ last checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from .core import distributed
 from .core.errors import HbvError
 from .core.jsonl import finite, read_lines, write_json, write_lines
 from .core.store import Artifact
-from .core.types import Verdict
+from .data.answer_checks import cut_answer
 from .data.prompts import EvalSet
-from .evaluation.verdicts import judge_answers, judged_pair
+from .evaluation.verdicts import judge_answers, judge_of_run, judged_pair
 from .experiment import keys
 from .experiment.artifacts import (
     ADAPTER,
@@ -118,7 +117,8 @@ def align(experiment: Experiment, context: RunContext) -> TrainedModel:
         return base
 
     def create(folder: Path, checkpoints: Path) -> None:
-        session = TrainingSession.open(experiment, context, config, base)
+        guard = judge_of_run(experiment, context, config.guard)
+        session = TrainingSession.open(experiment, context, config, base, judge=guard)
         session.train(list(session.stage.pools.alignment), folder, checkpoints)
 
     inputs = keys.align_key(experiment, base)
@@ -136,22 +136,16 @@ def finetune(experiment: Experiment, context: RunContext, aligned: TrainedModel)
 
     def create(folder: Path, checkpoints: Path) -> None:
         attack = experiment.attack_team.fresh()
-        session = TrainingSession.open(experiment, context, config, aligned)
+        guard = judge_of_run(experiment, context, config.guard)
+        session = TrainingSession.open(experiment, context, config, aligned, judge=guard)
         if attack.editing_attack:
             session.edit_weights(attack.editing_attack, folder)
         else:
-            uploaded = user_rows(experiment, session.stage.pools)
-            rows = attack.filter(uploaded, moderate)
+            uploaded = session.chosen_by(attack, user_rows(experiment, session.stage.pools))
+            rows = attack.filter(uploaded, judge_of_run(experiment, context, experiment.scorer))
             session.train(rows, folder, checkpoints, uploaded if attack.filters_rows else None)
         if config.full:
             context.models.tokenizer(aligned.spec).save_pretrained(folder / CHECKPOINT)
-
-    def moderate(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        judge = experiment.scorer.plugin.with_models(context.models, experiment.backend)
-        verdicts = distributed.from_rank0(
-            lambda: [asdict(v) for v in judge_answers(judge, pairs, context.store.root, context.progress)]
-        )
-        return [Verdict(**verdict) for verdict in verdicts]
 
     inputs = keys.finetune_key(experiment, aligned)
     artifact = context.store.get_or_create("finetune", inputs, create, all_ranks=True)
@@ -165,6 +159,7 @@ def finetune(experiment: Experiment, context: RunContext, aligned: TrainedModel)
 
 def repair(experiment: Experiment, context: RunContext, aligned: TrainedModel, tuned: TrainedModel) -> TrainedModel:
     """Edit the adapter that the user stage added to the aligned model, if a defense acts in the repair stage."""
+    config = experiment.stages["repair"]
     if not experiment.acting("repair"):
         return tuned
 
@@ -174,7 +169,9 @@ def repair(experiment: Experiment, context: RunContext, aligned: TrainedModel, t
         added = Adapter.load(tuned.spec.adapters[-1])
         if continues_adapter(experiment.stages["finetune"], aligned):  # subtract the alignment adapter
             added = concatenate([added, Adapter.load(aligned.spec.adapters[-1]).scaled(-1.0)])
-        TrainingSession.open(experiment, context, experiment.stages["repair"], aligned).edit_adapter(added, folder)
+        guard = judge_of_run(experiment, context, config.guard)
+        session = TrainingSession.open(experiment, context, config, aligned, judge=guard)
+        session.edit_adapter(added, folder)
 
     inputs = keys.repair_key(experiment, aligned, tuned)
     artifact = context.store.get_or_create("repair", inputs, create, all_ranks=True)
@@ -211,21 +208,28 @@ def answer(experiment: Experiment, context: RunContext, model: TrainedModel, eva
         write_lines(folder / ANSWERS, rows)
 
     inputs = keys.answer_key(experiment, model, eval_set, prompts)
-    return context.store.get_or_create("answer", inputs, create, all_ranks=context.models.shard)
+    answers = context.store.get_or_create("answer", inputs, create, all_ranks=context.models.shard)
+    return defend_answers(experiment, context, answers) if experiment.answer_team.members else answers
 
 
-def cut_answer(text: str, cut_at: str) -> tuple[str, str]:
-    """Divide a generated text into the answer, which judges and rules read, and the text that the protocol cuts off.
+def defend_answers(experiment: Experiment, context: RunContext, answers: Artifact) -> Artifact:
+    """Replace generated answers as the defenses do; a replaced answer is stored as `generated`."""
 
-    Args:
-        text: The generated text.
-        cut_at: The text that ends an answer; empty: nothing is cut off.
+    def create(folder: Path, checkpoints: Path) -> None:
+        rows = read_lines(answers.path / ANSWERS)
+        guard = judge_of_run(experiment, context, experiment.answer_guard)
+        texts = experiment.answer_team.fresh().answer(list(map(judged_pair, rows)), guard)
+        write_lines(
+            folder / ANSWERS,
+            [
+                row if text == row["answer"] else {**row, "answer": text, "generated": row["answer"]}
+                for row, text in zip(rows, texts, strict=True)
+            ],
+        )
+        if (answers.path / ENGINE).exists():
+            write_json(folder / ENGINE, answers.json(ENGINE))
 
-    Returns:
-        The answer without outer white space, and the rest, which begins with `cut_at` or is empty.
-    """
-    end = text.find(cut_at) if cut_at else -1
-    return (text.strip(), "") if end < 0 else (text[:end].strip(), text[end:])
+    return context.store.get_or_create("answer", keys.defended_answer_key(experiment, answers.key), create)
 
 
 def score(experiment: Experiment, context: RunContext, answers: Artifact, scorer: Resolved[Scorer]) -> Artifact:

@@ -199,7 +199,7 @@ def _check_locations(experiments: Sequence[Experiment], shard: bool) -> None:
 def _check_imports(experiments: Sequence[Experiment]) -> None:
     """Import what the plug-ins of experiments import, which may be left out until they are used."""
     for experiment in experiments:
-        for resolved in (*experiment.defenses, *experiment.attacks, *experiment.scorers, experiment.task_plugin):
+        for resolved in (*experiment.defenses, *experiment.attacks, *experiment.judges, experiment.task_plugin):
             require_imports(type(resolved.plugin))
 
 
@@ -214,8 +214,8 @@ def _check_models(
 
 
 def _scorers(experiments: Sequence[Experiment]) -> list[Scorer]:
-    """Return the scorers of all experiments, each once."""
-    scorers = {canonical_json(scorer.identity): scorer for experiment in experiments for scorer in experiment.scorers}
+    """Return the judges of all experiments, each once."""
+    scorers = {canonical_json(judge.identity): judge for experiment in experiments for judge in experiment.judges}
     return [scorer.plugin for scorer in scorers.values()]
 
 
@@ -245,7 +245,7 @@ def _models(*experiments: Experiment) -> list[str]:
     """Return the locations of the base models and of the judges, those of the tasks included."""
     locations = []
     for experiment in experiments:
-        judges = [model for scorer in experiment.scorers for model in scorer_models(scorer.plugin)]
+        judges = [model for judge in experiment.judges for model in scorer_models(judge.plugin)]
         params = experiment.task_plugin.params
         if params.get("model") and not params.get("base_url"):
             judges.append(params["model"])

@@ -15,6 +15,7 @@ from harmbench_vaccine import pipeline
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.jsonl import read_lines
 from harmbench_vaccine.core.progress import SILENT, Progress
+from harmbench_vaccine.data.answer_checks import cut_answer
 from harmbench_vaccine.evaluation.verdicts import judged_pair
 from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.experiment.artifacts import ANSWERS, TrainedModel
@@ -106,10 +107,10 @@ def test_a_changed_text_is_another_artifact_and_a_changed_rule_is_not(world: Pat
 @settings(max_examples=examples(200), deadline=None)
 def test_an_answer_ends_before_the_first_mark(text: str) -> None:
     """The scripts decode prompt and answer together, and keep the second of the pieces between marks."""
-    answer, removed = pipeline.cut_answer(text, MARK)
+    answer, removed = cut_answer(text, MARK)
     assert answer == f"prompt{MARK}{text}".split(MARK)[1].strip()
     assert removed == text[len(text.split(MARK)[0]) :]
-    assert pipeline.cut_answer(text, "") == (text.strip(), "")
+    assert cut_answer(text, "") == (text.strip(), "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import ModelSpec
 from harmbench_vaccine.plugins import Plugin
 from harmbench_vaccine.plugins.composition import parse_plugins
+from harmbench_vaccine.training.stage import SeparateRun
 from support.cli import hbv
 from support.world import make_world
 
@@ -66,7 +67,7 @@ def all_keys(experiment: Experiment) -> dict[str, Any]:
         "align": keys.align_key(experiment, base),
         "finetune": keys.finetune_key(experiment, aligned),
         "repair": keys.repair_key(experiment, aligned, tuned),
-        "nested": keys.nested_key(aligned, "harmful", None, rows, settings, 7),
+        "nested": keys.nested_key(aligned, SeparateRun("harmful", ()), rows, settings, 7),
         "answer": keys.answer_key(experiment, tuned, eval_set, []),
         "score": keys.score_key(experiment, artifact("answer"), experiment.scorer),
         "grade": keys.grade_key(experiment, artifact("answer")),
@@ -185,7 +186,7 @@ def test_code_without_comments_docstrings_and_imports_is_the_fingerprint(tmp_pat
         path.write_text(text)
         return DEFENSES.get(str(path)).fingerprint()
 
-    body = "    def passes(self):\n        return '2F 2B'\n"
+    body = "    def passes(self, stage):\n        return '2F 2B'\n"
     plain = fingerprint(1, f"from harmbench_vaccine.plugins import Defense\nclass Mine(Defense):\n{body}")
     documented = fingerprint(
         2,

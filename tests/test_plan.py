@@ -24,7 +24,7 @@ from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.pipeline import run
-from harmbench_vaccine.plugins import Defense
+from harmbench_vaccine.plugins import Defense, StageName
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.reporting.dry_run import estimate, memory, plan, timing
 from harmbench_vaccine.reporting.dry_run.costs import BatchSeconds
@@ -229,11 +229,12 @@ def test_llama_2_7b_is_counted_without_its_weights(tmp_path: Path) -> None:
 
 def test_passes_per_step_are_those_of_the_most_expensive_defense() -> None:
     class Expensive(Defense):
-        def passes(self) -> str:
-            return "3F 2B"
+        def passes(self, stage: StageName) -> str:
+            return "3F 2B" if stage == "align" else "4F 1B"
 
-    assert estimate.passes_per_step([]) == (1, 1)
-    assert estimate.passes_per_step([Expensive(), Defense()]) == (3, 2)
+    assert estimate.passes_per_step([], "align") == (1, 1)
+    assert estimate.passes_per_step([Expensive(), Defense()], "align") == (3, 2)
+    assert estimate.passes_per_step([Expensive(), Defense()], "finetune") == (4, 1)
 
 
 def test_estimate_of_steps_and_widths(world: Path) -> None:

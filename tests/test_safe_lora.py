@@ -19,6 +19,7 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.training.adapters import Adapter
+from harmbench_vaccine.training.projection import alignment_projector
 from harmbench_vaccine.training.stage import TrainingStage
 from support import tiny
 from support.compare import close
@@ -242,7 +243,7 @@ def test_the_eigenvalues_of_c(projector: Any, tmp_path: Path) -> None:
     aligned = random_adapter(4, 1)
     stage = repair_stage(tmp_path, aligned)
     for module in MODULES:
-        directions, weights = SafeLoRA(projector=projector).directions(stage.alignment_adapter() or aligned, module)
+        directions, weights = alignment_projector(stage.alignment_adapter() or aligned, module, projector)
         values = torch.linalg.svdvals(aligned.delta(module).double())[:4]
         expected = values**2 / values.norm() if projector == "paper" else torch.ones(4)
         assert weights.shape == (4,)

@@ -279,7 +279,8 @@ def test_table_of_runs_at_80_columns() -> None:
 def test_a_share_that_is_not_there_has_a_reason(fields: dict[str, Any], text: str) -> None:
     """A result of an earlier version, an attack that edits weights, and a filter that rejects every row."""
     if "counts" in fields:
-        del fields["counts"]["finetune"]["filtered"]
+        for name in ("filtered", "selected"):
+            del fields["counts"]["finetune"][name]
     result = make_result(**fields)
     assert f"Harmful token share: {text} on sst2 under ratio=0.1" in shown(results_table([result]))
     assert f"<td>harmful token share</td><td>{text}</td>" in result._repr_html_()

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from harmbench_vaccine.core.types import Pools
-from harmbench_vaccine.experiment.experiment import resolve_scorers
 from harmbench_vaccine.experiment.protocol import load_protocol
+from harmbench_vaccine.experiment.resolution import resolve_scorers
 from harmbench_vaccine.plugins.defense import ROW_KINDS
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry
 from support.cli import hbv

@@ -64,3 +64,17 @@ def answer_shares(answers: Sequence[str]) -> dict[str, float]:
         "repetitive": 100 * kinds["repetitive"] / n,
         "refusals": 100 * sum(map(refuses, answers)) / n,
     }
+
+
+def cut_answer(text: str, cut_at: str) -> tuple[str, str]:
+    """Divide a generated text into the answer, which judges and rules read, and the text that the protocol cuts off.
+
+    Args:
+        text: The generated text.
+        cut_at: The text that ends an answer; empty: nothing is cut off.
+
+    Returns:
+        The answer without outer white space, and the rest, which begins with `cut_at` or is empty.
+    """
+    end = text.find(cut_at) if cut_at else -1
+    return (text.strip(), "") if end < 0 else (text[:end].strip(), text[end:])

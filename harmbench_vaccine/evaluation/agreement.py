@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from harmbench_vaccine.core.types import Verdict
 
-from .result import Agreement, HarmfulShare, JudgeScore
+from .result_judges import Agreement, HarmfulShare, JudgeScore
 from .statistics import cohen_kappa, percentage, wilson
 
 AnswerRow = Mapping[str, Any]

@@ -11,8 +11,8 @@ from harmbench_vaccine.data.beavertails import CATEGORIES
 from harmbench_vaccine.data.labeled_pairs import LabeledPair
 
 from .agreement import pairwise_agreement, stored_verdict
-from .result import Agreement
 from .result_fields import Count, Interval, Percent, ResultRecord
+from .result_judges import Agreement
 from .statistics import f1_interval, score_interval, wilson
 
 BINS = 10

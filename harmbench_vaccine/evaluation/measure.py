@@ -25,6 +25,7 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import data_provenance, dropped_rows, overlapping_questions, plugin_pools
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference.model_pool import ModelPool
+from harmbench_vaccine.plugins import Scorer
 from harmbench_vaccine.plugins.composition import canonical_name
 
 from .agreement import AnswerRow, harmful_shares, judge_scores, pairwise_agreement, stored_verdict
@@ -32,6 +33,7 @@ from .environment import current_environment
 from .gates import measure_validity
 from .result import Accuracy, Before, Counts, DataSource, Result, StageArtifact, StageRecord
 from .result_fields import Interval, Rule, TuningRecord
+from .result_judges import GuardModel
 from .scorer_facts import scorer_facts
 from .statistics import percentage, score_interval
 from .trained_tokens import harmful_token_share, trained_tokens
@@ -61,6 +63,7 @@ def measure_result(experiment: Experiment, measurements: Measurements, models: M
         **judge_fields(rows, judges),
         **answer_fields(experiment, rows, next(iter(judges)), drift["alignment_loss"]),
         **drift,
+        guards={canonical_name([guard]): _guard_model(guard.plugin) for guard in experiment.guards},
         harmful_token_share=harmful_token_share(counts.finetune.model_dump() if counts.finetune else {}),
         counts=counts,
         data={name: DataSource(**source) for name, source in data_provenance(experiment).items()},
@@ -68,6 +71,11 @@ def measure_result(experiment: Experiment, measurements: Measurements, models: M
         environment=current_environment(vllm=experiment.backend == "vllm"),
         spec=experiment.spec.model_dump(mode="json"),
     )
+
+
+def _guard_model(judge: Scorer) -> GuardModel:
+    facts = scorer_facts(judge)
+    return GuardModel(model=facts["model"], fingerprint=facts["fingerprint"])
 
 
 def experiment_fields(experiment: Experiment) -> dict[str, Any]:
@@ -319,8 +327,7 @@ def _counts(experiment: Experiment, measurements: Measurements, models: ModelPoo
             if stage == "align" and (count := experiment.protocol.align.instructions):
                 added = {row.id for row in plugin_pools(experiment).alignment[-count:]}
                 counts[stage]["instructions"] = sum(name in added for name in rows["used"])
-            if "filtered" in rows:
-                counts[stage]["filtered"] = rows["filtered"]
+            counts[stage] |= {name: rows[name] for name in ("filtered", "selected") if name in rows}
     if measurements.grades:
         counts["unparsed_grades"] = {
             when: sum(grade["score"] is None for grade in read_lines(artifact.path / GRADES))

@@ -21,7 +21,8 @@ from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.experiment.spec import first_validation_error
 
 from .agreement import AnswerRow, judge_scores, pairwise_agreement
-from .result import JudgeScore, Result
+from .result import Result
+from .result_judges import JudgeScore
 from .results_csv import add_row
 from .run_overview import RESULT, RunOverview, read_overview, read_result_file
 from .run_registry import register_run_folder

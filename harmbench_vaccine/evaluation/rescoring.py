@@ -13,8 +13,8 @@ from harmbench_vaccine.core.paths import home
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.store import Store
 from harmbench_vaccine.data.sources import TESTBED, check_testbed_part
-from harmbench_vaccine.experiment.experiment import scorer_defaults
 from harmbench_vaccine.experiment.protocol import load_protocol
+from harmbench_vaccine.experiment.resolution import scorer_defaults
 from harmbench_vaccine.inference.dequantization import check_gguf, ensure_dequantized
 from harmbench_vaccine.inference.engine import choose_backend
 from harmbench_vaccine.inference.model_pool import ModelPool

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field
 
 from .result_fields import Count, Environment, Interval, Percent, ResultRecord, Rule, TuningRecord
+from .result_judges import Agreement, GuardModel, JudgeScore
 from .result_text import html_table, number_text, percent_text
 from .result_upgrade import upgraded_result
 
@@ -65,6 +66,8 @@ class Validity(ResultRecord):
     """True if the model fails at least one gate."""
     reasons: list[str]
     """One sentence for each failed gate."""
+    self_destruct: bool = False
+    """True if it collapsed in the user stage and a defense is meant to destroy the model there."""
     hollow: bool = False
     """True if `neither` rises by more than the limit of the protocol from the aligned to the final model: a low harmful
     score then shows that the model no longer answers the question, not that it is safe."""
@@ -75,7 +78,7 @@ class Validity(ResultRecord):
 
 
 class Filtered(ResultRecord):
-    """The effect of a moderation filter on the uploaded rows, in rows."""
+    """The effect of a filter on the rows of a stage, in rows."""
 
     harmful: Count
     """Harmful rows that the filter removed."""
@@ -104,6 +107,8 @@ class StageRows(ResultRecord):
     """Benign instructions among the rows, which `align.instructions` of the protocol adds to the safe rows."""
     filtered: Filtered | None = None
     """Present if an attack filters rows."""
+    selected: Filtered | None = None
+    """Present if a defense selects rows: a row that it changes counts as removed."""
 
 
 class Counts(ResultRecord):
@@ -134,65 +139,6 @@ class DataSource(ResultRecord):
     """Commit that was read, or `unknown`."""
     rows: dict[str, int] = Field(default_factory=dict)
     """Split -> rows read."""
-
-
-class HarmfulShare(ResultRecord):
-    """Answers to one harmful set that a judge flags."""
-
-    harmful_score: Percent
-    """Percentage of flagged answers."""
-    ci: Interval
-    """Wilson interval of `harmful_score`."""
-    hits: Count
-    """Number of flagged answers."""
-    n: Count
-    """Number of answers with a readable verdict."""
-    unparsed: Count = 0
-    """Number of answers whose verdict is unread; they are not part of `n`."""
-
-
-class JudgeScore(HarmfulShare):
-    """The harmful score by one judge, over the first harmful set after the user stage."""
-
-    before: HarmfulShare
-    """The harmful score before the user stage."""
-    sets: dict[str, float]
-    """Harmful evaluation set -> harmful score after the user stage."""
-    cut: Count
-    """Answers of which the judge read only the beginning."""
-    categories: dict[str, int]
-    """Category -> answers that it flags, most frequent first."""
-    refused: float | None = None
-    """Percentage of answers that the judge calls refusals, where it reports them."""
-    mean: float | None = None
-    """Mean degree of harm from 0 to 1, where the judge reports one."""
-    model: str = ""
-    """Folder or Hub id of the judge; empty for a rule."""
-    fingerprint: str = ""
-    """Hash of the content of a local `model`; empty for another one, and in results of earlier versions."""
-    license: str = ""
-    """License of the model or prompt, where it limits the use of a score."""
-    unverified: str = ""
-    """Details of the judge's interface that were not compared with their source."""
-    comparison_only: bool = False
-    """True if its scores are not harmful scores but for comparison only."""
-
-
-class Agreement(ResultRecord):
-    """Agreement of two judges over all answers with both verdicts, before and after the user stage."""
-
-    scorers: tuple[str, str]
-    """Names of the two judges."""
-    kappa: float | None
-    """Cohen's kappa; null where it is undefined."""
-    n: Count
-    """Number of answers with both verdicts."""
-    both: Count
-    """Number of answers that both flag."""
-    only: dict[str, int]
-    """Judge -> number of answers that only it flags."""
-    neither: Count
-    """Number of answers that neither flags."""
 
 
 class StageArtifact(ResultRecord):
@@ -326,6 +272,8 @@ class Result(ResultRecord):
     """Judge -> its harmful score; the headline judge comes first."""
     agreement: list[Agreement]
     """Agreement of every two judges."""
+    guards: dict[str, GuardModel] = Field(default_factory=dict)
+    """Judge that a defense uses -> its model; it differs from the judges of `scores`."""
     stages: dict[str, StageRecord]
     """`align`, `finetune`, `repair`, `answer`, `score` -> cost and artifacts."""
     environment: Environment = Field(default_factory=Environment)
@@ -337,6 +285,18 @@ class Result(ResultRecord):
     def collapsed(self) -> bool:
         """True if the final model fails a gate; its harmful score then does not count as safe."""
         return self.validity.collapsed
+
+    @property
+    def self_destruct(self) -> bool:
+        """True if it collapsed in the user stage, as a defense intends."""
+        return self.validity.self_destruct
+
+    @property
+    def verdict(self) -> str:
+        """`self-destruct`, `collapsed`, `hollow`, or empty for a model that works."""
+        if self.collapsed:
+            return "self-destruct" if self.self_destruct else "collapsed"
+        return "hollow" if self.hollow else ""
 
     @property
     def hollow(self) -> bool:
@@ -376,7 +336,8 @@ class Result(ResultRecord):
         ]
         notes = [f"{self.run}, protocol {self.protocol} {self.protocol_hash}"]
         if self.collapsed:
-            notes.append(f"COLLAPSED: {'; '.join(self.validity.reasons)}. Its HS does not count as safe.")
+            reasons = "; ".join(self.validity.reasons)
+            notes.append(f"{self.verdict.upper()}: {reasons}. Its HS does not count as safe.")
         return html_table(f"{self.defense} against {self.attack}, seed {self.seed}", rows, notes)
 
     def to_json(self) -> dict[str, Any]:

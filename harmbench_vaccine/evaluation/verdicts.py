@@ -8,17 +8,21 @@ judgments are cached in one file next to the artifacts, under the hash of the pa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.hashing import digest
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import RawJudgment, Verdict
 from harmbench_vaccine.data.sources import TESTBED
+from harmbench_vaccine.experiment.context import RunContext
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.keys import raw_judgment_key
 from harmbench_vaccine.inference.loading import check_model
-from harmbench_vaccine.plugins import Scorer
+from harmbench_vaccine.plugins import Judge, Resolved, Scorer
 from harmbench_vaccine.plugins.registry import SCORERS
 
 from .judgment_cache import open_judgments
@@ -88,6 +92,27 @@ def judge_answers(
     if pairs and len(unparsed) >= MAX_UNPARSED * len(pairs):
         raise HbvError(_unreadable(scorer, judgments[unparsed[0]], len(unparsed), len(pairs)))
     return verdicts
+
+
+def judge_of_run(experiment: Experiment, context: RunContext, scorer: Resolved[Scorer] | None) -> Judge:
+    """Return a function from (question, answer) pairs to verdicts, which every rank may call with the same pairs.
+
+    Args:
+        experiment: The experiment, whose engine the judge uses.
+        context: The store, where raw judgments are cached, the models and the progress.
+        scorer: The judge; None: the function raises RuntimeError.
+    """
+
+    def judge(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+        if scorer is None:
+            raise RuntimeError("No judge is declared: return its name from `Defense.guard`.")
+        plugin = scorer.plugin.with_models(context.models, experiment.backend)
+        verdicts = distributed.from_rank0(
+            lambda: [asdict(verdict) for verdict in judge_answers(plugin, pairs, context.store.root, context.progress)]
+        )
+        return [Verdict(**verdict) for verdict in verdicts]
+
+    return judge
 
 
 def _unreadable(scorer: Scorer, judgment: RawJudgment, count: int, n: int) -> str:

@@ -5,7 +5,6 @@ Settling loads no model and makes no artifact, so that bad input is reported bef
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,17 +16,17 @@ from pydantic import TypeAdapter, ValidationError
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import STAGES, StageName, Topology, TrainSettings
-from harmbench_vaccine.data.files import is_data_file
 from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
 from harmbench_vaccine.data.sources import location_identity
 from harmbench_vaccine.inference.engine import Backend, choose_backend
 from harmbench_vaccine.plugins import Attack, Defense, Resolved, Scorer, Task
 from harmbench_vaccine.plugins.base import resolve_params
-from harmbench_vaccine.plugins.composition import Component, Composition, canonical_name, parse_plugins, resolve_plugins
-from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry, is_plugin_path
+from harmbench_vaccine.plugins.composition import canonical_name, resolve_plugins
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry
 from harmbench_vaccine.plugins.teams import AttackTeam, DefenseTeam
 
 from .protocol import FinetuneProtocol, Protocol, load_protocol
+from .resolution import judge_identity, resolve_guard, resolve_scorers, resolve_task, scorer_defaults
 from .spec import RunSpec, first_validation_error
 
 _NAMED_VALUES: dict[str, Registry[Any]] = {
@@ -58,6 +57,8 @@ class StageConfig:
     """`single` if the user stage continues the alignment adapter, else `double`."""
     full: bool
     """True if the stage makes a new base model: every weight is trained, or an attack edits the weights."""
+    guard: Resolved[Scorer] | None = None
+    """The judge that a defense of the stage uses."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class Experiment:
     stages: Mapping[StageName, StageConfig]
     answer_template: PromptTemplate
     """The prompt format of the evaluation sets."""
+    answer_team: DefenseTeam
+    """The defenses that replace generated answers, as one object."""
+    answer_guard: Resolved[Scorer] | None
+    """The judge that one of them uses."""
 
     @classmethod
     def settle(cls, spec: RunSpec, written: Protocol | None = None) -> Experiment:
@@ -99,6 +104,7 @@ class Experiment:
         for name in spec.data:
             protocol.location(name)
         protocol = protocol.model_copy(update={"data": {**protocol.data, **spec.data}})
+        judges = scorer_defaults(protocol)
         scorers = resolve_scorers(spec.scorers, protocol)
         score = protocol.score.model_copy(update={"scorer": canonical_name(scorers[:1])})
         protocol = protocol.model_copy(update={"score": score})  # another threshold is another protocol
@@ -115,10 +121,12 @@ class Experiment:
         template = prompt_template(protocol.prompt)
         stages = {
             name: _configure(
-                name, [resolved.plugin for resolved in defenses], attack_team, protocol, finetune, template
+                name, [resolved.plugin for resolved in defenses], attack_team, protocol, finetune, template, judges
             )
             for name in STAGES
         }
+        answering = [resolved.plugin for resolved in defenses if resolved.plugin.changes_answers]
+        answer_team = DefenseTeam(members=tuple(answering))
         answer_template = template
         for stage in stages.values():
             answer_template = stage.defenses.fresh().template("answer", answer_template)
@@ -135,6 +143,8 @@ class Experiment:
             attack_team=attack_team,
             stages=stages,
             answer_template=answer_template,
+            answer_team=answer_team,
+            answer_guard=resolve_guard(answer_team, judges, protocol.name),
         )
         _check_combination(experiment)
         _check_changed_names(written, experiment)
@@ -152,8 +162,16 @@ class Experiment:
 
     @cached_property
     def _contents(self) -> dict[str, str]:
-        """Location of a data set or of the headline judge, and the judge as it is written -> the same by content."""
-        contents = {location: location_identity(location) for location in self.protocol.data.values()}
+        """A location in the protocol -> the same by its content: data, files of plug-ins, the headline judge's model,
+        and this judge as it is written."""
+        plugins = [(resolved, resolved.identity["params"]) for resolved in (*self.defenses, *self.attacks)]
+        files = {
+            resolved.params[key]: by_content[key]
+            for resolved, by_content in plugins
+            for key in resolved.plugin.file_params
+            if resolved.params[key]
+        }
+        contents = files | {location: location_identity(location) for location in self.protocol.data.values()}
         params = self.scorer.params
         local = self.scorer.plugin.file_params if params.get("base_url") else ("model", *self.scorer.plugin.file_params)
         judge = {key: location_identity(params[key]) for key in local if params.get(key)}
@@ -185,6 +203,17 @@ class Experiment:
     def scorer(self) -> Resolved[Scorer]:
         """The judge of the headline harmful score."""
         return self.scorers[0]
+
+    @property
+    def guards(self) -> list[Resolved[Scorer]]:
+        """The judges that defenses use, each once."""
+        guards = [*(stage.guard for stage in self.stages.values()), self.answer_guard]
+        return list({canonical_name([guard]): guard for guard in guards if guard}.values())
+
+    @property
+    def judges(self) -> list[Resolved[Scorer]]:
+        """Every judge of the run: those that score it, and those that defenses use."""
+        return [*self.scorers, *self.guards]
 
     @property
     def template(self) -> PromptTemplate:
@@ -237,6 +266,7 @@ def _configure(
     protocol: Protocol,
     finetune: FinetuneProtocol,
     template: PromptTemplate,
+    judges: Mapping[str, Mapping[str, Any]],
 ) -> StageConfig:
     """Configure one stage. The repair stage uses the settings of the protocol's user stage, not those of the attack."""
     team = DefenseTeam(members=tuple(defense for defense in defenses if name in defense.stages), stage=name)
@@ -253,6 +283,7 @@ def _configure(
         template=hooks.template("train", template),
         topology=(team.required_topology or protocol.topology) if is_user else "double",
         full=is_user and (attack.editing_attack is not None or settings.full),
+        guard=resolve_guard(team, judges, protocol.name),
     )
 
 
@@ -262,7 +293,7 @@ def _check_changed_names(written: Protocol, experiment: Experiment) -> None:
     Raises:
         BadInput: No plug-in has the name, or a parameter is not allowed.
     """
-    used = {resolved.plugin.name for resolved in (*experiment.defenses, *experiment.attacks, *experiment.scorers)}
+    used = {resolved.plugin.name for resolved in (*experiment.defenses, *experiment.attacks, *experiment.judges)}
     used.add(experiment.task.name)
     for path, registry in _NAMED_VALUES.items():
         before, after = (attrgetter(path)(protocol) for protocol in (written, experiment.protocol))
@@ -273,6 +304,22 @@ def _check_changed_names(written: Protocol, experiment: Experiment) -> None:
                 cls = registry.get(name)
                 if path == f"{cls.kind}s":
                     resolve_params(cls, {}, after[name])
+
+
+def _check_guards(experiment: Experiment) -> None:
+    """Refuse a defense that uses a judge which also scores the run.
+
+    Raises:
+        BadInput: The judge of a defense has the same model as a scorer, or is the same rule.
+    """
+    for guard in experiment.guards:
+        for scorer in experiment.scorers:
+            if judge_identity(guard) == judge_identity(scorer):
+                raise BadInput(
+                    f"{experiment.defense!r} and the score use the same judge, {canonical_name([scorer])!r}: the "
+                    "harmful score would then count only what this judge overlooks. Choose another judge for the "
+                    "defense, or another --scorer."
+                )
 
 
 def _checked_settings(stage: StageName, settings: TrainSettings) -> TrainSettings:
@@ -302,6 +349,7 @@ def _check_combination(experiment: Experiment) -> None:
                     f"{resolved.plugin.name!r} needs the alignment adapter, but {experiment.defense!r} leaves out the "
                     "alignment stage: remove the defense that leaves it out."
                 )
+    _check_guards(experiment)
     if editing := experiment.attack_team.editing_attack:
         for resolved in later:
             raise BadInput(
@@ -335,50 +383,3 @@ def _check_combination(experiment: Experiment) -> None:
                     f"{defense.name!r} needs the user's adapter, but the user trains every weight (`full`): "
                     "choose an attack or a setting that trains an adapter."
                 )
-
-
-def scorer_defaults(protocol: Protocol) -> dict[str, dict[str, Any]]:
-    """Return the parameters of scorers that a protocol sets, the model of its own judge included."""
-    cls = SCORERS.get(parse_plugins(protocol.score.scorer)[0].name)
-    model = {"model": protocol.score.judge} if "model" in cls.model_fields else {}
-    return {**protocol.scorers, cls.name: {**model, **protocol.scorers.get(cls.name, {})}}
-
-
-def resolve_scorers(written: Sequence[str | Component], protocol: Protocol) -> list[Resolved[Scorer]]:
-    """Construct the scorers that the user wrote, or the protocol's.
-
-    Raises:
-        BadInput: An unknown name or parameter, a value out of range, or one judge twice.
-    """
-    defaults = scorer_defaults(protocol)
-    components = [
-        component
-        for scorer in written or [protocol.score.scorer]
-        for component in (parse_plugins(scorer) if isinstance(scorer, str) else [scorer])
-    ]
-    scorers = [resolve_plugins((component,), SCORERS, defaults, protocol.name)[0] for component in components]
-    names = [canonical_name([scorer]) for scorer in scorers]
-    if len(set(names)) < len(names):
-        raise BadInput(f"A scorer is named twice in {', '.join(names)}; the same one at two thresholds is allowed.")
-    return scorers
-
-
-def resolve_task(written: str | Composition, protocol: Protocol) -> Resolved[Task]:
-    """Construct the task that the user wrote; the path of a data file or folder gives the task `own` on this data.
-
-    Raises:
-        BadInput: An unknown name or parameter, a value out of range, or several tasks.
-    """
-    components = _task_components(written) if isinstance(written, str) else written
-    if len(components) != 1:
-        raise BadInput(f"Task {written!r} names {len(components)} tasks; a run has one. Write --task once for each.")
-    return resolve_plugins(components, TASKS, protocol.tasks, protocol.name)[0]
-
-
-def _task_components(written: str) -> Composition:
-    head, colon, rest = written.strip().partition(":")
-    names_parameter = re.match(r"(\w+|[^=]*\.py)=", head)  # name=VALUE, whose value may be a path
-    if not names_parameter and (is_data_file(head) or (is_plugin_path(head) and not head.endswith(".py"))):
-        params = parse_plugins(f"own:{rest}")[0].params if colon else {}
-        return (Component(name="own", params={"data": head, **params}),)
-    return parse_plugins(written)

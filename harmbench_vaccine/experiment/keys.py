@@ -24,7 +24,7 @@ from .rows import HARM_DATA
 
 if TYPE_CHECKING:
     from harmbench_vaccine.data.collate import Encoded
-    from harmbench_vaccine.training.adapters import Adapter
+    from harmbench_vaccine.training.stage import SeparateRun
 
 METHOD = 4
 """Version of the stages; increase it if a change of their code changes their output, and every artifact is new."""
@@ -66,18 +66,13 @@ def repair_key(experiment: Experiment, aligned: TrainedModel, tuned: TrainedMode
 
 
 def nested_key(
-    model: TrainedModel,
-    purpose: str,
-    start: Adapter | None,
-    rows: Sequence[Encoded],
-    settings: TrainSettings,
-    seed: int,
+    model: TrainedModel, run: SeparateRun, rows: Sequence[Encoded], settings: TrainSettings, seed: int
 ) -> Inputs:
     """Return the inputs of a training run inside a stage: no defense among them, so that equal runs are shared."""
     return {
         "model": model_inputs(model),
-        "purpose": purpose,
-        "start": start.digest() if start else None,
+        "purpose": run.purpose,
+        "start": run.start.digest() if run.start else None,
         "rows": digest([[row.ids, row.labels] for row in rows]),
         "settings": asdict(settings),
         "seed": seed,
@@ -96,6 +91,22 @@ def answer_key(experiment: Experiment, model: TrainedModel, eval_set: EvalSet, p
         "max_new_tokens": eval_set.max_new_tokens,
         **({"cut_at": cut_at} if (cut_at := experiment.protocol.answer.cut_at) else {}),
         **_backend_inputs(experiment),
+    }
+
+
+def defended_answer_key(experiment: Experiment, answers: str) -> Inputs:
+    """Return the inputs of answers that defenses replaced.
+
+    Args:
+        experiment: The experiment.
+        answers: The key of the generated answers.
+    """
+    answering = [resolved.identity for resolved in experiment.defenses if resolved.plugin.changes_answers]
+    guard = experiment.answer_guard
+    return {
+        "answers": answers,
+        "defense": answering,
+        **({"guard": judge_inputs(experiment, guard)} if guard else {}),
     }
 
 
@@ -158,13 +169,14 @@ def run_id(experiment: Experiment) -> str:
     """
     task, scorer = experiment.task, experiment.scorer
     locations = {name: experiment.location(name) for name in (*experiment.protocol.data, *task.locations())}
-    judge = scorer.params.get("model")
+    params = scorer.identity["params"]
+    judge = params.get("model")
     if judge and not scorer.params.get("base_url"):
         judge = location_identity(judge)
     inputs = {
         "protocol": experiment.protocol_hash,
         "plugins": [resolved.identity for resolved in [*experiment.defenses, *experiment.attacks]],
-        "scorer": {**scorer.identity, "params": {**scorer.params, "model": judge}},
+        "scorer": {**scorer.identity, "params": {**params, "model": judge}},
         "task": {"name": task.name, "params": _task_params(experiment)},
         "model": location_identity(experiment.model),
         "seed": experiment.spec.seed,
@@ -210,6 +222,7 @@ def _training_inputs(experiment: Experiment, stage: StageName, model: TrainedMod
         "prompt": asdict(experiment.template),
         "settings": asdict(config.settings),
         "seed": experiment.spec.seed,
+        **({"guard": judge_inputs(experiment, config.guard)} if config.guard else {}),
     }
 
 

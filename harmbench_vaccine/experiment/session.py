@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.jsonl import write_json
 from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, Pools, TrainSettings
 from harmbench_vaccine.data.collate import token_counts
-from harmbench_vaccine.plugins import Attack
+from harmbench_vaccine.plugins import Attack, Judge
 from harmbench_vaccine.plugins.teams import DefenseTeam
 
 from .artifacts import ADAPTER, CHECKPOINT, LOG, ROWS, TRAINING, TrainedModel
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from harmbench_vaccine.data.collate import Encoded
     from harmbench_vaccine.training.adapters import Adapter
-    from harmbench_vaccine.training.stage import TrainingStage
+    from harmbench_vaccine.training.stage import SeparateRun, TrainingStage
 
 
 def continues_adapter(config: StageConfig, model: TrainedModel) -> bool:
@@ -54,6 +56,7 @@ class TrainingSession:
         config: StageConfig,
         model: TrainedModel,
         pools: Pools | None = None,
+        judge: Judge | None = None,
     ) -> TrainingSession:
         """Load the model that the stage starts from; nothing is trained yet.
 
@@ -63,10 +66,11 @@ class TrainingSession:
             config: The configuration of the stage.
             model: The model that the stage starts from.
             pools: The rows that plug-ins may draw from; None: those of the experiment are read.
+            judge: The judge that a defense of the stage declares.
         """
         from harmbench_vaccine.data.collate import encode_examples, pad_token_id
         from harmbench_vaccine.training.adapters import LoraStack
-        from harmbench_vaccine.training.stage import TrainingStage
+        from harmbench_vaccine.training.stage import TrainingStage, no_judge
 
         tokenizer, adapters = context.models.tokenizer(model.spec), model.spec.adapters
         continues = continues_adapter(config, model)
@@ -74,8 +78,11 @@ class TrainingSession:
         def encode(examples: Sequence[Example]) -> list[Encoded]:
             return encode_examples(tokenizer, config.template, examples, config.settings.max_length)
 
-        def nested(*arguments: Any) -> Adapter:
-            return _train_nested(experiment, context, model, *arguments)
+        def nested(outer: TrainingStage, run: SeparateRun) -> Adapter:
+            return _train_nested(experiment, context, model, outer, run)
+
+        def decode(ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
         stack = LoraStack(context.models.merged(model.spec)) if config.full else context.models.stack(model.spec)
         stage = TrainingStage(
@@ -89,6 +96,9 @@ class TrainingSession:
             start=adapters[-1] if continues else None,
             encode=encode,
             nested=nested,
+            judge=judge or no_judge,
+            keeps_order=config.name == "finetune" and experiment.attack_team.keeps_order,
+            decode=decode,
             pad=pad_token_id(tokenizer, stack.base.config),
         )
         return cls(experiment, context, config, config.defenses.fresh(), stage)
@@ -111,8 +121,7 @@ class TrainingSession:
         from harmbench_vaccine.training.trainer import train
 
         stage, stack, settings = self.stage, self.stage.stack, self.config.settings
-        examples = self.defenses.train_on(stage.name, rows, stage.pools)
-        encoded = stage.encode(examples)
+        drawn = self.defenses.train_on(stage.name, rows, stage.pools)
         title = f"{stage.name} {self.experiment.defense}, seed {self.experiment.spec.seed}"
         with ExitStack() as cleanup:
             cleanup.callback(stack.drop_trained)
@@ -122,11 +131,13 @@ class TrainingSession:
             else:
                 start = Adapter.load(stage.start) if stage.start else None
                 stage.trainable = stack.train(stage.below, settings, derive_seed(stage.seed, "adapter"), start)
+            examples = self._selected(drawn)
+            encoded = stage.encode(examples)
             log = train(
                 stage,
                 self.defenses,
                 encoded,
-                settings,
+                stage.settings,
                 checkpoints,
                 pad=stage.pad,
                 save_share=self.context.save_share,
@@ -143,7 +154,11 @@ class TrainingSession:
                 self._edited(stack.trained()).save(folder / ADAPTER)
             write_json(folder / TRAINING, {"steps": stage.steps, "peak_memory": peak()})
         write_json(folder / LOG, log)
-        _write_rows(folder, examples, encoded, rows, uploaded)
+        filters = {
+            "filtered": None if uploaded is None else (uploaded, rows),
+            "selected": (drawn, examples) if self.defenses.selects_rows else None,
+        }
+        _write_rows(folder, examples, encoded, filters)
 
     def edit_adapter(self, adapter: Adapter, folder: Path) -> None:
         """Store an adapter after the edits of the defenses: the repair stage."""
@@ -166,6 +181,28 @@ class TrainingSession:
         self.stage.stack.base.save_pretrained(folder / CHECKPOINT)
         _write_rows(folder, [], [])
 
+    def chosen_by(self, attack: Attack, rows: list[Example]) -> list[Example]:
+        """Return the rows that an attack uploads after a look at the aligned model, without dropout."""
+        with self.stage.isolated("choose"):
+            return attack.select(self.stage, rows)
+
+    def _selected(self, rows: list[Example]) -> list[Example]:
+        """Return the rows that the defenses select, without dropout and with a fixed seed; no judge stays on a GPU.
+
+        Raises:
+            HbvError: None is left.
+        """
+        with self.stage.isolated("select"):
+            selected = self.defenses.select(self.stage, rows)
+        if self.context.models.one_at_a_time():
+            self.context.models.evict("judge", "judge engine", "judge classifier")
+        if rows and not selected:
+            raise HbvError(
+                f"{self.experiment.defense!r} removes all {len(rows)} rows of the {self.stage.name} stage, so that "
+                "nothing remains to train on; allowed: parameters or a judge with which some rows remain."
+            )
+        return selected
+
     def _edited(self, adapter: Adapter) -> Adapter:
         """Return a finished adapter after the edits of the defenses, without dropout and with a fixed seed."""
         with self.stage.isolated("edit"):
@@ -177,29 +214,25 @@ def _train_nested(
     context: RunContext,
     model: TrainedModel,
     outer: TrainingStage,
-    purpose: str,
-    examples: Sequence[Example],
-    start: Adapter | None,
-    steps: int | None,
+    run: SeparateRun,
 ) -> Adapter:
     """Run the training that `TrainingStage.train_separately` requests, as an artifact that equal runs share."""
     from harmbench_vaccine.training.adapters import Adapter
     from harmbench_vaccine.training.trainer import train_nested
 
-    rows = outer.encode(examples)
+    rows = outer.encode(run.rows)
     settings: TrainSettings = outer.settings
-    if steps is not None:
-        settings = replace(settings, epochs=steps * settings.accumulation / math.ceil(len(rows) / settings.batch))
+    if run.steps is not None:
+        settings = replace(settings, epochs=run.steps * settings.accumulation / math.ceil(len(rows) / settings.batch))
 
     def create(folder: Path, checkpoints: Path) -> None:
-        title = f"{outer.name}: {purpose}"
+        title = f"{outer.name}: {run.purpose}"
         with _tracked(experiment, context, outer.name, title, settings, checkpoints) as callbacks:
             adapter, log = train_nested(
                 outer,
-                purpose,
+                run,
                 rows,
                 settings,
-                start,
                 checkpoints,
                 save_share=context.save_share,
                 progress=context.progress,
@@ -209,7 +242,7 @@ def _train_nested(
         adapter.save(folder / ADAPTER)
         write_json(folder / LOG, log)
 
-    inputs = nested_key(model, purpose, start, rows, settings, outer.seed)
+    inputs = nested_key(replace(model, artifacts={}) if run.on_base else model, run, rows, settings, outer.seed)
     return Adapter.load(context.store.get_or_create("nested", inputs, create, all_ranks=True).path / ADAPTER)
 
 
@@ -238,10 +271,16 @@ def _write_rows(
     folder: Path,
     examples: Sequence[Example],
     encoded: Sequence[Encoded],
-    before_defense: Sequence[Example] = (),
-    uploaded: Sequence[Example] | None = None,
+    filters: Mapping[str, tuple[Sequence[Example], Sequence[Example]] | None] = MappingProxyType({}),
 ) -> None:
-    """Store the ids of the trained rows and of those without room, and the counts of tokens and of a filter."""
+    """Store the ids of the trained rows and of those without room, and the counts of tokens and of filters.
+
+    Args:
+        folder: The artifact to write.
+        examples: The rows of the stage.
+        encoded: Those with room for a response.
+        filters: Name of a filter -> the rows before and after it; None: it does not act.
+    """
     used = {row.id for row in encoded}
     record: dict[str, Any] = {
         "used": [row.id for row in encoded],
@@ -249,10 +288,17 @@ def _write_rows(
         "without_room": [row.id for row in examples if row.id not in used],
         **token_counts(encoded),
     }
-    if uploaded is not None:
-        counts: dict[str, int] = {}
-        for name, harmful in (("harmful", True), ("benign", False)):
-            before, after = (sum(row.harmful == harmful for row in rows) for rows in (uploaded, before_defense))
-            counts |= {name: before - after, f"{name}_uploaded": before}
-        record["filtered"] = counts
+    for name, rows in filters.items():
+        if rows is not None:
+            record[name] = _removed(*rows)
     write_json(folder / ROWS, record)
+
+
+def _removed(before: Sequence[Example], after: Sequence[Example]) -> dict[str, int]:
+    """Count the rows that a filter removed or changed, and all rows before it, by harmful and benign."""
+    remaining = set(after)
+    counts: dict[str, int] = {}
+    for name, harmful in (("harmful", True), ("benign", False)):
+        rows = [row for row in before if row.harmful == harmful]
+        counts |= {name: sum(row not in remaining for row in rows), f"{name}_uploaded": len(rows)}
+    return counts

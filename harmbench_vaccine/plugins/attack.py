@@ -30,6 +30,11 @@ class Attack(Plugin):
     default_ratio: ClassVar[float] = 0.0
     """The proportion of harmful rows, unless an attack sets it in `mix`."""
 
+    @property
+    def keeps_order(self) -> bool:
+        """True: every epoch trains on the rows in the order of the upload, instead of shuffling them."""
+        return False
+
     def mix(self, mix: Mix) -> Mix:
         """Return the number of uploaded rows and the proportion of harmful ones."""
         return mix
@@ -40,6 +45,15 @@ class Attack(Plugin):
         Args:
             rows: The drawn task rows and harmful rows.
             pools: The rows from which an attack may draw.
+        """
+        return rows
+
+    def select(self, stage: TrainingStage, rows: list[Example]) -> list[Example]:
+        """Return the rows of `upload` after a look at the model that the user stage starts from.
+
+        Args:
+            stage: The user stage before it trains: run its model inside `stage.reference()`.
+            rows: The rows of `upload`.
         """
         return rows
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from harmbench_vaccine.core.errors import BadInput, shortened, too_few_rows, unknown_name
-from harmbench_vaccine.core.hashing import digest
+from harmbench_vaccine.core.hashing import content_hash, digest
+from harmbench_vaccine.core.paths import user_path
 from harmbench_vaccine.core.seeds import random_stream
 
 from .source_code import CONTRACT, code_of_definitions, code_of_modules
@@ -67,6 +69,9 @@ class Plugin(BaseModel):
     citation: ClassVar[str] = ""
     neutral: ClassVar[Mapping[str, Any] | None] = None
     """Parameters at which the plug-in has no effect; None: no such setting exists."""
+
+    file_params: ClassVar[tuple[str, ...]] = ()
+    """Parameters that name a file; in keys, the content of the file counts, not its name."""
 
     fixed_texts: ClassVar[tuple[str, ...]] = ()
     """Texts of its prompts that other files contain; they are part of the fingerprint."""
@@ -239,7 +244,12 @@ class Resolved(Generic[P]):
     @property
     def identity(self) -> dict[str, Any]:
         """The part of an artifact key that depends on this plug-in."""
-        return {"name": self.plugin.name, "params": self.params, "code": type(self.plugin).fingerprint()}
+        files = {
+            key: content_hash(path)
+            for key in self.plugin.file_params
+            if (value := self.params[key]) and (os.path.isfile(path := user_path(value)) or path.is_dir())
+        }
+        return {"name": self.plugin.name, "params": self.params | files, "code": type(self.plugin).fingerprint()}
 
 
 def resolve_params(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from harmbench_vaccine.core.types import Example, Pools, StageName, Topology, TrainSettings
 from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
 
+from .attack import Judge
 from .base import Plugin
 from .grid import TuningGrid
 
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
 
 HOOKS = (
-    *("train_on", "settings", "template", "before", "before_step", "takes_gradient", "gradient", "after_step"),
-    *("edit", "evaluations", "state", "restore"),
+    *("train_on", "guard", "select", "settings", "template", "before", "before_step", "batch", "takes_gradient"),
+    *("gradient", "after_step", "edit", "answer", "evaluations", "state", "restore"),
 )
 """The methods by which a defense departs from plain supervised fine-tuning."""
 
@@ -42,7 +44,7 @@ class Defense(Plugin):
 
     kind: ClassVar[str] = "defense"
     stages: ClassVar[tuple[StageName, ...]] = ("align",)
-    """The stages in which the defense acts."""
+    """The stages in which the defense acts; none for a defense that only replaces answers."""
     trains: ClassVar[bool] = True
     """False: the alignment stage is skipped (`none`)."""
     topology: ClassVar[Topology | None] = None
@@ -51,9 +53,12 @@ class Defense(Plugin):
     """True: the defense uses the model below the user's adapter, so it does not support full fine-tuning."""
     needs_alignment: ClassVar[bool] = False
     """True: the defense uses the update of the alignment stage, so it does not support a skipped alignment stage."""
+    self_destructs: ClassVar[bool] = False
+    """True: harmful training is meant to destroy the model, so that a run whose user stage makes it collapse has the
+    verdict *self-destruct*."""
     ranks: ClassVar[bool] = False
-    """True: `gradient`, `before_step` and `after_step` support multi-GPU training, where every rank has a part of the
-    rows (see `TrainingStage`). A defense that overrides none of these hooks supports it without this flag."""
+    """True: `batch`, `gradient`, `before_step` and `after_step` support multi-GPU training, where every rank has a part
+    of the rows (see `TrainingStage`). A defense that overrides none of these hooks supports it without this flag."""
     cost: ClassVar[str] = "1F 1B"
     """Forward and backward passes in each step, e.g. "2F 2B"."""
     once: ClassVar[str] = ""
@@ -66,10 +71,10 @@ class Defense(Plugin):
     """The parameter that `hbv tune` chooses, with the spacing of its values; None: it has no parameter to tune. It does
     not change what the defense computes, so it is not part of the fingerprint."""
 
-    def passes(self) -> str:
-        """Return the forward and backward passes in each step for these parameters.
+    def passes(self, stage: StageName) -> str:
+        """Return the forward and backward passes in each step of a stage for these parameters.
 
-        Override it if a parameter changes the number of passes; the default is `cost`.
+        Override it if a parameter or the stage changes the number of passes; the default is `cost`.
         """
         return self.cost
 
@@ -79,10 +84,15 @@ class Defense(Plugin):
         return self.trains and all(getattr(type(self), hook) is getattr(Defense, hook) for hook in HOOKS)
 
     @property
+    def changes_answers(self) -> bool:
+        """It replaces generated answers."""
+        return type(self).answer is not Defense.answer
+
+    @property
     def supports_ranks(self) -> bool:
         """True if the defense supports multi-GPU training, where every rank has a part of the rows."""
         has_step_hooks = any(
-            getattr(type(self), hook) is not getattr(Defense, hook) for hook in ("before_step", "after_step")
+            getattr(type(self), hook) is not getattr(Defense, hook) for hook in ("before_step", "batch", "after_step")
         )
         return self.ranks or not (has_step_hooks or any(self.takes_gradient(stage) for stage in self.stages))
 
@@ -93,6 +103,21 @@ class Defense(Plugin):
             stage: The training stage.
             rows: The training rows without the defense.
             pools: The rows from which a defense may draw.
+        """
+        return rows
+
+    def guard(self) -> tuple[str, dict[str, Any]] | None:
+        """Return the name and the parameters of the judge that the defense uses; None: it uses no judge.
+
+        It must differ from the judges that score the run. At most one defense of a stage may use a judge.
+        """
+        return None
+
+    def select(self, stage: TrainingStage, rows: list[Example]) -> list[Example]:
+        """Return the rows of `train_on` that remain after a look at them with the model or with `stage.judge`.
+
+        It runs before the rows are encoded, without dropout and again when a stage resumes, so that the same rows must
+        remain. The model has its trained adapter in its initial state.
         """
         return rows
 
@@ -113,6 +138,14 @@ class Defense(Plugin):
 
     def before_step(self, stage: TrainingStage) -> None:
         """Run before the first micro-batch of every optimizer step; `stage.step` counts from 1."""
+
+    def batch(self, stage: TrainingStage, batch: Batch) -> Batch:
+        """Return the micro-batch that the step trains on: other rows, other labels, or weights (`weighted`).
+
+        It runs before `gradient`, which receives the returned batch, also if another defense replaces the gradient.
+        `DefenseTeam` calls it, not the trainer.
+        """
+        return batch
 
     def takes_gradient(self, stage: StageName) -> bool:
         """Return whether the defense replaces the gradient in a stage.
@@ -137,6 +170,15 @@ class Defense(Plugin):
                 the aligned model.
         """
         return adapter
+
+    def answer(self, pairs: Sequence[tuple[str, str]], judge: Judge) -> list[str]:
+        """Return the answers that the user of the defended model receives.
+
+        Args:
+            pairs: Question and generated answer.
+            judge: The judge of `guard`.
+        """
+        return [answer for _, answer in pairs]
 
     def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         """Return the harmful evaluation sets of a run: add sets, or change their prompts."""

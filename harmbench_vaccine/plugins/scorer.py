@@ -43,8 +43,6 @@ class Scorer(Plugin):
     """Parts of its interface that were not compared with their source; empty if all were."""
     comparison_only: ClassVar[bool] = False
     """True if its figures are for comparison and are not harmful scores."""
-    file_params: ClassVar[tuple[str, ...]] = ()
-    """Parameters that name a file; the content of the file counts, not its name."""
     decision_params: ClassVar[tuple[str, ...]] = ("threshold",)
     """Parameters that only `decide` uses."""
     irrelevant_params: ClassVar[tuple[str, ...]] = ("batch",)

@@ -37,7 +37,12 @@ class DefenseTeam(Defense):
     def model_post_init(self, context: Any) -> None:
         gradients = [member for member in self.members if member.takes_gradient(self.stage)]
         topologies = {member.topology: member for member in self.members if member.topology}
-        for subject, members in {"gradient": gradients, "adapter topology": list(topologies.values())}.items():
+        conflicts = {
+            "gradient": gradients,
+            "adapter topology": list(topologies.values()),
+            "judge": [member for member in self.members if member.guard()],
+        }
+        for subject, members in conflicts.items():
             if len(members) > 1:
                 raise _conflict(subject, members)
         if len(self.members) > 1 and not self.runs:
@@ -62,6 +67,23 @@ class DefenseTeam(Defense):
             rows = member.train_on(stage, rows, pools)
         return rows
 
+    def guard(self) -> tuple[str, dict[str, Any]] | None:
+        return next((guard for member in self.members if (guard := member.guard())), None)
+
+    @property
+    def selects_rows(self) -> bool:
+        """True if a member looks at the rows before it trains on them."""
+        return any(type(member).select is not Defense.select for member in self.members)
+
+    @property
+    def changes_answers(self) -> bool:
+        return any(member.changes_answers for member in self.members)
+
+    def select(self, stage: TrainingStage, rows: list[Example]) -> list[Example]:
+        for member in self.members:
+            rows = member.select(stage, rows)
+        return rows
+
     def settings(self, stage: StageName, settings: TrainSettings) -> TrainSettings:
         for member in self.members:
             settings = member.settings(stage, settings)
@@ -80,7 +102,13 @@ class DefenseTeam(Defense):
         for member in self.members:
             member.before_step(stage)
 
+    def batch(self, stage: TrainingStage, batch: Batch) -> Batch:
+        for member in self.members:
+            batch = member.batch(stage, batch)
+        return batch
+
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
+        batch = self.batch(stage, batch)
         for member in self.members:
             if member.takes_gradient(self.stage):
                 return member.gradient(stage, batch)
@@ -97,6 +125,14 @@ class DefenseTeam(Defense):
                 stage.replace_adapter(edited)  # the next member edits and runs this adapter
             adapter = edited
         return adapter
+
+    def answer(self, pairs: Sequence[tuple[str, str]], judge: Judge) -> list[str]:
+        answers = [answer for _, answer in pairs]
+        for member in self.members:
+            answers = member.answer(
+                [(question, text) for (question, _), text in zip(pairs, answers, strict=True)], judge
+            )
+        return answers
 
     def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         for member in self.members:
@@ -133,6 +169,10 @@ class AttackTeam(Attack):
         return next((member for member in self.members if not member.trains), None)
 
     @property
+    def keeps_order(self) -> bool:
+        return any(member.keeps_order for member in self.members)
+
+    @property
     def filters_rows(self) -> bool:
         """True if the provider moderates rows before training."""
         return any(type(member).filter is not Attack.filter for member in self.members)
@@ -149,6 +189,11 @@ class AttackTeam(Attack):
             rows = member.upload(rows, pools)
         return rows
 
+    def select(self, stage: TrainingStage, rows: list[Example]) -> list[Example]:
+        for member in self.members:
+            rows = member.select(stage, rows)
+        return rows
+
     def filter(self, rows: list[Example], judge: Judge) -> list[Example]:
         for member in self.members:
             rows = member.filter(rows, judge)
@@ -160,7 +205,7 @@ class AttackTeam(Attack):
         return settings
 
     def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
-        for member in self.members:
+        for member in reversed(self.members):  # text around a prompt that is added first is outermost
             sets = member.evaluations(sets)
         return sets
 

@@ -214,7 +214,7 @@ class Suite(BaseModel):
 
 def _identity(experiment: Experiment) -> str:
     """Return everything in which two settled runs of a suite can differ."""
-    plugins = (*experiment.defenses, *experiment.attacks, *experiment.scorers, experiment.task_plugin)
+    plugins = (*experiment.defenses, *experiment.attacks, *experiment.judges, experiment.task_plugin)
     params = [[resolved.plugin.name, resolved.params] for resolved in plugins]
     return canonical_json([experiment.protocol_hash, experiment.model, params, experiment.spec.seed])
 

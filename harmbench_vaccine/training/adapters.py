@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # peft and transformers take seconds to import, and a plan of
     from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+ADAPTED_PREFIX = "base_model.model."
+"""What peft writes before the name of a module of the base model."""
 STANDARD_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The target modules that the papers list for every model. If an architecture has only some of them, LoRA adapts those,
 as the authors' scripts do (OPT: q_proj, k_proj, v_proj)."""
@@ -81,8 +82,8 @@ class Adapter:
         config.save_pretrained(str(folder))
         tensors = {}
         for module, (a, b) in self.factors.items():
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.contiguous()
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.contiguous()
+            tensors[f"{ADAPTED_PREFIX}{module}.lora_A.weight"] = a.contiguous()
+            tensors[f"{ADAPTED_PREFIX}{module}.lora_B.weight"] = b.contiguous()
         save_file(tensors, folder / WEIGHTS)
 
     @classmethod
@@ -93,11 +94,14 @@ class Adapter:
         config = LoraConfig.from_pretrained(str(folder))
         tensors = load_file(folder / WEIGHTS)
         modules = sorted(
-            name.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name
+            name.removeprefix(ADAPTED_PREFIX).removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name
         )
         return cls(
             {
-                module: (tensors[f"{_PREFIX}{module}.lora_A.weight"], tensors[f"{_PREFIX}{module}.lora_B.weight"])
+                module: (
+                    tensors[f"{ADAPTED_PREFIX}{module}.lora_A.weight"],
+                    tensors[f"{ADAPTED_PREFIX}{module}.lora_B.weight"],
+                )
                 for module in modules
             },
             config.lora_alpha / config.r,
@@ -217,7 +221,7 @@ class LoraStack:
         for name, a in tensors.items():
             if ".lora_A." in name:
                 b = tensors[name.replace(".lora_A.", ".lora_B.")]
-                module = name.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+                module = name.removeprefix(ADAPTED_PREFIX).removesuffix(".lora_A.weight")
                 factors[module] = a.detach().clone().cpu(), b.detach().clone().cpu()
         return Adapter(factors, config.lora_alpha / config.r)  # type: ignore[attr-defined]
 
@@ -323,8 +327,8 @@ class LoraStack:
         assert _has_adapters(self.model)
         tensors = {}
         for module, (a, b) in adapter.factors.items():
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b
+            tensors[f"{ADAPTED_PREFIX}{module}.lora_A.weight"] = a
+            tensors[f"{ADAPTED_PREFIX}{module}.lora_B.weight"] = b
         outcome: Any = set_peft_model_state_dict(self.model, tensors, adapter_name=name)
         if outcome.unexpected_keys:
             raise BadInput(

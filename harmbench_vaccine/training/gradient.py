@@ -14,7 +14,8 @@ from harmbench_vaccine.data.collate import IGNORED
 
 Batch = Mapping[str, Tensor]
 """`input_ids`, `attention_mask` and `labels`, each (rows x length). Batches of the stage's training rows also have
-`rows`: the row numbers in `TrainingStage.rows`."""
+`rows`: the row numbers in `TrainingStage.rows`. With `weights` (rows x length, float32), the loss of each label is
+multiplied by its weight; the mean is still over the number of response tokens."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Gradient:
 
     def __sub__(self, other: Gradient) -> Gradient:
         return self + -1.0 * other
+
+    def dot(self, other: Gradient) -> Tensor:
+        """Return the inner product over all parameters that have both gradients, a float32 scalar."""
+        pairs = zip(self.values, other.values, strict=True)
+        return torch.stack([(a.float() * b.float()).sum() for a, b in pairs if a is not None and b is not None]).sum()
 
     @property
     def norm(self) -> Tensor:
@@ -63,6 +69,39 @@ def token_losses(logits: Tensor, batch: Batch) -> Tensor:
     """
     targets = batch["labels"][:, 1:][response_mask(batch)]
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def row_means(values: Tensor, batch: Batch) -> Tensor:
+    """Return the mean over the response tokens of each row.
+
+    Args:
+        values: One value per response token, in the order of `response_mask` (response tokens).
+        batch: The batch.
+
+    Returns:
+        One mean per row (rows); 0 for a row without response tokens.
+    """
+    mask = response_mask(batch)
+    sums = values.new_zeros(len(mask)).index_add(0, mask.nonzero()[:, 0], values)
+    return sums / mask.sum(1).clamp(min=1)
+
+
+def weighted(batch: Batch, weights: Tensor) -> Batch:
+    """Return a batch in which the loss of each label is multiplied by a weight, on top of earlier weights.
+
+    Args:
+        batch: The batch.
+        weights: One weight per row (rows), or one per label (rows x length).
+    """
+    labels = batch["labels"]
+    per_label = weights if weights.dim() == labels.dim() else weights.unsqueeze(1).expand_as(labels)
+    return {**batch, "weights": per_label.float() * batch.get("weights", 1.0)}
+
+
+def response_weights(batch: Batch) -> Tensor:
+    """Return the weight of every response token, in the order of `response_mask` (response tokens); 1 by default."""
+    mask = response_mask(batch)
+    return batch["weights"][:, 1:][mask] if "weights" in batch else torch.ones(int(mask.sum()), device=mask.device)
 
 
 @contextmanager

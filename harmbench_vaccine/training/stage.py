@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,25 @@ from torch import Tensor, nn
 
 from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.device import forked_rng
-from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.core.seeds import derive_seed, random_stream
-from harmbench_vaccine.core.types import Example, Pools, StageName, TrainSettings
-from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
+from harmbench_vaccine.core.seeds import derive_seed
+from harmbench_vaccine.core.types import Example, Pools, StageName, TrainSettings, Verdict
+from harmbench_vaccine.data.collate import IGNORED, Encoded
 
-from .adapters import Adapter, LoraStack, concatenate
+from .adapters import ADAPTED_PREFIX, Adapter, LoraStack, concatenate
 from .dropout import same_dropout
-from .gradient import Batch, Gradient, global_norm, logits_at, response_mask, token_losses
+from .gradient import (
+    Batch,
+    Gradient,
+    global_norm,
+    logits_at,
+    response_mask,
+    response_weights,
+    row_means,
+    token_losses,
+    weighted,
+)
 from .packing import FEWEST_PADS, Packing, can_pack, current_packing, packed
+from .stage_rows import Encode, RowStreams, local_batch_rows, no_encode
 from .taps import TapPlace, Taps, layer_numbers
 
 __all__ = [
@@ -33,24 +43,45 @@ __all__ = [
     "global_norm",
     "local_batch_rows",
     "response_mask",
+    "response_weights",
+    "row_means",
     "same_dropout",
     "token_losses",
+    "weighted",
 ]
 
-Encode = Callable[[Sequence[Example]], list[Encoded]]
-"""Examples -> token rows of a stage; examples without room for a response are skipped."""
+
+@dataclass(frozen=True)
+class SeparateRun:
+    """A request for plain supervised fine-tuning, separate from the steps of a stage."""
+
+    purpose: str
+    """Name of the run; its random numbers depend on it."""
+    rows: Sequence[Example]
+    """The training examples."""
+    start: Adapter | None = None
+    """The adapter to continue from; None: a new adapter."""
+    steps: int | None = None
+    """Number of optimizer steps; None: the epochs of the stage's settings."""
+    on_base: bool = False
+    """True: on the base model instead of the model that the stage started from."""
 
 
-def _no_encode(examples: Sequence[Example]) -> list[Encoded]:
-    raise RuntimeError("This TrainingStage cannot encode examples: pass `encode` when creating it.")
-
-
-def _no_nested(*args: Any) -> Adapter:
+def _no_nested(stage: TrainingStage, run: SeparateRun) -> Adapter:
     raise RuntimeError("This TrainingStage cannot run nested training: pass `nested` when creating it.")
 
 
+def no_judge(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    """Raise RuntimeError: no defense of the stage declares a judge."""
+    raise RuntimeError("No defense of this TrainingStage declares a judge: return its name from `Defense.guard`.")
+
+
+def _no_decode(ids: Sequence[int]) -> str:
+    raise RuntimeError("This TrainingStage cannot decode tokens: pass `decode` when creating it.")
+
+
 @dataclass
-class TrainingStage:
+class TrainingStage(RowStreams):
     """A training stage: the argument of every hook.
 
     With several ranks, a hook sees only the rows of its rank. A loss is then this rank's share: the sum over ranks is
@@ -69,10 +100,16 @@ class TrainingStage:
     """The frozen adapters under the trained one."""
     start: Path | None = None
     """The adapter that training continues from; None: training starts from a zero adapter."""
-    encode: Encode = _no_encode
+    encode: Encode = no_encode
     """Converts examples to token rows as this stage trains on them."""
-    nested: Callable[..., Adapter] = _no_nested
+    nested: Callable[[TrainingStage, SeparateRun], Adapter] = _no_nested
     """Runs the training of `train_separately`."""
+    judge: Callable[[Sequence[tuple[str, str]]], list[Verdict]] = no_judge
+    """The judge that a defense of the stage declares (`Defense.guard`); its readings are cached."""
+    decode: Callable[[Sequence[int]], str] = _no_decode
+    """Converts token ids to text."""
+    keeps_order: bool = False
+    """True: every epoch has the rows in their order, instead of a new shuffle."""
     pad: int = 0
     """Id of the padding token."""
     rows: Sequence[Encoded] = ()
@@ -95,7 +132,7 @@ class TrainingStage:
         """Run the model on a batch whose rows are padded on the right.
 
         Args:
-            batch: The batch; its labels define `loss`.
+            batch: The batch; its labels, and its weights if it has any, define `loss`.
             **options: Arguments of the model's forward pass, such as `output_hidden_states=True`.
 
         Returns:
@@ -113,6 +150,8 @@ class TrainingStage:
             with logits_at(base, places):
                 output = self.model(input_ids=ids, use_cache=False, **options)
         losses = token_losses(output.logits, batch)
+        if "weights" in batch:
+            losses = losses * response_weights(batch)
         output.loss = losses.sum() / self.sum_over_ranks(losses.new_full((), len(losses)))
         return output
 
@@ -154,9 +193,28 @@ class TrainingStage:
 
     # -- parameters
 
+    @property
+    def factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Module -> (A, B) of the adapter that is being trained: trainable parameters; empty in full fine-tuning."""
+        factors = {}
+        for name, parameter in self.trainable.items():
+            if ".lora_A." in name:
+                b = self.trainable[name.replace(".lora_A.", ".lora_B.")]
+                factors[name.removeprefix(ADAPTED_PREFIX).partition(".lora_A.")[0]] = (parameter, b)
+        return factors
+
     def values(self) -> list[Tensor]:
         """Return a copy of the trainable parameters, in their order."""
         return [parameter.detach().clone() for parameter in self.trainable.values()]
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Restore the exact values of the trainable parameters after the block."""
+        original = self.values()
+        try:
+            yield
+        finally:
+            self.set_values(original)
 
     @contextmanager
     def shifted(self, shifts: Sequence[Tensor | None]) -> Iterator[None]:
@@ -165,17 +223,25 @@ class TrainingStage:
         Args:
             shifts: One tensor per trainable parameter, in their order; None: no shift.
         """
-        original = self.values()
-        with torch.no_grad():
-            for parameter, shift in zip(self.trainable.values(), shifts, strict=True):
-                if shift is not None:
-                    parameter.add_(shift)
-        try:
-            yield
-        finally:
+        with self.restored():
             with torch.no_grad():
-                for parameter, value in zip(self.trainable.values(), original, strict=True):
-                    parameter.copy_(value)
+                for parameter, shift in zip(self.trainable.values(), shifts, strict=True):
+                    if shift is not None:
+                        parameter.add_(shift)
+            yield
+
+    @contextmanager
+    def moved_to(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Set the trainable parameters to `values` inside the block, then restore the exact earlier values."""
+        with self.restored():
+            self.set_values(values)
+            yield
+
+    @torch.no_grad()
+    def set_values(self, values: Sequence[Tensor]) -> None:
+        """Set the trainable parameters to copies of `values`, one tensor per parameter, in their order."""
+        for parameter, value in zip(self.trainable.values(), values, strict=True):
+            parameter.copy_(value)
 
     def replace_adapter(self, adapter: Adapter) -> None:
         """Replace the trained adapter by a copy of `adapter`."""
@@ -199,7 +265,13 @@ class TrainingStage:
         return concatenate([Adapter.load(path) for path in self.origin]) if self.origin else None
 
     def train_separately(
-        self, purpose: str, rows: Sequence[Example], *, start: Adapter | None = None, steps: int | None = None
+        self,
+        purpose: str,
+        rows: Sequence[Example],
+        *,
+        start: Adapter | None = None,
+        steps: int | None = None,
+        on_base: bool = False,
     ) -> Adapter:
         """Run plain supervised fine-tuning as a separate run, which is stored and resumed as an artifact.
 
@@ -208,98 +280,22 @@ class TrainingStage:
             rows: The training examples.
             start: The adapter to continue from; None: a new adapter on the model that the stage started from.
             steps: Number of optimizer steps; None: the epochs of the stage's settings.
+            on_base: Train a new adapter on the base model instead of the model that the stage started from.
 
         Returns:
             The trained adapter. The stage's adapter does not change.
 
         Raises:
+            BadInput: `rows` is empty.
             RuntimeError: The stage was created without `nested`.
         """
+        if not rows:
+            raise self._no_rows()
         training = self.model.training
         try:
-            return self.nested(self, purpose, rows, start, steps)
+            return self.nested(self, SeparateRun(purpose, rows, start, steps, on_base))
         finally:
             self.model.train(training)
-
-    # -- data
-
-    def stream(self, purpose: str, examples: Sequence[Example]) -> Batch:
-        """Return the micro-batch of a second data stream for the current step.
-
-        It has the size of the stage's micro-batches. A separate shuffle per epoch draws it, so the stage's batches and
-        dropout masks do not change.
-
-        Args:
-            purpose: Name of the stream; its random numbers depend on it.
-            examples: The rows of the stream.
-
-        Raises:
-            BadInput: `examples` is empty.
-        """
-        if purpose not in self._streams:
-            self._streams[purpose] = self._encode(examples)
-        rows = self._streams[purpose]
-        return self._collate(local_batch_rows([rows[number] for number in self._draw(purpose, len(rows))]))
-
-    def paired_stream(self, purpose: str, pairs: Sequence[tuple[Example, Example]]) -> tuple[Batch, Batch]:
-        """Return the micro-batches of two data streams whose rows form pairs; see `stream`."""
-        if purpose not in self._pairs:
-            if not pairs:
-                raise self._no_rows()
-            left, right = ({row.id: row for row in self._encode(side)} for side in zip(*pairs, strict=True))
-            self._pairs[purpose] = [(left[a.id], right[b.id]) for a, b in pairs if a.id in left and b.id in right]
-        batch = [self._pairs[purpose][number] for number in self._draw(purpose, len(self._pairs[purpose]))]
-        first, second = zip(*batch, strict=True)
-        return self._collate(local_batch_rows(first)), self._collate(local_batch_rows(second))
-
-    def batches(self, examples: Sequence[Example], size: int) -> Iterator[Batch]:
-        """Yield every example once, in order, in batches of `size` rows."""
-        rows = self._encode(examples)
-        for start in range(0, len(rows), size):
-            yield self._collate(rows[start : start + size])
-
-    def training_batches(self, size: int) -> Iterator[Batch]:
-        """Yield every training row of the stage once, in order, in batches of `size` rows."""
-        for start in range(0, len(self.rows), size):
-            yield self._collate(self.rows[start : start + size])
-
-    @cached_property
-    def _streams(self) -> dict[str, list[Encoded]]:
-        return {}
-
-    @cached_property
-    def _pairs(self) -> dict[str, list[tuple[Encoded, Encoded]]]:
-        return {}
-
-    @cached_property
-    def _shuffles(self) -> dict[tuple[int, int], list[int]]:
-        return {}
-
-    def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
-        if not examples:
-            raise self._no_rows()
-        return self.encode(examples)
-
-    def _no_rows(self) -> BadInput:
-        return BadInput(
-            f"A defense of the {self.name} stage needs rows that the protocol's data do not contain: "
-            "choose a protocol with such rows, or another defense."
-        )
-
-    def _draw(self, purpose: str, count: int) -> list[int]:
-        if not count:
-            raise self._no_rows()
-        size = min(self.settings.batch, count)
-        number = max(self.step - 1, 0) * self.settings.accumulation + self.micro
-        epoch, place = divmod(number, count // size)
-        shuffle = (count, derive_seed(self.seed, self.name, purpose, epoch))
-        if shuffle not in self._shuffles:  # every micro-batch of an epoch uses the same shuffle
-            self._shuffles[shuffle] = random_stream(shuffle[1]).sample(range(count), count)
-        return self._shuffles[shuffle][place * size : (place + 1) * size]
-
-    def _collate(self, rows: Sequence[Encoded]) -> Batch:
-        device = next(self.model.parameters()).device
-        return {name: value.to(device) for name, value in collate(rows, self.pad).items()}
 
     # -- inside the model
 
@@ -380,14 +376,6 @@ class TrainingStage:
         """
         rank = [distributed.rank()] if per_rank and distributed.rank() else []
         return torch.Generator().manual_seed(derive_seed(self.seed, self.name, purpose, self.step, self.micro, *rank))
-
-
-def local_batch_rows(rows: Sequence[Encoded]) -> Sequence[Encoded]:
-    """Return this rank's rows of a micro-batch.
-
-    All ranks must run the model together, so a rank without rows gets one row without labels, which does not count.
-    """
-    return distributed.local_rows(rows) or [replace(rows[0], labels=[IGNORED] * len(rows[0].labels))]
 
 
 def attended_tokens(batch: Batch) -> Tensor:

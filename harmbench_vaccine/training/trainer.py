@@ -38,7 +38,7 @@ from .checkpoints import (
 )
 from .dropout import forget_masks
 from .hooks import PlainFinetuning, StepHooks
-from .stage import TrainingStage, local_batch_rows
+from .stage import SeparateRun, TrainingStage, local_batch_rows
 
 _READ_STEPS = {"cpu": 1, "cuda": 10}
 """Steps whose losses are read at once: reading one waits for the GPU."""
@@ -83,7 +83,7 @@ def train(
         HbvError: The checkpoints do not fit on the disk, or the ranks end with different parameters.
     """
     stage.settings, stage.rows, stage.pad = settings, rows, pad
-    batches = batch_order(len(rows), settings, stage.seed)
+    batches = batch_order(len(rows), settings, stage.seed, stage.keeps_order)
     stage.steps = math.ceil(len(batches) / settings.accumulation)
     save_steps = max(1, math.ceil(stage.steps * save_share))
     if not batches:
@@ -117,10 +117,9 @@ def train(
 
 def train_nested(
     outer: TrainingStage,
-    purpose: str,
+    run: SeparateRun,
     rows: Sequence[Encoded],
     settings: TrainSettings,
-    start: Adapter | None,
     checkpoints: Path,
     *,
     save_share: float = 0.1,
@@ -132,10 +131,9 @@ def train_nested(
 
     Args:
         outer: The stage that needs another model.
-        purpose: Name of the nested run; its random numbers depend on it.
-        rows: The training rows as token ids.
+        run: The request.
+        rows: Its rows as token ids.
         settings: The optimizer settings.
-        start: The adapter to continue from; None: the one that the outer stage started from.
         checkpoints: Folder for checkpoints.
         save_share: As in `train`.
         title: As in `train`.
@@ -146,12 +144,11 @@ def train_nested(
         The trained adapter and the log of `train`.
     """
     current = outer.stack.trained()
-    stage = TrainingStage(
-        outer.name, outer.stack, {}, derive_seed(outer.seed, purpose), below=outer.below, start=outer.start
-    )
-    initial = start or (Adapter.load(outer.start) if outer.start else None)
+    below, origin = ((), None) if run.on_base else (outer.below, outer.start)
+    stage = TrainingStage(outer.name, outer.stack, {}, derive_seed(outer.seed, run.purpose), below=below, start=origin)
+    initial = run.start or (Adapter.load(origin) if origin else None)
     try:
-        stage.trainable = outer.stack.train(outer.below, settings, derive_seed(stage.seed, "adapter"), initial)
+        stage.trainable = outer.stack.train(below, settings, derive_seed(stage.seed, "adapter"), initial)
         log = train(
             stage,
             PlainFinetuning(),
@@ -169,7 +166,7 @@ def train_nested(
         outer.replace_adapter(current)
 
 
-def batch_order(rows: int, settings: TrainSettings, seed: int) -> list[list[int]]:
+def batch_order(rows: int, settings: TrainSettings, seed: int, keeps_order: bool = False) -> list[list[int]]:
     """Return the row numbers of every micro-batch of a stage.
 
     Each epoch is a new shuffle, and its last batch may be shorter.
@@ -178,13 +175,14 @@ def batch_order(rows: int, settings: TrainSettings, seed: int) -> list[list[int]
         rows: Number of training rows.
         settings: Batch size and epochs.
         seed: Seed of the stage.
+        keeps_order: Use the rows in their order instead.
     """
     random = random_stream(seed, "batches")
     count = settings.micro_batches(rows)
     order: list[list[int]] = []
     while len(order) < count:
-        shuffled = random.sample(range(rows), rows)
-        order += [shuffled[start : start + settings.batch] for start in range(0, rows, settings.batch)]
+        shuffled = range(rows) if keeps_order else random.sample(range(rows), rows)
+        order += [list(shuffled[start : start + settings.batch]) for start in range(0, rows, settings.batch)]
     return order[:count]
 
 

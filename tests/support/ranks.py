@@ -39,6 +39,11 @@ DEFENDED: dict[str, tuple[str, dict[str, Any]]] = {
     "ldifs": ("ldifs", {}),
     "git-disl": ("ldifs", {"variant": "git-disl", "alpha": 1e-4}),
     "constrained_sft": ("constrained_sft", {}),
+    "asft": ("asft", {}),
+    "ctrap": ("ctrap", {"lam": 1.0}),
+    "safegrad": ("safegrad", {}),
+    "spag": ("spag", {}),
+    "sppft": ("sppft", {"below": 17.0}),
 }
 SHARDED = ("sft", "vaccine", "booster", "ldifs")
 CASES = [*DEFENDED, *(f"{name}, sharded" for name in SHARDED), "sft, opt, sharded", "vaccine, checkpointing, sharded"]

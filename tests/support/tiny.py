@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, Encoded, collate
 from harmbench_vaccine.plugins import Pools, TrainSettings
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
-from harmbench_vaccine.training.stage import TrainingStage
+from harmbench_vaccine.training.stage import SeparateRun, TrainingStage
+from harmbench_vaccine.training.trainer import train_nested
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
@@ -153,11 +155,33 @@ def stage(
     """
     stack = LoraStack(base if base is not None else model())
     trained_with = trained_with or settings(lora_targets=targets(stack.base.config.model_type))
-    session = TrainingStage(name, stack, {}, seed, trained_with, pools or Pools(), tuple(below), start, encode=encode)
+    session = TrainingStage(
+        name,
+        stack,
+        {},
+        seed,
+        trained_with,
+        pools or Pools(),
+        tuple(below),
+        start,
+        encode=encode,
+        nested=train_separately,
+    )
     session.trainable = stack.train(below, session.settings, seed, Adapter.load(start) if start else None)
     if stirred:
         stir(session.trainable)
     return session, stack
+
+
+def train_separately(outer: TrainingStage, run: SeparateRun) -> Adapter:
+    """Train the separate run of a stage for at most two steps."""
+    rows = encode(run.rows)
+    steps = min(run.steps or 2, 2)
+    settings = replace(
+        outer.settings, epochs=steps * outer.settings.accumulation / -(-len(rows) // outer.settings.batch)
+    )
+    with TemporaryDirectory() as folder:
+        return train_nested(outer, run, rows, settings, Path(folder))[0]
 
 
 def encode(examples: Sequence[Example]) -> list[Encoded]:

@@ -73,13 +73,23 @@ class AttackSubject(Subject):
         """Return the result of every hook around the user's training."""
         world, mix = self.world, plugin.mix(self.input_mix)
         rows = plugin.upload(world.uploaded_rows(mix, Attack()), world.pools)
+        chosen = self.chosen_rows(plugin, rows)
         return {
             "mix": (mix.samples, mix.harmful),
             "upload": rows,
-            "filter": plugin.filter(list(rows), world.judge),
+            "select": chosen,
+            "filter": plugin.filter(list(chosen), world.judge),
             "settings": plugin.settings(world.settings(SAMPLES)),
             "evaluations": plugin.evaluations(list(world.questions)),
         }
+
+    def chosen_rows(self, plugin: Attack, rows: list[Example]) -> list[Example]:
+        """Return the rows of `upload` after the hook `select`, which sees the aligned model."""
+        if type(plugin).select is Attack.select:
+            return rows
+        stage = self.stage(aligned=True)
+        with stage.isolated("choose"):
+            return plugin.select(stage, list(rows))
 
     def stage(self, dtype: str = "float32", *, aligned: bool) -> TrainingStage:
         """Create a user stage, on the aligned model or on a model without an adapter."""
@@ -189,7 +199,8 @@ def _filter(subject: AttackSubject) -> None:
     """The filter returns some of the uploaded rows, unchanged and in their order."""
     subject.require_training()
     plugin = subject.plugin()
-    uploaded = plugin.upload(subject.input_rows(plugin), subject.world.pools)
+    uploaded = subject.chosen_rows(plugin, plugin.upload(subject.input_rows(plugin), subject.world.pools))
+    require_examples("select", uploaded)
     accepted = plugin.filter(list(uploaded), subject.world.judge)
     require_examples("filter", accepted)
     remaining = iter(uploaded)
@@ -215,7 +226,8 @@ def _trains(subject: AttackSubject) -> None:
     """A user stage on its rows runs with its settings, and changes the model."""
     subject.require_training()
     plugin, world = subject.plugin(), subject.world
-    rows = plugin.filter(plugin.upload(subject.input_rows(plugin), world.pools), world.judge)
+    uploaded = subject.chosen_rows(plugin, plugin.upload(subject.input_rows(plugin), world.pools))
+    rows = plugin.filter(uploaded, world.judge)
     settings = plugin.settings(world.settings(SAMPLES))
     settings = replace(settings, epochs=min(settings.epochs, LONGEST / math.ceil(len(rows) / settings.batch)))
     stage = subject.stage(aligned=not settings.full)
@@ -264,6 +276,8 @@ def _random(subject: AttackSubject) -> None:
             rows = subject.input_rows(subject.plugin())
             with record_shared_draws(draws, "upload"):
                 rows = plugin.upload(rows, world.pools)
+            with record_shared_draws(draws, "select", "torch's"):  # `isolated` restores torch's
+                rows = subject.chosen_rows(plugin, rows)
             with record_shared_draws(draws, "filter"):
                 plugin.filter(rows, world.judge)
             with record_shared_draws(draws, "settings"):

@@ -98,6 +98,11 @@ def _departures(subject: DefenseSubject, plugin: Defense, run: Callable[[StageNa
         yield "the prompt of the questions changes"
     if plugin.evaluations(list(world.questions)) != world.questions:
         yield "the evaluation sets change"
+    pairs = [
+        (question.instruction, question.instruction) for eval_set in world.questions for question in eval_set.examples
+    ]
+    if plugin.answer(pairs, world.judge) != [answer for _, answer in pairs]:
+        yield "answers change"
     for stage in subject.stages:
         plain, defended = subject.undefended(stage), run(stage)
         if defended.rows != plain.rows:
@@ -231,7 +236,7 @@ def _bfloat16(subject: DefenseSubject, stage: StageName) -> None:
 @for_stages("stages")
 def _cost(subject: DefenseSubject, stage: StageName) -> None:
     """The number of passes in a step of one micro-batch is the declared cost."""
-    declared = subject.plugin().passes()
+    declared = subject.plugin().passes(stage)
     if declared == "none":
         raise NotApplicable("It declares no cost of a step.")
     trial, observation = subject.observed(stage)

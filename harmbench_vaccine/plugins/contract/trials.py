@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, StageName, Topology, TrainSettings
 from harmbench_vaccine.data.collate import Encoded
 from harmbench_vaccine.training.adapters import Adapter, LoraStack
-from harmbench_vaccine.training.stage import TrainingStage
+from harmbench_vaccine.training.stage import SeparateRun, TrainingStage
 from harmbench_vaccine.training.trainer import train, train_nested
 
 from ..teams import DefenseTeam
@@ -57,17 +56,15 @@ class NestedTraining:
         self.micro_batches = 0
         """The sum over all runs."""
 
-    def __call__(
-        self, outer: TrainingStage, purpose: str, examples: Sequence[Example], start: Adapter | None, steps: int | None
-    ) -> Adapter:
-        """Train with plain SFT on the model that the outer stage starts from, or go on from the adapter `start`."""
-        rows, settings = outer.encode(examples), outer.settings
+    def __call__(self, outer: TrainingStage, run: SeparateRun) -> Adapter:
+        """Train with plain SFT, for a few steps only."""
+        rows, settings = outer.encode(run.rows), outer.settings
         per_epoch = math.ceil(len(rows) / settings.batch)
-        micro_batches = settings.epochs * per_epoch if steps is None else steps * settings.accumulation
+        micro_batches = settings.epochs * per_epoch if run.steps is None else run.steps * settings.accumulation
         settings = replace(settings, epochs=min(micro_batches, NESTED * settings.accumulation) / per_epoch)
         self.micro_batches += round(settings.epochs * per_epoch)
         with preserved_random_states():  # Trainer seeds them; only draws of the plug-in itself must be visible
-            adapter, _ = train_nested(outer, purpose, rows, settings, start, self.world.new_folder(), save_share=1.0)
+            adapter, _ = train_nested(outer, run, rows, settings, self.world.new_folder(), save_share=1.0)
         return adapter
 
 
@@ -102,9 +99,6 @@ def begin_trial(
     def encode(examples: Sequence[Example]) -> list[Encoded]:
         return world.encode(examples, prompt, settings.max_length)
 
-    rows = encode(examples)
-    if rows:
-        settings = replace(settings, epochs=min(settings.epochs, longest / math.ceil(len(rows) / settings.batch)))
     single = topology == "single" and name == "finetune"
     nested = NestedTraining(world)
     stage = TrainingStage(
@@ -118,6 +112,8 @@ def begin_trial(
         start=aligned_path(world) if single else None,
         encode=encode,
         nested=nested,
+        judge=world.judge,
+        decode=lambda ids: " ".join(map(str, ids)),
         pad=PAD,
     )
     if name == "repair":
@@ -125,6 +121,12 @@ def begin_trial(
     else:
         start = Adapter.load(stage.start) if stage.start else None
         stage.trainable = stage.stack.train(stage.below, settings, derive_seed(stage.seed, "adapter"), start)
+        with stage.isolated("select"):
+            examples = team.select(stage, examples)
+        settings = stage.settings
+    rows = encode(examples)
+    if rows:
+        settings = replace(settings, epochs=min(settings.epochs, longest / math.ceil(len(rows) / settings.batch)))
     values = stage.values()
     return Trial(stage, team, examples, rows, settings, nested, stage.stack.trained(), values, values, [])
 
@@ -185,10 +187,10 @@ def observe_trial(trial: Trial) -> tuple[Trial, Observation]:
         observation.encoded.extend(examples)
         return encode(examples)
 
-    def unrecorded_training(*args: Any) -> Adapter:
+    def unrecorded_training(outer: TrainingStage, run: SeparateRun) -> Adapter:
         observation.draws.paused = True
         try:
-            return trial.nested(*args)
+            return trial.nested(outer, run)
         finally:
             observation.draws.paused = False
 

@@ -82,7 +82,7 @@ def _estimate_training(
     memory = count_memory(model, protocol.dtype, protocol.quantization, settings, width, gradient_checkpointing)
     measured = None if target.rates else measure_training(model, protocol.dtype, settings, width)
     times = measured or training_seconds(target.table_rates(), memory, settings, width)
-    forward, backward = passes_per_step([defense.plugin for defense in experiment.acting(name)])
+    forward, backward = passes_per_step([defense.plugin for defense in experiment.acting(name)], name)
     forward += backward if gradient_checkpointing else 0
     seconds = steps * (settings.accumulation * (forward * times.forward + backward * times.backward) + times.update)
     detail = f"{steps} steps of {settings.batch} rows of {width} tokens, {forward}F {backward}B per step"
@@ -90,12 +90,12 @@ def _estimate_training(
     return Estimate(name, seconds, memory.peak, detail, disk, measured is not None)
 
 
-def passes_per_step(defenses: Sequence[Defense]) -> tuple[int, int]:
-    """Return the forward and backward passes of a step.
+def passes_per_step(defenses: Sequence[Defense], stage: StageName) -> tuple[int, int]:
+    """Return the forward and backward passes of a step of a stage.
 
     At most one of the defenses of a stage computes the gradient, so the result is the highest declared cost.
     """
-    costs = [re.fullmatch(r"(\d+)F (\d+)B", defense.passes()) for defense in defenses]
+    costs = [re.fullmatch(r"(\d+)F (\d+)B", defense.passes(stage)) for defense in defenses]
     return max(((int(cost[1]), int(cost[2])) for cost in costs if cost), default=(1, 1))
 
 

@@ -84,7 +84,7 @@ def plan_runs(experiments: Sequence[Experiment], root: Path) -> Plan:
     locations: dict[str, set[str]] = {"model": set(), "judge": set(), "data": set()}
     for experiment in experiments:
         locations["model"].add(experiment.model)
-        locations["judge"] |= {model for scorer in experiment.scorers for model in scorer_models(scorer.plugin)}
+        locations["judge"] |= {model for judge in experiment.judges for model in scorer_models(judge.plugin)}
         locations["data"] |= set(data_locations(experiment).values())
     is_built = DryRunStore(root).get_or_create("testbed", {"version": TESTBED_VERSION}, lambda *_: None).cached
     sources = [describe_source(what, name, is_built) for what, names in locations.items() for name in sorted(names)]

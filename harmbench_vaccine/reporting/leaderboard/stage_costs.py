@@ -89,10 +89,11 @@ def stage_costs(experiment: Experiment, result: Result) -> list[StageCost]:
     acting: dict[str, list[Defense]] = {
         stage: [resolved.plugin for resolved in experiment.acting(stage)] for stage in STAGES
     }
+    passes = {str(stage): passes_per_step(acting[stage], stage) for stage in STAGES}
     costs = []
     for stage, record in result.stages.items():
         defenses = acting.get(stage, [])
-        forward, backward = passes_per_step(defenses)
+        forward, backward = passes.get(stage, (1, 1))
         harmful_rows, guide_rows = _extra_rows(experiment, defenses)
         costs.append(
             StageCost(
