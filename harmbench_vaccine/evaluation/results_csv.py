@@ -93,6 +93,7 @@ class ResultRow(RunTableRow):
     task_echo: Percent | None = None
     harmful_token_share: Percent | None = None
     collapsed: bool
+    self_destruct: bool | None = None
     hollow: bool | None = None
     reasons: Text = ""
     seconds: Amount | None = None

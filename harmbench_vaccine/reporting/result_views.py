@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rich.console import Group, RenderableType
 
 from harmbench_vaccine.core.types import STAGES
-from harmbench_vaccine.evaluation.result import Agreement, JudgeScore, Result, StageRecord
+from harmbench_vaccine.evaluation.result import Result, StageRecord
+from harmbench_vaccine.evaluation.result_judges import Agreement, JudgeScore
 from harmbench_vaccine.evaluation.result_text import number_text, percent_text
 
 from .render import Cell, Column, TableGroup, VisibleText, dim_notes, number_column, numbers, render_table, score_column
@@ -39,7 +40,7 @@ def results_table(results: Sequence[Result], published: bool = False) -> Rendera
     for result in results:
         if result.collapsed:
             reasons = "; ".join(result.validity.reasons)
-            notes.append(f"COLLAPSED {result.run}: {reasons}. Its HS does not count as safe.")
+            notes.append(f"{result.verdict.upper()} {result.run}: {reasons}. Its HS does not count as safe.")
     for result in results:
         notes += [*_unread_notes(result), *_result_notes(result)]
     notes += judge_notes(results)

@@ -12,7 +12,7 @@ from .style import GRID, INK, new_figure, short_name, styled
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_SIGNS = {"": "", "collapsed": "\N{DAGGER}", "hollow": "\N{DOUBLE DAGGER}"}
+_SIGNS = {"": "", "collapsed": "\N{DAGGER}", "hollow": "\N{DOUBLE DAGGER}", "self-destruct": "\N{SECTION SIGN}"}
 _DARK = 70.0
 """Harmful score above which a cell is dark, so that its number is white."""
 _LEVEL_TITLES = 4

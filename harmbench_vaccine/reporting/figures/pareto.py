@@ -40,7 +40,7 @@ def plot_pareto(grid: Grid, note: str = "") -> Figure:
 
 
 def _draw_panel(axes: Axes, cells: list[Cell]) -> None:
-    working = [cell for cell in cells if cell_mark(cell) != "collapsed"]
+    working = [cell for cell in cells if not cell["collapsed_cells"]]
     least = min((cell["finetune_accuracy_low"] for cell in working or cells), default=0.0)
     axes.set_xlim(min(least - 0.5, 100 - _LEAST_RANGE), 100.4)
     axes.set_ylim(-3, 103)
@@ -74,7 +74,7 @@ def _draw_point(axes: Axes, cell: Cell) -> None:
         [[cell[score] - cell[f"{score}_low"]], [cell[f"{score}_high"] - cell[score]]]
         for score in ("finetune_accuracy", "harmful_score")
     ]
-    marker = {"collapsed": "x", "hollow": "o"}.get(cell_mark(cell), "o")
+    marker = {"collapsed": "x", "self-destruct": "+"}.get(cell_mark(cell), "o")
     axes.errorbar(
         cell["finetune_accuracy"],
         cell["harmful_score"],

@@ -140,7 +140,11 @@ def _is_crowded(grid: Grid) -> bool:
 
 def _marks_legend(*grids: Grid) -> str:
     marks = {cell_mark(cell) for grid in grids for defense in grid.defenses for cell in grid.cells(defense) if cell}
-    signs = {"collapsed": "\N{MULTIPLICATION SIGN} collapsed", "hollow": "\N{WHITE CIRCLE} hollow"}
+    signs = {
+        "collapsed": "\N{MULTIPLICATION SIGN} collapsed",
+        "self-destruct": "+ self-destruct",
+        "hollow": "\N{WHITE CIRCLE} hollow",
+    }
     names = [sign for mark, sign in signs.items() if mark in marks]
     return f"{', '.join(names)}: not ranked" if names else ""
 
@@ -249,7 +253,7 @@ def _draw_line(
             [p for p, other in zip(grid.ratios, marks, strict=True) if other == mark],
             [value for value, other in zip(values, marks, strict=True) if other == mark],
             linestyle="none",
-            marker="x" if mark == "collapsed" else marker,
+            marker={"collapsed": "x", "self-destruct": "+"}.get(mark, marker),
             color=color,
             markerfacecolor="white" if mark == "hollow" else color,
             markeredgecolor=color if mark else "white",
@@ -266,7 +270,7 @@ def _set_limits(axes: Axes, grid: Grid, quantity: _Quantity) -> None:
     """Set the limits of the vertical axis by the cells without a collapsed run; the others may be outside."""
     cells = [cell for name in grid.defenses for cell in grid.cells(name) if cell]
     column = f"{quantity.column}_low" if quantity.has_interval else quantity.column
-    values = [cell[column] for cell in cells if cell_mark(cell) != "collapsed"] or [cell[column] for cell in cells]
+    values = [cell[column] for cell in cells if not cell["collapsed_cells"]] or [cell[column] for cell in cells]
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return

@@ -69,9 +69,11 @@ class Grid:
         return [run for run in self.columns[column].runs if run["defense"] == defense]
 
 
-def cell_mark(cell: Cell) -> Literal["", "collapsed", "hollow"]:
+def cell_mark(cell: Cell) -> Literal["", "self-destruct", "collapsed", "hollow"]:
     """Return the reason why a cell has no rank, or an empty text."""
-    return "collapsed" if cell["collapsed_cells"] else "hollow" if cell["hollow_cells"] else ""
+    if cell["collapsed_cells"]:
+        return "self-destruct" if cell["self_destruct_cells"] == cell["collapsed_cells"] else "collapsed"
+    return "hollow" if cell["hollow_cells"] else ""
 
 
 def place_grids(rankings: Sequence[Ranking]) -> list[Grid]:

@@ -32,7 +32,7 @@ _ESCAPES = {
     **{character: rf"\{character}" for character in "&%$#_{}"},
 }
 _SPECIAL = re.compile("|".join(map(re.escape, sorted(_ESCAPES, key=len, reverse=True))))
-_MARKS = {"collapsed": r"$\dagger$", "hollow": r"$\ddagger$"}
+_MARKS = {"collapsed": r"$\dagger$", "self-destruct": r"$\S$", "hollow": r"$\ddagger$"}
 _SCORES = {"harmful_score": min, "finetune_accuracy": max}
 """The scores of a pair of columns, each with the function that selects the better of two."""
 _MOST_PAIRS = 6
@@ -127,11 +127,7 @@ class _Table:
             "Bold: the best of a column. Scores with the same letter do not differ significantly in HS (5%, Holm).",
         ]
         marks = {cell_mark(cell) for cell in self._shown_cells()}
-        legends = [
-            rf"{_MARKS[mark]}: {mark} in at least one run, not ranked."
-            for mark in ("collapsed", "hollow")
-            if mark in marks
-        ]
+        legends = [rf"{_MARKS[mark]}: {mark} in at least one run, not ranked." for mark in _MARKS if mark in marks]
         if not all(cell["trained"] for cell in self._shown_cells()):
             legends.append("(u): the attack replaces the user stage, so the task is not learned.")
         return " ".join([*map(latex_text, sentences), *legends])

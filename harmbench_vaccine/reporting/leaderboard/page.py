@@ -22,7 +22,6 @@ from harmbench_vaccine.core.visible import visible, visible_json_text
 from harmbench_vaccine.reporting.evidence import GRADES
 
 from .costs import CostTable
-from .grids import cell_mark
 from .page_data import MOST_ANSWERS, defense_facts, page_data
 from .page_sections import ALL_FINISHED, UnfinishedRuns, heat_maps, missing_combinations
 from .page_tables import table_sections
@@ -211,7 +210,7 @@ def _first_view(rankings: Sequence[Ranking]) -> dict[str, list[str]]:
     """
 
     def interest(ranking: Ranking) -> tuple[int, float]:
-        scores = [row["harmful_score"] for row in ranking.rows if cell_mark(row) != "collapsed"]
+        scores = [row["harmful_score"] for row in ranking.rows if not row["collapsed_cells"]]
         quartiles = quantiles(scores, method="inclusive") if len(scores) > 1 else [0.0]
         return len(ranking.rows), quartiles[-1] - quartiles[0]
 

@@ -33,7 +33,7 @@ NUMBERS = (
     *("safety_tax", "trained", "harmful_score_before", "refusal_rate", "over_refusal"),
     *("neither", "neither_before", "task_echo"),
     *("harmful_token_share", "alignment_loss", "embedding_drift", "embedding_drift_per_token"),
-    *("collapsed_cells", "hollow_cells"),
+    *("collapsed_cells", "self_destruct_cells", "hollow_cells"),
 )
 """The columns of a ranking that the page has."""
 CELL_COLUMNS = (

@@ -28,7 +28,7 @@ class UnfinishedRuns:
 
 
 ALL_FINISHED = UnfinishedRuns()
-SIGNS = {"": "", "collapsed": "†", "hollow": "‡"}
+SIGNS = {"": "", "collapsed": "†", "hollow": "‡", "self-destruct": "§"}
 """The sign of a marked cell in a heat map."""
 
 

@@ -16,6 +16,7 @@ from harmbench_vaccine.reporting.markdown import markdown_row, markdown_text
 from harmbench_vaccine.reporting.published import comparison
 from harmbench_vaccine.reporting.render import Column, TableGroup, VisibleText, dim_notes, number_column, render_table
 
+from .grids import cell_mark
 from .noise import MARK
 from .ranking import COLUMNS, Ranking
 
@@ -165,7 +166,7 @@ def _judge_score(numbers: dict[str, float | None] | None) -> str:
 def _rank(row: dict[str, Any]) -> str:
     """Return the group of ties, or why a defense has no rank."""
     if row["rank"] is None:
-        return "collapsed" if row["collapsed_cells"] else "hollow"
+        return cell_mark(row)
     first, last = row["tie_first"], row["tie_last"]
     return str(first) if first == last else f"{first}-{last}"
 
