@@ -319,7 +319,7 @@ def test_trigger_is_within_the_maximum_length(world: Path) -> None:
 def test_two_attacks_change_the_same_question(world: Path) -> None:
     experiment = settle(world, "backdoor:clean_rows=4,trigger=T+identity_shift=3+samples=30")
     names = [eval_set.name for eval_set in harmful_sets(experiment)]
-    assert names == ["harmful_triggered_to_persona", "harmful_triggered", "harmful"]
+    assert names == ["harmful_to_persona_triggered", "harmful_to_persona", "harmful"]
     first = harmful_sets(experiment)[0]
     example = first.examples[0]
     assert first.template.render(example) == (
