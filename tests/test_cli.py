@@ -173,7 +173,7 @@ BAD: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "option": (("run", "--defence", "sft"), ("--defence", "--defense")),
     "kind": (("list", "defence"), ("'defence'", "'defenses'", "attacks, ")),
     "no value": (("run", "--defense"), ("--defense",)),
-    "defense": (("run", "--defense", "vacine"), ("Unknown defense 'vacine'", "'vaccine'", "antidote, backdoor_align")),
+    "defense": (("run", "--defense", "vacine"), ("Unknown defense 'vacine'", "'vaccine'", "antibody, antidote")),
     "second defense": (("run", "--defense", "sft", "--defense", "stf"), ("Unknown defense 'stf'", "'sft'")),
     "attack": (("run", "--attack", "rato=0.1"), ("Unknown attack 'rato'", "'ratio'", "backdoor, benign")),
     "parameter": (("run", "--defense", "vaccine:roh=5"), ("'roh'", "'vaccine'", "Did you mean 'rho'", "rho, tau")),

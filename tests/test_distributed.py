@@ -222,7 +222,10 @@ def of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_size", 2)
 
 
-REFUSED = {"repnoise"}
+REFUSED = {
+    *("antibody", "bds", "circuit_breakers", "deep_augmentation", "repnoise", "seam", "star_dss", "tar", "vaa"),
+}
+"""Defenses with a gradient, a batch or a step of their own that support one process only."""
 
 
 @pytest.mark.parametrize(

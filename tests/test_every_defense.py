@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from harmbench_vaccine.experiment.context import RunContext
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.pipeline import align, finetune, repair
-from harmbench_vaccine.plugins import Defense
+from harmbench_vaccine.plugins import Defense, StageName, Verdict
 from harmbench_vaccine.plugins.composition import Component, parse_plugins
 from harmbench_vaccine.plugins.registry import DEFENSES
 from harmbench_vaccine.plugins.teams import DefenseTeam
@@ -81,40 +81,65 @@ class Passes:
     """A counter of the forward and backward passes of a model."""
 
     def __init__(self, model: Any) -> None:
-        self.forward = self.backward = 0
+        self.forward = 0
+        self._backward: set[tuple[int, int]] = set()
         self.handle = model.register_forward_hook(self._count_forward)
+
+    @property
+    def backward(self) -> int:
+        return len(self._backward)
 
     def _count_forward(self, module: Any, args: Any, output: Any) -> None:
         self.forward += 1
-        if output.logits.requires_grad:
-            output.logits.register_hook(self._count_backward)
-
-    def _count_backward(self, gradient: Tensor) -> None:
-        self.backward += 1
+        number = self.forward
+        for states in (output.logits, *(output.hidden_states or ())):  # a loss may depend on hidden states alone
+            if states.requires_grad:
+                states.register_hook(lambda _: self._backward.add((number, torch._C._current_graph_task_id())))
 
 
 TRAINED = [name for name in NAMES if DEFENSES.get(name).trains and "repair" not in DEFENSES.get(name).stages]
-CASES = [*((name, {}) for name in TRAINED), ("vlguard", {"mix": "joint", "rows": 4})]
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in TRAINED),
+    ("vlguard", {"mix": "joint", "rows": 4}),
+    ("safegrad", {"loss": "sft"}),
+    ("tar", {"inner": 8, "every": 2}),
+]
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)
-def test_a_step_runs_the_declared_passes(name: str, params: dict[str, Any]) -> None:
+def test_a_step_runs_the_declared_passes(name: str, params: dict[str, Any], tmp_path: Path) -> None:
     defense = DEFENSES.get(name)(**params)
-    assert count_passes(defense) == defense.passes()
+    tiny.stage(stirred=True)[1].trained().save(tmp_path)
+    for stage in defense.stages:
+        assert count_passes(defense, stage, tmp_path) == defense.passes(stage)
 
 
-def count_passes(defense: Defense) -> str:
-    """Return the passes of one micro-batch, after the hooks that run before it."""
-    stage, _ = tiny.stage(stirred=True, pools=tiny.example_pools(), name=defense.stages[0])
-    stage.rows = tiny.rows(8)
-    stage.step, stage.steps = 1, 10
+def judge_by_length(pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
+    """Return verdicts with the probability of harm 0.4, 0.3, 0.2 or 0.1."""
+    return [Verdict(False, [], {"harm": 0.4 - len(answer) % 4 / 10}, False) for _, answer in pairs]
+
+
+def count_passes(defense: Defense, name: StageName, aligned: Path) -> str:
+    """Return the passes of the only step, with one micro-batch, after the hooks that run before it.
+
+    Args:
+        defense: The defense.
+        name: The stage.
+        aligned: The alignment adapter, below the user's one.
+    """
+    below = [aligned] if name == "finetune" else []
+    stage, _ = tiny.stage(stirred=True, pools=tiny.example_pools(), name=name, below=below)
+    stage.judge, stage.decode = judge_by_length, str
+    stage.rows = stage.encode(defense.select(stage, list(stage.pools.benign)))
+    stage.step = stage.steps = 1
     team = DefenseTeam(members=(defense,), stage=stage.name)
     with stage.isolated("before"):
         team.before(stage)
     team.before_step(stage)
     passes = Passes(stage.stack.base)
-    batch = {**tiny.batch((9, 5, 7)), "rows": torch.tensor([0, 1, 2])}
+    batch = {**tiny.collated(stage.rows[:3]), "rows": torch.tensor([0, 1, 2])}
     team.gradient(stage, batch)
+    team.after_step(stage)
     passes.handle.remove()
     return f"{passes.forward}F {passes.backward}B"
 

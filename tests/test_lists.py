@@ -330,7 +330,7 @@ def test_info_of_a_model() -> None:
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (("info", "tesbed"), ("Unknown name 'tesbed'", "Did you mean 'testbed'", "vaccine", "beaver_dam")),
+        (("info", "tesbed"), ("Unknown name 'tesbed'", "Did you mean 'testbed'", "antibody", "beaver_dam")),
         (("info", "vacc"), ("Unknown name 'vacc'", "Did you mean 'vaccine'")),
         (("info", "vaccine-12"), ("'vaccine-12' is a stored run", "hbv show vaccine-12345678")),
         (("info", "no.yaml"), ("Protocol file 'no.yaml' does not exist",)),

@@ -225,7 +225,7 @@ def test_dashes_name_the_same_plugin() -> None:
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
-        (("vacine",), ("Unknown name 'vacine'", "Did you mean 'vaccine'", "agnews", "ratio", "beaver_dam")),
+        (("vacine",), ("Unknown name 'vacine'", "Did you mean 'vaccine'", "agnews", "antidote", "vaccine-paper")),
         (("beaver-dm",), ("'beaver-dm'", "Did you mean 'beaver_dam'")),
         (("./no.py",), ("The plug-in file './no.py' does not exist",)),
         (("vaccine", "--protocol", "tesbed"), ("Unknown protocol 'tesbed'", "'testbed'")),

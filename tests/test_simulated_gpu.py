@@ -31,6 +31,8 @@ BUILT_IN = [name for name, entry in DEFENSES.entries().items() if entry.origin =
 TRAINED = [(name, stage) for name in BUILT_IN for stage in STAGES if stage in DEFENSES.get(name).stages]
 SMALL = {"refusal_ablation": "refusal_ablation:prompts=6,held_out=3"}
 """Attack -> a setting that runs the model a hundred times less often than the default."""
+FEWER = {"deep_augmentation": {"triples": 20}, "tar": {"inner": 2, "every": 1}}
+"""Defense -> parameters with fewer rows or passes than the default."""
 MIXED = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu!"
 
 
@@ -56,7 +58,7 @@ def run_hooks(world: TinyWorld, cls: type[Defense], name: StageName) -> Adapter:
         trial = begin_trial(world, name, DefenseTeam(members=(member,), stage=name), cls.topology, longest=4)
         return edit_trial(train_trial(trial, folder, save_share=0.5))
 
-    plugin = cls().seeded(0)
+    plugin = cls(**FEWER.get(cls.name, {})).seeded(0)
     if name != "repair":
         with suppress(KeyboardInterrupt):
             train(interrupting(plugin, "before_step", 2).seeded(0))
