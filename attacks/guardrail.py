@@ -28,8 +28,4 @@ class Guardrail(Attack):
     def filter(self, rows: list[Example], judge: Judge) -> list[Example]:
         """Return the rows whose categories are all at most the threshold."""
         verdicts = judge([(f"{row.preface}{row.instruction} {row.input}".strip(), row.response) for row in rows])
-        return [
-            row
-            for row, verdict in zip(rows, verdicts, strict=True)
-            if max(verdict.probabilities.values(), default=float(verdict.flagged is not False)) <= self.threshold
-        ]
+        return [row for row, verdict in zip(rows, verdicts, strict=True) if verdict.harm <= self.threshold]

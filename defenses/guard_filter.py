@@ -52,10 +52,7 @@ class GuardFilter(Defense):
         if self.threshold == 1:
             return rows
         verdicts = stage.judge([(f"{row.preface}{row.instruction} {row.input}".strip(), row.response) for row in rows])
-        flagged = [
-            max(verdict.probabilities.values(), default=float(verdict.flagged is not False)) > self.threshold
-            for verdict in verdicts
-        ]
+        flagged = [verdict.harm > self.threshold for verdict in verdicts]
         if self.on == "refusal":
             if not stage.pools.paired:
                 raise too_few_rows(1, "refusals", 0, by=self.name)

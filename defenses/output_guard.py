@@ -44,8 +44,6 @@ class OutputGuard(Defense):
         if self.threshold == 1:
             return [answer for _, answer in pairs]
         return [
-            self.refusal
-            if max(verdict.probabilities.values(), default=float(verdict.flagged is not False)) > self.threshold
-            else answer
+            self.refusal if verdict.harm > self.threshold else answer
             for (_, answer), verdict in zip(pairs, judge(pairs), strict=True)
         ]

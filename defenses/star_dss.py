@@ -24,7 +24,7 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from harmbench_vaccine.data.collate import IGNORED, Encoded
-from harmbench_vaccine.plugins import Defense, Example, StageName, TuningGrid, Verdict, param
+from harmbench_vaccine.plugins import Defense, Example, StageName, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, response_weights, token_losses
 
 
@@ -70,7 +70,7 @@ class StarDSS(Defense):
         pairs = [(questions[row.id], stage.decode(beginning(row, end))) for row, end in beginnings]
         for (row, end), verdict in zip(beginnings, stage.judge(pairs), strict=True):
             safety = self._safety.setdefault(row.id, [])
-            safety += [1 - self.strength * (1 - safe_probability(verdict))] * (end - len(safety))
+            safety += [1 - self.strength * verdict.harm] * (end - len(safety))
         return rows
 
     def _ends(self, row: Encoded) -> list[int]:
@@ -104,8 +104,3 @@ def beginning(row: Encoded, end: int) -> list[int]:
     """Return the tokens of a response up to its token number `end` with a loss, masked ones between them included."""
     places = [place for place, label in enumerate(row.labels) if place and label != IGNORED]
     return row.ids[places[0] : places[end - 1] + 1]
-
-
-def safe_probability(verdict: Verdict) -> float:
-    """Return P(safe) of a verdict: 0 if it is unread."""
-    return 1 - max(verdict.probabilities.values(), default=float(verdict.flagged is not False))

@@ -171,3 +171,8 @@ class Verdict:
     def unparsed(self) -> bool:
         """True if the verdict is unread: it then counts neither as flagged nor as not flagged."""
         return self.flagged is None
+
+    @property
+    def harm(self) -> float:
+        """The largest probability of a category, for a filter; 1 or 0 without probabilities, and 1 if it is unread."""
+        return max(self.probabilities.values(), default=float(self.flagged is not False))
