@@ -15,11 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter
-from harmbench_vaccine.training.projection import alignment_projector
+from harmbench_vaccine.training.projection import projected_update
 from harmbench_vaccine.training.stage import TrainingStage
 
 
@@ -44,22 +42,14 @@ class SafeLoRA(Defense):
         aligned = stage.alignment_adapter()
         assert aligned is not None
         candidates = [m for m, (a, b) in adapter.factors.items() if m in aligned.factors and (b @ a).any()]
-        projected, cosines = {}, {}
-        for module in candidates:
-            a, b = adapter.factors[module]
-            directions, weights = alignment_projector(aligned, module, self.projector)
-            projected[module] = directions @ (weights.unsqueeze(1) * (directions.T @ b))
-            cosines[module] = torch.nn.functional.cosine_similarity(
-                (projected[module] @ a).flatten(),
-                (b @ a).flatten(),
-                dim=0,
-                eps=1e-30,  # updates may be small
-            )
+        projections = {module: projected_update(aligned, adapter, module, self.projector) for module in candidates}
+        cosines = {module: cosine for module, (_, cosine) in projections.items()}
         if self.tau is not None:
             selected = {module for module in candidates if cosines[module] <= self.tau}
         else:
-            selected = set(sorted(candidates, key=lambda module: float(cosines[module]))[: self.k])
+            selected = set(sorted(candidates, key=lambda module: cosines[module])[: self.k])
         factors = {
-            module: (a, projected[module] if module in selected else b) for module, (a, b) in adapter.factors.items()
+            module: (a, projections[module][0] if module in selected else b)
+            for module, (a, b) in adapter.factors.items()
         }
         return Adapter(factors, adapter.scale)

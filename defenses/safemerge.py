@@ -19,11 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter, concatenate
-from harmbench_vaccine.training.projection import alignment_projector
+from harmbench_vaccine.training.projection import projected_update
 from harmbench_vaccine.training.stage import TrainingStage
 
 
@@ -58,16 +56,9 @@ class SafeMERGE(Defense):
         """Return the modules whose cosine with their projection is below tau."""
         aligned = stage.alignment_adapter()
         assert aligned is not None
-        modules = []
-        for module, (a, b) in adapter.factors.items():
-            if module not in aligned.factors or not aligned.delta(module).any() or not (b @ a).any():
-                continue
-            directions, weights = alignment_projector(aligned, module, self.projector)
-            projected = directions @ (weights.unsqueeze(1) * (directions.T @ b))
-            # the default eps, 1e-8, exceeds the norm of C B A where both updates are small
-            cosine = torch.nn.functional.cosine_similarity(
-                (projected @ a).flatten(), (b @ a).flatten(), dim=0, eps=1e-30
-            )
-            if cosine < self.tau:
-                modules.append(module)
-        return modules
+        candidates = [
+            module
+            for module, (a, b) in adapter.factors.items()
+            if module in aligned.factors and aligned.delta(module).any() and (b @ a).any()
+        ]
+        return [m for m in candidates if projected_update(aligned, adapter, m, self.projector)[1] < self.tau]

@@ -42,3 +42,23 @@ def alignment_projector(aligned: Adapter, module: str, projector: Projector) -> 
     directions, values = left_singular_vectors(aligned, module)
     weights = values.square() / torch.linalg.vector_norm(values)
     return directions, weights if projector == "paper" else torch.ones_like(values)
+
+
+def projected_update(aligned: Adapter, adapter: Adapter, module: str, projector: Projector) -> tuple[Tensor, float]:
+    """Project the update B A of one module onto the alignment update.
+
+    Args:
+        aligned: The adapter of the alignment stage.
+        adapter: The adapter of the user stage.
+        module: Name of the module.
+        projector: The formula of C.
+
+    Returns:
+        C B (outputs x rank), and the cosine of C B A and B A; 0 if either is 0.
+    """
+    a, b = adapter.factors[module]
+    directions, weights = alignment_projector(aligned, module, projector)
+    projected = directions @ (weights.unsqueeze(1) * (directions.T @ b))
+    # the default eps, 1e-8, exceeds the norm of C B A where both updates are small
+    cosine = torch.cosine_similarity((projected @ a).flatten(), (b @ a).flatten(), dim=0, eps=1e-30)
+    return projected, float(cosine)
