@@ -88,7 +88,7 @@ class Antibody(Defense):
         if stage.name == "align" or not self.weights:
             return batch
         refusal = stage.encoded("refusals", [safe for safe, _ in stage.pools.paired])[0]
-        response = [label for label in refusal.labels if label != IGNORED]
+        response = refusal.labeled_ids
         rows = [stage.rows[number] for number in batch["rows"].tolist()]
         refused = stage.collated([self._answered(row, response, stage.settings.max_length) for row in rows])
         with torch.no_grad(), stage.isolated("weights"):
@@ -98,7 +98,7 @@ class Antibody(Defense):
     @staticmethod
     def _answered(row: Encoded, response: list[int], max_length: int) -> Encoded:
         """Return the row with another response."""
-        prompt = row.ids[: next(number for number, label in enumerate(row.labels) if label != IGNORED)]
+        prompt = row.ids[: row.response_start]
         ids, labels = prompt + response, [IGNORED] * len(prompt) + response
         return replace(row, ids=ids[:max_length], labels=labels[:max_length])
 

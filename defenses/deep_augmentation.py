@@ -71,7 +71,7 @@ class DeepAugmentation(Defense):
         if heads >= self.p or longest < 1:
             return row
         beginning = answer[: 1 + int(place * longest)]
-        start = next(number for number, label in enumerate(row.labels) if label != IGNORED)
+        start = row.response_start
         return replace(
             row,
             ids=[*row.ids[:start], *beginning, *row.ids[start:]],
@@ -85,7 +85,7 @@ class DeepAugmentation(Defense):
         for refusal, example in stage.pools.paired:
             if example.id in harmful:
                 row = harmful[example.id]
-                answers[_triple_id(refusal)] = [label for label in row.labels if label != IGNORED][:-1]
+                answers[_triple_id(refusal)] = row.labeled_ids[:-1]
         return answers
 
 

@@ -21,7 +21,7 @@ from harmbench_vaccine.plugins import Defense, Pools
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 from harmbench_vaccine.training.trainer import train
 from support import tiny
-from support.autograd import cross_entropy
+from support.autograd import cross_entropy, record_pairs
 from support.compare import close_in_norm, same
 from support.hooks import decoder_layers, recorded_rows
 from support.optimizers import assert_equal_where_firm, plain_adamw
@@ -50,19 +50,6 @@ def stage(base: Any = None, pools: Pools = POOLS, **changes: Any) -> TrainingSta
     result, _ = tiny.stage(base, trained_with=tiny.settings(**changes), stirred=True, pools=pools)
     result.step, result.steps = 1, 10
     return result
-
-
-def record_pairs(stage: TrainingStage) -> list[tuple[Batch, Batch]]:
-    """Record the pairs of batches that the stage returns from now on."""
-    pairs: list[tuple[Batch, Batch]] = []
-    plain = stage.paired_stream
-
-    def paired_stream(*args: Any) -> tuple[Batch, Batch]:
-        pairs.append(plain(*args))
-        return pairs[-1]
-
-    stage.paired_stream = paired_stream  # type: ignore[method-assign]
-    return pairs
 
 
 @pytest.fixture

@@ -26,8 +26,8 @@ from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.projection import alignment_projector
 from harmbench_vaccine.training.stage import SeparateRun, TrainingStage
 from support import tiny
-from support.autograd import cross_entropy
 from support.compare import close
+from support.optimizers import train_two_steps
 from support.runs import run_context
 from support.world import make_world
 
@@ -238,19 +238,6 @@ def test_the_factors_of_c(projector: Any, rank: int) -> None:
 # The safe adapter
 
 
-def train_two_steps(stage: TrainingStage) -> dict[str, Tensor]:
-    """Train a new adapter with two steps of AdamW on all alignment rows at once, and return the updates."""
-    parameters, batch = list(stage.trainable.values()), tiny.collated(tiny.encode(POOLS.alignment))
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        cross_entropy(stage.model, batch).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-    trained = stage.stack.trained()
-    return {module: update(trained, module) for module in trained.factors}
-
-
 def test_the_safe_adapter_is_trained_on_the_aligned_model(tmp_path: Path) -> None:
     """On alignment rows, from a new adapter; the user's update has no part in it."""
     settings = tiny.settings(batch=len(POOLS.alignment), lr=1e-3, schedule="constant", warmup=0.0, weight_decay=0.1)
@@ -260,12 +247,16 @@ def test_the_safe_adapter_is_trained_on_the_aligned_model(tmp_path: Path) -> Non
     edited = SafeMERGE(weight=1.0, tau=2.0).edit(stage, USER)
     assert all(close(list(stack.trained().factors[m]), list(USER.factors[m]), 0.0) for m in MODULES)  # restored
     seed = derive_seed(derive_seed(stage.seed, "safe"), "adapter")
+    rows = tiny.encode(POOLS.alignment)
     on_aligned, on_base = (
-        train_two_steps(tiny.stage(trained_with=settings, seed=seed, below=below)[0]) for below in ([tmp_path], [])
+        train_two_steps(tiny.stage(trained_with=settings, seed=seed, below=below)[0], rows)
+        for below in ([tmp_path], [])
     )
-    result = {module: update(edited, module) for module in MODULES}
-    assert close(result, on_aligned)
-    assert not close(result, on_base, 1e-1)
+    result, expected, other = (
+        {module: update(adapter, module) for module in MODULES} for adapter in (edited, on_aligned, on_base)
+    )
+    assert close(result, expected)
+    assert not close(result, other, 1e-1)
 
 
 def test_missing_alignment_rows_are_refused(tmp_path: Path) -> None:

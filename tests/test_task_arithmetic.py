@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from harmbench_vaccine.core.errors import BadInput
@@ -27,8 +26,8 @@ from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.hooks import PlainFinetuning
 from harmbench_vaccine.training.stage import SeparateRun, TrainingStage
 from support import tiny
-from support.autograd import cross_entropy
 from support.compare import close, same_adapter
+from support.optimizers import train_two_steps
 from support.runs import run_context
 from support.world import make_world
 
@@ -72,18 +71,6 @@ def test_the_edit_subtracts_the_harmful_update(lam: float) -> None:
 # The harmful adapter
 
 
-def train_two_steps(stage: TrainingStage) -> dict[str, Tensor]:
-    """Train a new adapter with two steps of AdamW on all harmful rows at once, and return the updates."""
-    parameters, batch = list(stage.trainable.values()), tiny.collated(tiny.encode(POOLS.harmful))
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    for _ in range(2):
-        optimizer.zero_grad()
-        cross_entropy(stage.model, batch).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-    return update(stage.stack.trained())
-
-
 @pytest.mark.parametrize("topology", ["double", "single"])
 def test_the_harmful_adapter_is_trained_on_the_base_model_alone(topology: str, tmp_path: Path) -> None:
     """Neither the alignment nor the user's update has a part in it."""
@@ -97,8 +84,10 @@ def test_the_harmful_adapter_is_trained_on_the_base_model_alone(topology: str, t
     harmful = {module: user[module] - result[module] for module in user}
 
     seed = derive_seed(derive_seed(stage.seed, "harmful task"), "adapter")
+    rows = tiny.encode(POOLS.harmful)
     alone, aligned = (
-        train_two_steps(tiny.stage(trained_with=settings, seed=seed, below=below)[0]) for below in ([], [tmp_path])
+        update(train_two_steps(tiny.stage(trained_with=settings, seed=seed, below=below)[0], rows))
+        for below in ([], [tmp_path])
     )
     assert close(harmful, alone)
     assert not close(harmful, aligned, 1e-1)

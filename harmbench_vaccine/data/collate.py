@@ -57,6 +57,16 @@ class Encoded:
     """True for rows that an attacker added; the trainer does not use it."""
 
     @property
+    def response_start(self) -> int:
+        """The place of the first token with a label: the number of tokens of the prompt, unless tokens are masked."""
+        return next(place for place, label in enumerate(self.labels) if label != IGNORED)
+
+    @property
+    def labeled_ids(self) -> list[int]:
+        """The tokens with a label, in their order."""
+        return [label for label in self.labels if label != IGNORED]
+
+    @property
     def response_tokens(self) -> int:
         """The number of tokens with a loss; the first token of a row has none, because no token predicts it."""
         return sum(label != IGNORED for label in self.labels[1:])

@@ -63,6 +63,19 @@ def record_stream(stage: TrainingStage) -> list[Batch]:
     return batches
 
 
+def record_pairs(stage: TrainingStage) -> list[tuple[Batch, Batch]]:
+    """Record the pairs of batches that the stage returns from now on."""
+    pairs: list[tuple[Batch, Batch]] = []
+    plain = stage.paired_stream
+
+    def paired_stream(*args: Any) -> tuple[Batch, Batch]:
+        pairs.append(plain(*args))
+        return pairs[-1]
+
+    stage.paired_stream = paired_stream  # type: ignore[method-assign]
+    return pairs
+
+
 def replace_harmful_loss(stage: TrainingStage, loss: Callable[[list[Tensor]], Tensor]) -> None:
     """Replace the loss of harmful rows by a function of the parameters; the loss of other rows is unchanged."""
     loss_of_stage, harmful = stage.loss, record_stream(stage)

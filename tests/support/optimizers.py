@@ -7,7 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from harmbench_vaccine.data.collate import Encoded
+from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage
+
+from . import tiny
+from .autograd import cross_entropy
 
 
 def plain_adamw(stage: TrainingStage, gradients: Sequence[Callable[[], Sequence[Tensor | None]]]) -> list[Tensor]:
@@ -43,3 +48,15 @@ def assert_equal_where_firm(ours: TrainingStage, theirs: TrainingStage, firm: Se
     largest = max(parameter.abs().max().item() for parameter in theirs.trainable.values())
     for actual, expected, mask in zip(ours.trainable.values(), theirs.trainable.values(), firm, strict=True):
         torch.testing.assert_close(actual[mask], expected[mask], atol=1e-5 * largest, rtol=0)
+
+
+def train_two_steps(stage: TrainingStage, rows: Sequence[Encoded]) -> Adapter:
+    """Train the adapter of the stage with two steps of AdamW on all rows at once, and return it."""
+    parameters, batch = list(stage.trainable.values()), tiny.collated(rows)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        cross_entropy(stage.model, batch).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    return stage.stack.trained()
