@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,12 @@ def described(*args: object) -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # list --verbose
+
+
+@pytest.mark.parametrize("args", [("list", "defenses"), ("list", "defenses", "--verbose"), ("info", "output_guard")])
+def test_a_defense_without_a_stage_acts_on_answers(args: tuple[str, ...]) -> None:
+    out = hbv(*args).out
+    assert re.search(r"^(output_guard|stage) +answers\b", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -90,6 +90,8 @@ _TITLES = {
     "comparison_only": "for comparison only",
 }
 """Headings that differ from the name of the fact."""
+ANSWERS = "answers"
+"""The stage of a defense that only replaces answers."""
 _INDENT, _LEAST_NOTE = 4, 20
 """Columns before an equation and before its note, and the least width of notes."""
 
@@ -155,7 +157,7 @@ def plugin_table(kind: str, plugins: Sequence[Mapping[str, Any]]) -> RenderableT
     """Build a table with a row for each plug-in of a kind, from their facts."""
     facts = _COLUMNS[kind]
     columns = [replace(column, title=_title(kind, column.title)) for column in facts]
-    rows = [[plugin["name"], *(_fact_text(plugin[column.title]) for column in facts)] for plugin in plugins]
+    rows = [[plugin["name"], *(_shown(column.title, plugin) for column in facts)] for plugin in plugins]
     return render_table([Column("name", wrap=False), *columns], rows)
 
 
@@ -173,7 +175,9 @@ def plugin_list(registry: Registry[Any]) -> RenderableType:
         if (declared := declarations[name]) is None:
             rows.append([name, "", "", "cannot be imported"])
             continue
-        fact = {"defense": ", ".join(declared.facts["stages"]), "task": declared.facts["measure"]}.get(kind, "")
+        fact = {"defense": ", ".join(declared.facts["stages"]) or ANSWERS, "task": declared.facts["measure"]}.get(
+            kind, ""
+        )
         notes = ["package" if entry.origin == "package" else ""]
         notes += [mark.replace("_", " ") for mark in marks if declared.facts[mark]]
         text = declared.title if kind == "task" else declared.summary
@@ -200,7 +204,7 @@ def plugin_page(details: Mapping[str, Any]) -> RenderableType:
 def fact_fields(details: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the title and the text of every fact of a plug-in."""
     keys = ("citation", *(["evidence"] if "evidence" in details else []), *FACTS[details["kind"]])
-    fields = [(_TITLES.get(key, key), _fact_text(details[key])) for key in keys]
+    fields = [(_TITLES.get(key, key), _shown(key, details)) for key in keys]
     for parameter, values in details.get("tuned", {}).items():
         fields.append(("values of hbv tune", f"{parameter} = {', '.join(f'{value:g}' for value in values)}"))
     return fields
@@ -255,6 +259,11 @@ def _parameters(details: Mapping[str, Any]) -> RenderableType:
         Column("source of the default", least=16),
     ]
     return Group(render_table(columns, rows), *dim_notes(notes))
+
+
+def _shown(key: str, facts: Mapping[str, Any]) -> str:
+    """Return a fact as text; a defense without a stage replaces answers."""
+    return ANSWERS if key == "stages" and not facts[key] else _fact_text(facts[key])
 
 
 def _fact_text(fact: Any) -> str:
