@@ -20,7 +20,7 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.inference import engine, vllm_process, vllm_runner
-from harmbench_vaccine.inference.engine import Answer
+from harmbench_vaccine.inference.engine import Answer, Starts
 from harmbench_vaccine.inference.model_pool import ModelPool
 from harmbench_vaccine.inference.vllm_engine import VllmEngine
 from harmbench_vaccine.inference.vllm_process import EngineRefused, VllmProcess
@@ -66,7 +66,9 @@ class FallbackEngine:
 
     answered_by = "fallback"
 
-    def generate(self, adapters: Sequence[Path], prompts: Sequence[str], limit: int, progress: Any) -> list[Answer]:
+    def generate(
+        self, adapters: Sequence[Path], prompts: Sequence[str], limit: int, progress: Any, starts: Starts
+    ) -> list[Answer]:
         return [Answer("fallback", 1, True) for _ in prompts]
 
     def close(self) -> None: ...

@@ -110,6 +110,19 @@ def _encode_response(tokenizer: PreTrainedTokenizerBase, prompt: str, example: E
     return [*ids, *masked_ids, *rest], [*ids, *[IGNORED] * len(masked_ids), *rest]
 
 
+def encode_start(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, tokens: int) -> list[int]:
+    """Return the first token ids of a response to a prompt, as training encodes it, without the token that ends it.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: The rendered prompt.
+        response: The response.
+        tokens: The number of ids; a shorter response gives fewer.
+    """
+    ids, _ = _encode_response(tokenizer, prompt, Example("", "", response))
+    return ids[:-1][:tokens]
+
+
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Encode a text without added tokens; a control token that it spells stays text."""
     if not text:

@@ -137,4 +137,6 @@ class EvalSet:
     template: PromptTemplate
     """The prompt format."""
     max_new_tokens: int
-    """The largest number of tokens of an answer."""
+    """The largest number of tokens of an answer, without those of `prefill`."""
+    prefill: int = 0
+    """The number of first tokens of an example's response with which its answer starts."""

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from harmbench_vaccine.core.device import device
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.progress import SILENT, Progress
 
-if TYPE_CHECKING:
-    from .generation import GeneratedTokens
-
 Backend = Literal["transformers", "vllm"]
+Starts = Sequence[Sequence[int]]
+"""The token ids with which each answer starts, in the order of the prompts; empty: the model writes all of it."""
 
 GPU_MEMORY = 0.85
 """Share of a GPU's memory that a vLLM engine takes; less where less is free. The harness keeps a CUDA context there."""
@@ -29,7 +28,7 @@ class Answer:
 
     text: str
     tokens: int
-    """Number of generated tokens, with the stop token."""
+    """Number of tokens that the model generated, with the stop token."""
     finished: bool
     """True if a stop token ended the answer, False if the limit did."""
 
@@ -41,7 +40,12 @@ class Engine(Protocol):
     """Name of the library that generated the latest answers: an engine may pass a model on to another engine."""
 
     def generate(
-        self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress = SILENT
+        self,
+        adapters: Sequence[Path],
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        progress: Progress = SILENT,
+        starts: Starts = (),
     ) -> list[Answer]:
         """Generate an answer to each prompt, in the order of `prompts`.
 
@@ -50,18 +54,13 @@ class Engine(Protocol):
             prompts: Prompts as text or as conversations.
             max_new_tokens: Largest number of generated tokens, with the stop token.
             progress: Where the number of answered prompts is reported.
+            starts: The token ids with which each answer starts.
         """
         ...
 
     def close(self) -> None:
         """End the processes of the engine; a later call of `generate` starts them again."""
         ...
-
-
-def decode_answer(tokenizer: Any, row: GeneratedTokens) -> Answer:
-    """Decode generated tokens into an answer."""
-    text = str(tokenizer.decode(row.tokens, skip_special_tokens=True))
-    return Answer(text, len(row.tokens) + row.finished, row.finished)
 
 
 def installed_vllm() -> dict[str, str]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.data.chat import stop_token_ids
-from harmbench_vaccine.data.collate import encode_prompt, pad_token_id
+from harmbench_vaccine.data.collate import pad_token_id
 from harmbench_vaccine.training.adapters import LoraStack
 
-from .engine import Answer, decode_answer
+from .engine import Answer, Starts
 from .generation import generate_greedy
+from .requests import Requests
 
 
 class TransformersEngine:
@@ -32,19 +32,22 @@ class TransformersEngine:
         self.stack, self.tokenizer, self.batch = stack, tokenizer, batch
 
     def generate(
-        self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress = SILENT
+        self,
+        adapters: Sequence[Path],
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        progress: Progress = SILENT,
+        starts: Starts = (),
     ) -> list[Answer]:
-        """Generate greedy answers, in the order of `prompts`; equal prompts are answered once."""
+        """Generate greedy answers, in the order of `prompts`; equal requests are answered once."""
         model = self.stack.use(adapters)
         pad = pad_token_id(self.tokenizer, self.stack.base.config)
-        ends = stop_token_ids(self.tokenizer, prompts)
-        encoded = {prompt: encode_prompt(self.tokenizer, prompt) for prompt in prompts}
-        with progress.bar("answer", len(encoded)) as advance:
+        requests = Requests(self.tokenizer, prompts, starts)
+        with progress.bar("answer", len(requests.ids)) as advance:
             rows = generate_greedy(
-                model, list(encoded.values()), max_new_tokens, batch=self.batch, pad=pad, ends=ends, advance=advance
+                model, requests.ids, max_new_tokens, batch=self.batch, pad=pad, ends=requests.ends, advance=advance
             )
-        answers = {prompt: decode_answer(self.tokenizer, row) for prompt, row in zip(encoded, rows, strict=True)}
-        return [answers[prompt] for prompt in prompts]
+        return requests.answers(rows)
 
     def close(self) -> None:
         """Do nothing: the model is not the engine's."""

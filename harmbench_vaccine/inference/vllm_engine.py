@@ -17,12 +17,11 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from harmbench_vaccine.core.progress import SILENT, Progress
-from harmbench_vaccine.data.chat import stop_token_ids
-from harmbench_vaccine.data.collate import encode_prompt
 from harmbench_vaccine.training.adapters import Adapter, concatenate
 
-from .engine import Answer, Engine, decode_answer
+from .engine import Answer, Engine, Starts
 from .generation import GeneratedTokens
+from .requests import Requests
 from .vllm_process import EngineRefused
 from .vllm_runner import EngineShape, VllmRunner
 
@@ -76,23 +75,28 @@ class VllmEngine:
         self._merged: AdapterPaths = ()
 
     def generate(
-        self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress = SILENT
+        self,
+        adapters: Sequence[Path],
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        progress: Progress = SILENT,
+        starts: Starts = (),
     ) -> list[Answer]:
-        """Generate greedy answers, in the order of `prompts`; equal prompts are answered once.
+        """Generate greedy answers, in the order of `prompts`; equal requests are answered once.
 
         Raises:
             HbvError: The process died, or the memory does not suffice.
         """
-        encoded = {prompt: encode_prompt(self._tokenizer, prompt) for prompt in prompts}
-        if not encoded:
-            return []
+        requests = Requests(self._tokenizer, prompts, starts)
+        ids = requests.ids
+        if not ids:
+            return requests.answers([])
         if self._runner.refusal:
-            return self._use_fallback(adapters, prompts, max_new_tokens, progress)
-        ids, ends = list(encoded.values()), stop_token_ids(self._tokenizer, prompts)
+            return self._use_fallback(adapters, prompts, max_new_tokens, progress, starts)
 
         def request() -> list[GeneratedTokens]:
             with progress.bar("answer", len(ids)) as advance:
-                return self._runner.generate(ids, max_new_tokens, ends, advance)
+                return self._runner.generate(ids, max_new_tokens, requests.ends, advance)
 
         try:
             rows = self._with_adapters(tuple(adapters), max(map(len, ids)) + max_new_tokens, progress, request)
@@ -100,9 +104,8 @@ class VllmEngine:
             whole = f"the adapters of {self._model}" if refusal.what == "adapters" else self._model
             note = f"vLLM does not serve {whole}: {refusal.reason}. transformers answers instead."
             self._runner.note_once(note, progress)
-            return self._use_fallback(adapters, prompts, max_new_tokens, progress)
-        answers = {prompt: decode_answer(self._tokenizer, row) for prompt, row in zip(encoded, rows, strict=True)}
-        return [answers[prompt] for prompt in prompts]
+            return self._use_fallback(adapters, prompts, max_new_tokens, progress, starts)
+        return requests.answers(rows)
 
     def close(self) -> None:
         """End the process, which frees its memory; a later call of `generate` starts it again."""
@@ -159,9 +162,9 @@ class VllmEngine:
         return str(folder)
 
     def _use_fallback(
-        self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress
+        self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress, starts: Starts
     ) -> list[Answer]:
         self.close()
         engine = self._fallback()
         self.answered_by = engine.answered_by
-        return engine.generate(adapters, prompts, max_new_tokens, progress)
+        return engine.generate(adapters, prompts, max_new_tokens, progress, starts)
