@@ -4,7 +4,8 @@
     harmful score and accuracy of `aligned` (before) and of `final` (after); loss and drift of `final`
 
 The stages `align`, `finetune` and `repair` make an adapter; the weights of the base model do not change. Only an attack
-that trains or edits every weight makes a new base model. A stage is a pure function of its inputs (`experiment.keys`)
+that trains or edits every weight makes a new base model, as does one that changes the weights of the final model
+(`stress`). A stage is a pure function of its inputs (`experiment.keys`)
 and is stored under their hash. All attacks therefore share one aligned model, and an interrupted run resumes at its
 last checkpoint.
 """
@@ -18,10 +19,10 @@ from pathlib import Path
 from .core.errors import HbvError
 from .core.jsonl import finite, read_lines, write_json, write_lines
 from .core.store import Artifact
-from .data.answer_checks import cut_answer
 from .data.prompts import EvalSet
 from .evaluation.verdicts import judge_answers, judge_of_run, judged_pair
 from .experiment import keys
+from .experiment.answering import steering_vectors, store_answers
 from .experiment.artifacts import (
     ADAPTER,
     ANSWERS,
@@ -48,10 +49,10 @@ def run(experiment: Experiment, context: RunContext) -> Measurements:
 
 
 def train_models(experiment: Experiment, context: RunContext) -> tuple[TrainedModel, TrainedModel]:
-    """Return the aligned model, and the final one after the user stage and the repair stage."""
+    """Return the aligned model, and the final one: after the user stage, the repair and a stress of the weights."""
     aligned = align(experiment, context)
     tuned = finetune(experiment, context, aligned)
-    return aligned, repair(experiment, context, aligned, tuned)
+    return aligned, stress(experiment, context, repair(experiment, context, aligned, tuned))
 
 
 def measure(experiment: Experiment, context: RunContext, aligned: TrainedModel, final: TrainedModel) -> Measurements:
@@ -75,7 +76,9 @@ def answer_all(
     """
     sets = eval_sets(experiment)
     return {
-        f"{when}/{eval_set.name}": answer(experiment, _labeled(context, f"{when}/{eval_set.name}"), model, eval_set)
+        f"{when}/{eval_set.name}": answer(
+            experiment, _labeled(context, f"{when}/{eval_set.name}"), model, aligned, eval_set
+        )
         for when, model in (("before", aligned), ("after", final))
         for eval_set in sets
     }
@@ -178,36 +181,36 @@ def repair(experiment: Experiment, context: RunContext, aligned: TrainedModel, t
     return tuned.after("repair", artifact, aligned.spec.on_top(*aligned.spec.adapters, artifact.path / ADAPTER))
 
 
+def stress(experiment: Experiment, context: RunContext, final: TrainedModel) -> TrainedModel:
+    """Change the merged weights of the final model, if an attack does so after every training."""
+    if not experiment.attack_team.stresses_weights:
+        return final
+
+    def create(folder: Path, checkpoints: Path) -> None:
+        model = context.models.merged(final.spec)
+        experiment.attack_team.fresh().stress(model)
+        model.save_pretrained(folder / CHECKPOINT)
+        context.models.tokenizer(final.spec).save_pretrained(folder / CHECKPOINT)
+
+    artifact = context.store.get_or_create("stress", keys.stress_key(experiment, final), create)
+    return final.after("stress", artifact, ModelSpec(str(artifact.path / CHECKPOINT), final.spec.dtype))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers and scores
 
 
-def answer(experiment: Experiment, context: RunContext, model: TrainedModel, eval_set: EvalSet) -> Artifact:
+def answer(
+    experiment: Experiment, context: RunContext, model: TrainedModel, aligned: TrainedModel, eval_set: EvalSet
+) -> Artifact:
     """Generate the greedy answers of a model to an evaluation set."""
     prompts = [eval_set.template.render(example) for example in eval_set.examples]
+    steering = steering_vectors(experiment, context, aligned)
 
     def create(folder: Path, checkpoints: Path) -> None:
-        engine = context.models.engine(model.spec, experiment.backend)
-        answers = engine.generate(model.spec.adapters, prompts, eval_set.max_new_tokens, context.progress)
-        if experiment.backend != "transformers":
-            write_json(folder / ENGINE, {"answered_by": engine.answered_by})
-        rows = []
-        for example, prompt, answer in zip(eval_set.examples, prompts, answers, strict=True):
-            text, removed = cut_answer(answer.text, experiment.protocol.answer.cut_at)
-            row = {
-                "id": example.id,
-                "instruction": example.instruction,
-                "input": example.input,
-                "target": example.target,
-                "prompt": prompt,
-                "answer": text,
-                "tokens": answer.tokens,
-                "finished": answer.finished,
-            }
-            rows.append(row | ({"removed": removed} if removed else {}))
-        write_lines(folder / ANSWERS, rows)
+        store_answers(experiment, context, model, aligned, eval_set, prompts, steering, folder)
 
-    inputs = keys.answer_key(experiment, model, eval_set, prompts)
+    inputs = keys.answer_key(experiment, model, aligned, eval_set, prompts)
     answers = context.store.get_or_create("answer", inputs, create, all_ranks=context.models.shard)
     return defend_answers(experiment, context, answers) if experiment.answer_team.members else answers
 

@@ -257,7 +257,7 @@ def _check_sharding(experiment: Experiment) -> None:
     reason = ""
     if distributed.world_size() == 1:
         reason = "only one rank runs; start several with torchrun or accelerate launch"
-    elif experiment.stages["finetune"].full:
+    elif experiment.makes_base:
         reason = f"attack {experiment.attack!r} changes the base model's weights, of which each rank has only a part"
     elif experiment.protocol.quantization != "none":
         reason = f"quantization {experiment.protocol.quantization!r} and sharding cannot be combined"

@@ -23,7 +23,7 @@ from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.experiment.rows import task_rows, task_set
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.inference.engine import Answer
+from harmbench_vaccine.inference.engine import Answer, Starts
 from harmbench_vaccine.inference.model_pool import ModelSpec
 from support.examples import examples
 from support.runs import run_context
@@ -52,7 +52,12 @@ class RunningOn:
     text = f" positive\n\n### Instruction:\nAnother.\n\n{MARK}\nnegative\n\n{MARK} more"
 
     def generate(
-        self, adapters: Sequence[Path], prompts: Sequence[str], max_new_tokens: int, progress: Progress = SILENT
+        self,
+        adapters: Sequence[Path],
+        prompts: Sequence[str],
+        max_new_tokens: int,
+        progress: Progress = SILENT,
+        starts: Starts = (),
     ) -> list[Answer]:
         return [Answer(self.text, max_new_tokens, finished=False) for _ in prompts]
 
@@ -64,7 +69,7 @@ def test_stored_answer_is_the_one_that_is_scored(
     experiment, context = settle(world, values={"answer.cut_at": f'"{cut_at}"'}), run_context(tmp_path / "store")
     monkeypatch.setattr(context.models, "engine", lambda spec, backend: RunningOn())
     model = TrainedModel(experiment.model, ModelSpec(experiment.model), {})
-    rows = read_lines(pipeline.answer(experiment, context, model, task_set(experiment)).path / ANSWERS)
+    rows = read_lines(pipeline.answer(experiment, context, model, model, task_set(experiment)).path / ANSWERS)
     assert len(rows) == 8
     answer = "positive\n\n### Instruction:\nAnother." if cut_at else RunningOn.text.strip()
     for row in rows:
@@ -82,7 +87,7 @@ def test_cut_answers_have_keys_of_their_own(world: Path) -> None:
     def key(**values: str) -> dict[str, Any]:
         experiment = settle(world, values=values)
         model = TrainedModel(experiment.model, ModelSpec(experiment.model), {})
-        return keys.answer_key(experiment, model, task_set(experiment), ["prompt"] * 8)
+        return keys.answer_key(experiment, model, model, task_set(experiment), ["prompt"] * 8)
 
     assert "cut_at" not in key()
     assert key(**{"answer.cut_at": "X"}) == {**key(), "cut_at": "X"}

@@ -68,7 +68,7 @@ def all_keys(experiment: Experiment) -> dict[str, Any]:
         "finetune": keys.finetune_key(experiment, aligned),
         "repair": keys.repair_key(experiment, aligned, tuned),
         "nested": keys.nested_key(aligned, SeparateRun("harmful", ()), rows, settings, 7),
-        "answer": keys.answer_key(experiment, tuned, eval_set, []),
+        "answer": keys.answer_key(experiment, tuned, tuned, eval_set, []),
         "score": keys.score_key(experiment, artifact("answer"), experiment.scorer),
         "grade": keys.grade_key(experiment, artifact("answer")),
         "drift": keys.drift_key(experiment, aligned, tuned),

@@ -12,8 +12,11 @@ from pydantic import Field
 from .numbers import Count, NotNegative, Positive, Share, ShareBelowOne
 
 StageName = Literal["align", "finetune", "repair"]
-"""The stages that produce a model."""
+"""The stages in which defenses act."""
 STAGES: tuple[StageName, ...] = ("align", "finetune", "repair")
+ModelStage = Literal["align", "finetune", "repair", "stress"]
+"""The stages that produce a model: also the edit of the final weights by an attack."""
+MODEL_STAGES: tuple[ModelStage, ...] = (*STAGES, "stress")
 Topology = Literal["double", "single"]
 """The adapters of the fine-tuning stage. `double`: a second adapter on the frozen alignment adapter. `single`: training
 continues on the alignment adapter."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from harmbench_vaccine.core.store import Artifact
-from harmbench_vaccine.core.types import STAGES
+from harmbench_vaccine.core.types import MODEL_STAGES
 from harmbench_vaccine.experiment import keys
 from harmbench_vaccine.experiment.artifacts import TrainedModel
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -37,7 +37,7 @@ def differing_inputs(
     """
     inputs = _expected_inputs(experiment, artifacts)
     if experiment.answer_team.members:  # the key of the generated answers differs between machines, as `_NOT_COMPARED`
-        for name in stored.keys() & inputs.keys() - {*STAGES, "drift"}:
+        for name in stored.keys() & inputs.keys() - {*MODEL_STAGES, "drift"}:
             inputs[name] = keys.defended_answer_key(experiment, stored[name].get("answers", ""))
     return [
         replace(difference, field=f"inputs of {name}: {difference.field}")
@@ -54,19 +54,20 @@ def _expected_inputs(experiment: Experiment, artifacts: Mapping[str, Artifact]) 
     spec = ModelSpec(experiment.model, protocol.dtype, quantization=protocol.quantization)
     base = model = TrainedModel(experiment.model, spec, {})
     models = {}
-    for stage in STAGES:
+    for stage in MODEL_STAGES:
         model = model.after(stage, artifacts[stage], spec) if stage in artifacts else model
         models[stage] = model
-    aligned, tuned, final = (models[stage] for stage in STAGES)
+    aligned, tuned, repaired, final = (models[stage] for stage in MODEL_STAGES)
     inputs = {
         "align": lambda: keys.align_key(experiment, base),
         "finetune": lambda: keys.finetune_key(experiment, aligned),
         "repair": lambda: keys.repair_key(experiment, aligned, tuned),
+        "stress": lambda: keys.stress_key(experiment, repaired),
         "drift": lambda: keys.drift_key(experiment, aligned, final),
     }
     expected = {name: compute() for name, compute in inputs.items() if name in artifacts}
     for eval_set in eval_sets(experiment):
         prompts = [eval_set.template.render(example) for example in eval_set.examples]
         for when, answering in (("before", aligned), ("after", final)):
-            expected[f"{when}/{eval_set.name}"] = keys.answer_key(experiment, answering, eval_set, prompts)
+            expected[f"{when}/{eval_set.name}"] = keys.answer_key(experiment, answering, aligned, eval_set, prompts)
     return expected

@@ -316,7 +316,7 @@ def _adapted_modules(measurements: Measurements) -> list[str]:
 def _counts(experiment: Experiment, measurements: Measurements, models: ModelPool) -> Counts:
     counts: dict[str, Any] = {}
     for stage, artifact in measurements.final.artifacts.items():
-        if stage != "repair":
+        if stage in ("align", "finetune"):
             rows = artifact.json(ROWS)
             counts[stage] = {
                 "rows": len(rows["used"]),

@@ -275,7 +275,7 @@ class Result(ResultRecord):
     guards: dict[str, GuardModel] = Field(default_factory=dict)
     """Judge that a defense uses -> its model; it differs from the judges of `scores`."""
     stages: dict[str, StageRecord]
-    """`align`, `finetune`, `repair`, `answer`, `score` -> cost and artifacts."""
+    """`align`, `finetune`, `repair`, `stress`, `answer`, `score` -> cost and artifacts."""
     environment: Environment = Field(default_factory=Environment)
     """Machine, code and package versions."""
     spec: dict[str, Any]

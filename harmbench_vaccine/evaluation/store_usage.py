@@ -15,6 +15,7 @@ from typing import Any, Literal
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.store import ASIDE, WORK, Store
 from harmbench_vaccine.core.store_contents import StoredArtifact, list_artifacts
+from harmbench_vaccine.core.types import MODEL_STAGES
 from harmbench_vaccine.data.gguf_files import dequantized_artifact, has_gguf_suffix
 from harmbench_vaccine.data.sources import TESTBED, TESTBED_VERSION, gguf_file
 
@@ -27,7 +28,6 @@ Grouping = Literal["stage", "run", "protocol", "age"]
 
 _MODELS, _ANSWERS = ("model", "aligned", "final"), "answers"
 """Inputs of an artifact that name other artifacts: a model by the stages that made it, and answers."""
-_MODEL_STAGES = ("align", "finetune", "repair")
 _NAME = re.compile(r"[a-z]+/[0-9a-f]{20}(?![^/])")
 """`stage/key` inside a path."""
 _AGES = {"up to 1 day": 1, "up to 7 days": 7, "up to 30 days": 30}
@@ -123,16 +123,21 @@ class StoreUsage:
         return needed | self.with_inputs(self._nested(needed))
 
     def _nested(self, needed: set[str]) -> set[str]:
-        """Return the nested trainings that start from the same model as a stage among the needed artifacts.
+        """Return the artifacts inside needed artifacts: trainings and vectors that start from the same model.
 
-        The key of a stage does not have the keys of its nested trainings; other defenses may need the same ones.
+        The key of a stage does not have the keys of its nested trainings, nor that of answers the key of the vectors
+        that are added to their hidden states; other defenses may need the same ones.
         """
-        inputs = [self.artifacts[name].inputs for name in needed if name in self.artifacts]
-        models = [values["model"] for values in inputs if values and "settings" in values and "model" in values]
+        inputs = [values for name in needed if name in self.artifacts and (values := self.artifacts[name].inputs)]
+        starts = {
+            "nested": [values["model"] for values in inputs if "settings" in values and "model" in values],
+            "steering": [values["aligned"] for values in inputs if "questions" in values and "aligned" in values],
+        }
+        model = {"nested": "model", "steering": "aligned"}
         return {
             name
             for name, artifact in self.artifacts.items()
-            if artifact.stage == "nested" and artifact.inputs and artifact.inputs.get("model") in models
+            if artifact.stage in starts and (artifact.inputs or {}).get(model[artifact.stage]) in starts[artifact.stage]
         }
 
 
@@ -145,7 +150,7 @@ def upstream(artifact: StoredArtifact) -> set[str]:
     """Return the artifacts that an artifact was computed from, as `stage/key`."""
     inputs = artifact.inputs or {}
     models = [inputs[name] for name in _MODELS if isinstance(inputs.get(name), dict)]
-    names = {f"{stage}/{model[stage]}" for model in models for stage in _MODEL_STAGES if stage in model}
+    names = {f"{stage}/{model[stage]}" for model in models for stage in MODEL_STAGES if stage in model}
     return names | ({f"answer/{inputs[_ANSWERS]}"} if _ANSWERS in inputs else set())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from harmbench_vaccine.core.store import Artifact
-from harmbench_vaccine.core.types import StageName
+from harmbench_vaccine.core.types import ModelStage
 from harmbench_vaccine.inference.model_pool import ModelSpec
 
 ADAPTER, CHECKPOINT = "adapter", "model"
@@ -13,6 +13,8 @@ ADAPTER, CHECKPOINT = "adapter", "model"
 ROWS, LOG, TRAINING = "rows.json", "log.json", "training.json"
 """The ids of the rows of a training stage, its log by step, and its steps with the peak memory."""
 ANSWERS, VERDICTS, GRADES, DRIFT = "answers.jsonl", "verdicts.jsonl", "grades.jsonl", "drift.json"
+STEERING = "steering.safetensors"
+"""The vectors that defenses add to the residual stream while a model answers."""
 ENGINE = "engine.json"
 """The engine that generated the answers, stored if vLLM was requested: transformers answers for models that vLLM
 does not support."""
@@ -26,10 +28,10 @@ class TrainedModel:
     """The location of the base model that the experiment started from."""
     spec: ModelSpec
     """The base and the adapters to load."""
-    artifacts: dict[StageName, Artifact]
+    artifacts: dict[ModelStage, Artifact]
     """Stage -> artifact, for the stages that ran."""
 
-    def after(self, stage: StageName, artifact: Artifact, spec: ModelSpec) -> TrainedModel:
+    def after(self, stage: ModelStage, artifact: Artifact, spec: ModelSpec) -> TrainedModel:
         """Return the model that a stage made from this one."""
         return TrainedModel(self.root, spec, {**self.artifacts, stage: artifact})
 

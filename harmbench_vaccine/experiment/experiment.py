@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import STAGES, StageName, Topology, TrainSettings
 from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
@@ -25,8 +24,9 @@ from harmbench_vaccine.plugins.composition import canonical_name, resolve_plugin
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry
 from harmbench_vaccine.plugins.teams import AttackTeam, DefenseTeam
 
+from .conflicts import check_combination
 from .protocol import FinetuneProtocol, Protocol, load_protocol
-from .resolution import judge_identity, resolve_guard, resolve_scorers, resolve_task, scorer_defaults
+from .resolution import resolve_guard, resolve_scorers, resolve_task, scorer_defaults
 from .spec import RunSpec, first_validation_error
 
 _NAMED_VALUES: dict[str, Registry[Any]] = {
@@ -83,6 +83,8 @@ class Experiment:
     stages: Mapping[StageName, StageConfig]
     answer_template: PromptTemplate
     """The prompt format of the evaluation sets."""
+    generation_team: DefenseTeam
+    """The defenses that change how an answer is generated, as one object."""
     answer_team: DefenseTeam
     """The defenses that replace generated answers, as one object."""
     answer_guard: Resolved[Scorer] | None
@@ -125,6 +127,8 @@ class Experiment:
             )
             for name in STAGES
         }
+        generating = [resolved.plugin for resolved in defenses if resolved.plugin.changes_generation]
+        generation_team = DefenseTeam(members=tuple(generating))
         answering = [resolved.plugin for resolved in defenses if resolved.plugin.changes_answers]
         answer_team = DefenseTeam(members=tuple(answering))
         answer_template = template
@@ -138,15 +142,16 @@ class Experiment:
             scorers=tuple(scorers),
             task_plugin=task,
             model=protocol.model if spec.model is None else spec.model,
-            backend=choose_backend(spec.backend),
+            backend="transformers" if generation_team.steers and not spec.backend else choose_backend(spec.backend),
             finetune=finetune,
             attack_team=attack_team,
             stages=stages,
             answer_template=answer_template,
+            generation_team=generation_team,
             answer_team=answer_team,
             answer_guard=resolve_guard(answer_team, judges, protocol.name),
         )
-        _check_combination(experiment)
+        check_combination(experiment)
         _check_changed_names(written, experiment)
         return experiment
 
@@ -224,6 +229,11 @@ class Experiment:
     def user_trains(self) -> bool:
         """False if the attack edits weights instead of training: the task is then not learned."""
         return self.attack_team.editing_attack is None
+
+    @property
+    def makes_base(self) -> bool:
+        """True if the final model has another base: the attack trains or edits every weight."""
+        return self.stages["finetune"].full or self.attack_team.stresses_weights
 
     @property
     def in_order(self) -> bool:
@@ -306,22 +316,6 @@ def _check_changed_names(written: Protocol, experiment: Experiment) -> None:
                     resolve_params(cls, {}, after[name])
 
 
-def _check_guards(experiment: Experiment) -> None:
-    """Refuse a defense that uses a judge which also scores the run.
-
-    Raises:
-        BadInput: The judge of a defense has the same model as a scorer, or is the same rule.
-    """
-    for guard in experiment.guards:
-        for scorer in experiment.scorers:
-            if judge_identity(guard) == judge_identity(scorer):
-                raise BadInput(
-                    f"{experiment.defense!r} and the score use the same judge, {canonical_name([scorer])!r}: the "
-                    "harmful score would then count only what this judge overlooks. Choose another judge for the "
-                    "defense, or another --scorer."
-                )
-
-
 def _checked_settings(stage: StageName, settings: TrainSettings) -> TrainSettings:
     """Refuse settings that the hooks of defenses and attacks changed to values outside their ranges."""
     try:
@@ -329,57 +323,3 @@ def _checked_settings(stage: StageName, settings: TrainSettings) -> TrainSetting
     except ValidationError as error:
         reason = first_validation_error(error)
         raise BadInput(f"A defense or an attack changes a setting of stage {stage!r}: {reason}") from error
-
-
-def _check_combination(experiment: Experiment) -> None:
-    """Refuse combinations of plug-ins, protocol and hardware that do not work.
-
-    Raises:
-        BadInput: The first conflict.
-    """
-    experiment.task.check()
-    for name in experiment.task.datasets:
-        experiment.location(name)
-    align, finetune = experiment.stages["align"], experiment.stages["finetune"]
-    later = [*experiment.acting("finetune"), *experiment.acting("repair")]
-    if not align.defenses.runs:
-        for resolved in experiment.defenses:
-            if resolved.plugin.needs_alignment:
-                raise BadInput(
-                    f"{resolved.plugin.name!r} needs the alignment adapter, but {experiment.defense!r} leaves out the "
-                    "alignment stage: remove the defense that leaves it out."
-                )
-    _check_guards(experiment)
-    if editing := experiment.attack_team.editing_attack:
-        for resolved in later:
-            raise BadInput(
-                f"{resolved.plugin.name!r} cannot act under attack {editing.name!r}: "
-                "it defends the user's training, and this attack does not train."
-            )
-    rank = finetune.settings.lora_rank
-    if finetune.topology == "single" and align.defenses.runs and rank != experiment.finetune.settings.lora_rank:
-        raise BadInput(
-            f"Attack {experiment.attack!r} sets the rank of the user's adapter, but in single topology (required by "
-            "the protocol or a defense) the alignment adapter is trained further and keeps its rank."
-        )
-    quantization = experiment.protocol.quantization
-    if quantization != "none" and finetune.full:
-        raise BadInput(
-            f"{experiment.attack!r} changes the base model's weights, which are fixed under quantization "
-            f"{quantization!r}; allowed: quantization none, or attacks that train an adapter."
-        )
-    if distributed.world_size() > 1:
-        for resolved in experiment.defenses:
-            if not resolved.plugin.supports_ranks:
-                raise BadInput(
-                    f"{resolved.plugin.name!r} does not support multi-GPU training (`ranks = False`): "
-                    "start it as one process."
-                )
-    if finetune.settings.full:
-        for resolved in later:
-            defense = resolved.plugin
-            if defense.needs_adapter or defense.topology or "repair" in defense.stages:
-                raise BadInput(
-                    f"{defense.name!r} needs the user's adapter, but the user trains every weight (`full`): "
-                    "choose an attack or a setting that trains an adapter."
-                )

@@ -54,7 +54,7 @@ def finetune_key(experiment: Experiment, aligned: TrainedModel) -> Inputs:
         **_training_inputs(experiment, "finetune", aligned),
         "samples": experiment.finetune.samples,
         "topology": config.topology,
-        "attack": [attack.identity for attack in experiment.attacks],
+        "attack": [attack.identity for attack in experiment.attacks if attack.plugin.changes_training],
         "judge": judge_inputs(experiment, experiment.scorer) if filters else None,
         "task": task_inputs(experiment),
     }
@@ -79,8 +79,18 @@ def nested_key(
     }
 
 
-def answer_key(experiment: Experiment, model: TrainedModel, eval_set: EvalSet, prompts: Sequence[str]) -> Inputs:
-    """Return the inputs of the answers of a model to an evaluation set."""
+def answer_key(
+    experiment: Experiment, model: TrainedModel, aligned: TrainedModel, eval_set: EvalSet, prompts: Sequence[str]
+) -> Inputs:
+    """Return the inputs of the answers of a model to an evaluation set.
+
+    Args:
+        experiment: The experiment.
+        model: The model that answers.
+        aligned: The aligned model, which defenses may use while an answer is generated.
+        eval_set: The evaluation set.
+        prompts: Its rendered prompts.
+    """
     questions = [
         [{name: value for name, value in vars(example).items() if name != "masked"}, prompt]  # masked: for training
         for example, prompt in zip(eval_set.examples, prompts, strict=True)
@@ -89,9 +99,23 @@ def answer_key(experiment: Experiment, model: TrainedModel, eval_set: EvalSet, p
         "model": model_inputs(model),
         "questions": digest(questions),
         "max_new_tokens": eval_set.max_new_tokens,
+        **({"prefill": eval_set.prefill} if eval_set.prefill else {}),
+        **(steering_key(experiment, aligned) if experiment.generation_team.members else {}),
         **({"cut_at": cut_at} if (cut_at := experiment.protocol.answer.cut_at) else {}),
         **_backend_inputs(experiment),
     }
+
+
+def stress_key(experiment: Experiment, final: TrainedModel) -> Inputs:
+    """Return the inputs of the edit of the final weights by attacks."""
+    editing = [attack.identity for attack in experiment.attacks if attack.plugin.stresses_weights]
+    return {"model": model_inputs(final), "attack": editing, "seed": experiment.spec.seed}
+
+
+def steering_key(experiment: Experiment, aligned: TrainedModel) -> Inputs:
+    """Return the inputs of what defenses do while an answer is generated: vectors, or first tokens."""
+    generating = [resolved.identity for resolved in experiment.defenses if resolved.plugin.changes_generation]
+    return {"aligned": model_inputs(aligned), "defense": generating, **_stage_rows(experiment, "repair")}
 
 
 def defended_answer_key(experiment: Experiment, answers: str) -> Inputs:
@@ -213,16 +237,23 @@ def _task_params(experiment: Experiment) -> dict[str, Any]:
 
 def _training_inputs(experiment: Experiment, stage: StageName, model: TrainedModel) -> Inputs:
     """Return the inputs of every stage that makes a model."""
-    config, protocol = experiment.stages[stage], experiment.protocol
+    guard = experiment.stages[stage].guard
     return {
         "model": model_inputs(model),
         "defense": [defense.identity for defense in experiment.acting(stage) if not defense.plugin.is_plain],
+        **_stage_rows(experiment, stage),
+        **({"guard": judge_inputs(experiment, guard)} if guard else {}),
+    }
+
+
+def _stage_rows(experiment: Experiment, stage: StageName) -> Inputs:
+    """Return the inputs of the rows that a stage may draw from, and of its settings."""
+    return {
         **_alignment_rows(experiment),
-        "splits": protocol.splits.model_dump(),
+        "splits": experiment.protocol.splits.model_dump(),
         "prompt": asdict(experiment.template),
-        "settings": asdict(config.settings),
+        "settings": asdict(experiment.stages[stage].settings),
         "seed": experiment.spec.seed,
-        **({"guard": judge_inputs(experiment, config.guard)} if config.guard else {}),
     }
 
 

@@ -102,6 +102,28 @@ def generate_greedy(
     return [rows[number] for number in range(len(prompts))]
 
 
+def next_probabilities(model: Any, texts: Sequence[Sequence[int]], pad: int) -> Tensor:
+    """Compute the probabilities of the token after each text.
+
+    Args:
+        model: A causal language model of transformers, or a peft model around one.
+        texts: Token ids of each text.
+        pad: Id of the padding token.
+
+    Returns:
+        (texts x vocabulary), float32, on the CPU.
+    """
+    check_readable(model.name_or_path, model.config, texts, 1)
+    decoder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    size = rows_that_fit(decoder, max(map(len, texts), default=0) + 1)
+    rows: dict[int, Tensor] = {}
+    with torch.inference_mode():
+        for numbers, ids, mask in left_padded_batches(texts, size, pad):
+            generated = _Generation(decoder, ids.to(decoder.device), mask.to(decoder.device), [], [])
+            rows |= zip(numbers, generated.next_logits().float().softmax(-1).cpu(), strict=True)
+    return torch.stack([rows[number] for number in range(len(texts))])
+
+
 def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
     return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))]
 
@@ -145,9 +167,7 @@ class _Generation:
 
     def step(self) -> bool:
         """Append the most likely token to every unfinished row; return whether a row is unfinished afterwards."""
-        output = self._model(**self._inputs(), return_dict=True)
-        self._caches = {name: output[name] for name in _CACHES if output.get(name) is not None}
-        logits = output.logits[:, -1]
+        logits = self.next_logits()
         best = logits.argmax(-1)
         for row, token in zip(self._unfinished, best.tolist(), strict=True):
             self.tokens[row].append(token)
@@ -160,6 +180,13 @@ class _Generation:
         self._mask = torch.cat([self._mask, torch.ones_like(best)[:, None]], 1)
         self._keep(torch.isin(best, self._ends, invert=True).nonzero()[:, 0])
         return bool(self._unfinished)
+
+    def next_logits(self) -> Tensor:
+        """Run the model on the tokens that are not in the cache; return the logits after them (rows x vocabulary)."""
+        output = self._model(**self._inputs(), return_dict=True)
+        self._caches = {name: output[name] for name in _CACHES if output.get(name) is not None}
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
     def _inputs(self) -> dict[str, Any]:
         options = dict(self._options)

@@ -11,7 +11,12 @@ from harmbench_vaccine.data.prompts import EvalSet
 from .base import Plugin
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from harmbench_vaccine.training.stage import TrainingStage
+
+TRAINING_HOOKS = ("keeps_order", "mix", "upload", "select", "filter", "settings", "ablate")
+"""The hooks by which an attack changes the user stage."""
 
 Judge = Callable[[Sequence[tuple[str, str]]], list[Verdict]]
 """A function from (question, answer) pairs to the verdicts of a judge."""
@@ -29,6 +34,22 @@ class Attack(Plugin):
     """Attacks that it cannot be combined with; `*` excludes all."""
     default_ratio: ClassVar[float] = 0.0
     """The proportion of harmful rows, unless an attack sets it in `mix`."""
+
+    @property
+    def changes_training(self) -> bool:
+        """False if it acts only on the finished model or on questions: the user stage is then the same without it."""
+        cls = type(self)
+        return cls.default_ratio > 0 or any(getattr(cls, hook) is not getattr(Attack, hook) for hook in TRAINING_HOOKS)
+
+    @property
+    def changes_questions(self) -> bool:
+        """It changes the evaluation sets."""
+        return type(self).evaluations is not Attack.evaluations
+
+    @property
+    def stresses_weights(self) -> bool:
+        """It changes the weights of the finished model."""
+        return type(self).stress is not Attack.stress
 
     @property
     def keeps_order(self) -> bool:
@@ -74,6 +95,13 @@ class Attack(Plugin):
         """Edit the weights of `stage.model` in place, if the attack does not train.
 
         The model is the aligned model with its adapters merged.
+        """
+
+    def stress(self, model: PreTrainedModel) -> None:
+        """Edit the weights of the finished model in place, after the user stage and the repair.
+
+        Args:
+            model: The final model with its adapters merged.
         """
 
     def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:

@@ -15,13 +15,14 @@ from .grid import TuningGrid
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from harmbench_vaccine.inference.answer_models import AnswerModels
     from harmbench_vaccine.training.adapters import Adapter
     from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 
 
 HOOKS = (
     *("train_on", "guard", "select", "settings", "template", "before", "before_step", "batch", "takes_gradient"),
-    *("gradient", "after_step", "edit", "answer", "evaluations", "state", "restore"),
+    *("gradient", "after_step", "edit", "first_tokens", "steering", "answer", "evaluations", "state", "restore"),
 )
 """The methods by which a defense departs from plain supervised fine-tuning."""
 
@@ -44,7 +45,7 @@ class Defense(Plugin):
 
     kind: ClassVar[str] = "defense"
     stages: ClassVar[tuple[StageName, ...]] = ("align",)
-    """The stages in which the defense acts; none for a defense that only replaces answers."""
+    """The stages in which the defense acts; none for a defense that acts on answers only."""
     trains: ClassVar[bool] = True
     """False: the alignment stage is skipped (`none`)."""
     topology: ClassVar[Topology | None] = None
@@ -87,6 +88,21 @@ class Defense(Plugin):
     def changes_answers(self) -> bool:
         """It replaces generated answers."""
         return type(self).answer is not Defense.answer
+
+    @property
+    def steers(self) -> bool:
+        """It changes hidden states while the model answers."""
+        return type(self).steering is not Defense.steering
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """It chooses the first tokens of an answer."""
+        return type(self).first_tokens is not Defense.first_tokens
+
+    @property
+    def changes_generation(self) -> bool:
+        """It changes how the model generates an answer."""
+        return self.steers or self.chooses_tokens
 
     @property
     def supports_ranks(self) -> bool:
@@ -170,6 +186,30 @@ class Defense(Plugin):
                 the aligned model.
         """
         return adapter
+
+    def first_tokens(self, models: AnswerModels, prompts: list[list[int]]) -> list[list[int]]:
+        """Return the first tokens of each answer; the model continues them, by any backend.
+
+        At most one defense of a run may choose them.
+
+        Args:
+            models: The model that answers and the aligned model.
+            prompts: The token ids of each prompt, with the tokens of the answer that an attack already wrote.
+        """
+        return [[] for _ in prompts]
+
+    def steering(self, stage: TrainingStage) -> dict[int, Tensor]:
+        """Return the vectors that are added to the residual stream at every position while a model answers.
+
+        vLLM cannot add them, so that such a defense needs the backend transformers.
+
+        Args:
+            stage: The aligned model with the rows of the defender, without dropout.
+
+        Returns:
+            Decoder layer, from 0 -> the vector that is added to its output (width).
+        """
+        return {}
 
     def answer(self, pairs: Sequence[tuple[str, str]], judge: Judge) -> list[str]:
         """Return the answers that the user of the defended model receives.

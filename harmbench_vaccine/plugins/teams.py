@@ -18,8 +18,10 @@ from .defense import Defense
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from harmbench_vaccine.data.prompts import PromptTemplate
+    from harmbench_vaccine.inference.answer_models import AnswerModels
     from harmbench_vaccine.training.adapters import Adapter
     from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage
 
@@ -38,9 +40,10 @@ class DefenseTeam(Defense):
         gradients = [member for member in self.members if member.takes_gradient(self.stage)]
         topologies = {member.topology: member for member in self.members if member.topology}
         conflicts = {
-            "gradient": gradients,
-            "adapter topology": list(topologies.values()),
-            "judge": [member for member in self.members if member.guard()],
+            "gradient of the same stage": gradients,
+            "adapter topology of the same stage": list(topologies.values()),
+            "judge of the same stage": [member for member in self.members if member.guard()],
+            "first tokens of an answer": [member for member in self.members if member.chooses_tokens],
         }
         for subject, members in conflicts.items():
             if len(members) > 1:
@@ -78,6 +81,14 @@ class DefenseTeam(Defense):
     @property
     def changes_answers(self) -> bool:
         return any(member.changes_answers for member in self.members)
+
+    @property
+    def steers(self) -> bool:
+        return any(member.steers for member in self.members)
+
+    @property
+    def chooses_tokens(self) -> bool:
+        return any(member.chooses_tokens for member in self.members)
 
     def select(self, stage: TrainingStage, rows: list[Example]) -> list[Example]:
         for member in self.members:
@@ -125,6 +136,17 @@ class DefenseTeam(Defense):
                 stage.replace_adapter(edited)  # the next member edits and runs this adapter
             adapter = edited
         return adapter
+
+    def first_tokens(self, models: AnswerModels, prompts: list[list[int]]) -> list[list[int]]:
+        choosing = [member for member in self.members if member.chooses_tokens]
+        return choosing[0].first_tokens(models, prompts) if choosing else super().first_tokens(models, prompts)
+
+    def steering(self, stage: TrainingStage) -> dict[int, Tensor]:
+        vectors: dict[int, Tensor] = {}
+        for member in self.members:
+            for layer, vector in member.steering(stage).items():
+                vectors[layer] = vectors[layer] + vector if layer in vectors else vector
+        return vectors
 
     def answer(self, pairs: Sequence[tuple[str, str]], judge: Judge) -> list[str]:
         answers = [answer for _, answer in pairs]
@@ -204,6 +226,14 @@ class AttackTeam(Attack):
             settings = member.settings(settings)
         return settings
 
+    @property
+    def stresses_weights(self) -> bool:
+        return any(member.stresses_weights for member in self.members)
+
+    def stress(self, model: PreTrainedModel) -> None:
+        for member in self.members:
+            member.stress(model)
+
     def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         for member in reversed(self.members):  # text around a prompt that is added first is outermost
             sets = member.evaluations(sets)
@@ -212,7 +242,7 @@ class AttackTeam(Attack):
 
 def _conflict(subject: str, members: Sequence[Plugin]) -> BadInput:
     first, second = members[0].name, members[1].name
-    return BadInput(f"{first!r} and {second!r} cannot be combined: both set the {subject} of the same stage.")
+    return BadInput(f"{first!r} and {second!r} cannot be combined: both set the {subject}.")
 
 
 def upload_rows(

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 
-from harmbench_vaccine.core.types import STAGES
+from harmbench_vaccine.core.types import MODEL_STAGES
 from harmbench_vaccine.evaluation.result import Result, StageRecord
 from harmbench_vaccine.evaluation.result_judges import Agreement, JudgeScore
 from harmbench_vaccine.evaluation.result_text import number_text, percent_text
 
 from .render import Cell, Column, TableGroup, VisibleText, dim_notes, number_column, numbers, render_table, score_column
 
-_STAGE_ORDER = (*STAGES, "answer", "score")
+_STAGE_ORDER = (*MODEL_STAGES, "answer", "score")
 
 
 def results_table(results: Sequence[Result], published: bool = False) -> RenderableType:

@@ -138,8 +138,9 @@ def _findings(resolved: Resolved, folder: Path, progress: Progress) -> list[Find
         from .defense_hooks import HOOK_CHECKS
         from .defense_outcomes import OUTCOME_CHECKS
         from .defense_subject import DefenseSubject
+        from .generation import GENERATION_CHECKS
 
-        checks = Checks([*HOOK_CHECKS.all, *OUTCOME_CHECKS.all])
+        checks = Checks([*HOOK_CHECKS.all, *GENERATION_CHECKS.all, *OUTCOME_CHECKS.all])
         return checks.examine(DefenseSubject(cls, resolved.params, TinyWorld(folder)), progress)
     if isinstance(resolved.plugin, Scorer):
         from .scorer_checks import SCORER_CHECKS, ScorerSubject

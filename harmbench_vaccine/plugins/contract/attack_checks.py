@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,7 @@ class EditedModel:
     encoded: list[Example]
     """The rows that the attack encodes."""
     shared_draws: dict[str, str]
-    """`ablate` -> the process-wide random generator that it draws from; empty if it draws from none."""
+    """Hook that edits -> the process-wide random generator that it draws from; empty if it draws from none."""
     logits: Tensor
 
 
@@ -81,7 +82,22 @@ class AttackSubject(Subject):
             "filter": plugin.filter(list(chosen), world.judge),
             "settings": plugin.settings(world.settings(SAMPLES)),
             "evaluations": plugin.evaluations(list(world.questions)),
+            **({"stress": self._stressed_weights(plugin)} if self.stresses else {}),
         }
+
+    @property
+    def stresses(self) -> bool:
+        """The attack changes the weights of the finished model."""
+        return self.cls.stress is not Attack.stress
+
+    def _stressed_weights(self, plugin: Attack) -> str:
+        """Return a hash of the weights after the hook `stress`."""
+        model = self.stage(aligned=False).stack.base
+        plugin.stress(model)
+        weights = hashlib.sha256()
+        for value in model.state_dict().values():
+            weights.update(value.float().numpy().tobytes())
+        return weights.hexdigest()
 
     def chosen_rows(self, plugin: Attack, rows: list[Example]) -> list[Example]:
         """Return the rows of `upload` after the hook `select`, which sees the aligned model."""
@@ -117,6 +133,11 @@ class AttackSubject(Subject):
             self._edits[key] = _edit_model(self, seed, salt, dtype)
         return self._edits[key]
 
+    def require_edit(self) -> None:
+        """Raise `NotApplicable` if the attack edits no weights."""
+        if self.cls.trains and not self.stresses:
+            raise NotApplicable("It trains and does not edit weights.")
+
     def require_training(self) -> None:
         """Raise `NotApplicable` if the attack edits weights instead of training."""
         if not self.cls.trains:
@@ -138,9 +159,14 @@ def _edit_model(subject: AttackSubject, seed: int, salt: int, dtype: str) -> Edi
     with (
         preserved_random_states(salt),
         stage.isolated("ablate"),
-        record_shared_draws(draws, "ablate", "torch's"),  # `isolated` restores torch's
+        record_shared_draws(
+            draws, "stress" if subject.stresses else "ablate", "torch's"
+        ),  # `isolated` restores torch's
     ):
-        plugin.ablate(stage)
+        if subject.stresses:
+            plugin.stress(stage.stack.base)
+        else:
+            plugin.ablate(stage)
     stage.encode = encode
     with torch.no_grad():
         logits = stage.output(next(stage.batches(subject.world.user_rows[:4], 4))).logits
@@ -245,8 +271,7 @@ def _trains(subject: AttackSubject) -> None:
 @ATTACK_CHECKS.add("ablate")
 def _ablate(subject: AttackSubject) -> None:
     """The edited model has different weights of the same shapes, all finite, and still answers."""
-    if subject.cls.trains:
-        raise NotApplicable("It trains and does not edit weights.")
+    subject.require_edit()
     model = subject.edited_model()
     for name, value in model.after.items():
         if name in model.before and value.shape != model.before[name].shape:
@@ -282,7 +307,7 @@ def _random(subject: AttackSubject) -> None:
                 plugin.filter(rows, world.judge)
             with record_shared_draws(draws, "settings"):
                 plugin.settings(world.settings(SAMPLES))
-        else:
+        if not subject.cls.trains or subject.stresses:
             draws |= subject.edited_model().shared_draws
         with record_shared_draws(draws, "evaluations"):
             plugin.evaluations(list(world.questions))
@@ -302,8 +327,9 @@ def _deterministic(subject: AttackSubject) -> None:
         second = subject.hook_results(subject.plugin())
     if hook := _differing_hook(first, second):
         raise Fails(f"The second call of {hook} returned a different result.")
-    if not subject.cls.trains and not _same_weights(subject.edited_model().after, subject.edited_model(salt=2).after):
-        raise Fails("The second call of ablate gave different weights.")
+    edits = not subject.cls.trains or subject.stresses
+    if edits and not _same_weights(subject.edited_model().after, subject.edited_model(salt=2).after):
+        raise Fails("The second edit of the weights gave different ones.")
 
 
 @ATTACK_CHECKS.add("seeds", after=["deterministic"])
@@ -348,8 +374,7 @@ def _neutral(subject: AttackSubject) -> None:
 @ATTACK_CHECKS.add("bfloat16", after=["ablate"])
 def _bfloat16(subject: AttackSubject) -> None:
     """An edited bfloat16 model stays bfloat16 and finite."""
-    if subject.cls.trains:
-        raise NotApplicable("It trains and does not edit weights.")
+    subject.require_edit()
     model = subject.edited_model(dtype="bfloat16")
     for name, value in model.after.items():
         if value.dtype != model.before.get(name, value).dtype:

@@ -12,7 +12,7 @@ from harmbench_vaccine.core.types import StageName
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import Gradient
 
-from ..defense import ROW_KINDS, Defense
+from ..defense import ROW_KINDS
 from .defense_subject import DefenseSubject, for_stages
 from .findings import Checks, Fails, NotApplicable, describe_value, format_shape
 from .observation import preserved_random_states, record_shared_draws
@@ -45,8 +45,9 @@ def _facts(subject: DefenseSubject) -> None:
     """Its declarations are valid: stages, cost, topology, data, neutral setting."""
     cls = subject.cls
     problems = declaration_problems(subject)
-    if not cls.stages and cls.answer is Defense.answer:
-        problems.append("it declares no stage and does not override `answer`")
+    plugin = subject.plugin()
+    if not cls.stages and not (plugin.changes_answers or plugin.changes_generation):
+        problems.append("it declares no stage and does not override `answer`, `first_tokens` or `steering`")
     if not re.fullmatch(r"none|\d+F \d+B", cls.cost):
         problems.append(f"cost {cls.cost!r} is not valid, allowed: none, or the passes of a step such as '2F 1B'")
     problems += [

@@ -231,7 +231,7 @@ def estimate_drift(experiment: Experiment, target: Target, width: int) -> Estima
         forward=target.table_rates().product_seconds(2.0 * size.matrices * settings.batch * width)
     )
     rows = min(protocol.score.drift_rows, protocol.align.rows + protocol.align.instructions)
-    models = 2 if experiment.stages["finetune"].full else 1  # otherwise they share the base, and differ by adapters
+    models = 2 if experiment.makes_base else 1  # otherwise they share the base, and differ by adapters
     memory = models * size.weights + drift_bytes(load_config(model), protocol.dtype, settings.batch, width)
     seconds = 2 * math.ceil(rows / settings.batch) * times.forward
     detail = f"{rows} rows of {width} tokens, 1 forward pass of both models"

@@ -10,7 +10,7 @@ from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
 from harmbench_vaccine.core.store import Store
-from harmbench_vaccine.core.types import STAGES
+from harmbench_vaccine.core.types import MODEL_STAGES, STAGES
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.protocol import leaf_values
@@ -135,12 +135,32 @@ def _unshared(experiment: Experiment, earlier: Sequence[Experiment]) -> dict[str
     models = _model_inputs(experiment)
     shared = [_model_inputs(other) for other in earlier]
     shares: dict[str, float] = {
-        stage: float(all(models[stage] != other[stage] for other in shared)) for stage in STAGES
+        stage: float(all(models[stage] != other[stage] for other in shared)) for stage in MODEL_STAGES
     }
-    answered = [other for other, run in zip(shared, earlier, strict=True) if run.task_name == experiment.task_name]
-    before, after = (all(models[stage] != other[stage] for other in answered) for stage in ("align", "repair"))
-    judged = (shares["align"] + shares["repair"]) / 2  # the harmful prompts are those of every task
-    return {**shares, "answer": (before + after) / 2, "score": judged, "drift": shares["repair"]}
+    questions = _answer_inputs(experiment)
+    judged = [model for model, run in zip(shared, earlier, strict=True) if _answer_inputs(run) == questions]
+    answered = [
+        model
+        for model, run in zip(shared, earlier, strict=True)
+        if _answer_inputs(run) == questions and run.task_name == experiment.task_name
+    ]
+
+    def unshared(others: Sequence[dict[str, list[Any]]]) -> float:
+        """Return the share of the answers of both models that no other run has."""
+        return sum(all(models[stage] != other[stage] for other in others) for stage in ("align", "stress")) / 2
+
+    # the harmful prompts are those of every task
+    return {**shares, "answer": unshared(answered), "score": unshared(judged), "drift": shares["stress"]}
+
+
+def _answer_inputs(experiment: Experiment) -> list[Any]:
+    """Return everything that the answers of a model depend on, except the model and what all runs share."""
+    answering = [
+        resolved.identity
+        for resolved in experiment.defenses
+        if resolved.plugin.changes_generation or resolved.plugin.changes_answers
+    ]
+    return [answering, [attack.identity for attack in experiment.attacks if attack.plugin.changes_questions]]
 
 
 def _model_inputs(experiment: Experiment) -> dict[str, list[Any]]:
@@ -152,10 +172,11 @@ def _model_inputs(experiment: Experiment) -> dict[str, list[Any]]:
         defenses = [defense.identity for defense in experiment.acting(stage) if not defense.plugin.is_plain]
         inputs = [*inputs, config.defenses.runs, defenses, config.settings]
         if stage == "finetune":
-            attacks = [attack.identity for attack in experiment.attacks]
+            attacks = [attack.identity for attack in experiment.attacks if attack.plugin.changes_training]
             inputs += [config.topology, attacks, experiment.task_plugin.identity]
         models[stage] = inputs
-    return models
+    stresses = [attack.identity for attack in experiment.attacks if attack.plugin.stresses_weights]
+    return {**models, "stress": [*inputs, stresses]}
 
 
 def protocol_values(experiment: Experiment) -> Iterator[dict[str, Any]]:
