@@ -1,0 +1,52 @@
+"""Quantization: round the weights of the final model to integers of 8 or 4 bits, as a user who serves it cheaply does.
+
+For each group g of weights in a row of a matrix, with b bits:
+
+    s = max |w_g| / (2^(b-1) - 1)          w_g <- s * round(w_g / s)
+
+It is a stress test without training: it acts on the merged weights of the final model, after the user stage and after
+a repair, and shows whether safety survives rounding. Matrices of the decoder layers are rounded; embeddings, LM head
+and norms stay, as in common practice. The rounded weights are stored in the model's data type, so every backend serves
+them: the attack measures answers, not speed. Rounding to the nearest value is the simplest scheme.
+
+Departures: none: a definition without a source.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from harmbench_vaccine.plugins import Attack, param
+from harmbench_vaccine.training.taps import decoder_layers
+
+
+class Quantize(Attack):
+    """Rounds the weights of the final model to integers."""
+
+    citation: ClassVar[str] = "definition"
+
+    bits: Literal["8", "4"] = param("8", "bits of a weight", source="ours", main=True)
+    group: int = param(64, "largest number of weights of a row with one scale", source="ours", ge=1)
+
+    @torch.no_grad()
+    def stress(self, model: PreTrainedModel) -> None:
+        """Round every matrix of the decoder layers in place."""
+        for weight in decoder_layers(model).parameters():
+            if weight.dim() == 2:
+                groups = weight.float().split(self.group, dim=1)
+                weight.copy_(torch.cat([rounded(group, int(self.bits)) for group in groups], 1))
+
+
+def rounded(weights: Tensor, bits: int) -> Tensor:
+    """Round each row to a multiple of its scale, symmetric around 0.
+
+    Args:
+        weights: A group of every row (rows x weights).
+        bits: Bits of an integer.
+    """
+    scale = weights.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return torch.where(scale > 0, scale * (weights / scale).round(), weights)
