@@ -1,0 +1,151 @@
+"""Safe Delta: take a part of the user's update, and compensate for it. Lu et al., ICML 2025, arXiv 2505.12038.
+
+With W the aligned weights of a module, W_u those after the user stage, D = W_u - W, and x the module's inputs of the
+aligned model on N safe rows:
+
+    H = 2/N sum over rows and tokens of x x^T,   H <- H + 0.01 mean(diag H) I
+    U = upper Cholesky factor of H^-1,  u_m = U_mm
+
+For each block of columns, the entries (i, m) are sorted by 1 / u_m^2. The last 15% stay at W. The others are taken in
+this order while the running sum of D_im^2 / u_m^2 is at most
+
+    s * mean over m of 1 / u_m^2 * rows / 4096 * columns of the block / 4096
+
+Column by column, a taken entry is q = W_u, another one q = W, and later columns are compensated, as in SparseGPT:
+W_{m+1..} <- W_{m+1..} - (W_m - q) / u_m * U_{m, m+1..}. The new W replaces W_u. s = 0 gives the aligned model; no s
+keeps the user's model.
+
+Cost: one forward pass of the N rows for each layer, a Cholesky factor of inputs x inputs for each module. The result
+has full rank: as an adapter, two dense matrices for each module, which vLLM serves by merged weights; with `rank`, its
+best approximation of this rank.
+
+Departures: safe rows are the defender's refusals (theirs: answers of the model); entries of one column are taken row by
+row (theirs: an order that sorting leaves open); columns are compensated one at a time (theirs: four at a time, without
+the terms between them); the limit scales with the columns of a block (theirs: a constant for each block of 2048).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from harmbench_vaccine.core.errors import too_few_rows
+from harmbench_vaccine.data.collate import Encoded
+from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
+from harmbench_vaccine.training.adapters import Adapter
+from harmbench_vaccine.training.stage import TrainingStage
+from harmbench_vaccine.training.taps import decoder_layers
+
+BLOCK, NEVER_TAKEN = 2048, 0.15
+"""Columns of a block, and the share of its entries that stay at the aligned weights."""
+REFERENCE = 4096
+"""Rows and columns of the matrices that s refers to."""
+
+
+class SafeDelta(Defense):
+    """The part of the user's update that costs little safety, with a compensation."""
+
+    citation: ClassVar[str] = "arXiv 2505.12038"
+    stages: ClassVar[tuple[StageName, ...]] = ("repair",)
+    needs_adapter: ClassVar[bool] = True
+    cost: ClassVar[str] = "none"
+    once: ClassVar[str] = "1F of the safe rows for each layer"
+    memory: ClassVar[str] = "an adapter of full rank"
+    data: ClassVar[tuple[str, ...]] = ("refusals",)
+    grid: ClassVar[TuningGrid | None] = TuningGrid("s")
+
+    s: float = param(0.1, "limit of the safety cost", source="authors' run_safedelta.py", main=True, ge=0)
+    rows: int = param(128, "N, number of safe rows", source="authors' run_safedelta.py", ge=1)
+    damping: float = param(
+        0.01, "share of the mean of diag(H) that is added", source="authors' safedelta_runner.py", gt=0
+    )
+    rank: int | None = param(None, "largest rank of the result; none: exact", source="ours", ge=1)
+
+    def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
+        """Return the part of the update, as an adapter of full rank or of the rank `rank`."""
+        if not stage.pools.paired:
+            raise too_few_rows(1, "refusals", 0, by=self.name)
+        count = min(self.rows, len(stage.pools.paired))
+        refusals = [refusal for refusal, _ in self.draw("safe rows", stage.pools.paired, count)]
+        rows, deltas = stage.encode(refusals), {}
+        for modules in _by_layer(stage.stack.base, adapter):
+            for module, second_moment in self._second_moments(stage, rows, modules).items():
+                update = adapter.delta(module)
+                factor = inverse_factor(second_moment, self.damping)
+                deltas[module] = partial_update(update.to(factor), factor, self.s).to(update)
+        rank = self.rank or max(min(delta.shape) for delta in deltas.values())
+        return Adapter({module: factorized(delta, rank) for module, delta in deltas.items()}, 1.0)
+
+    def _second_moments(self, stage: TrainingStage, rows: list[Encoded], modules: list[str]) -> dict[str, Tensor]:
+        """Return H of each module (inputs x inputs), float64."""
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(rows), stage.settings.batch):
+            batch = stage.collated(rows[start : start + stage.settings.batch])
+            attended = batch["attention_mask"].bool()
+
+            def add(module: str, x: Tensor, attended: Tensor = attended) -> None:
+                tokens = x[attended].double()
+                sums[module] = sums.get(module, 0) + 2 / len(rows) * tokens.T @ tokens
+
+            with torch.no_grad(), stage.reference(), stage.module_inputs(modules, add):
+                stage.output(batch)
+        return sums
+
+
+def _by_layer(base: nn.Module, adapter: Adapter) -> list[list[str]]:
+    """Return the modules of an adapter in groups, one for each decoder layer: their H are in memory together."""
+    numbers = {id(module): number for number, layer in enumerate(decoder_layers(base)) for module in layer.modules()}
+    groups: dict[int, list[str]] = {}
+    for name in adapter.factors:
+        groups.setdefault(numbers.get(id(base.get_submodule(name)), -1), []).append(name)
+    return list(groups.values())
+
+
+def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
+    """Return U, upper triangular with H^-1 = U^T U, for the damped H (inputs x inputs)."""
+    damped = second_moment + damping * second_moment.diagonal().mean() * torch.eye(len(second_moment)).to(second_moment)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+def partial_update(update: Tensor, factor: Tensor, s: float) -> Tensor:
+    """Return the difference between the new and the aligned weights of a module.
+
+    Args:
+        update: The user's update D (outputs x inputs).
+        factor: U (inputs x inputs).
+        s: Limit of the safety cost.
+    """
+    new, diagonal = torch.zeros_like(update), factor.diagonal()
+    for start in range(0, update.shape[1], BLOCK):
+        block = slice(start, min(start + BLOCK, update.shape[1]))
+        u, inner = diagonal[block], factor[block, block]
+        current, target = new[:, block].clone(), update[:, block]
+        limit = s * (1 / u.square()).mean() * len(update) / REFERENCE * len(u) / REFERENCE
+        order = (1 / u.square()).argsort(stable=True)
+        costs = ((target - current) / u).square()[:, order].T.flatten()  # column by column
+        taken = costs.cumsum(0) <= limit
+        taken[len(taken) - int(NEVER_TAKEN * len(taken)) :] = False
+        mask = torch.empty_like(target, dtype=torch.bool)
+        mask[:, order] = taken.view(len(u), -1).T
+        errors = torch.empty_like(current)
+        for column in range(len(u)):
+            chosen = torch.where(mask[:, column], target[:, column], current[:, column])
+            errors[:, column] = (current[:, column] - chosen) / u[column]
+            current[:, column] = chosen
+            current[:, column + 1 :] -= errors[:, column, None] * inner[column, column + 1 :]
+        new[:, block] = current
+        new[:, block.stop :] -= errors @ factor[block, block.stop :]
+    return new
+
+
+def factorized(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return LoRA factors A (rank x inputs) and B (outputs x rank) of a matrix, or of its best approximation."""
+    outputs, inputs = delta.shape
+    if rank < min(delta.shape):
+        left, values, right = torch.linalg.svd(delta, full_matrices=False)
+        return right[:rank].contiguous(), left[:, :rank] * values[:rank]
+    a, b = (torch.eye(inputs), delta) if inputs <= outputs else (delta, torch.eye(outputs))
+    missing = rank - len(a)
+    return nn.functional.pad(a.to(delta), (0, 0, 0, missing)), nn.functional.pad(b.to(delta), (0, missing))
