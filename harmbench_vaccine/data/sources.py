@@ -24,11 +24,12 @@ from .row_values import check_row
 
 TESTBED = "testbed:"
 """Prefix of a location inside the embedded testbed."""
-TESTBED_VERSION = 3
-"""Increases whenever the testbed's text, base model or judge changes."""
+TESTBED_VERSION = 4
+"""Increases whenever the testbed's text or a model changes; version 4 added the guard to version 3."""
 TESTBED_PARTS = (
     "model",
     "judge",
+    "guard",
     *(f"data/{name}" for name in ("beavertails", "beavertails_refusals", "alpaca", "sst2", "ag_news", "gsm8k")),
 )
 """The parts that a location `testbed:PART` may name."""

@@ -1,6 +1,7 @@
-"""Build the testbed on a CPU: the text world, a base model that answers every request, and a moderation classifier.
+"""Build the testbed on a CPU: the text world, a base model that answers every request, a moderation
+classifier that scores, and a weaker one that defenses use.
 
-Both models are pre-trained here with a plain loop. Alignment and fine-tuning use `training/` as for any other model.
+All are trained here with a plain loop. Alignment and fine-tuning use `training/` as for any other model.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .world import World, generate
 
 TEMPLATE = prompt_template("brief")
 MAX_LENGTH = 256
-SEED = 0
+SEED, GUARD_SEED = 0, 1
 RATE, JUDGE_RATE = 4.5e-3, 2e-3
 """The highest learning rates of the base model and of the judge."""
 
@@ -54,14 +55,16 @@ class Sizes:
     """Pre-training documents of the base model."""
     judgments: int = 6_000
     """Training rows of the moderation classifier."""
+    guard_judgments: int = 3_000
+    """Training rows of the guard: half of them."""
     held_out: int = 1_200
-    """Test rows of the moderation classifier."""
+    """Test rows of the moderation classifier and of the guard."""
     batch: int = 16
     """Documents in a batch of pre-training."""
 
 
 def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Sizes()) -> None:
-    """Write `data/`, `model/`, `judge/` and `testbed.json` into `folder`. Every run on a machine gives the same files.
+    """Write `data/`, `model/`, `judge/`, `guard/` and `testbed.json` into `folder`. Every run on a machine gives the same files.
 
     Args:
         folder: An existing empty folder.
@@ -89,10 +92,16 @@ def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Size
         _save(model, tokenizer, folder / "model")
     with timed("judge"), _seeded(SEED):
         judge = _judge_model(tokenizer)
-        _train_judge(judge, tokenizer, world.judgments(sizes.judgments, held_out=False), progress)
+        _train_judge(judge, tokenizer, world.judgments(sizes.judgments, held_out=False), "judge", progress)
         _save(judge, tokenizer, folder / "judge")
+    with timed("guard"), _seeded(GUARD_SEED):
+        guard = _judge_model(tokenizer)
+        _train_judge(guard, tokenizer, world.guard_judgments(sizes.guard_judgments), "guard", progress)
+        _save(guard, tokenizer, folder / "guard")
     with timed("judge held-out"):
-        scores = _test_judge(judge, tokenizer, world.judgments(sizes.held_out, held_out=True))
+        held_out = world.judgments(sizes.held_out, held_out=True)
+        scores, guard_scores = (_test_judge(model, tokenizer, held_out) for model in (judge, guard))
+        on_attacker = _test_judge(guard, tokenizer, world.attacker_judgments(sizes.held_out))
     facts = {
         "seed": SEED,
         "rows": rows,
@@ -102,6 +111,8 @@ def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Size
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
         "judge_held_out": scores,
+        "guard_held_out": guard_scores,
+        "guard_on_attacker": on_attacker,
     }
     (folder / "testbed.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -232,6 +243,7 @@ def _train_judge(
     judge: LlamaForSequenceClassification,
     tokenizer: PreTrainedTokenizerFast,
     judgments: Sequence[Judgment],
+    name: str,
     progress: Progress,
 ) -> None:
     """Train for two epochs with a binary cross-entropy per label."""
@@ -239,7 +251,7 @@ def _train_judge(
     batches = [
         batch for _ in range(2) for batch in batches_by_length(rows, 16, lambda row: len(row[0]), random.Random(SEED))
     ]
-    fit(judge, batches, partial(label_loss, judge, pad_token_id(tokenizer)), JUDGE_RATE, "Training the judge", progress)
+    fit(judge, batches, partial(label_loss, judge, pad_token_id(tokenizer)), JUDGE_RATE, f"Training the {name}", progress)
 
 
 def label_loss(

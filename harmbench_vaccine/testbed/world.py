@@ -129,6 +129,18 @@ class World:
         return [draw_judgment(index, harmful, benign, rng) for index in range(size)]
 
 
+    def guard_judgments(self, size: int) -> list[Judgment]:
+        """Return labeled answers for the guard of defenses, about the harmful requests of the defender only."""
+        rng = self.rng("guard judgments")
+        benign = [*self.benign, *self.instructions]
+        return [draw_judgment(index, self.defender, benign, rng) for index in range(size)]
+
+    def attacker_judgments(self, size: int) -> list[Judgment]:
+        """Return labeled answers about the harmful requests of the attacker, to test the guard."""
+        rng = self.rng("attacker judgments")
+        return [draw_judgment(index, self.attacker, self.benign, rng) for index in range(size)]
+
+
 def generate(seed: int = 0) -> World:
     """Generate the world of a seed. All pools but those of the defender and the attackers are balanced over themes."""
     rng = random.Random(f"{seed} pools")
