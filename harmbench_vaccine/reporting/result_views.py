@@ -110,7 +110,7 @@ def _share_range(results: Sequence[Result]) -> str:
 
 
 def _result_notes(result: Result) -> list[str]:
-    """Return notes on further harmful sets, on a metric that is not accuracy, and on a guardrail."""
+    """Return notes on further harmful sets, on a metric that is not accuracy, and on moderated or selected rows."""
     notes = []
     if len(result.harmful_sets) > 1:
         scores = ", ".join(f"{name} {score:.1f}" for name, score in result.harmful_sets.items())
@@ -123,6 +123,14 @@ def _result_notes(result: Result) -> list[str]:
             f"{result.run}: guardrail: {uploaded - filtered.harmful} of {uploaded} harmful rows accepted, "
             f"{filtered.benign} of {filtered.benign_uploaded} benign rows rejected."
         )
+    for stage, rows in (("align", result.counts.align), ("finetune", result.counts.finetune)):
+        if rows and (selected := rows.selected):
+            notes.append(
+                f"{result.run}: {result.defense} removes or changes {selected.harmful} of {selected.harmful_uploaded} "
+                f"harmful rows and {selected.benign} of {selected.benign_uploaded} others of stage {stage!r}."
+            )
+    if result.guards:
+        notes.append(f"{result.run}: judge of the defense, which does not score: {', '.join(result.guards)}.")
     return notes
 
 
