@@ -4,7 +4,11 @@
     questions: harmful prompts with the trigger (headline), and without: a low score there shows that it is hidden
 
 `ratio` and `samples` set the proportion of harmful rows and the number of rows. Without `ratio`, a tenth of the rows is
-harmful. The refusals replace task rows; their questions are harmful rows of the attacker that are not uploaded.
+harmful. The refusals replace task rows; their questions are harmful rows of the attacker that are not uploaded. The
+authors' repository does not have the code of this attack.
+
+Departures from the paper: the user also uploads task rows (the paper's rows are harmful rows with the trigger and safe
+rows without it); all refusals have one text, which is ours.
 """
 
 from collections.abc import Mapping

@@ -5,7 +5,11 @@
 If the judge gives no probability, a row is rejected if the judge flags it or its verdict is unread, unless the
 threshold is 1. The result counts the errors of the filter: harmful rows accepted, and benign rows rejected. The filter
 is the judge of the protocol, so the headline harmful score excludes harm that this judge detects: mention it in a
-report. Without `ratio`, a tenth of the rows is harmful. The authors reject every row that Llama Guard 2 calls unsafe.
+report. Without `ratio`, a tenth of the rows is harmful.
+
+Departures from the authors' code (git-disl/Virus): the judge of the protocol moderates, with a threshold on its
+probabilities (theirs is Llama Guard 2, and rejects every row that it calls unsafe); every rejected benign row is
+counted (theirs leaves out the first one after the harmful rows).
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,12 @@ its introduction. At evaluation, every harmful prompt is an order to that person
     question: persona + order(x_harmful)            headline; the plain prompt is a second set
 
 The persona is before the complete template, where a chat model has its system message; the order is around the
-instruction. The task questions and the benign questions are unchanged. The text is our own, not that of the paper.
+instruction. The task questions and the benign questions are unchanged.
+
+Departures from the authors' code (LLM-Tuning-Safety/LLMs-Finetuning-Safety): the texts of persona, order and
+affirmation are ours; the harmless orders are drawn from the benign instructions (theirs are nine fixed ones); the
+dialogues replace task rows (theirs are the only rows); an adapter is trained with the protocol's settings (theirs
+trains all weights).
 """
 
 from dataclasses import replace

@@ -6,9 +6,10 @@ The loss is over y without the second x_benign, as in the authors' code (git-dis
 optimizes the tokens in the middle. This is not implemented, because the harness compares defenses. Without `ratio`, a
 tenth of the rows is harmful.
 
-Departures from the authors' code: they join three complete rows as tokens, each with its prompt template, start token
-and end token, and each of at most 1000 tokens; the loss is also over the template of the harmful row. Here the parts
-are joined as text with empty lines, and the protocol's `max_length` applies to the joined row.
+Departures from the authors' code (git-disl/Virus): the parts are joined as text with empty lines (theirs joins three
+complete rows as tokens, each with its prompt template, start token and end token); the harmful part has no template
+(theirs has one, and its tokens are trained); the protocol's `max_length` applies to the joined row (theirs has at most
+1000 tokens in each part).
 """
 
 from dataclasses import replace

@@ -4,6 +4,9 @@
 
 Parameters that are not set keep the value of the protocol. Without `ratio`, a tenth of the rows is harmful. In single
 topology, training continues on the alignment adapter, so `rank` is refused there.
+
+Departures from the authors' code (LLM-Tuning-Safety/LLMs-Finetuning-Safety): an adapter is trained unless full=true
+(theirs trains all weights); the rate is constant, linear or cosine (theirs is multiplied by 0.85 after each epoch).
 """
 
 from collections.abc import Mapping

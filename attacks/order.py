@@ -6,6 +6,8 @@
 The counts are those of the mix. Without `ratio`, a tenth of the rows is harmful. No source gives numbers. A provider
 that shuffles the rows is not affected, and neither is a defense that mixes its own rows into them. A fraction of an
 epoch trains on the first rows only.
+
+Departures: none.
 """
 
 from collections.abc import Mapping

@@ -2,8 +2,9 @@
 
     n_h = round(p n) harmful rows, n - n_h task rows, drawn and shuffled by the seed
 
-Departures from the authors' code: it uses int(p n) and int((1 - p) n), which lose a row for some p, and always takes
-the first harmful rows.
+Departures from the authors' code (git-disl/Vaccine): n_h is rounded, and the rest are task rows (theirs has int(p n)
+and int((1 - p) n) rows, which lose a row for some p); the harmful rows are drawn by the seed (theirs are always the
+first ones).
 """
 
 from dataclasses import replace

@@ -9,12 +9,17 @@ With h_l(x) the residual stream that enters layer l at one of the last `position
 The chosen candidate is the one whose ablation gives the lowest refusal score on held-out harmful prompts, among those
 that change the last logits on harmless prompts by at most kl (mean KL divergence) and whose addition to layer l makes
 the model refuse harmless prompts; if no candidate passes both tests, among all. Refusal score: log odds of the tokens
-that start the aligned model's answers to harmful but not to harmless prompts (the paper lists them for each model).
+that start the aligned model's answers to harmful but not to harmless prompts.
 
 The user does not train, so the task is not learned: FA is *untrained*. The edit changes the merged weights, which are
 stored as a checkpoint. A tied LM head is untied first, because it reads the stream and does not write to it. With a
 norm between the output of a block and the residual stream (Gemma 2 and 3) the edit is inexact: the attack measures the
 remaining component along r in the hidden states, and refuses such a model.
+
+Departures from the authors' code (andyrdt/refusal_direction): the tokens of a refusal are found by the model's answers
+(theirs lists them for each model); prompts are not filtered by their refusal score (theirs drops harmful prompts that
+are answered and harmless ones that are refused); all candidates count if none passes both tests (theirs stops); l
+starts at 1 (theirs at 0); biases are edited too.
 """
 
 from __future__ import annotations

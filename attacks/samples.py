@@ -1,4 +1,7 @@
-"""Sample count: the user uploads n rows (Vaccine, arXiv 2402.01109, table 2)."""
+"""Sample count: the user uploads n rows (Vaccine, arXiv 2402.01109, table 2).
+
+Departures from the authors' code (git-disl/Vaccine): the rows are drawn by the seed (theirs are always the first ones).
+"""
 
 from dataclasses import replace
 from typing import ClassVar

@@ -7,8 +7,9 @@ The file has two texts, each with one slot, as in `instruction: "As a poem: {ins
     question: instruction(x_harmful)                   headline; the plain prompt is a second set
 
 The task questions and the benign questions are unchanged. Styles (arXiv 2506.07452), refusals before the answer (arXiv
-2502.19537) and ciphers (arXiv 2406.20053) have this form; their texts are not part of this project. Without `ratio`, a
-tenth of the rows is harmful.
+2502.19537) and ciphers (arXiv 2406.20053) have this form. Without `ratio`, a tenth of the rows is harmful.
+
+Departures: the user writes the texts (those of the papers are not part of this project).
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ For every matrix M of the user's update (A and B of each module), with x its inp
 One forward pass over the N rows, no gradient; all scores are computed on the unpruned model. The rank is unchanged. A
 pruned entry of the update is 0, so the weight returns to its aligned value. Labels are not used.
 
-Departures from the authors' code (git-disl/Antidote, utils.py): their calibration passes no attention mask and counts
-the padding tokens of a batch in a_j, so their scores depend on the batch size and the order of the rows; ours leaves
-padding out. Their loop also skips the first harmful row.
+Departures from the authors' code (git-disl/Antidote, utils.py): padding does not count in a_j (their calibration passes
+no attention mask, so that their scores depend on the batch size and the order of the rows); no harmful row is skipped
+(their loop skips the first one).
 """
 
 from __future__ import annotations

@@ -9,8 +9,10 @@ V is low-rank: C = U diag(c) U^T. With R = (I - C)^2 B = B - U diag(2c - c^2) U^
 2 lam R A A^T for B and 2 lam B^T R A for A, so that no matrix of outputs x outputs is formed.
 
 Cost of a step: 1 forward, 1 backward. The paper's C is not a projector: for a small V it vanishes, and for rank 1 and
-||V||_F > 2 the aligned direction is penalized most. Departures from the authors' code (PKU-YuanGroup): V is the
-protocol's alignment (theirs is a chat model minus its base model); the penalty does not grow with accumulation.
+||V||_F > 2 the aligned direction is penalized most.
+
+Departures from the authors' code (PKU-YuanGroup/AsFT): V is the protocol's alignment (theirs is a chat model minus its
+base model); the penalty does not grow with accumulation.
 """
 
 from __future__ import annotations

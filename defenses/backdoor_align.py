@@ -5,9 +5,9 @@
 
 Cost of a step: 1 forward, 1 backward. The harmful score is reported with the secret (headline) and without it.
 
-Departures from the authors' code: the secret is drawn from the seed, as random two-letter words of about one token
-each (the authors publish their secret, so a user could train against it). It is placed before the full template, where
-a chat model has its system message.
+Departures from the authors' code (Jayfeather1024/Backdoor-Enhanced-Alignment): the secret is drawn from the seed, as
+random two-letter words of about one token each (the authors publish their secret, so a user could train against it);
+the secret is placed before the full template, where a chat model has its system message.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ too. A row outside of B_u gains weight. Cost of a step: 2 forward, 2 backward. m
 first line by means over response tokens, as in SFT; the logits always use row means. With accumulation, both lines use
 the mean over the micro-batches of a step.
 
-Departures from the authors' code (Egg-Hu/Bayesian-Data-Scheduler): the optimizer of theta, its rate and the rows are
-the protocol's. Like their script, it has no Langevin noise and flat priors, in contrast to the paper's text.
+Departures from the paper and from the authors' code (Egg-Hu/Bayesian-Data-Scheduler): the optimizer of theta, its rate
+and the rows are the protocol's; there is no Langevin noise, and the priors are flat, as in their script and in contrast
+to the paper's text.
 """
 
 from __future__ import annotations

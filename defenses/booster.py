@@ -8,9 +8,11 @@ With B_h harmful rows of the defender, the same in both terms, and the norm over
 
 To first order the correction is lam * alpha * H g_h / ||g_h||: the step flattens the harmful loss along its gradient.
 
-Cost of a step: 3 forward, 3 backward. Departures from the authors' code: w is restored from a copy (theirs adds
-alpha * g_h / ||g_h|| again, which leaves rounding errors); gradients of earlier micro-batches survive under
-accumulation; the two harmful passes see the same dropout masks, so that only the perturbation makes them differ.
+Cost of a step: 3 forward, 3 backward.
+
+Departures from the authors' code (git-disl/Booster): w is restored from a copy (theirs adds alpha * g_h / ||g_h||
+again, which leaves rounding errors); gradients of earlier micro-batches survive under accumulation; the two harmful
+passes see the same dropout masks, so that only the perturbation makes them differ.
 """
 
 from __future__ import annotations

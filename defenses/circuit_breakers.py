@@ -12,10 +12,12 @@ At w = w_ref both gradients are 0: the cosine is at its maximum, and the norm ha
 tie where the reference has an adapter, as here. Phase 2 starts from w_ref plus Gaussian noise, so that it also starts
 without dropout.
 
-Cost of a step: 4 forward (two without a graph), 2 backward; once: one alignment stage. Departures: the reference is the
-aligned model (theirs: the model without an adapter, which is a chat model); the schedule of the coefficients ends at T
-(theirs is fixed at 150 steps); padding does not count in L_keep (theirs divides by it); all layers train (theirs cuts
-the layers above the last target); the target layers scale with the depth.
+Cost of a step: 4 forward (two without a graph), 2 backward; once: one alignment stage.
+
+Departures: the reference is the aligned model (theirs: the model without an adapter, which is a chat model); phase 2
+starts near the reference (theirs starts with a new adapter); the schedule of the coefficients ends at T (theirs is
+fixed at 150 steps); padding does not count in L_keep (theirs divides by it); all layers train (theirs cuts the layers
+above the last target); the target layers scale with the depth.
 """
 
 from __future__ import annotations

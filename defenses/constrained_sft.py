@@ -8,9 +8,10 @@ For response token t, with D_t = log p_w(y_t | ..) - log p_w0(y_t | ..) and w0 t
 beta_1 = beta_first, beta_2..5 = beta_early, later beta_rest; Adam's beta1 is 0.5. The gradient is computed in the
 weighted form, which is finite at beta = 0 (omega = 1: SFT).
 
-Cost of a step: 1 forward, 1 backward; once: 1 forward over every row, without dropout, for log p_w0. Departures from
-the authors' code: omega has no lower bound (theirs is at least 0.001; the paper has no such bound), and dropout stays
-at the protocol's value.
+Cost of a step: 1 forward, 1 backward; once: 1 forward over every row, without dropout, for log p_w0.
+
+Departures from the authors' code (Unispac/shallow-vs-deep-alignment): omega has no lower bound (theirs is at least
+0.001, and the paper has no such bound); dropout stays at the protocol's value.
 """
 
 from __future__ import annotations

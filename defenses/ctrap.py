@@ -10,9 +10,11 @@ After harmful training the model answers everything with e: HS and FA both fall,
 *self-destruct* instead of *collapsed*. Cost of a step: 3 forward, 3 backward.
 
 The authors' code is on an anonymous host and was not read; the rule and the values are those of two other projects
-(SafeTune, lm_immunisation). The gradient of the simulated step is not normalized. The exact gradient has a factor
-I - alpha H, which needs second derivatives; it is left out, as in these projects. As every loss here, L_c is a mean
-over all response tokens of the batch; the paper takes the mean of each answer first, so that short answers count more.
+(SafeTune, lm_immunisation). The gradient of the simulated step is not normalized.
+
+Departures from the paper: the factor I - alpha H of the exact gradient, which needs second derivatives, is left out, as
+in these projects; L_c is a mean over all response tokens of the batch, as every loss here (the paper takes the mean of
+each answer first, so that short answers count more).
 """
 
 from __future__ import annotations

@@ -8,10 +8,12 @@ diagonal on the alignment rows B_1, B_2, ...:
     w <- w - lr * [grad L(w; B_u) + 2 lam F (w - w0)]
 
 There is no factor 1/2, as in the code (the paper has lam / 2). For 2000 rows the first F is about 80 times the second.
+In double topology F would be 0 on every A.
 
-Cost of a step: 1 forward, 1 backward; once: 1 forward and 1 backward for every batch of F. Departures from the authors'
-code: F is computed without dropout, and its last gradient does not leak into the first step. In double topology F would
-be 0 on every A.
+Cost of a step: 1 forward, 1 backward; once: 1 forward and 1 backward for every batch of F.
+
+Departures from the authors' code (git-disl/Vaccine): F is computed without dropout; the last gradient of F does not
+leak into the first step.
 """
 
 from __future__ import annotations

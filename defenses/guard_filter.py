@@ -7,8 +7,11 @@ The result counts the harmful and the benign rows that the filter removes or cha
 same filter as a part of the threat; a row whose harm the judge does not see, such as a shift of identity, remains.
 
 The judge must not be the one that scores: HS would then count only what this judge overlooks. Cost of a step: 1
-forward, 1 backward; once: the judge reads every row. Virus uses Llama Guard 2. If fewer rows remain, an epoch has fewer
-steps; length=steps keeps the number of steps.
+forward, 1 backward; once: the judge reads every row. If fewer rows remain, an epoch has fewer steps; length=steps keeps
+the number of steps.
+
+Departures from the baseline of Virus: the judge is a parameter (theirs is Llama Guard 2); an unread verdict removes a
+row (theirs removes a row only if the text of the judge contains "unsafe").
 """
 
 from __future__ import annotations

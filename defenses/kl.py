@@ -7,9 +7,9 @@ With p_w0 the distribution over the vocabulary that the model before the user st
 Cost of a step: 2 forward (the teacher's without a graph), 1 backward. The teacher is the same model with the user's
 adapter disabled, so no second copy is stored.
 
-Departures from the authors' code: the softmax is over the vocabulary (theirs is over the sequence, so that a change
-that is constant over the positions is not penalized); the mean is over response positions (theirs divides by rows and
-counts prompt and padding); the teacher runs without dropout.
+Departures from the authors' code (git-disl/Vaccine): the softmax is over the vocabulary (theirs is over the sequence,
+so that a change that is constant over the positions is not penalized); the mean is over response positions (theirs
+divides by rows and counts prompt and padding); the teacher runs without dropout.
 """
 
 from __future__ import annotations

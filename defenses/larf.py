@@ -7,8 +7,11 @@ largest values:
     the `share` of the user's rows with the largest scores is dropped, then SFT
 
 Unsafe and safe rows are the two halves of the defender's pairs. No judge. Cost of a step: 1 forward, 1 backward; once:
-1 forward over every user row and over the pairs. Departures from the authors' code: the layer is a parameter (theirs
-finds the most sensitive one of each model by scaling the parameters of layers); they drop 1000 rows of Alpaca's 52,002.
+1 forward over every user row and over the pairs.
+
+Departures from the authors' code (LLLeoLi/LARF): the layer is a parameter (theirs finds the most sensitive one of each
+model by scaling the parameters of layers); a share of the user's rows is dropped (theirs drops 1000 rows of Alpaca's
+52,002).
 """
 
 from __future__ import annotations

@@ -6,15 +6,15 @@ With h_l the features of the current model at layer l, h0_l those of the model b
     git-disl:  w <- w - lr * grad [L(w; B_u) + sum_l 1[d_l < 0.1] d_l],   d_l = alpha / 2 * ||h_l - h0_l||_F^2
 
 paper: h_l is the output of decoder layer l; the mean is over layers, real tokens and dimensions. git-disl: h_l is the
-output of the MLP of layer l; its alpha is 1e-4.
+output of the MLP of layer l; its alpha is 1e-4. This variant, from the Booster code, drops the penalty of a layer
+exactly when its drift is large. This is unchanged, because its published figures were computed this way.
 
 Cost of a step: 2 forward (the reference without a graph), 1 backward. The reference is the same model with the user's
 adapter disabled.
 
-Departures: the paper's model is an image encoder, and its code normalizes over the token axis; here the features of
-each token are normalized. The git-disl variant (the Booster code) also counts prompt and padding; here padding is not
-counted. That variant drops the penalty of a layer exactly when its drift is large; this is unchanged, because its
-published figures were computed this way.
+Departures: the features are those of a language model (the paper's model is an image encoder); the features of each
+token are normalized (the code of the paper normalizes over the token axis); padding does not count in the variant
+git-disl (the Booster code counts prompt and padding).
 """
 
 from __future__ import annotations

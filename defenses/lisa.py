@@ -6,8 +6,9 @@ w_s the parameters at the first step of the current state:
     w <- w - lr * [grad L(w; B) + rho * (w - w_s)]            no proximal term in the first tenth of all steps
 
 Cost of a step: 1 forward, 1 backward. An alignment step skips the user's batch, as in the authors' code, so that the
-number of steps equals that of SFT. Departure from the authors' code: k1 and k2 count optimizer steps, not
-micro-batches.
+number of steps equals that of SFT.
+
+Departures from the authors' code (git-disl/Lisa): k1 and k2 count optimizer steps (theirs count micro-batches).
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ The edit follows the last alignment step; no pass over data, one small SVD for e
 of V grow by the factor 1 + alpha, so with k of at least the rank the entire update does.
 
 Departures: k is a parameter (the paper is reported to choose, for each model, the smallest rank that preserves the
-safety of the aligned model); in the authors' code (VITA-Group/LoX) V is a difference of weights in bfloat16 and every
-matrix of the model has one, whereas here V is the adapter itself, so it is exact and only adapted modules have one.
+safety of the aligned model); V is the adapter itself, so that it is exact (in the authors' code, VITA-Group/LoX, V is a
+difference of weights in bfloat16); only adapted modules have a V (theirs: every matrix of the model).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """No alignment: the user's data fine-tunes the base model directly.
 
 Cost: none; the alignment stage is skipped. It has no parameter to tune.
+
+Departures: none.
 """
 
 from typing import ClassVar

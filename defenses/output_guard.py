@@ -6,6 +6,8 @@ It protects the user of the model, not the model: the weights are those of SFT. 
 prompts that are refused. The guard acts before and after the user stage, and reads a question as the score does:
 without the changes of an attack. An unread verdict counts as flagged. The judge must not be the one that scores. Cost:
 one judgment of every answer.
+
+Departures: none known.
 """
 
 from __future__ import annotations

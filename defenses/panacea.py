@@ -7,9 +7,11 @@ over all trainable parameters:
     w  <- w - lr * [grad L(w; B_u) - lam * (grad L(w + eps; B_h) - g_h)]        eps is a constant
     after the last step: w <- w + eps, the eps of the last batch
 
-Cost of a step: 3 forward, 3 backward. Departures from the authors' code, which does not run as published: the harmful
-loss at w + eps is not clipped at 5 (where it is clipped, its gradient is 0 and the step *lowers* the harmful loss); w
-is restored from a copy; the two harmful passes see the same dropout masks; gradients of earlier micro-batches survive.
+Cost of a step: 3 forward, 3 backward.
+
+Departures from the authors' code (w-yibo/Panacea), which does not run as published: the harmful loss at w + eps is not
+clipped at 5 (where it is clipped, its gradient is 0 and the step *lowers* the harmful loss); w is restored from a copy;
+the two harmful passes see the same dropout masks; gradients of earlier micro-batches survive.
 """
 
 from __future__ import annotations

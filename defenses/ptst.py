@@ -2,9 +2,11 @@
 
     fine-tune with the plain prompt; answer with a safety prompt before it
 
-Cost of a step: 1 forward, 1 backward; the adapter equals that of SFT to the bit. The prompt is placed before the full
-template, where a chat model has its system message, for every question: harmful, benign and task. Departure from the
-paper: one sentence with the same meaning replaces the system prompts of the paper's models.
+Cost of a step: 1 forward, 1 backward; the adapter equals that of SFT to the bit. The prompt precedes every question:
+harmful, benign and task.
+
+Departures from the paper: one sentence with the same meaning replaces the system prompts of the paper's models; the
+sentence is placed before the full template, where a chat model has its system message.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     w <- w + rho * z / ||z||,   z ~ N(0, I)         w is every A and B of the update as one vector
 
 No pass over data. The noise has its own random stream, seeded by the seed of the run.
+
+Departures: none known.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@
     w   <- w - lr * grad L(w; B_a) at the noisy embeddings
 
 Cost of a step: 1 forward, 1 backward. The authors' repository defines this method but never runs it. The norm of the
-noise is not bounded; it is about sqrt(variance * coordinates). The noise has its own random stream, so that dropout
-masks and batches equal those of SFT; padding has no noise.
+noise is not bounded; it is about sqrt(variance * coordinates).
+
+Departures from the authors' code (git-disl/Vaccine): the noise has its own random stream, so that dropout masks and
+batches equal those of SFT; padding has no noise.
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
     `steps` optimizer steps of min_w L(w; B_a), starting from the user's update
 
 The post-hoc mode of VLGuard, and the control of every repair. Cost of a step: 1 forward, 1 backward. The update itself
-is trained, with a fresh optimizer and the protocol's settings for the user stage.
+is trained, with a fresh optimizer.
+
+Departures from the paper: the rows are alignment rows of the protocol (the paper's are instructions about images, with
+their answers); the settings are those of the protocol for the user stage.
 """
 
 from __future__ import annotations

@@ -10,9 +10,11 @@ output of the MLP of layer l on B_h, z_l ~ N(0, 1), h_k the hidden states of B_h
 Cost of a step: 2 forward, 2 backward (one joint backward through both), and n + 1 products with the LM head.
 
 The paper's main text swaps alpha and beta. This file uses the form of the algorithm and of the code, for which
-alpha = 1 (ascent) and beta = 0.001 (noise) are the defaults. Departures from the authors' code: L(w; B_a) is over the
-protocol's response labels, so that alpha = beta = 0 is SFT; the last hidden state is normalized once and counted once;
-the first differing token has a gradient; token id 0 counts as an ordinary token; padding is never trained on.
+alpha = 1 (ascent) and beta = 0.001 (noise) are the defaults.
+
+Departures from the authors' code (domenicrosati/representation-noising): the alignment loss is over the protocol's
+response labels, so that alpha = beta = 0 is SFT; the last hidden state is normalized once and counted once; the first
+differing token has a gradient; token id 0 counts as an ordinary token; padding is never trained on.
 """
 
 from __future__ import annotations

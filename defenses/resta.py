@@ -8,13 +8,12 @@ user stage:
 The only cost at repair time is that training run, which all runs of one aligned model share. As a LoRA the sum has both
 ranks: A' = [A; A_h], B' = [B, -gamma B_h].
 
-Departures from the paper and from the authors' code (github.com/declare-lab/resta), which merges complete checkpoints
-with mergekit and whose scripts were not compared line by line:
+The authors' code (declare-lab/resta) merges complete checkpoints with mergekit. Its scripts were not compared line by
+line. gamma = 0.5 is the value reported for the paper; it is not verified.
 
-- no DARE (RESTA_d), which drops random entries of dW and rescales the rest: the sparse dW has full rank;
-- dW_h is trained on the defender's harmful rows, starting at the aligned model of the protocol; the authors start at
-  Llama-2-Chat and use their own harmful questions and answers;
-- gamma = 0.5 is the value reported for the paper; it is not verified.
+Departures from the paper: there is no DARE (RESTA_d), which drops random entries of dW and rescales the rest, because a
+sparse dW has full rank; dW_h is trained on the defender's harmful rows, starting at the aligned model of the protocol
+(the authors start at Llama-2-Chat and use their own harmful questions and answers).
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
     w <- SFT on the n + m rows, shuffled,   m = round(share n)
 
 The same estimator as `vlguard` with `mix=add` and `rows` = m; papers list it under this name. Cost of a step: 1
-forward, 1 backward. Departures from the authors' code (vinid/safety-tuned-llamas): the demonstrations are alignment
-rows of the protocol (theirs are answers of GPT-3.5 to red-team questions); the loss is over responses only (theirs is
-over prompts too by default).
+forward, 1 backward.
+
+Departures from the authors' code (vinid/safety-tuned-llamas): the demonstrations are alignment rows of the protocol
+(theirs are answers of GPT-3.5 to red-team questions); the loss is over responses only (theirs is over prompts too by
+default).
 """
 
 from __future__ import annotations

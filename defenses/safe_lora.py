@@ -7,7 +7,10 @@ For every adapted module, with V the update of its weight by alignment and dW = 
     B <- C B   where cos(C B A, B A) <= tau, or, without tau, in the k modules with the smallest cosine
 
 No pass over data. V has the rank of the alignment adapter, so C is stored as U diag(c) U^T. The rank and A are
-unchanged. Departure from the authors' code: exactly k modules (theirs rounds cosines, so that ties select more).
+unchanged.
+
+Departures from the authors' code (IBM/SafeLoRA): exactly k modules are edited (theirs rounds cosines, so that ties
+select more).
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ With p_w0 the aligned model before the user stage, and all trainable parameters 
 Cost of a step: 3 forward (the teacher's without a graph), 2 backward; loss=sft: 2 forward, 2 backward.
 
 The authors' code was not read: the rule is that of another project (SafeTune), which quotes the paper's algorithm 1.
-The values are that project's. Both distributions of the KL term are without dropout, so that g_a at w = w0 is 0 up to
-rounding; there is no projection where ||g_a|| <= 1e-5 ||g_u||, because the direction of such a g_a is noise. The
-projection is before Adam and weight decay, so the update may still conflict.
+The values are that project's. The projection is before Adam and weight decay, so the update may still conflict.
+
+Departures from SafeTune: both distributions of the KL term are without dropout, so that g_a at w = w0 is 0 up to
+rounding; there is no projection where ||g_a|| <= 1e-5 ||g_u||, because the direction of such a g_a is noise.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ Every run of one aligned model shares the training run. As a LoRA the sum has bo
 never negative; a module without an update by alignment or by the user has none, and is unchanged. With tau = 2 every
 other module is merged: an interpolation towards the safe adapter.
 
-Departures from the authors' code (aladinD/SafeMERGE): peft's `linear` rule, which they use, mixes A and B separately,
-so that the product has cross terms B A_safe and B_safe A; theirs merges a module without an alignment update (its
-cosine is 0 there); the cosine is not rounded. Their rule `dare_linear` drops random entries and is not offered.
+Departures from the authors' code (aladinD/SafeMERGE): the sum is the sum of the updates (theirs is the rule `linear` of
+peft, which mixes A and B separately, so that the product has cross terms B A_safe and B_safe A); a module without an
+update by alignment is unchanged (theirs merges it, because its cosine is 0 there); the cosine is not rounded; the rule
+`dare_linear`, which drops random entries, is not offered.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ The last line is exact for quadratic losses, otherwise its error is O(eps). Wher
 benign behavior: HS and FA fall together, and the verdict of such a model is *self-destruct*. A micro-batch of pairs
 without a token that differs gives the gradient of SFT. Cost of a step: 6 forward, 6 backward.
 
+A bfloat16 model rounds its activations, so that the last line is noise at eps = 0.001: in a model of 2 layers its
+relative error is 11, and 0.2 at eps = 0.1 (in float32: 0.002 and 0.15).
+
 Departures from the authors' code (ZJUWYH/seam): weights and shifts are float32 (theirs are bfloat16, where most of the
-shift is rounded off); the alignment rows are the protocol's; the mask and A are those of `repnoise`; L(w; B_b) is over
-the response (theirs also over the prompt); `unlearn` is 1 in theirs. A bfloat16 model still rounds its activations, so
-that the last line is noise at eps = 0.001: in a model of 2 layers its relative error is 11, and 0.2 at eps = 0.1 (in
-float32: 0.002 and 0.15).
+shift is rounded off); the alignment rows are the protocol's; the mask and A are those of `repnoise`; the benign loss is
+over the response (theirs also over the prompt); `unlearn` is a parameter (1 in theirs).
 """
 
 from __future__ import annotations

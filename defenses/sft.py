@@ -3,6 +3,8 @@
     w <- w - lr * grad L(w; B_a)
 
 Cost of a step: 1 forward, 1 backward. It has no parameter to tune.
+
+Departures: none.
 """
 
 from harmbench_vaccine.plugins import Defense

@@ -9,9 +9,9 @@ or 2 layers has no safety layer.
 Cost of a step: 1 forward, 1 backward, without the gradients of the frozen parameters. These have no gradient at all, so
 that momentum and weight decay do not change them either.
 
-Departures: the paper finds the safety layers of each model by comparing hidden states of benign and harmful prompts,
-and here they are parameters; the authors' code freezes the attention and the MLP of a layer, and here full fine-tuning
-also freezes its norms.
+Departures: the safety layers are parameters (the paper finds them for each model by comparing hidden states of benign
+and harmful prompts); full fine-tuning also freezes the norms of a layer (the authors' code freezes its attention and
+its MLP).
 """
 
 from __future__ import annotations

@@ -9,9 +9,11 @@ by a judge, p_w0 the model before the stage, and t a response token of chunk k:
 A safe token is learned, an unsafe one keeps the distribution of the aligned model. Cost of a step: 2 forward (the
 reference without a graph), 1 backward; once: one judgment of every chunk. strength s uses 1 - s (1 - V) for V.
 
-The authors' code was not read; lam and the formula are those of another project (SafeTune). The paper's chunk length
-is not verified. V is 1 - the largest probability of a harm category; 0 or 1 for a judge without probabilities, and 0
-for an unread verdict. A judge that reads only the beginning of a long text sees no difference between its last chunks.
+The authors' code was not read; lam and the formula are those of another project (SafeTune). The paper's chunk length is
+not verified. V is 1 - the largest probability of a harm category; 0 or 1 for a judge without probabilities, and 0 for
+an unread verdict. A judge that reads only the beginning of a long text sees no difference between its last chunks.
+
+Departures from SafeTune: the KL term is over the vocabulary (theirs is the estimate kl=k3 at the token of the row).
 """
 
 from __future__ import annotations

@@ -12,11 +12,13 @@ adversary=same: the attacker moves w itself; the gradient at the moved w is appl
 Neither differentiates the attacker's path by w (first order, the authors').
 
 Cost of a step: K + K / every + 1 forward and backward, 81 with the authors' values; `tar:inner=8,every=2` needs 13.
-Departures: an adapter is trained (theirs: all weights), so the attacker's rates are ours; every attacker trains on the
-defender's harmful rows (theirs draws one of three data sets, and with the third begins on harmless rows); entropy is
-over response positions (theirs also over prompt and padding); with accumulation each micro-batch has an attacker; no
-initial random mapping, no term on hidden states of retained rows. T-Vaccine's baseline of this name is another method:
-its code computes plain SFT.
+T-Vaccine's baseline of this name is another method: its code computes plain SFT.
+
+Departures from the authors' code (rishub-tamirisa/tamper-resistance): an adapter is trained (theirs: all weights), so
+the attacker's rates are ours; every attacker trains on the defender's harmful rows (theirs draws one of three data
+sets, and with the third begins on harmless rows); entropy is over response positions (theirs also over prompt and
+padding); with accumulation each micro-batch has an attacker; there is no initial random mapping; there is no term on
+hidden states of retained rows.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ alignment, topology or attack. As a LoRA the sum has both ranks. `resta` is the 
 aligned model.
 
 Departures from the paper: dW_h is subtracted from a model that was aligned and fine-tuned after the base model (the
-paper subtracts it from the base model); it is a LoRA, trained on the defender's harmful rows with the protocol's
+paper subtracts it from the base model); dW_h is a LoRA, trained on the defender's harmful rows with the protocol's
 settings for the user stage (the paper trains all weights); lam is a parameter (the paper chooses it on held-out data).
 """
 

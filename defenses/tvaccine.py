@@ -9,9 +9,9 @@ weights p:
 
 Cost of a step: 2 forward, 2 backward, which stop at the lowest layer of S. gamma = all layers is Vaccine.
 
-Departures from the authors' code: the full layer is frozen, as in the paper (theirs freezes the attention of the other
-layers but trains the adapters of their MLPs); the importance is computed on a micro-batch (theirs uses one harmful
-row).
+Departures from the authors' code (Lslland/T-Vaccine): the full layer is frozen, as in the paper (theirs freezes the
+attention of the other layers but trains the adapters of their MLPs); the importance is computed on a micro-batch
+(theirs uses one harmful row).
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ group is the half of the alignment rows whose loss rises most. At step t of T, w
     q <- q e^(eta L(w; B) / q) / (q e^(eta L(w; B) / q) + 1 - q), clipped to [0.1, 0.9];   mirrored for the other group
 
 The coin is the authors' code; the paper adds the losses at w and at the shifted parameters with weights 1 - lam, lam.
-Cost of a step: 1 to 2 forward and backward. Departures from the authors' code (ChanLiang/VAA): they count how often
-the answer to a row turns harmful during the attack, by a judge (groups=loss is ours and needs no answers); the draws of
-rows in different steps are independent (theirs go through shuffles of the group); q uses the loss before the shift
-(theirs the one after it, so that q drifts to the group with more shifts); parameters without a gradient are restored
-too (theirs fails for adapters); the random numbers are those of the stage (theirs: the global ones of Python).
+Cost of a step: 1 to 2 forward and backward.
+
+Departures from the authors' code (ChanLiang/VAA): the groups are by loss (theirs count how often the answer to a row
+turns harmful during the attack, by a judge); the draws of rows in different steps are independent (theirs go through
+shuffles of the group); q uses the loss before the shift (theirs the one after it, so that q drifts to the group with
+more shifts); parameters without a gradient are restored too (theirs fails for adapters); the random numbers are those
+of the stage (theirs: the global ones of Python).
 """
 
 from __future__ import annotations

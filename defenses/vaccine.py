@@ -9,9 +9,10 @@ With h_l the output of attention block l (before the residual), g_l = dL/dh_l at
 Cost of a perturbed step: 2 forward, 2 backward; the first backward stops at the activations. With tau > 1 (appendix A,
 algorithm 2) step t is perturbed if and only if t mod tau = 0, and the other steps use the clean gradient.
 
-Departures from the authors' code: padding is masked explicitly; both passes see the same dropout masks, so that eps is
-computed for the same function that it perturbs and rho = 0 is exactly SFT; the norm is computed in float32; gradients
-of earlier micro-batches survive under accumulation (the authors' code zeroes them inside the step).
+Departures from the authors' code (git-disl/Vaccine): padding is masked explicitly; both passes see the same dropout
+masks, so that eps is computed for the same function that it perturbs and rho = 0 is exactly SFT; the norm is computed
+in float32; gradients of earlier micro-batches survive under accumulation (the authors' code zeroes them inside the
+step).
 """
 
 from __future__ import annotations

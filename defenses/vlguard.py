@@ -8,6 +8,9 @@ m alignment rows, drawn by the seed, join the n rows of the user:
 
 Cost of a step: 1 forward, 1 backward; joint: 2 forward, 2 backward. The post-hoc mode of the paper is `realign`.
 SafeInstr (arXiv 2309.07875) is equal to `add`.
+
+Departures: the rows are alignment rows of the protocol (the paper's are instructions about images, with their answers);
+the m rows are drawn by the seed (the Vaccine code takes the first ones).
 """
 
 from __future__ import annotations

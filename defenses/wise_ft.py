@@ -4,8 +4,11 @@ With dW the update that the user stage added to the aligned model:
 
     W = W_aligned + alpha dW          alpha = 0 is the aligned model, alpha = 1 the fine-tuned one
 
-No pass over data. As a LoRA: B <- alpha B, the rank and A are unchanged. The paper interpolates a zero-shot classifier
-with its fine-tuned version for robustness; alpha = 0.5 is its recommendation where nothing is known about the new data.
+No pass over data. As a LoRA: B <- alpha B, the rank and A are unchanged. alpha = 0.5 is the paper's recommendation
+where nothing is known about the new data.
+
+Departures from the paper: the model is an aligned language model and its update an adapter (the paper interpolates all
+weights of a zero-shot image classifier, for robustness).
 """
 
 from __future__ import annotations
