@@ -18,6 +18,8 @@ from harmbench_vaccine.evaluation.records import write_run
 from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.evaluation.results_csv import result_rows
 from harmbench_vaccine.experiment import keys
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, Registry
+from harmbench_vaccine.reporting.evidence import departures_of
 from harmbench_vaccine.reporting.leaderboard.costs import cost_tables
 from harmbench_vaccine.reporting.leaderboard.page import render_page, write_page
 from harmbench_vaccine.reporting.leaderboard.page_sections import UnfinishedRuns, missing_combinations
@@ -31,6 +33,8 @@ from support.cli import hbv
 from support.results import DEFAULTS, collapsed, make_result, write_csv
 
 PAGE_FOLDER = Path(render_page.__code__.co_filename).with_name("page")
+SOURCED: list[tuple[Registry[Any], str]] = [(DEFENSES, "vaccine"), (ATTACKS, "ratio")]
+DEPARTURES = ("[data-show='listed departures']", "[data-show='listed attack_departures']")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 
@@ -424,6 +428,41 @@ def test_every_defense_has_an_evidence_badge(defense: str, badge: str) -> None:
     assert facts["evidence"].startswith(badge.partition(",")[0])
 
 
+@pytest.mark.parametrize(
+    ("defense", "starts"),
+    [
+        ("vaccine", ["padding is masked explicitly"]),
+        ("sft", []),
+        ("sft+lisa", ["lisa: k1 and k2 count optimizer steps"]),
+        ("unknown_defense", []),
+        ("lisa+unknown_defense", []),
+    ],
+)
+def test_departures_of_a_composition_have_the_names_of_its_parts(defense: str, starts: list[str]) -> None:
+    data = page_json(render_page(rank(*cell(defense, 50))))
+    departures = [data["texts"][index] for index in data["defenses"][defense]["departures"]]
+    assert [departure[: len(start)] for start, departure in zip(starts, departures, strict=False)] == starts
+    assert bool(departures) == bool(starts)
+
+
+@pytest.mark.parametrize(
+    ("attack", "evidence", "departure"),
+    [
+        ("ratio=0.1", "authors' code read (git-disl/Vaccine 8937f68)", "n_h is rounded"),
+        ("order+mixing", "definition; authors' code read (git-disl/Virus fa297d0)", "mixing: the parts are joined"),
+        ("benign+./mine.py", "no evidence", ""),
+        ("unknown_attack", "no evidence", ""),
+    ],
+)
+def test_a_setting_has_the_evidence_for_its_attack(attack: str, evidence: str, departure: str) -> None:
+    params: dict[str, Any] = {name.partition("=")[0]: {} for name in attack.split("+")}
+    data = page_json(render_page(rank(*cell("sft", 50, attack=attack, attack_params=params))))
+    (setting,) = data["settings"]
+    assert data["texts"][setting["attack_evidence"]] == evidence
+    assert bool(setting["attack_departures"]) == bool(departure)
+    assert "".join(data["texts"][index] for index in setting["attack_departures"]).startswith(departure)
+
+
 def test_runs_without_the_test_for_hollow_answers_are_counted() -> None:
     rows = result_rows(cell("sft", 50))
     assert "not tested for hollow answers" not in render_page(rank_rows(rows))
@@ -470,7 +509,7 @@ def defenses(browser: Browser) -> list[str]:
 
 
 def attacks(browser: Browser) -> list[str]:
-    return browser.texts("#ranking th[scope=rowgroup]")
+    return [text.split("\n")[0] for text in browser.texts("#ranking th[scope=rowgroup]")]
 
 
 @pytest.mark.slow
@@ -506,6 +545,7 @@ def test_filters_and_search(browser: Browser, page: Path) -> None:
     assert browser.texts("#status") == ["6 of 9 rows"]  # the attack with most defenses
     browser.click("[data-facet=attack][value='ratio=0.2']")
     assert attacks(browser) == ["ratio=0.1", "ratio=0.2"]
+    assert "evidence for the attack: authors' code read" in browser.texts("#ranking th[scope=rowgroup]")[0]
     assert browser.texts("#status") == ["9 of 9 rows"]
     browser.click("[data-facet=attack][value='ratio=0.1']")
     assert defenses(browser) == ["vaccine", "lisa", "sft"]
@@ -534,6 +574,11 @@ def test_a_row_opens_to_its_facts_and_its_command(browser: Browser, page: Path) 
         "--seed 0 --seed 1"
     ]
     assert all(text in shown for text in ("aa11", "torch 2", run, AT_TENTH[3].run, "p=0.1"))
+    departures = [departures_of(registry.get(name)) or [] for registry, name in SOURCED]
+    assert all(departures)
+    assert [browser.texts(f"tr.details {slot} li") for slot in DEPARTURES] == departures
+    tooltip = browser.evaluate("document.querySelector('tr.cell:has(+ tr.details) .badge').title")
+    assert tooltip.splitlines()[1:] == departures[0]
     assert browser.evaluate(f"document.getElementById('open-{run}').ariaExpanded") == "true"
     browser.click(f"[id='open-{run}']")
     assert browser.texts("tr.details") == []

@@ -93,11 +93,14 @@ def _comment_markdown(paragraph: str) -> str:
 
 
 def docstring_markdown(text: str) -> str:
-    """Return the Markdown of a docstring: prose, its equations as MathML, and its commands as code."""
+    """Return the Markdown of a docstring: prose, equations as MathML, commands as code, departures as a list."""
     views = {
         "prose": lambda lines: escape_markdown("\n".join(lines)),
         "equations": equation_table,
         "commands": lambda lines: "\n".join(["```sh", *lines, "```"]),
+        "departures": lambda lines: "\n".join(
+            [f"{lines[0]}:\n", *(f"- {escape_markdown(line)}" for line in lines[1:])]
+        ),
     }
     return "\n\n".join(views[block.kind](block.lines) for block in docstring_blocks(text))
 

@@ -32,7 +32,7 @@ def _verbose(text: str) -> Callable[[F], F]:
 
 
 @list_.command()
-@_verbose("Show citation, cost, memory and the rows that each needs.")
+@_verbose("Show citation, evidence, cost, memory and the rows that each needs.")
 @_AS_JSON
 def defenses(verbose: bool, as_json: bool) -> None:
     """List the defenses with their stages.
@@ -46,7 +46,7 @@ def defenses(verbose: bool, as_json: bool) -> None:
 
 
 @list_.command()
-@_verbose("Show citation, whether each trains, and the attacks that it excludes.")
+@_verbose("Show citation, evidence, whether each trains, and the attacks that it excludes.")
 @_AS_JSON
 def attacks(verbose: bool, as_json: bool) -> None:
     """List the attacks.

@@ -22,12 +22,17 @@ from .registry import PluginEntry, Registry
 class Declaration:
     """The documentation and the facts of a plug-in."""
 
-    title: str
-    """The first line of its module's docstring."""
+    doc: str
+    """The docstring of its module."""
     summary: str
     """The first line of its class's docstring."""
     facts: Mapping[str, Any]
     """Class attribute -> value."""
+
+    @property
+    def title(self) -> str:
+        """The first line of the docstring of its module."""
+        return _first_line(self.doc)
 
 
 def read_declarations(registry: Registry[Any], facts: tuple[str, ...]) -> dict[str, Declaration | None]:
@@ -76,7 +81,7 @@ def _parse(file: Path, base: type, facts: tuple[str, ...]) -> Declaration:
     if len(plugins) != 1:
         raise LookupError(file)
     values = {fact: getattr(base, fact, "") for fact in facts} | dict(_constants(plugins[0], facts))
-    return Declaration(_first_line(ast.get_docstring(module)), _first_line(ast.get_docstring(plugins[0])), values)
+    return Declaration(ast.get_docstring(module) or "", _first_line(ast.get_docstring(plugins[0])), values)
 
 
 def _constants(plugin: ast.ClassDef, facts: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -97,7 +102,7 @@ def _constants(plugin: ast.ClassDef, facts: tuple[str, ...]) -> Iterator[tuple[s
 
 def _imported(cls: type, facts: tuple[str, ...]) -> Declaration:
     module = sys.modules[cls.__module__].__doc__
-    return Declaration(_first_line(module), _first_line(cls.__doc__), {fact: getattr(cls, fact, "") for fact in facts})
+    return Declaration(module or "", _first_line(cls.__doc__), {fact: getattr(cls, fact, "") for fact in facts})
 
 
 def _first_line(doc: str | None) -> str:

@@ -21,7 +21,7 @@ from harmbench_vaccine.plugins.grid import COUNT
 from harmbench_vaccine.plugins.registry import Registry
 
 from .docstrings import docstring_blocks, split_note
-from .evidence import evidence_text
+from .evidence import departures_of, evidence_text
 from .render import Column, VisibleText, dim_notes, number_column, render_fields, render_table
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("stages", least=8),
         Column("citation", least=10),
         Column("evidence", least=16),
+        number_column("departures"),
         Column("cost", least=10),
         Column("once", least=20),
         Column("memory", least=16),
@@ -50,6 +51,8 @@ _COLUMNS: dict[str, tuple[Column, ...]] = {
     ),
     "attack": (
         Column("citation", least=10),
+        Column("evidence", least=16),
+        number_column("departures"),
         Column("summary", least=30),
         Column("trains", wrap=False),
         Column("excludes"),
@@ -92,19 +95,22 @@ _TITLES = {
 """Headings that differ from the name of the fact."""
 ANSWERS = "answers"
 """The stage of a defense that only replaces answers."""
+SOURCED = ("defense", "attack")
+"""Kinds of plug-ins that have evidence and departures."""
 _INDENT, _LEAST_NOTE = 4, 20
 """Columns before an equation and before its note, and the least width of notes."""
 
 
 def plugin_facts(cls: type[Plugin]) -> dict[str, Any]:
-    """Return name, kind, the first line of the docstring, citation, and the facts of the kind."""
+    """Return name, kind, the first line of the docstring, citation, evidence, departures, and the facts of the kind."""
+    sourced = {"evidence": evidence_text(cls), "departures": departures_of(cls)} if cls.kind in SOURCED else {}
     return {
         "name": cls.name,
         "kind": cls.kind,
         "title": (sys.modules[cls.__module__].__doc__ or "").strip().partition("\n")[0],
         "summary": (cls.__doc__ or "").strip().partition("\n")[0],
         "citation": cls.citation,
-        **({"evidence": evidence_text(cls)} if issubclass(cls, Defense) else {}),
+        **sourced,
         **{key: _fact(cls, key) for key in FACTS[cls.kind]},
     }
 
@@ -232,10 +238,20 @@ class _Equations:
         yield Padding(table, (0, 0, 0, _INDENT))
 
 
+def _departures(lines: Sequence[str]) -> RenderableType:
+    """Build the list of departures under its heading; the lines of one departure have the same indent."""
+    heading, *departures = lines
+    table = Table.grid(padding=(0, 1, 0, 0), pad_edge=False)
+    for departure in departures:
+        table.add_row("-", VisibleText(departure))
+    return Group(VisibleText(f"{heading}:"), table)
+
+
 _DOC_VIEWS: dict[str, Callable[[Sequence[str]], RenderableType]] = {
     "prose": lambda lines: VisibleText(re.sub(r"\n(?!- )\s*", " ", "\n".join(lines))),  # one line for each list item
     "equations": _Equations,
     "commands": lambda lines: VisibleText("\n".join(" " * _INDENT + line for line in lines)),
+    "departures": _departures,
 }
 
 
@@ -262,7 +278,9 @@ def _parameters(details: Mapping[str, Any]) -> RenderableType:
 
 
 def _shown(key: str, facts: Mapping[str, Any]) -> str:
-    """Return a fact as text; a defense without a stage replaces answers."""
+    """Return a fact as text; a defense without a stage replaces answers, and departures are counted."""
+    if key == "departures":
+        return "not stated" if facts[key] is None else str(len(facts[key]))
     return ANSWERS if key == "stages" and not facts[key] else _fact_text(facts[key])
 
 

@@ -18,7 +18,8 @@ from harmbench_vaccine.evaluation.result import Result
 from harmbench_vaccine.experiment.protocol import load_protocol
 from harmbench_vaccine.plugins.composition import parse_plugins
 from harmbench_vaccine.plugins.declarations import Declaration, read_declarations
-from harmbench_vaccine.plugins.registry import DEFENSES
+from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES
+from harmbench_vaccine.reporting.docstrings import departures_in
 from harmbench_vaccine.reporting.evidence import load_evidence
 from harmbench_vaccine.reporting.plugin_pages import parameter_text
 from harmbench_vaccine.reporting.published.comparison import SCORES, ComparedFigure, PublishedComparison
@@ -55,7 +56,7 @@ COLORS = {
     UNKNOWN: "unknown",
 }
 NO_EVIDENCE = "no evidence"
-"""Badge of a defense that is not built in."""
+"""Badge of a plug-in that is not built in."""
 SEVERAL = "several"
 """Classes of the style: the color of each stage, and of a defense that acts in several."""
 MOST_ANSWERS = 20
@@ -96,27 +97,35 @@ def page_data(
         answers: Include the answers to the first `MOST_ANSWERS` harmful questions of one run of each cell.
 
     Returns:
-        JSON values without NaN. A cell is a list of `CELL_COLUMNS`, and a run in it of `RUN_COLUMNS`; their texts are
-        positions in `texts`.
+        JSON values without NaN. A cell is a list of `CELL_COLUMNS`, and a run in it of `RUN_COLUMNS`; their texts,
+        departures and the evidence for an attack are positions in `texts`.
     """
     texts = PageTexts()
     cells = [
         _cell(cell, index, ranking, runs, texts) for index, ranking in enumerate(rankings) for cell in ranking.rows
     ]
+    attacks = read_declarations(ATTACKS, ())
     firsts = [_runs_of(cell, ranking)[0]["run"] for ranking in rankings for cell in ranking.rows]
     return {
         "columns": CELL_COLUMNS,
         "run_columns": RUN_COLUMNS,
-        "settings": [_setting(ranking, runs) for ranking in rankings],
-        "defenses": {visible(name): declared for name, declared in facts.items()},
+        "settings": [_setting(ranking, runs, attacks, texts) for ranking in rankings],
+        "defenses": {
+            visible(name): {**declared, "departures": list(map(texts.index, declared["departures"]))}
+            for name, declared in facts.items()
+        },
         "cells": cells,
         "answers": {run: pairs for run in firsts if (pairs := _answers(run, runs, texts))} if answers else {},
         "texts": texts.list(),
     }
 
 
-def _setting(ranking: Ranking, folder: Path | None) -> dict[str, Any]:
+def _setting(
+    ranking: Ranking, folder: Path | None, attacks: Mapping[str, Declaration | None], texts: PageTexts
+) -> dict[str, Any]:
+    """Return the facts that all cells of a ranking share, with the evidence for its attack."""
     ratio, family = harmful_ratio(ranking)
+    sourced = _evidence_facts("attack", _declared(str(ranking.runs[0]["attack_written"]), attacks))
     return {
         **{column: visible(ranking.setting[column]) for column in SETTING},
         "attack_parameters": visible(_parameters_text(ranking.rows[0]["attack_params"])),
@@ -124,6 +133,8 @@ def _setting(ranking: Ranking, folder: Path | None) -> dict[str, Any]:
         "ratio": ratio,
         "family": visible(family),
         "options": visible(_shared_options(ranking, folder)),
+        "attack_evidence": texts.index(sourced["evidence"]),
+        "attack_departures": list(map(texts.index, sourced["departures"])),
     }
 
 
@@ -289,7 +300,7 @@ def defense_facts(rankings: Sequence[Ranking]) -> dict[str, dict[str, Any]]:
 
 
 def _declared(text: str, declarations: Mapping[str, Declaration | None]) -> dict[str, Declaration]:
-    """Return the declarations of the plug-ins of a defense, by their names; none if one is not installed.
+    """Return the declarations of the plug-ins of a defense or an attack, by their names; none if one is not installed.
 
     A plug-in file that a CSV names is not read, since it could be any file.
     """
@@ -317,20 +328,25 @@ def _facts_of(declared: Mapping[str, Declaration], is_baseline: bool) -> dict[st
         "passes": _joined(_passes(part) for part in parts),
         "memory": _joined(part.facts["memory"] for part in parts),
         "extra_rows": _joined(extra_rows),
-        **_evidence_facts(declared),
+        **_evidence_facts("defense", declared),
     }
 
 
-def _evidence_facts(names: Iterable[str]) -> dict[str, str]:
-    """Return the evidence for a defense, and its badge: the grades of its plug-ins."""
-    known = load_evidence()
-    evidence = [known.get(name) for name in names]
+def _evidence_facts(kind: str, declared: Mapping[str, Declaration]) -> dict[str, Any]:
+    """Return the evidence for a composition, its badge: the grades of its plug-ins, and their departures."""
+    known = load_evidence().of_kind(kind)
+    evidence = [known.get(name) for name in declared]
     present = [each for each in evidence if each]
-    if not present or len(present) < len(evidence):
-        return {"evidence": NO_EVIDENCE, "badge": NO_EVIDENCE}
+    complete = present and len(present) == len(evidence)
+    departures = [
+        f"{name}: {departure}" if len(declared) > 1 else departure
+        for name, part in declared.items()
+        for departure in departures_in(part.doc) or []
+    ]
     return {
-        "evidence": visible("; ".join(each.text for each in present)),
-        "badge": ", ".join(dict.fromkeys(each.grade for each in present)),
+        "evidence": visible("; ".join(each.text for each in present)) if complete else NO_EVIDENCE,
+        "badge": ", ".join(dict.fromkeys(each.grade for each in present)) if complete else NO_EVIDENCE,
+        "departures": departures,
     }
 
 

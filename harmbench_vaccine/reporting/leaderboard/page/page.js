@@ -25,7 +25,7 @@ const cells = data.cells.map((values) => {
   const [defense, parameters, reasons] = [cell.defense, cell.parameters, cell.reasons].map(text);
   const facts = data.defenses[defense];
   const searched = `${defense} ${place.attack} ${place.task} ${parameters} ${facts.summary}`.toLowerCase();
-  const facets = { ...place, protocol: `${place.protocol} ${place.protocol_hash}`, ...facts };
+  const facets = { ...place, protocol: `${place.protocol} ${place.protocol_hash}`, attack_evidence: text(place.attack_evidence), ...facts };
   return { ...cell, id: runs[0].run, place, runs, defense, parameters, reasons, facts, facets, searched };
 });
 const varied = PLACE.filter((key) => new Set(cells.map((cell) => cell.facets[key])).size > 1);
@@ -100,7 +100,7 @@ const FORMATS = {
   name: (cell) => [
     html("button", { "data-action": "open", id: `open-${cell.id}`, "aria-expanded": `${state.open.has(cell.id)}` }, breakable(cell.defense)),
     html("div", { class: `small dot ${cell.facts.color}` }, cell.facts.stage.join(", "),
-      html("span", { class: "badge tablet" }, cell.facts.badge))],
+      html("span", { class: "badge tablet", title: [cell.facts.evidence, ...cell.facts.departures.map(text)].join("\n") }, cell.facts.badge))],
   score: (cell, key) => [html("b", {}, fixed(cell[key])), html("span", { class: "interval" }, range(cell, key, fixed)),
     key === "finetune_accuracy" && !cell.trained && small("untrained"), bar(cell, key)],
   difference: (cell, key) => (cell[key] === null ? []
@@ -120,7 +120,7 @@ const FORMATS = {
   versions: (cell) => [[...new Set(cell.runs.flatMap((run) => [run.versions, run.machine].map(text)))].filter(Boolean).join("; ")],
   published_figures: (cell) => cell.published.map(([title, value, verdict, ...notes]) => html("li", {},
     html("b", {}, `${title} ${value}`), ` (${verdict})`, notes.map((index) => small(text(index))))),
-  deviations: (cell) => cell.deviations.map((index) => html("li", {}, text(index))),
+  listed: (cell, key) => (cell.facets[key] ?? cell[key]).map((index) => html("li", {}, text(index))),
   answers: (cell) => (data.answers[cell.id] ?? []).map(([prompt, ...pair]) => html("li", {}, html("b", {}, text(prompt)),
     ["before", "after"].map((when, index) => html("p", {}, html("i", {}, `${when}: `), text(pair[2 * index]) ?? "–",
       pair[2 * index + 1] === true && html("b", { class: "flagged" }, " flagged"))))),
@@ -134,7 +134,7 @@ function renderTable(shown) {
   heads.forEach((head) => head.setAttribute("aria-sort", head.dataset.key === state.sort.replace("-", "") ? order : "none"));
   const settings = groups(shown, (cell) => cell.setting);
   byId("ranking").append(...settings.map((group) => html("tbody", {},
-    settings.length > 1 && html("tr", {}, html("th", { scope: "rowgroup", colspan: heads.length }, label(group[0]))),
+    settings.length > 1 && html("tr", {}, html("th", { scope: "rowgroup", colspan: heads.length }, label(group[0]), small(`evidence for the attack: ${group[0].facets.attack_evidence}`))),
     group.flatMap((cell, index) => [row(cell, group[index - 1]), state.open.has(cell.id) && details(cell)]))));
 }
 
