@@ -44,6 +44,8 @@ class Example:
     """Text before the complete prompt of this row, like a system message."""
     masked: tuple[int, int] | None = None
     """Range of characters of the response (first, last + 1) that the model reads but is not trained to write."""
+    categories: tuple[str, ...] = ()
+    """The harm categories of the prompt, sorted; empty if the data name none. They select rows and are in no key."""
 
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]

@@ -21,7 +21,7 @@ from .sources import RowReader, SourceRow, parse_split
 T = TypeVar("T")
 
 BEAVERTAILS = ("prompt", "response", "is_safe")
-"""The fields of a BeaverTails row."""
+"""The fields of a BeaverTails row. Its `category`, an object of harm category -> true or false, is optional."""
 REFUSALS = ("prompt", "response", "refusal")
 """The fields of a row of the refusal set."""
 ALPACA = ("instruction", "output")
@@ -113,7 +113,8 @@ def load_row_pools(
 ) -> RowPools:
     """Read BeaverTails, its refusals and benign instructions, and divide them among their users.
 
-    A question that occurs in several pools stays in the first of: evaluation, defender, attacker, benign rows.
+    A question that occurs in several pools stays in the first of: evaluation, defender, attacker, benign rows. The
+    categories of a row are those of its prompt: the union over all rows that are read, of BeaverTails and refusals.
 
     Args:
         beavertails: Location of BeaverTails.
@@ -134,18 +135,21 @@ def load_row_pools(
     """
     reader = RowReader()
     test_rows = reader.read(beavertails, test, BEAVERTAILS)
-    questions = [_harmful(row, test) for row in test_rows if safe_prompts or not row.values["is_safe"]]
     instructions, benign_test_rows = (load_instructions(reader, alpaca, split) for split in (benign_train, benign_test))
     rows = reader.read(beavertails, train, BEAVERTAILS)
-    answer_pairs = [(_refusal(row), _harmful(row, "refusals")) for row in _pairs(reader, refusals, pairs, in_order)]
+    pair_rows = _pairs(reader, refusals, pairs, in_order)
+    attacker_rows = _pairs(reader, refusals, attacker, in_order) if attacker else []
+    labels = _prompt_categories([*test_rows, *rows, *pair_rows, *attacker_rows])
+    questions = [_harmful(row, test, labels) for row in test_rows if safe_prompts or not row.values["is_safe"]]
+    answer_pairs = [(_refusal(row, labels), _harmful(row, "refusals", labels)) for row in pair_rows]
     if source == "safe":
-        safe = [_safe(row, train) for row in rows if row.values["is_safe"]]
+        safe = [_safe(row, train, labels) for row in rows if row.values["is_safe"]]
     else:
         safe = [refusal for refusal, _ in answer_pairs]
     if attacker:
-        harmful = [_harmful(row, "refusals") for row in _pairs(reader, refusals, attacker, in_order)]
+        harmful = [_harmful(row, "refusals", labels) for row in attacker_rows]
     else:
-        harmful = [_harmful(row, train) for row in rows if not row.values["is_safe"]]
+        harmful = [_harmful(row, train, labels) for row in rows if not row.values["is_safe"]]
     if in_order:
         return RowPools(safe, answer_pairs, harmful, instructions, questions, benign_test_rows, {}, reader.counts)
 
@@ -194,27 +198,55 @@ def _pairs(reader: RowReader, location: str, split: str, in_order: bool) -> list
     return rows if in_order else [row for row in rows if row.values.get("is_safe") is not True]
 
 
-def _safe(row: SourceRow, split: str) -> Example:
-    name = parse_split(split)[0]
-    return Example(id=f"safe:{name}:{row.number}", instruction=row.values["prompt"], response=row.values["response"])
+_Labels = Mapping[str, tuple[str, ...]]
+"""Normalized prompt -> its harm categories, sorted; prompts without a category are absent."""
 
 
-def _harmful(row: SourceRow, split: str) -> Example:
+def _prompt_categories(rows: Iterable[SourceRow]) -> _Labels:
+    """Return the union of the categories of each prompt; a row may lack `category`, as those of the refusal set do."""
+    union: dict[str, set[str]] = {}
+    for row in rows:
+        flags = row.values.get("category")
+        if isinstance(flags, Mapping) and (names := [name for name, flag in flags.items() if flag is True]):
+            union.setdefault(normalize(row.values["prompt"]), set()).update(names)
+    return {prompt: tuple(sorted(names)) for prompt, names in union.items()}
+
+
+def _categories(row: SourceRow, labels: _Labels) -> tuple[str, ...]:
+    return labels.get(normalize(row.values["prompt"]), ()) if labels else ()
+
+
+def _safe(row: SourceRow, split: str, labels: _Labels) -> Example:
+    return Example(
+        id=f"safe:{parse_split(split)[0]}:{row.number}",
+        instruction=row.values["prompt"],
+        response=row.values["response"],
+        categories=_categories(row, labels),
+    )
+
+
+def _harmful(row: SourceRow, split: str, labels: _Labels) -> Example:
     values = row.values
     return Example(
         id=f"harmful:{parse_split(split)[0]}:{row.number}",
         instruction=values["prompt"],
         response=values["response"],
         harmful=True,
+        categories=_categories(row, labels),
     )
 
 
-def _refusal(row: SourceRow) -> Example:
+def _refusal(row: SourceRow, labels: _Labels) -> Example:
     """Return the refusal of a row. Only the answer of its text `Question: ...\nAnswer: ...` is the response."""
     text = row.values["refusal"]
     if text.startswith("Question: "):
         text = text.partition("\nAnswer:")[2] or text
-    return Example(id=f"refusal:{row.number}", instruction=row.values["prompt"], response=text.strip())
+    return Example(
+        id=f"refusal:{row.number}",
+        instruction=row.values["prompt"],
+        response=text.strip(),
+        categories=_categories(row, labels),
+    )
 
 
 def load_instructions(reader: RowReader, location: str, split: str) -> list[Example]:

@@ -31,6 +31,9 @@ METHOD = 4
 READING = 2
 """Version of judgments; increase it if shared code changes them or their decision: stored ones are then not used."""
 
+ANSWER_INDEPENDENT = ("masked", "categories")
+"""Fields of an example that only training or the selection of rows uses: they are not in the keys of answers."""
+
 Inputs = dict[str, Any]
 
 
@@ -92,7 +95,7 @@ def answer_key(
         prompts: Its rendered prompts.
     """
     questions = [
-        [{name: value for name, value in vars(example).items() if name != "masked"}, prompt]  # masked: for training
+        [{name: value for name, value in vars(example).items() if name not in ANSWER_INDEPENDENT}, prompt]
         for example, prompt in zip(eval_set.examples, prompts, strict=True)
     ]
     return {
