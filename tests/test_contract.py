@@ -604,6 +604,13 @@ class Greedy(SoundAttack):
         return replace(mix, ratio=1.5)
 
 
+class Inventive(SoundAttack):
+    """Gives the attacker a row that no data set has."""
+
+    def divide(self, rows: Any) -> Any:
+        return replace(rows, attacker=[*rows.attacker, replace(rows.attacker[0], id="mine")])
+
+
 class Empty(SoundAttack):
     """Uploads nothing."""
 
@@ -698,6 +705,7 @@ BROKEN_ATTACKS: dict[type[Plugin], tuple[str, str]] = {
     Unsourced: ("described", "Parameter 'loud' has no source (where its default comes from)."),
     UnknownExclusion: ("facts", "It excludes the unknown attack 'ratios', allowed: *, backdoor, benign, "),
     Greedy: ("mix", "mix returned 158 rows and a ratio of 1.5."),
+    Inventive: ("divide", "divide returned the row 'mine', which the data do not have."),
     Empty: ("upload", "upload returned no row."),
     Rewriting: ("filter", "filter returned a row that was not uploaded, a changed row, or another order."),
     Frozen: ("settings", "settings sets lr to 0.0; allowed: more than 0."),
@@ -775,7 +783,7 @@ MORE_BROKEN: list[tuple[type[Plugin], str, str]] = [
     (
         type("NoHook", (Attack,), {"__doc__": "x", "__annotations__": {"p": float}, "p": param(1.0, "p", source="s")}),
         "facts",
-        "It has parameters but overrides no hook that would read them (mix, upload, select, filter, settings, ablate, ",
+        "It has parameters but overrides no hook that would read them (divide, mix, upload, select, filter, settings, ",
     ),
     (broken(SoundAttack, "trains", False), "facts", "It does not train and does not override `ablate`."),
     (broken(Sound, "train_on", lambda self, *args: ["row"]), "train_on", "returned a str as row 0; allowed: Example."),
@@ -908,6 +916,34 @@ MORE_BROKEN: list[tuple[type[Plugin], str, str]] = [
         "mix returned a NoneType; allowed: a Mix, for example dataclasses",
     ),
     (broken(SoundAttack, "filter", lambda self, rows, judge: rows[::-1]), "filter", "or another order."),
+    (
+        broken(SoundAttack, "divide", lambda self, rows: rows.attacker),
+        "divide",
+        "divide returned a list; allowed: RowP",
+    ),
+    (
+        broken(SoundAttack, "divide", lambda self, rows: rows.attacker.clear() or rows),
+        "divide",
+        "divide changes its argument, which other runs use",
+    ),
+    (
+        broken(SoundAttack, "divide", lambda self, rows: replace(rows, harmful_questions=rows.harmful_questions[1:])),
+        "divide",
+        "divide changes harmful_questions, which every run is evaluated on.",
+    ),
+    (
+        broken(SoundAttack, "divide", lambda self, rows: replace(rows, attacker=[*rows.attacker, rows.alignment[0]])),
+        "divide",
+        "After divide, the attacker and the defender or the evaluation share the question ",
+    ),
+    *(
+        (
+            broken(SoundAttack, "divide", lambda self, rows, sets=sets: replace(rows, question_sets=sets(rows))),
+            "divide",
+            "which every run has or which is not part of harmful_questions.",
+        )
+        for sets in (lambda rows: {"task": rows.harmful_questions}, lambda rows: {"others": rows.attacker})
+    ),
     (
         broken(SoundAttack, "settings", lambda self, settings: replace(settings, lr=1e-300)),
         "trains",

@@ -8,7 +8,7 @@ does the same, and `count_overlaps` counts the repeated prompts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TypeVar
 
@@ -94,6 +94,8 @@ class RowPools:
     """Pool -> number of rows removed because their question occurs in another pool or earlier in the same one."""
     rows_read: dict[str, dict[str, int]]
     """Location -> split -> number of rows read."""
+    question_sets: dict[str, list[Example]] = field(default_factory=dict)
+    """Name -> a part of `harmful_questions` that is also scored separately; an attack may name such parts."""
 
 
 def load_row_pools(

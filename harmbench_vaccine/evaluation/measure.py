@@ -335,6 +335,6 @@ def _counts(experiment: Experiment, measurements: Measurements, models: ModelPoo
         }
     if experiment.in_order:
         counts["overlaps"] = overlapping_questions(experiment)
-    else:
-        counts["dropped"] = dropped_rows(experiment)
+    if (dropped := dropped_rows(experiment)) or not experiment.in_order:
+        counts["dropped"] = dropped
     return Counts.model_validate(counts)

@@ -119,7 +119,8 @@ class Counts(ResultRecord):
     finetune: StageRows | None = None
     """Rows of the user stage."""
     dropped: dict[str, int] | None = None
-    """Pool -> rows dropped because their question occurs in another pool; absent with `rows=paper`."""
+    """Pool -> rows dropped because their question occurs in another pool; absent with `rows=paper`. Rows that an attack
+    takes away have names of their own, such as `paired_other_categories`, also with `rows=paper`."""
     overlaps: dict[str, int] | None = None
     """With `rows=paper`: use of rows, or pair of uses -> questions that occur more than once."""
     unparsed_grades: dict[Literal["before", "after"], int] | None = None

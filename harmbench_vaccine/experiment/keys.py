@@ -16,7 +16,7 @@ from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.core.types import StageName, TrainSettings
 from harmbench_vaccine.data.prompts import EvalSet
 from harmbench_vaccine.data.sources import fingerprint, location_identity
-from harmbench_vaccine.plugins import Resolved, Scorer
+from harmbench_vaccine.plugins import Attack, Resolved, Scorer
 
 from .artifacts import TrainedModel
 from .experiment import Experiment
@@ -263,12 +263,14 @@ def _stage_rows(experiment: Experiment, stage: StageName) -> Inputs:
 def _alignment_rows(experiment: Experiment) -> Inputs:
     """Return the inputs of the row pools, except the splits and the seed."""
     protocol = experiment.protocol
+    dividing = [attack.identity for attack in experiment.attacks if type(attack.plugin).divide is not Attack.divide]
     instructions = protocol.align.instructions
     return {
         "data": _data_inputs(experiment, *HARM_DATA),
         "alignment_rows": protocol.align.rows,
         **({"alignment_instructions": instructions} if instructions else {}),
         "row_selection": {"rows": protocol.rows, "source": protocol.align.source},
+        **({"division": dividing} if dividing else {}),
     }
 
 

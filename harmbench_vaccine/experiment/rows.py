@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -113,10 +113,21 @@ def harmful_sets(experiment: Experiment) -> list[EvalSet]:
     for config in experiment.stages.values():
         sets = config.defenses.fresh().evaluations(sets)
     sets = experiment.attack_team.fresh().evaluations(sets)
+    sets = [*sets, *_headline_parts(sets, _row_pools(experiment))]
     names = [eval_set.name for eval_set in sets]
     if len({*names, "benign", "task"}) < len(names) + 2:
         raise BadInput(f"Evaluation sets need different names, other than benign and task; got {', '.join(names)}.")
     return sets
+
+
+def _headline_parts(sets: Sequence[EvalSet], pools: RowPools) -> list[EvalSet]:
+    """Return the parts of the headline set that a division of the rows names, without empty ones."""
+    parts = []
+    for name, questions in pools.question_sets.items():
+        ids = {question.id for question in questions}
+        if examples := [example for example in sets[0].examples if example.id in ids]:
+            parts.append(replace(sets[0], name=name, examples=examples))
+    return parts
 
 
 def benign_set(experiment: Experiment) -> EvalSet:
@@ -164,7 +175,8 @@ def _evaluation_rows(
 
 
 def dropped_rows(experiment: Experiment) -> dict[str, int]:
-    """Count, for each pool, the rows that were dropped because their question occurs in another pool."""
+    """Count, for each pool, the rows that were dropped: their question occurs in another pool, or the attack divides
+    the rows."""
     return _row_pools(experiment).dropped
 
 
@@ -203,9 +215,10 @@ def data_locations(experiment: Experiment) -> dict[str, str]:
 
 
 def _row_pools(experiment: Experiment) -> RowPools:
+    """Return all rows by their users, as the attack divides them."""
     protocol = experiment.protocol
     locations = tuple(experiment.location(name) for name in HARM_DATA)
-    return _read_pools(
+    pools = _read_pools(
         locations,
         tuple(fingerprint(location, "dataset") for location in locations),
         tuple(protocol.splits.model_dump().items()),
@@ -213,6 +226,7 @@ def _row_pools(experiment: Experiment) -> RowPools:
         experiment.in_order,
         experiment.in_order and protocol.answer.rows_in_order == "all",
     )
+    return experiment.attack_team.fresh().divide(pools)
 
 
 @lru_cache(maxsize=4)  # by content: a file that changes is read again

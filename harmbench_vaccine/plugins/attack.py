@@ -13,9 +13,10 @@ from .base import Plugin
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from harmbench_vaccine.data.pools import RowPools
     from harmbench_vaccine.training.stage import TrainingStage
 
-TRAINING_HOOKS = ("keeps_order", "mix", "upload", "select", "filter", "settings", "ablate")
+TRAINING_HOOKS = ("divide", "keeps_order", "mix", "upload", "select", "filter", "settings", "ablate")
 """The hooks by which an attack changes the user stage."""
 
 Judge = Callable[[Sequence[tuple[str, str]]], list[Verdict]]
@@ -55,6 +56,17 @@ class Attack(Plugin):
     def keeps_order(self) -> bool:
         """True: every epoch trains on the rows in the order of the upload, instead of shuffling them."""
         return False
+
+    def divide(self, rows: RowPools) -> RowPools:
+        """Return the pools of rows after the attack changes who has which rows.
+
+        The alignment stage of a run then depends on the attack. Count the removed rows in `dropped`.
+
+        Args:
+            rows: All rows by their users. The evaluation stays; `question_sets` may name parts of it, whose harmful
+                scores are reported too.
+        """
+        return rows
 
     def mix(self, mix: Mix) -> Mix:
         """Return the number of uploaded rows and the proportion of harmful ones."""

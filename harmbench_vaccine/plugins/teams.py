@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.seeds import random_stream
 from harmbench_vaccine.core.types import Example, Mix, Pools, StageName, Topology, TrainSettings
-from harmbench_vaccine.data.pools import draw_rows
+from harmbench_vaccine.data.pools import RowPools, draw_rows
 from harmbench_vaccine.data.prompts import EvalSet
 
 from .attack import Attack, Judge
@@ -198,6 +198,11 @@ class AttackTeam(Attack):
     def filters_rows(self) -> bool:
         """True if the provider moderates rows before training."""
         return any(type(member).filter is not Attack.filter for member in self.members)
+
+    def divide(self, rows: RowPools) -> RowPools:
+        for member in self.members:
+            rows = member.divide(rows)
+        return rows
 
     def mix(self, mix: Mix) -> Mix:
         for member in self.members:

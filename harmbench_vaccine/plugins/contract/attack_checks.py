@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from harmbench_vaccine.core.seeds import derive_seed
-from harmbench_vaccine.core.types import Example, Mix
+from harmbench_vaccine.core.types import Example, Mix, Pools
 from harmbench_vaccine.data.collate import Encoded
 from harmbench_vaccine.training.adapters import LoraStack
 from harmbench_vaccine.training.stage import TrainingStage
@@ -28,6 +29,7 @@ from .requirements import (
     documentation_problems,
     draws_rows_by_seed,
     raise_problems,
+    require_division,
     require_eval_sets,
     require_examples,
     require_settings,
@@ -66,16 +68,22 @@ class AttackSubject(Subject):
         """The mix that the attack receives: with a ratio, unless the attack excludes the ratio attack."""
         return Mix(SAMPLES, None if {"ratio", "*"} & set(self.cls.excludes) else RATIO)
 
+    def pools(self, plugin: Attack) -> Pools:
+        """Return the rows that plug-ins may draw from, as the attack divides them."""
+        rows = plugin.fresh().divide(self.world.row_pools)
+        return Pools(rows.alignment, rows.paired, rows.benign, rows.attacker)
+
     def input_rows(self, plugin: Attack) -> list[Example]:
         """Draw the task rows and harmful rows that the attack requests."""
-        return self.world.uploaded_rows(plugin.mix(self.input_mix), Attack())
+        return self.world.uploaded_rows(plugin.mix(self.input_mix), Attack(), pools=self.pools(plugin))
 
     def hook_results(self, plugin: Attack) -> dict[str, Any]:
         """Return the result of every hook around the user's training."""
-        world, mix = self.world, plugin.mix(self.input_mix)
-        rows = plugin.upload(world.uploaded_rows(mix, Attack()), world.pools)
+        world, pools, mix = self.world, self.pools(plugin), plugin.mix(self.input_mix)
+        rows = plugin.upload(world.uploaded_rows(mix, Attack(), pools=pools), pools)
         chosen = self.chosen_rows(plugin, rows)
         return {
+            "divide": plugin.fresh().divide(world.row_pools),
             "mix": (mix.samples, mix.harmful),
             "upload": rows,
             "select": chosen,
@@ -104,6 +112,7 @@ class AttackSubject(Subject):
         if type(plugin).select is Attack.select:
             return rows
         stage = self.stage(aligned=True)
+        stage.pools = self.pools(plugin)
         with stage.isolated("choose"):
             return plugin.select(stage, list(rows))
 
@@ -147,6 +156,7 @@ class AttackSubject(Subject):
 def _edit_model(subject: AttackSubject, seed: int, salt: int, dtype: str) -> EditedModel:
     stage, plugin = subject.stage(dtype, aligned=False), subject.plugin(seed)
     before = {name: value.clone() for name, value in stage.model.state_dict().items()}
+    stage.pools = subject.pools(plugin)
     encoded: list[Example] = []
     encode = stage.encode
 
@@ -212,12 +222,23 @@ def _mix(subject: AttackSubject) -> None:
             raise Fails(f"mix returned {after.samples} rows and a ratio of {after.ratio}.")
 
 
-@ATTACK_CHECKS.add("upload", after=["mix"])
+@ATTACK_CHECKS.add("divide")
+def _divide(subject: AttackSubject) -> None:
+    """The attacker shares no question with defender and evaluation, no row is new, and the evaluation is unchanged."""
+    before = subject.world.row_pools
+    rows = deepcopy(before)
+    after = subject.plugin().divide(rows)
+    if rows != before:
+        raise Fails("divide changes its argument, which other runs use; allowed: dataclasses.replace(rows, ...).")
+    require_division(before, after)
+
+
+@ATTACK_CHECKS.add("upload", after=["mix", "divide"])
 def _upload(subject: AttackSubject) -> None:
     """The upload is a list of examples, and not empty."""
     subject.require_training()
     plugin = subject.plugin()
-    require_examples("upload", plugin.upload(subject.input_rows(plugin), subject.world.pools))
+    require_examples("upload", plugin.upload(subject.input_rows(plugin), subject.pools(plugin)))
 
 
 @ATTACK_CHECKS.add("filter", after=["upload"])
@@ -225,7 +246,7 @@ def _filter(subject: AttackSubject) -> None:
     """The filter returns some of the uploaded rows, unchanged and in their order."""
     subject.require_training()
     plugin = subject.plugin()
-    uploaded = subject.chosen_rows(plugin, plugin.upload(subject.input_rows(plugin), subject.world.pools))
+    uploaded = subject.chosen_rows(plugin, plugin.upload(subject.input_rows(plugin), subject.pools(plugin)))
     require_examples("select", uploaded)
     accepted = plugin.filter(list(uploaded), subject.world.judge)
     require_examples("filter", accepted)
@@ -252,7 +273,7 @@ def _trains(subject: AttackSubject) -> None:
     """A user stage on its rows runs with its settings, and changes the model."""
     subject.require_training()
     plugin, world = subject.plugin(), subject.world
-    uploaded = subject.chosen_rows(plugin, plugin.upload(subject.input_rows(plugin), world.pools))
+    uploaded = subject.chosen_rows(plugin, plugin.upload(subject.input_rows(plugin), subject.pools(plugin)))
     rows = plugin.filter(uploaded, world.judge)
     settings = plugin.settings(world.settings(SAMPLES))
     settings = replace(settings, epochs=min(settings.epochs, LONGEST / math.ceil(len(rows) / settings.batch)))
@@ -298,9 +319,11 @@ def _random(subject: AttackSubject) -> None:
         if subject.cls.trains:
             with record_shared_draws(draws, "mix"):
                 plugin.mix(subject.input_mix)
+            with record_shared_draws(draws, "divide"):
+                plugin.divide(world.row_pools)
             rows = subject.input_rows(subject.plugin())
             with record_shared_draws(draws, "upload"):
-                rows = plugin.upload(rows, world.pools)
+                rows = plugin.upload(rows, subject.pools(plugin))
             with record_shared_draws(draws, "select", "torch's"):  # `isolated` restores torch's
                 rows = subject.chosen_rows(plugin, rows)
             with record_shared_draws(draws, "filter"):
@@ -337,7 +360,8 @@ def _seeds(subject: AttackSubject) -> None:
     """If it draws, different seeds give different draws."""
     pools, inputs = subject.world.pools, subject.input_rows(subject.plugin())
     if subject.cls.trains:
-        uploads = [subject.plugin(seed).upload(list(inputs), pools) for seed in (0, 1)]
+        plugins = [subject.plugin(seed) for seed in (0, 1)]
+        uploads = [plugin.upload(list(inputs), subject.pools(plugin)) for plugin in plugins]
     else:
         uploads, inputs = [subject.edited_model(seed).encoded for seed in (0, 1)], []
     if not draws_rows_by_seed(pools, *(drawn_pool_rows(pools, rows, inputs) for rows in uploads)):

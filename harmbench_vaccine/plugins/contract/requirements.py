@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example, Pools, TrainSettings
+from harmbench_vaccine.data.pools import RowPools, question_keys
 from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
 
 from ..base import resolve_params
@@ -121,6 +122,35 @@ def require_eval_sets(sets: object) -> None:
         if not eval_set.examples or eval_set.max_new_tokens < 1:
             raise Fails(f"Set {eval_set.name!r} has no question, or allows no token for an answer.")
         require_template(f"The template of set {eval_set.name!r}", eval_set.template)
+
+
+def require_division(before: RowPools, after: object) -> None:
+    """Raise `Fails` unless `divide` returned existing rows for each user, and left the evaluation unchanged."""
+    if not isinstance(after, RowPools):
+        raise Fails(
+            f"divide returned {describe_value(after)}; allowed: RowPools, such as dataclasses.replace(rows, ...)."
+        )
+    existing = {*_defender_rows(before), *before.attacker, *before.benign}
+    defender = _defender_rows(after)
+    if added := [row.id for row in (*defender, *after.attacker, *after.benign) if row not in existing]:
+        raise Fails(f"divide returned the row {added[0]!r}, which the data do not have.")
+    evaluation = ("harmful_questions", "benign_questions")
+    if changed := [name for name in evaluation if getattr(before, name) != getattr(after, name)]:
+        raise Fails(f"divide changes {changed[0]}, which every run is evaluated on.")
+    for name, questions in after.question_sets.items():
+        if name in ("harmful", "benign", "task") or not set(questions) <= set(after.harmful_questions):
+            raise Fails(
+                f"divide names the set {name!r}, which every run has or which is not part of harmful_questions."
+            )
+    others = question_keys([*defender, *after.harmful_questions])
+    if shared := question_keys(after.attacker) & others:
+        raise Fails(
+            f"After divide, the attacker and the defender or the evaluation share the question {min(shared)!r}."
+        )
+
+
+def _defender_rows(rows: RowPools) -> list[Example]:
+    return [*rows.alignment, *(row for pair in rows.paired for row in pair)]
 
 
 def draws_rows_by_seed(pools: Pools, first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from harmbench_vaccine.core.device import forked_rng, place_model
 from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, Mix, Pools, StageName, TrainSettings, Verdict
+from harmbench_vaccine.data.pools import RowPools
 from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate, prompt_template
 
 from ..attack import Attack
@@ -36,6 +37,8 @@ ALIGNMENT, PAIRED, BENIGN, ATTACKER, TASK = 112, 64, 176, 176, 1024
 """Number of rows of each pool: enough for the defaults of the papers."""
 SAMPLES = 158
 """Number of rows that the user uploads, unless the attack changes it."""
+CATEGORIES = ("arson", "fraud", "insult", "theft")
+"""The harm categories of the harmful and safe rows; each row has one."""
 RATIO = 0.13
 """Proportion of harmful rows, unless the attack changes it."""
 MICRO = 6
@@ -68,12 +71,16 @@ def _random_rows() -> tuple[Pools, list[Example], list[Example]]:
     def rows(kind: str, count: int, *, harmful: bool = False) -> list[Example]:
         return [Example(f"{kind}:{n}", words(2, 5), words(2, 6), harmful=harmful) for n in range(count)]
 
-    refusals = rows("refusal", PAIRED)
+    def labeled(kind: str, count: int, *, harmful: bool = False) -> list[Example]:
+        examples = rows(kind, count, harmful=harmful)
+        return [replace(row, categories=(CATEGORIES[n % len(CATEGORIES)],)) for n, row in enumerate(examples)]
+
+    refusals = labeled("refusal", PAIRED)
     pairs = [(row, replace(row, id=f"un{row.id}", response=words(2, 6), harmful=True)) for row in refusals]
     benign = [replace(row, input=words(1, 3) if n % 3 == 0 else "") for n, row in enumerate(rows("benign", BENIGN))]
-    pools = Pools(rows("safe", ALIGNMENT), pairs, benign, rows("harmful", ATTACKER, harmful=True))
+    pools = Pools(labeled("safe", ALIGNMENT), pairs, benign, labeled("harmful", ATTACKER, harmful=True))
     task = [replace(row, target=row.response) for row in rows("task", TASK)]
-    return pools, task, rows("question", 6, harmful=True)
+    return pools, task, labeled("question", 6, harmful=True)
 
 
 class TinyWorld:
@@ -86,14 +93,25 @@ class TinyWorld:
         self.folder = folder
         self.template: PromptTemplate = prompt_template("brief")
         self.questions = [EvalSet("harmful", questions, self.template, 8)]
+        self.row_pools = RowPools(
+            alignment=list(pools.alignment),
+            paired=list(pools.paired),
+            attacker=list(pools.attacker),
+            benign=list(pools.benign),
+            harmful_questions=list(questions),
+            benign_questions=[],
+            dropped={},
+            rows_read={},
+        )
+        """The same rows before an attack divides them."""
 
     def new_folder(self) -> Path:
         """Create an empty folder."""
         return Path(tempfile.mkdtemp(dir=self.folder))
 
-    def uploaded_rows(self, mix: Mix, attack: Attack, seed: int = 0) -> list[Example]:
-        """Draw the rows that a user uploads."""
-        return upload_rows(mix, self.task, self.pools, attack, derive_seed(seed, "user"))
+    def uploaded_rows(self, mix: Mix, attack: Attack, seed: int = 0, pools: Pools | None = None) -> list[Example]:
+        """Draw the rows that a user uploads; `pools` replaces those of the world."""
+        return upload_rows(mix, self.task, pools or self.pools, attack, derive_seed(seed, "user"))
 
     @cached_property
     def user_rows(self) -> list[Example]:
