@@ -237,7 +237,8 @@ def _check_rows(experiments: Sequence[Experiment], models: ModelPool) -> None:
 
 
 def _locations(experiment: Experiment) -> list[str]:
-    data = [*experiment.protocol.data.values(), *experiment.task.locations().values()]
+    sets = map(experiment.location, experiment.spec.over_refusal)
+    data = [*experiment.protocol.data.values(), *experiment.task.locations().values(), *sets]
     return [*_models(experiment), *data]
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from harmbench_vaccine.core.errors import BadInput
+from harmbench_vaccine.core.errors import BadInput, unknown_name
 from harmbench_vaccine.core.types import STAGES, StageName, Topology, TrainSettings
+from harmbench_vaccine.data.over_refusal import OVER_REFUSAL, check_over_refusal
 from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
 from harmbench_vaccine.data.sources import location_identity
 from harmbench_vaccine.inference.engine import Backend, choose_backend
@@ -103,9 +104,14 @@ class Experiment:
         """
         written = written or load_protocol(spec.protocol)
         protocol = written.replaced(spec.values) if spec.values else written
+        check_over_refusal(spec.over_refusal)
         for name in spec.data:
-            protocol.location(name)
-        protocol = protocol.model_copy(update={"data": {**protocol.data, **spec.data}})
+            if name not in protocol.data and name not in OVER_REFUSAL:
+                raise unknown_name(
+                    "data set", name, {**protocol.data, **OVER_REFUSAL}, of=f"protocol {protocol.name!r}"
+                )
+        replaced = {name: location for name, location in spec.data.items() if name in protocol.data}
+        protocol = protocol.model_copy(update={"data": {**protocol.data, **replaced}})
         judges = scorer_defaults(protocol)
         scorers = resolve_scorers(spec.scorers, protocol)
         score = protocol.score.model_copy(update={"scorer": canonical_name(scorers[:1])})
@@ -245,12 +251,14 @@ class Experiment:
         return [resolved for resolved in self.defenses if stage in resolved.plugin.stages]
 
     def location(self, dataset: str) -> str:
-        """Return where a data set is read from: the task's own location, or the protocol's.
+        """Return where a data set is read from: the location of the task, the protocol, or the over-refusal set.
 
         Raises:
-            BadInput: Neither names the data set.
+            BadInput: None of them names the data set.
         """
         locations = self.task.locations()
+        if dataset in OVER_REFUSAL and dataset not in self.protocol.data:
+            locations = {dataset: self.spec.data.get(dataset, OVER_REFUSAL[dataset].location), **locations}
         return locations[dataset] if dataset in locations else self.protocol.location(dataset)
 
 

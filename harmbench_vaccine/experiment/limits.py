@@ -15,6 +15,7 @@ from harmbench_vaccine.core.types import TrainSettings
 from harmbench_vaccine.data.chat import stop_token_ids
 from harmbench_vaccine.data.collate import encode_example, encode_prompt
 from harmbench_vaccine.data.model_limits import embedding_rows, first_outside, position_limit, tokens_outside
+from harmbench_vaccine.data.over_refusal import OVER_REFUSAL
 from harmbench_vaccine.data.prompts import EvalSet
 from harmbench_vaccine.inference.loading import readable_load_errors
 from harmbench_vaccine.training.adapters import LoraStack
@@ -100,7 +101,8 @@ class LimitCheck:
         lengths = {place: len(ids) for place, ids in self._prompts(eval_set)}
         longest = max(lengths, key=lengths.__getitem__, default="")
         if lengths and lengths[longest] + eval_set.max_new_tokens > positions:
-            other = {"task": f"task_tokens.{experiment.task.name}", "benign": "benign.max_new_tokens"}
+            other = dict.fromkeys(("benign", *OVER_REFUSAL), "benign.max_new_tokens")
+            other["task"] = f"task_tokens.{experiment.task.name}"
             setting = other.get(eval_set.name, "harmful.max_new_tokens")
             room = positions - lengths[longest]
             raise BadInput(

@@ -47,7 +47,9 @@ def _combinations(arguments: Mapping[str, Any]) -> list[RunSpec]:
         if not isinstance(arguments[name], Mapping | None):
             raise BadInput(f"Argument {name} is {shortened(repr(arguments[name]))}; allowed: a mapping by name.")
     settings = {name: value for name, value in arguments.items() if name not in AXES}
-    return combine_specs(*(axes[name] for name in AXES), **{**settings, "scorers": axes["scorers"]})
+    sets = arguments["over_refusal"]
+    lists = {"scorers": axes["scorers"], "over_refusal": list(sets) if isinstance(sets, tuple) else _as_list(sets)}
+    return combine_specs(*(axes[name] for name in AXES), **{**settings, **lists})
 
 
 def _as_list(written: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from harmbench_vaccine.core.errors import BadInput, too_few_rows
 from harmbench_vaccine.core.seeds import derive_seed
 from harmbench_vaccine.core.types import Example, Mix, Pools
+from harmbench_vaccine.data.over_refusal import OVER_REFUSAL, load_over_refusal
 from harmbench_vaccine.data.pools import (
     RowPools,
     count_overlaps,
@@ -99,8 +100,11 @@ def task_rows(experiment: Experiment) -> list[Example]:
 
 
 def eval_sets(experiment: Experiment) -> list[EvalSet]:
-    """Return every evaluation set: the harmful ones (the headline first), the benign one, the task's."""
-    return [*harmful_sets(experiment), benign_set(experiment), task_set(experiment)]
+    """Return every evaluation set: the harmful ones (the headline first), the benign one, the task's, over-refusal."""
+    return [
+        *(*harmful_sets(experiment), benign_set(experiment), task_set(experiment)),
+        *(over_refusal_set(experiment, name) for name in experiment.spec.over_refusal),
+    ]
 
 
 def harmful_sets(experiment: Experiment) -> list[EvalSet]:
@@ -115,8 +119,9 @@ def harmful_sets(experiment: Experiment) -> list[EvalSet]:
     sets = experiment.attack_team.fresh().evaluations(sets)
     sets = [*sets, *_headline_parts(sets, _row_pools(experiment))]
     names = [eval_set.name for eval_set in sets]
-    if len({*names, "benign", "task"}) < len(names) + 2:
-        raise BadInput(f"Evaluation sets need different names, other than benign and task; got {', '.join(names)}.")
+    other = ("benign", "task", *OVER_REFUSAL)
+    if len({*names, *other}) < len(names) + len(other):
+        raise BadInput(f"Evaluation sets need different names, other than {', '.join(other)}; got {', '.join(names)}.")
     return sets
 
 
@@ -133,6 +138,15 @@ def _headline_parts(sets: Sequence[EvalSet], pools: RowPools) -> list[EvalSet]:
 def benign_set(experiment: Experiment) -> EvalSet:
     """Return the held-out benign instructions, which an aligned model should not refuse."""
     return _question_set(experiment, "benign", _row_pools(experiment).benign_questions)
+
+
+def over_refusal_set(experiment: Experiment, name: str) -> EvalSet:
+    """Return all prompts of an over-refusal set, in the order of the file, with the token limit of the benign set.
+
+    Repeated prompts, and those that are harmful prompts of the evaluation, are left out.
+    """
+    examples = _read_over_refusal(experiment, name).examples
+    return EvalSet(name, examples, experiment.answer_template, experiment.protocol.answer.benign.max_new_tokens)
 
 
 def task_set(experiment: Experiment) -> EvalSet:
@@ -175,9 +189,10 @@ def _evaluation_rows(
 
 
 def dropped_rows(experiment: Experiment) -> dict[str, int]:
-    """Count, for each pool, the rows that were dropped: their question occurs in another pool, or the attack divides
-    the rows."""
-    return _row_pools(experiment).dropped
+    """Count, for each pool and over-refusal set, the rows that were dropped: their question occurs in an earlier one, or
+    the attack divides the rows."""
+    sets = {name: _read_over_refusal(experiment, name).dropped for name in experiment.spec.over_refusal}
+    return {**_row_pools(experiment).dropped, **sets}
 
 
 def overlapping_questions(experiment: Experiment) -> dict[str, int]:
@@ -198,8 +213,11 @@ def overlapping_questions(experiment: Experiment) -> dict[str, int]:
 
 def data_provenance(experiment: Experiment) -> dict[str, dict[str, Any]]:
     """Describe each data set: its location, its revision or content hash, and the rows read from each split."""
-    pools, task = _row_pools(experiment).rows_read, _read_task(experiment).rows_read
-    rows_read = {location: pools.get(location, {}) | task.get(location, {}) for location in (*pools, *task)}
+    sets = [_read_over_refusal(experiment, name).rows_read for name in experiment.spec.over_refusal]
+    rows_read: dict[str, dict[str, int]] = {}
+    for counts in (_row_pools(experiment).rows_read, _read_task(experiment).rows_read, *sets):
+        for location, rows in counts.items():
+            rows_read[location] = rows_read.get(location, {}) | rows
     return {
         name: provenance(location, rows_read.get(location, {})) for name, location in data_locations(experiment).items()
     }
@@ -207,7 +225,8 @@ def data_provenance(experiment: Experiment) -> dict[str, dict[str, Any]]:
 
 def data_locations(experiment: Experiment) -> dict[str, str]:
     """Return the data sets that the experiment reads: name -> location."""
-    return {name: experiment.location(name) for name in (*HARM_DATA, *experiment.task.datasets)}
+    names = (*HARM_DATA, *experiment.task.datasets, *experiment.spec.over_refusal)
+    return {name: experiment.location(name) for name in names}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,3 +300,27 @@ def _read_task_data(data: _TaskData) -> _TaskRows:
     if not data.in_order:
         rows, items = without_duplicates(rows, question_keys(items)), without_duplicates(items)
     return _TaskRows(rows, items, reader.counts)
+
+
+@dataclass(frozen=True)
+class _OverRefusalRows:
+    examples: list[Example]
+    """The prompts in the order of the file."""
+    dropped: int
+    """Number of prompts that were left out."""
+    rows_read: dict[str, dict[str, int]]
+
+
+def _read_over_refusal(experiment: Experiment, name: str) -> _OverRefusalRows:
+    location = experiment.location(name)
+    prompts, rows_read = _read_prompts(name, location, fingerprint(location, "dataset"))
+    examples = without_duplicates(prompts, question_keys(_row_pools(experiment).harmful_questions))
+    if not examples:
+        raise BadInput(f"Over-refusal set {name!r}: each prompt in {location} is a harmful prompt of the evaluation.")
+    return _OverRefusalRows(examples, len(prompts) - len(examples), rows_read)
+
+
+@lru_cache(maxsize=4)  # by content, as above
+def _read_prompts(name: str, location: str, content: str) -> tuple[list[Example], dict[str, dict[str, int]]]:
+    reader = RowReader()
+    return load_over_refusal(reader, name, location), reader.counts

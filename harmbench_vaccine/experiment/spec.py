@@ -31,8 +31,10 @@ class RunSpec(BaseModel):
     """A Hub id, a folder or a GGUF file; None: the model of the protocol."""
     scorers: tuple[str | Component, ...] = ()
     """Judges that replace the judge of the protocol; the first one gives the headline harmful score."""
+    over_refusal: tuple[str, ...] = ()
+    """Further sets of prompts that are measured for refusals, by name (`data.over_refusal`)."""
     data: dict[str, str] = Field(default_factory=dict)
-    """Data set name -> folder, file or Hub id that replaces the protocol's."""
+    """Data set name -> folder, file or Hub id that replaces that of the protocol or of an over-refusal set."""
     values: dict[str, str] = Field(default_factory=dict)
     """Dotted path of a protocol value -> the value that replaces it, as YAML."""
     backend: Literal["transformers", "vllm"] | None = None

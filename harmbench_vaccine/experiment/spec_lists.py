@@ -32,6 +32,7 @@ def combine_specs(
     model: str | Path | None = None,
     data: Mapping[str, str | Path] | None = None,
     scorers: Sequence[PluginSpec] = (),
+    over_refusal: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
     backend: Backend | None = None,
 ) -> list[RunSpec]:
@@ -47,6 +48,7 @@ def combine_specs(
         model: Hub id, folder or GGUF file that replaces the model of the protocol.
         data: Data set -> folder, file or Hub id.
         scorers: Judges that replace that of the protocol.
+        over_refusal: Further sets of prompts that are measured for refusals, by name.
         values: Dotted path of a protocol value -> the value, or its YAML text.
         backend: The engine that generates answers.
 
@@ -80,6 +82,7 @@ def combine_specs(
                 seed=seed,
                 model=None if model is None else str(model),
                 scorers=tuple[str | Component, ...](judges),
+                over_refusal=tuple(over_refusal),
                 data=locations,
                 values=texts,
                 backend=backend,

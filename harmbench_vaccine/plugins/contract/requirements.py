@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.types import Example, Pools, TrainSettings
+from harmbench_vaccine.data.over_refusal import OVER_REFUSAL
 from harmbench_vaccine.data.pools import RowPools, question_keys
 from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
 
@@ -116,6 +117,8 @@ def require_eval_sets(sets: object) -> None:
     for name in names:
         if name in ("benign", "task"):
             raise Fails(f"evaluations returned a set named {name!r}, which every run has.")
+        if name in OVER_REFUSAL:
+            raise Fails(f"evaluations returned a set named {name!r}, which --over-refusal adds to a run.")
         if names.count(name) > 1:
             raise Fails(f"evaluations returned {names.count(name)} sets named {name!r}.")
     for eval_set in sets:
