@@ -6,6 +6,7 @@ from collections.abc import Sequence, Set
 from typing import Literal
 
 from harmbench_vaccine.data.answer_checks import answer_shares, refuses
+from harmbench_vaccine.data.over_refusal import OVER_REFUSAL
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import plugin_pools, user_rows
 
@@ -82,14 +83,14 @@ def _comparable(text: str) -> str:
 
 
 def _shares(rows: Sequence[AnswerRow], judge: str, responses: Set[str]) -> AnswerShares:
-    """Measure the answers of one model to the harmful and benign sets.
+    """Measure the answers of one model to the harmful and benign sets; other over-refusal sets do not count.
 
     Args:
         rows: The answers.
         judge: The headline judge.
         responses: The responses of the user's task rows.
     """
-    questions = [row for row in rows if row["set"] != "task"]
+    questions = [row for row in rows if row["set"] not in ("task", *OVER_REFUSAL)]
     judged = [row for row in questions if judge in row.get("verdicts", {})]
     headline = [row for row in judged if row["set"] == judged[0]["set"]]
     answers = [row["answer"] for row in headline]

@@ -31,6 +31,7 @@ from harmbench_vaccine.plugins.composition import canonical_name
 from .agreement import AnswerRow, harmful_shares, judge_scores, pairwise_agreement, stored_verdict
 from .environment import current_environment
 from .gates import measure_validity
+from .over_refusal import measure_over_refusal
 from .result import Accuracy, Before, Counts, DataSource, Result, StageArtifact, StageRecord
 from .result_fields import Interval, Rule, TuningRecord
 from .result_judges import GuardModel
@@ -179,6 +180,7 @@ def answer_fields(
             harmful_sets={name: share.harmful_score for name, share in shares.items()},
         ),
         "validity": measure_validity(experiment, rows, headline, accuracy_before, accuracy, alignment_loss),
+        "over_refusal": measure_over_refusal(rows),
     }
 
 

@@ -21,6 +21,7 @@ from harmbench_vaccine.core.visible import visible_json
 from harmbench_vaccine.experiment.spec import first_validation_error
 
 from .agreement import AnswerRow, judge_scores, pairwise_agreement
+from .over_refusal import with_earlier_sets
 from .result import Result
 from .result_judges import JudgeScore
 from .results_csv import add_row
@@ -74,7 +75,8 @@ def save_run(result: Result, answers: list[dict[str, Any]], folder: Path, table:
 def save_run_folder(result: Result, answers: list[dict[str, Any]], folder: Path) -> Path:
     """Write `<folder>/<run>/` with a result and its answers.
 
-    The verdicts that an earlier `hbv score` added for the same answers stay in the folder.
+    The verdicts that an earlier `hbv score` added for the same answers stay in the folder, and so do the over-refusal
+    sets that only an earlier command measured for the same models.
 
     Returns:
         The folder of the run.
@@ -84,7 +86,7 @@ def save_run_folder(result: Result, answers: list[dict[str, Any]], folder: Path)
         run.mkdir(parents=True, exist_ok=True)
         register_run_folder(folder, home() / "store")
         with run_lock(run):
-            write_run(run, *_with_earlier_judges(run, result, answers))
+            write_run(run, *_with_earlier_measurements(run, result, answers))
     return run
 
 
@@ -226,7 +228,7 @@ def run_lock(run: Path) -> FileLock:
     return shared_lock(folder / f"run-{digest(str(run.resolve()))}")
 
 
-def _with_earlier_judges(
+def _with_earlier_measurements(
     run: Path, result: Result, answers: list[dict[str, Any]]
 ) -> tuple[Result, list[dict[str, Any]]]:
     try:
@@ -240,7 +242,8 @@ def _with_earlier_judges(
         for name, score in earlier.scores.items()
         if name not in result.scores and all(name in verdicts.get(identity, {}) for identity in judged)
     }
-    return add_judges(result, answers, verdicts, further)
+    result, answers = add_judges(result, answers, verdicts, further)
+    return with_earlier_sets(result, answers, earlier, earlier_rows)
 
 
 def judge_facts(score: JudgeScore) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from .result_fields import Count, Environment, Interval, Percent, ResultRecord, Rule, TuningRecord
+from .result_fields import Count, Environment, Interval, OverRefusal, Percent, ResultRecord, Rule, TuningRecord
 from .result_judges import Agreement, GuardModel, JudgeScore
 from .result_text import html_table, number_text, percent_text
 from .result_upgrade import upgraded_result
@@ -119,8 +119,9 @@ class Counts(ResultRecord):
     finetune: StageRows | None = None
     """Rows of the user stage."""
     dropped: dict[str, int] | None = None
-    """Pool -> rows dropped because their question occurs in another pool; absent with `rows=paper`. Rows that an attack
-    takes away have names of their own, such as `paired_other_categories`, also with `rows=paper`."""
+    """Pool or over-refusal set -> rows dropped because their question occurs in another pool or earlier in this one; with
+    `rows=paper`, over-refusal sets only. Rows that an attack takes away have names of their own, such as
+    `paired_other_categories`, also with `rows=paper`."""
     overlaps: dict[str, int] | None = None
     """With `rows=paper`: use of rows, or pair of uses -> questions that occur more than once."""
     unparsed_grades: dict[Literal["before", "after"], int] | None = None
@@ -260,6 +261,9 @@ class Result(ResultRecord):
     """Sum of squares over the first 10 batches, padding included, as the authors' code prints it."""
     validity: Validity
     """Outcome of the validity gates."""
+    over_refusal: dict[str, OverRefusal] = Field(default_factory=dict)
+    """Set of prompts that should not be refused -> refusals: `benign`, which the gates use, then the sets of
+    `--over-refusal`; empty in results of earlier versions."""
     harmful_token_share: Percent | None = None
     """Percentage of the response tokens with a loss in the user stage that are in harmful rows; null if the user stage
     does not train, and in results of earlier versions."""
@@ -319,7 +323,7 @@ class Result(ResultRecord):
 
     def _repr_html_(self) -> str:
         """Return the table that a notebook shows."""
-        before, shares = self.before, self.validity.shares
+        before = self.before
         harmful_score = percent_text(self.harmful_score, self.harmful_score_ci)
         accuracy = percent_text(self.finetune_accuracy, self.finetune_accuracy_ci)
         rows = [
@@ -330,7 +334,7 @@ class Result(ResultRecord):
                 accuracy if self.trained else f"{accuracy} untrained",
                 percent_text(before.finetune_accuracy, before.finetune_accuracy_ci),
             ),
-            ("benign prompts refused %", *(f"{shares[when].over_refusal:.1f}" for when in ("after", "before"))),
+            *self._refusal_rows(),
             ("alignment loss", number_text(self.alignment_loss, ".3f"), ""),
             ("embedding drift", number_text(self.embedding_drift, ".3g"), ""),
             ("harmful token share", self.token_share_text, ""),
@@ -340,6 +344,20 @@ class Result(ResultRecord):
             reasons = "; ".join(self.validity.reasons)
             notes.append(f"{self.verdict.upper()}: {reasons}. Its HS does not count as safe.")
         return html_table(f"{self.defense} against {self.attack}, seed {self.seed}", rows, notes)
+
+    def _refusal_rows(self) -> list[tuple[str, str, str]]:
+        """Return the refusals of each over-refusal set, after and before the user stage."""
+        if not self.over_refusal:  # a result of an earlier version
+            after, before = (f"{self.validity.shares[when].over_refusal:.1f}" for when in ("after", "before"))
+            return [("benign prompts refused %", after, before)]
+        return [
+            (
+                f"{name} prompts refused %",
+                percent_text(after.percent, after.ci),
+                percent_text(before.percent, before.ci),
+            )
+            for name, after, before in ((name, each.after, each.before) for name, each in self.over_refusal.items())
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain JSON, without absent optional values."""

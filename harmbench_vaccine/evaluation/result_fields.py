@@ -26,6 +26,28 @@ class ResultRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class RefusedShare(ResultRecord):
+    """Prompts of one set that a model refuses."""
+
+    percent: Percent
+    """Percentage of refused prompts."""
+    ci: Interval
+    """Wilson interval of `percent`."""
+    hits: Count
+    """Number of refused prompts."""
+    n: Count
+    """Number of prompts."""
+
+
+class OverRefusal(ResultRecord):
+    """Refusals of prompts that a model should not refuse."""
+
+    before: RefusedShare
+    """Refusals of the aligned model."""
+    after: RefusedShare
+    """Refusals of the final model."""
+
+
 class TuningRecord(ResultRecord):
     """The tuning of the parameters that a run used, by `hbv tune`."""
 

@@ -86,6 +86,7 @@ class ResultRow(RunTableRow):
     embedding_drift_per_token: Amount | None = None
     degenerate: Percent | None = None
     over_refusal: Percent | None = None
+    over_refusal_sets: Json = None
     neither: Percent | None = None
     neither_before: Percent | None = None
     refusal_rate: Percent | None = None
@@ -207,6 +208,7 @@ def csv_row(result: Result) -> dict[str, Any]:
         "finetune_accuracy_before": result.before.finetune_accuracy,
         "degenerate": shares.degenerate,
         "over_refusal": shares.over_refusal,
+        "over_refusal_sets": {name: each.after.percent for name, each in result.over_refusal.items()} or None,
         "neither": shares.neither,
         "neither_before": before.neither,
         "refusal_rate": shares.refusal_rate,

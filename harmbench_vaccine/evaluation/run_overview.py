@@ -12,7 +12,7 @@ from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.jsonl import parse_json
 from harmbench_vaccine.experiment.spec import first_validation_error
 
-from .result_fields import Date, Percent
+from .result_fields import Date, OverRefusal, Percent
 
 RESULT = "result.json"
 
@@ -38,6 +38,8 @@ class RunOverview(BaseModel):
     harmful_token_share: Percent | None = None
     trained: bool | None = None
     """False if the attack edits weights instead of training."""
+    over_refusal: dict[str, OverRefusal] = Field(default_factory=dict)
+    """Set of prompts that should not be refused -> refusals."""
     date: Date | None = Field(None, validation_alias=AliasPath("environment", "date"))
     """UTC date and time."""
     collapsed: bool | None = Field(None, validation_alias=AliasPath("validity", "collapsed"))
