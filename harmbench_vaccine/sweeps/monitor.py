@@ -76,7 +76,7 @@ class SweepMonitor:
         sweep = self._sweep
         for name in [name for name, stage in self._missing.items() if (stage.artifact.path / META).is_file()]:
             self._finish(self._missing.pop(name))
-        self._unfinished = {run for run in self._unfinished if not is_finished(run, sweep.runs)}
+        self._unfinished = {run for run in self._unfinished if not is_finished(run, sweep.by_run[run], sweep.runs)}
         leases = Leases(sweep.store).all()
         running = {name: lease for name, lease in leases.items() if name in self._missing and lease.is_valid()}
         workers = {lease.holder for lease in running.values()}

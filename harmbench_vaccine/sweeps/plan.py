@@ -56,7 +56,7 @@ def sweep_plan_json(
         "suite": suite.name,
         "title": suite.title,
         "workers": workers or 1,
-        "finished": sum(is_finished(keys.run_id(experiment), home / "runs") for experiment in plan.experiments),
+        "finished": sum(is_finished(keys.run_id(run), run, home / "runs") for run in plan.experiments),
         "device_hours": seconds / 3600,
         "detectable": [vars(each) for each in detectable_differences(plan.experiments, home / "runs")],
         **values,

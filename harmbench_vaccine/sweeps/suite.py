@@ -127,6 +127,8 @@ class Suite(BaseModel):
     """A number, a range such as `0..4`, or a list. Default: 0."""
     scorers: Texts = ()
     """Judges that replace that of the protocol; the first one gives the HS."""
+    over_refusal: Texts = ()
+    """Further sets of prompts that are measured for refusals: `xstest`, `or_bench`."""
     data: dict[str, str] = Field(default_factory=dict)
     """Data set -> folder, file or Hub id that replaces that of the protocol."""
     values: Annotated[Values, Field(alias="set")] = Field(default_factory=dict)
@@ -165,13 +167,16 @@ class Suite(BaseModel):
             unique.setdefault(_identity(experiment), experiment)
         return list(unique.values())
 
-    def with_replacements(self, model: str | None, data: Mapping[str, str], scorers: Texts) -> Suite:
-        """Return the suite with another model, other locations of data sets and other judges, for all of its runs.
+    def with_replacements(
+        self, model: str | None, data: Mapping[str, str], scorers: Texts, over_refusal: Texts = ()
+    ) -> Suite:
+        """Return the suite with another model, other data sets, judges and over-refusal sets, for all of its runs.
 
         Args:
             model: Hub id, folder or GGUF file; None: those of the suite.
             data: Data set -> location.
             scorers: Judges as on the command line; none: those of the suite.
+            over_refusal: Names of over-refusal sets; none: those of the suite.
 
         Raises:
             BadInput: The suite compares several models.
@@ -181,7 +186,12 @@ class Suite(BaseModel):
             names = ", ".join([*self.models, *entries])
             raise BadInput(f"--model cannot replace the models that suite {self.name!r} compares ({names}).")
         models = self.models if model is None else (model,)
-        update = {"models": models, "data": {**self.data, **data}, "scorers": scorers or self.scorers}
+        update = {
+            "models": models,
+            "data": {**self.data, **data},
+            "scorers": scorers or self.scorers,
+            "over_refusal": over_refusal or self.over_refusal,
+        }
         return self.model_copy(update=update)
 
     def write(self, path: Path) -> None:
@@ -207,6 +217,7 @@ class Suite(BaseModel):
                 model=model,
                 data=self.data,
                 scorers=self.scorers,
+                over_refusal=self.over_refusal,
                 values={**self.values, **values},
             )
         )

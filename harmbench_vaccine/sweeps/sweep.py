@@ -96,7 +96,7 @@ class Sweep:
     @property
     def is_complete(self) -> bool:
         """Return whether every run has a result."""
-        return all(is_finished(run, self.runs) for run in self.by_run)
+        return all(is_finished(run, experiment, self.runs) for run, experiment in self.by_run.items())
 
     @cached_property
     def by_run(self) -> dict[str, Experiment]:
@@ -150,7 +150,7 @@ class Sweep:
         return [
             f"{experiment.defense} under {experiment.attack} on {experiment.task_name}, seed {experiment.spec.seed}"
             for run, experiment in self.by_run.items()
-            if not is_finished(run, self.runs)
+            if not is_finished(run, experiment, self.runs)
         ]
 
     def failed_stages(self) -> list[str]:
@@ -180,7 +180,7 @@ class Sweep:
         return [
             (experiment, load_result(self.runs / run))
             for run, experiment in self.by_run.items()
-            if is_finished(run, self.runs)
+            if is_finished(run, experiment, self.runs)
         ]
 
     def check_complete(self) -> None:

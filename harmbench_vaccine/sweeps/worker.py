@@ -17,6 +17,7 @@ from pathlib import Path
 from harmbench_vaccine.core.disk_errors import DiskFull
 from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.evaluation.measure import answer_rows, measure_result
+from harmbench_vaccine.evaluation.over_refusal import has_over_refusal
 from harmbench_vaccine.evaluation.records import save_run_folder
 from harmbench_vaccine.evaluation.run_overview import RESULT
 from harmbench_vaccine.experiment import keys
@@ -79,14 +80,15 @@ def work(
         return worker.summary
 
 
-def is_finished(run: str, runs: Path) -> bool:
-    """Return whether a run has a result.
+def is_finished(run: str, experiment: Experiment, runs: Path) -> bool:
+    """Return whether a run has a result with every over-refusal set that the experiment requests.
 
     Args:
         run: Its id.
+        experiment: The experiment.
         runs: The folder of the run folders.
     """
-    return (runs / run / RESULT).is_file()
+    return (runs / run / RESULT).is_file() and has_over_refusal(runs / run, experiment)
 
 
 class _Worker:
@@ -144,7 +146,7 @@ class _Worker:
 
     def _is_left_out(self, name: str) -> bool:
         is_stopped = name in self.summary.parked or name in self.summary.too_long
-        return is_stopped or is_finished(name, self._runs)
+        return is_stopped or is_finished(name, self._experiments[name], self._runs)
 
 
 def _train(experiment: Experiment, context: RunContext) -> None:
