@@ -49,6 +49,7 @@ class RunOptions(TypedDict, total=False):
     model: str | Path | None
     data: Mapping[str, str | Path] | None
     scorers: PluginSpec | list[PluginSpec]
+    over_refusal: str | Sequence[str]
     values: Mapping[str, Any] | None
     device: str | None
     backend: Backend | None
@@ -94,6 +95,7 @@ def run(
     model: str | Path | None = None,
     data: Mapping[str, str | Path] | None = None,
     scorers: PluginSpec | list[PluginSpec] = [],  # noqa: B006  # never changed
+    over_refusal: str | Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
     device: str | None = None,
     backend: Backend | None = None,
@@ -113,7 +115,7 @@ def run(
     the command line: "ratio=0,0.05,0.1" for an attack, "0..4" for seeds. With several values, every combination is a
     run, in the order of the command line: task, seed, attack, defense. Instead of the defense, the first argument
     can be a list of runs, each a mapping of `defense`, `attack`, `task`, `seed`, `protocol`, `model`, `data`,
-    `scorers`, `values` and `backend` that overrides the other arguments.
+    `scorers`, `over_refusal`, `values` and `backend` that overrides the other arguments.
 
     Args:
         defense: A specification such as "vaccine:rho=5" or "vaccine+ewc", a class such as `Vaccine`, an object such
@@ -125,6 +127,7 @@ def run(
         model: Hub id, folder or GGUF file that replaces the model of the protocol.
         data: Data set -> folder, file or Hub id that replaces that of the protocol.
         scorers: Judges that replace that of the protocol; the first one gives the HS.
+        over_refusal: Further sets of prompts that are measured for refusals: "xstest", "or_bench".
         values: Dotted path -> value of the protocol, such as `{"align.settings.lr": 1e-4}`.
         device: "cpu", "cuda" or "cuda:N"; None: `$HBV_DEVICE`, or else a GPU if one is available.
         backend: "transformers" or "vllm"; None: vLLM if it is installed and a GPU is available.
@@ -156,6 +159,7 @@ def run(
         "model": model,
         "data": data,
         "scorers": scorers,
+        "over_refusal": over_refusal,
         "values": values,
         "backend": backend,
     }

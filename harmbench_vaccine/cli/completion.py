@@ -59,6 +59,14 @@ def described_name() -> Iterable[str]:
 
 
 @_completer
+def over_refusal_name() -> Iterable[str]:
+    """Complete the name of an over-refusal set."""
+    from harmbench_vaccine.data.over_refusal import OVER_REFUSAL
+
+    return list(OVER_REFUSAL)
+
+
+@_completer
 def stored_run() -> Iterable[str]:
     """Complete the id of a stored run."""
     from harmbench_vaccine.core.paths import home

@@ -30,7 +30,7 @@ from .scorers import scorer_option
     default="harmful",
     show_default=True,
     metavar="NAME",
-    help="Evaluation set: harmful, benign, task, or a set that a plug-in adds.",
+    help="Evaluation set: harmful, benign, task, xstest, or_bench, or a set that a plug-in adds.",
 )
 @click.option(
     "--only",

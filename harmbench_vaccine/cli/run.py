@@ -27,6 +27,7 @@ from .console import (
     terminal_progress,
 )
 from .device import device_option
+from .over_refusal import over_refusal_option
 from .scorers import scorer_option
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _OPTION_GROUPS = {
     "What to run": ("defenses", "attacks", "tasks", "seeds", "dry_run", "device_name"),
     "Protocol": ("protocol", "model", "data", "values"),
-    "Judge": ("scorers",),
+    "Judge": ("scorers", "over_refusal"),
     "Hardware": ("device", "backend", "gpu_memory", "tensor_parallel", "gradient_checkpointing", "shard", "save_every"),
     "Output": ("out", "table", "published", "as_json", "report_to", "quiet", "verbose", "log_file"),
 }
@@ -91,9 +92,18 @@ _OPTION_GROUPS = {
 @click.option(
     "--model", default=None, metavar="ID", help="Override the protocol's model with a Hub id, a folder or a GGUF file."
 )
-@click.option("--data", multiple=True, metavar="NAME=PATH", help="Override a data set of the protocol. Repeatable.")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Override a data set of the protocol or an over-refusal set. Repeatable.",
+)
 @scorer_option(
     "Override the protocol's judge. Repeatable: the first gives the HS, the others are reported in addition."
+)
+@over_refusal_option(
+    "Count refusals of this set of harmless prompts too: xstest or or_bench. Repeatable; the protocol's benign prompts "
+    "are always counted."
 )
 @click.option(
     "--set",
@@ -180,6 +190,7 @@ def run(
     model: str | None,
     data: tuple[str, ...],
     scorers: tuple[str, ...],
+    over_refusal: tuple[str, ...],
     values: tuple[str, ...],
     backend: Literal["transformers", "vllm"] | None,
     gpu_memory: float | None,
@@ -216,6 +227,7 @@ def run(
         protocol=protocol,
         model=model,
         scorers=scorers,
+        over_refusal=over_refusal,
         backend=backend,
         data=parse_assignments("--data", "NAME=PATH", data),
         values=parse_assignments("--set", "PATH=VALUE", values),

@@ -22,6 +22,7 @@ from .console import (
     terminal_progress,
 )
 from .device import device_option
+from .over_refusal import over_refusal_option
 from .scorers import scorer_option
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 _OPTION_GROUPS = {
     "What to do": ("plan", "device_name", "show_status", "retry_failed"),
-    "What to run": ("model", "data", "scorers"),
+    "What to run": ("model", "data", "scorers", "over_refusal"),
     "Workers": ("workers", "device", "is_worker", "time_limit"),
     "Clusters": CLUSTER_OPTIONS,
     "Output": ("out", "as_json", "quiet", "verbose", "log_file"),
@@ -58,6 +59,7 @@ _OPTION_GROUPS = {
 )
 @click.option("--data", multiple=True, metavar="NAME=PATH", help="Replace a data set of every run. Repeatable.")
 @scorer_option("Replace the judges of every run. Repeatable: the first gives the HS.")
+@over_refusal_option("Replace the over-refusal sets of every run: xstest or or_bench. Repeatable.")
 @click.option(
     "--workers",
     type=click.IntRange(1, 1024),
@@ -94,6 +96,7 @@ def sweep(
     model: str | None,
     data: tuple[str, ...],
     scorers: tuple[str, ...],
+    over_refusal: tuple[str, ...],
     workers: int | None,
     is_worker: bool,
     time_limit: int | None,
@@ -123,14 +126,17 @@ def sweep(
         raise BadInput("--time-limit applies to --worker only: add --worker, or remove --time-limit.")
     if cluster.executor != "local" and (plan or show_status or is_worker):
         raise BadInput(f"--executor {cluster.executor} cannot be combined with {chosen[0]}: remove one of them.")
-    loaded = load_suite(suite).with_replacements(model, parse_assignments("--data", "NAME=PATH", data), scorers)
+    locations = parse_assignments("--data", "NAME=PATH", data)
+    loaded = load_suite(suite).with_replacements(model, locations, scorers, over_refusal)
     if plan:
         _print_plan(loaded, device_name, workers, as_json)
         return
     from harmbench_vaccine.sweeps.sweep import Sweep
 
     opened = Sweep.open(loaded, home(), out)
-    if (model or data or scorers) and not (show_status or is_worker):  # the workers read what the options have changed
+    if (model or data or scorers or over_refusal) and not (
+        show_status or is_worker
+    ):  # the workers read what the options have changed
         file = ensure_writable(opened.folder, "The folder of the sweep").absolute() / "suite.yaml"
         loaded.write(file)
         suite = str(file)
