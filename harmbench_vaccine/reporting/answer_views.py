@@ -12,6 +12,7 @@ from harmbench_vaccine.evaluation.agreement import is_flagged
 from harmbench_vaccine.evaluation.noise_floor import RepeatedRun
 from harmbench_vaccine.evaluation.records import by_question
 from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.result_text import percent_text
 from harmbench_vaccine.evaluation.run_overview import RunOverview
 
 from .noise_floor_view import repeat_note
@@ -52,6 +53,8 @@ def answers_view(
     notes = [f"{min(limit, len(pairs))} of {len(pairs)} questions.", _overview_note(overview)]
     if unread:
         notes.append(f"Unread verdicts: {unread['after']} after the user stage, {unread['before']} before it.")
+    if len(overview.over_refusal) > 1:
+        notes.append(_refusal_note(overview))
     if repeat:
         notes.append(repeat_note(repeat))
     return Group(VisibleText(title, style="bold"), table, *dim_notes(notes))
@@ -72,6 +75,16 @@ def _overview_note(overview: RunOverview | Result) -> str:
     }
     texts = {name: f"{value:.1f}" if isinstance(value, float) else value for name, value in facts.items()}
     return f"{', '.join(f'{name} {_NOT_RECORDED if text is None else text}' for name, text in texts.items())}."
+
+
+def _refusal_note(overview: RunOverview | Result) -> str:
+    """Return the refusals of each over-refusal set after the user stage, with those before it in parentheses."""
+    texts = [
+        f"{name} {percent_text(each.after.percent, each.after.ci)} "
+        f"({percent_text(each.before.percent, each.before.ci)})"
+        for name, each in overview.over_refusal.items()
+    ]
+    return f"Prompts refused % after (before) the user stage, with 95% Wilson intervals: {', '.join(texts)}."
 
 
 def _question(row: Mapping[str, Any]) -> str:

@@ -45,11 +45,36 @@ def results_table(results: Sequence[Result], published: bool = False) -> Rendera
         notes += [*_unread_notes(result), *_result_notes(result)]
     notes += judge_notes(results)
     parts: list[RenderableType] = [table, *dim_notes(notes)]
+    if any(len(result.over_refusal) > 1 for result in results):
+        parts += [VisibleText(), refusals_table(results)]
     if published:
         from .published.comparison import compare_results, comparison_view
 
         parts += [VisibleText(), comparison_view(compare_results(results))]
     return Group(*parts)
+
+
+def refusals_table(results: Sequence[Result]) -> RenderableType:
+    """Show the refusals of each over-refusal set of some runs, after and before the user stage."""
+    rows: list[list[Cell]] = [
+        [
+            result.run,
+            name,
+            str(each.after.n),
+            percent_text(each.after.percent, each.after.ci),
+            percent_text(each.before.percent, each.before.ci),
+        ]
+        for result in results
+        for name, each in result.over_refusal.items()
+    ]
+    columns = [
+        Column("run", wrap=False),
+        Column("set", wrap=False),
+        number_column("prompts"),
+        score_column("prompts refused %", legend="of the final model (lower: better), with 95% Wilson interval"),
+        score_column("before", drop=1, legend="of the aligned model"),
+    ]
+    return render_table(columns, rows)
 
 
 def _result_columns(result: Result, stages: Sequence[str], with_seed: bool) -> list[Column]:

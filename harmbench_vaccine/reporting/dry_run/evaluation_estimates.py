@@ -11,9 +11,10 @@ from functools import partial
 
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.data.model_limits import position_limit
+from harmbench_vaccine.data.over_refusal import OVER_REFUSAL
 from harmbench_vaccine.evaluation.scorer_facts import scorer_models
 from harmbench_vaccine.experiment.experiment import Experiment
-from harmbench_vaccine.experiment.rows import eval_sets, harmful_sets
+from harmbench_vaccine.experiment.rows import benign_set, eval_sets, harmful_sets, over_refusal_set
 from harmbench_vaccine.inference.batch_size import cache_bytes
 from harmbench_vaccine.inference.engine import Backend
 from harmbench_vaccine.inference.loading import JudgeHead
@@ -50,7 +51,7 @@ def answer_sizes(experiment: Experiment, read_rows: bool) -> list[EvalSize]:
     return [
         *harmful_sizes(experiment, read_rows=False),
         EvalSize(items, tokens or task.max_new_tokens),
-        EvalSize(limits.benign.prompts, limits.benign.max_new_tokens),
+        *over_refusal_sizes(experiment, read_rows=False).values(),
     ]
 
 
@@ -61,6 +62,17 @@ def harmful_sizes(experiment: Experiment, read_rows: bool) -> list[EvalSize]:
             return [EvalSize(len(rows.examples), rows.max_new_tokens) for rows in harmful_sets(experiment)]
     limits = experiment.protocol.answer.harmful
     return [EvalSize(limits.prompts, limits.max_new_tokens)]
+
+
+def over_refusal_sizes(experiment: Experiment, read_rows: bool) -> dict[str, EvalSize]:
+    """Return the size of every set whose refusals are counted, `benign` first, as in `answer_sizes`."""
+    names, limits = experiment.spec.over_refusal, experiment.protocol.answer.benign
+    counts = {"benign": limits.prompts} | {name: OVER_REFUSAL[name].prompts for name in names}
+    if read_rows:
+        with suppress(HbvError):
+            sets = [benign_set(experiment), *(over_refusal_set(experiment, name) for name in names)]
+            counts = {rows.name: len(rows.examples) for rows in sets}
+    return {name: EvalSize(count, limits.max_new_tokens) for name, count in counts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

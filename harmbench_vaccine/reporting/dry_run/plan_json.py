@@ -78,9 +78,17 @@ def _experiment_json(plan: Plan, index: int, target: Target, gradient_checkpoint
             {"stage": artifact.stage, "key": artifact.key, "cached": artifact.cached, "seconds": artifact.seconds}
             for artifact in artifacts
         ],
+        "over_refusal": _over_refusal_prompts(experiment, read_rows=bool(plan.stages)),
         "estimate": estimates,
         "no_estimate": no_estimate,
     }
+
+
+def _over_refusal_prompts(experiment: Experiment, read_rows: bool) -> dict[str, int]:
+    """Return set -> number of prompts whose refusals are counted."""
+    from .evaluation_estimates import over_refusal_sizes
+
+    return {name: size.count for name, size in over_refusal_sizes(experiment, read_rows).items()}
 
 
 def _estimates(

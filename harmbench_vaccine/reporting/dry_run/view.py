@@ -53,7 +53,18 @@ def plan_summary(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         summary.append(("time", f"{readable_time(_seconds(experiments))} on {device['name']}"))
         summary.append(("memory", _memory(plan)))
     sources = plan["sources"]
+    summary += _over_refusal(experiments)
     return [*summary, ("downloads", _downloads(sources)), *_access(sources), *_disk(estimates)]
+
+
+def _over_refusal(experiments: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Describe the sets whose refusals are counted, where a run has more than the protocol's benign prompts."""
+    sizes: dict[str, set[int]] = {}
+    for experiment in experiments:
+        for name, prompts in experiment["over_refusal"].items():
+            sizes.setdefault(name, set()).add(prompts)
+    texts = [f"{name} {' or '.join(map(str, sorted(counts)))} prompts" for name, counts in sizes.items()]
+    return [("over-refusal", ", ".join(texts))] if len(texts) > 1 else []
 
 
 def _detectable(differences: Sequence[Mapping[str, Any]]) -> str:
