@@ -119,8 +119,8 @@ class Counts(ResultRecord):
     finetune: StageRows | None = None
     """Rows of the user stage."""
     dropped: dict[str, int] | None = None
-    """Pool or over-refusal set -> rows dropped because their question occurs in another pool or earlier in this one; with
-    `rows=paper`, over-refusal sets only. Rows that an attack takes away have names of their own, such as
+    """Pool or over-refusal set -> rows dropped because their question occurs in another pool or earlier in this one;
+    with `rows=paper`, over-refusal sets only. Rows that an attack takes away have names of their own, such as
     `paired_other_categories`, also with `rows=paper`."""
     overlaps: dict[str, int] | None = None
     """With `rows=paper`: use of rows, or pair of uses -> questions that occur more than once."""

@@ -189,8 +189,10 @@ def _evaluation_rows(
 
 
 def dropped_rows(experiment: Experiment) -> dict[str, int]:
-    """Count, for each pool and over-refusal set, the rows that were dropped: their question occurs in an earlier one, or
-    the attack divides the rows."""
+    """Count the dropped rows of each pool and over-refusal set.
+
+    Their question occurs in an earlier one, or the attack divides the rows.
+    """
     sets = {name: _read_over_refusal(experiment, name).dropped for name in experiment.spec.over_refusal}
     return {**_row_pools(experiment).dropped, **sets}
 

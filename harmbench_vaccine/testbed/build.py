@@ -64,7 +64,7 @@ class Sizes:
 
 
 def build_testbed(folder: Path, progress: Progress = SILENT, sizes: Sizes = Sizes()) -> None:
-    """Write `data/`, `model/`, `judge/`, `guard/` and `testbed.json` into `folder`. Every run on a machine gives the same files.
+    """Write `data/`, `model/`, `judge/`, `guard/` and `testbed.json`; every run on a machine gives the same files.
 
     Args:
         folder: An existing empty folder.
@@ -251,7 +251,14 @@ def _train_judge(
     batches = [
         batch for _ in range(2) for batch in batches_by_length(rows, 16, lambda row: len(row[0]), random.Random(SEED))
     ]
-    fit(judge, batches, partial(label_loss, judge, pad_token_id(tokenizer)), JUDGE_RATE, f"Training the {name}", progress)
+    fit(
+        judge,
+        batches,
+        partial(label_loss, judge, pad_token_id(tokenizer)),
+        JUDGE_RATE,
+        f"Training the {name}",
+        progress,
+    )
 
 
 def label_loss(

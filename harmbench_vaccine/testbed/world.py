@@ -128,7 +128,6 @@ class World:
         benign = self.benign_evaluation if held_out else [*self.benign, *self.instructions]
         return [draw_judgment(index, harmful, benign, rng) for index in range(size)]
 
-
     def guard_judgments(self, size: int) -> list[Judgment]:
         """Return labeled answers for the guard of defenses, about the harmful requests of the defender only."""
         rng = self.rng("guard judgments")
