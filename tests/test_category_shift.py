@@ -327,7 +327,8 @@ def load(tmp_path: Path) -> Callable[..., RowPools]:
         for name, splits in files.items():
             for split, rows in splits.items():
                 write_lines(tmp_path / name / f"{split}.jsonl", rows)
-        return load_row_pools(*(str(tmp_path / name) for name in files), train="train", test="test", **options)
+        beavertails, refusal_set, alpaca = (str(tmp_path / name) for name in files)
+        return load_row_pools(beavertails, refusal_set, alpaca, "train", "test", **options)
 
     return load
 
