@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harmbench_vaccine.data.chat import stop_token_ids
 from harmbench_vaccine.data.collate import encode_prompt
@@ -34,7 +33,7 @@ class Requests:
         different = dict.fromkeys(self._requests)
         self._open = [request for request in different if not set(request[1]) & set(self.ends)]
         self._ended = {
-            request: _decode(tokenizer, cut_at_stop(request[1], self.ends), request[1])
+            request: Answer(_text(tokenizer, cut_at_stop(request[1], self.ends).tokens), 0, finished=True)
             for request in {*different} - {*self._open}
         }
         encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt, _ in self._open}
@@ -49,12 +48,10 @@ class Requests:
         """
         answers = dict(self._ended)
         for request, row in zip(self._open, rows, strict=True):
-            start = request[1]
-            answers[request] = _decode(self._tokenizer, replace(row, tokens=[*start, *row.tokens]), start)
+            text = _text(self._tokenizer, [*request[1], *row.tokens])
+            answers[request] = Answer(text, len(row.tokens) + row.finished, row.finished)
         return [answers[request] for request in self._requests]
 
 
-def _decode(tokenizer: Any, row: GeneratedTokens, start: Sequence[int]) -> Answer:
-    """Decode an answer that starts with tokens which the model did not generate."""
-    text = str(tokenizer.decode(row.tokens, skip_special_tokens=True))
-    return Answer(text, max(len(row.tokens) - len(start), 0) + row.finished, row.finished)
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
