@@ -29,6 +29,11 @@ class Prefill(Attack):
         10, "k, number of tokens of the harmful answer", source="authors' eval_safety.py", main=True, ge=0
     )
 
+    @property
+    def changes_questions(self) -> bool:
+        """False at k = 0: the answers are then those of the run without this attack."""
+        return self.tokens > 0
+
     def evaluations(self, sets: list[EvalSet]) -> list[EvalSet]:
         """Return the harmful sets, whose answers start with k tokens of a harmful answer.
 

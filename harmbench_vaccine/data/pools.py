@@ -8,7 +8,7 @@ does the same, and `count_overlaps` counts the repeated prompts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TypeVar
 
@@ -142,7 +142,11 @@ def load_row_pools(
     pair_rows = _pairs(reader, refusals, pairs, in_order)
     attacker_rows = _pairs(reader, refusals, attacker, in_order) if attacker else []
     labels = _prompt_categories([*test_rows, *rows, *pair_rows, *attacker_rows])
-    questions = [_harmful(row, test, labels) for row in test_rows if safe_prompts or not row.values["is_safe"]]
+    questions = [
+        replace(_harmful(row, test, labels), harmful=not row.values["is_safe"])
+        for row in test_rows
+        if safe_prompts or not row.values["is_safe"]
+    ]
     answer_pairs = [(_refusal(row, labels), _harmful(row, "refusals", labels)) for row in pair_rows]
     if source == "safe":
         safe = [_safe(row, train, labels) for row in rows if row.values["is_safe"]]

@@ -100,13 +100,14 @@ class LimitCheck:
     def _check_answer_length(self, experiment: Experiment, eval_set: EvalSet, positions: int) -> None:
         lengths = {place: len(ids) for place, ids in self._prompts(eval_set)}
         longest = max(lengths, key=lengths.__getitem__, default="")
-        if lengths and lengths[longest] + eval_set.max_new_tokens > positions:
+        tokens = eval_set.max_new_tokens + eval_set.prefill
+        if lengths and lengths[longest] + tokens > positions:
             other = dict.fromkeys(("benign", *OVER_REFUSAL), "benign.max_new_tokens")
             other["task"] = f"task_tokens.{experiment.task.name}"
             setting = other.get(eval_set.name, "harmful.max_new_tokens")
-            room = positions - lengths[longest]
+            room = positions - lengths[longest] - eval_set.prefill
             raise BadInput(
-                f"{longest} has {lengths[longest]} tokens and its answer up to {eval_set.max_new_tokens}, but model "
+                f"{longest} has {lengths[longest]} tokens and its answer up to {tokens}, but model "
                 f"{self._model!r} reads at most {positions}: "
                 f"{f'--set answer.{setting}={room}' if room > 0 else 'shorten the prompt'}, or choose a model that "
                 "reads more."
