@@ -30,6 +30,11 @@ class WeightNoise(Attack):
 
     scale: float = param(0.1, "norm of the noise relative to the matrix", source="ours: one point of 20", main=True)
 
+    @property
+    def stresses_weights(self) -> bool:
+        """False at scale 0: the run is then the one without this attack, to the bit."""
+        return self.scale != 0
+
     @torch.no_grad()
     def stress(self, model: PreTrainedModel) -> None:
         """Add the noise in place."""

@@ -61,6 +61,7 @@ def measure_validity(
     if alignment_loss is None:
         reasons["after"].append("the alignment loss is not a number: the model diverged")
     intended = any(resolved.plugin.self_destructs for resolved in experiment.defenses)
+    intended &= not experiment.attack_team.stresses_weights  # which may be the reason of the collapse
     return Validity(
         collapsed=bool(reasons["before"] or reasons["after"]),
         reasons=[*reasons["before"], *reasons["after"]],

@@ -310,8 +310,8 @@ def _whole(number: float) -> int | float:
 
 def _adapted_modules(measurements: Measurements) -> list[str]:
     """Return the modules with an adapter; empty if no stage trained an adapter."""
-    adapters = [*measurements.aligned.spec.adapters, *measurements.final.spec.adapters]
-    configs = [json.loads((path / "adapter_config.json").read_text(encoding="utf-8")) for path in adapters]
+    files = [artifact.path / ADAPTER / "adapter_config.json" for artifact in measurements.final.artifacts.values()]
+    configs = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
     return sorted({module for config in configs for module in config["target_modules"]})
 
 

@@ -210,13 +210,14 @@ def _warnings(result: Result, stage: str) -> list[str]:
 
 
 def _is_measured(result: Result, stage: str) -> bool:
-    """Return whether the scores of a run are those of this model: not of one that a repair changed afterwards."""
-    return stage != "finetune" or "repair" not in result.stages
+    """Return whether the scores of a run are those of this model: not of one that a later stage changed."""
+    return stage != "finetune" or not {"repair", "stress"} & result.stages.keys()
 
 
 def _scores(result: Result, stage: str) -> str:
     if not _is_measured(result, stage):
-        return "This model was not evaluated: the scores of the run are of the model after the repair."
+        last = "the attack on its weights" if "stress" in result.stages else "the repair"
+        return f"This model was not evaluated: the scores of the run are of the model after {last}."
     judge, before = result.scores[result.scorer], result.before
     limits = f" License of the judge: {judge.license}." if judge.license else ""
     if stage == "align":

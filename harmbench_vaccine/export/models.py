@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from harmbench_vaccine.training.adapters import Adapter
 
 ModelStage = Literal["base", "align", "finetune", "final"]
-"""The models of a run: the base model, and the models after alignment, after the user stage and after the repair."""
+"""The models of a run: the base model, those after alignment and after the user stage, and the evaluated one."""
 
 
 def load_stored_model(
@@ -144,6 +144,8 @@ def _artifacts_of(result: Result, stage: str, store: Store) -> list[_StageArtifa
                 "allowed: finetune, final."
             )
         names = aligned
+    elif stage == "final" and "stress" in result.stages:
+        names = ["stress"]  # a full checkpoint
     elif stage == "final" and "repair" in result.stages:
         names = [*aligned, "repair"]
     else:

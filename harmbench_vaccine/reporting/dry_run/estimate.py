@@ -27,13 +27,13 @@ from harmbench_vaccine.plugins import Defense
 from .costs import Estimate
 from .devices import THIS_MACHINE, Target
 from .evaluation_estimates import estimate_answers, estimate_drift, estimate_scores
-from .memory import count_memory
+from .memory import count_memory, count_weights
 from .timing import measure_training, training_seconds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ESTIMATED: tuple[str, ...] = ("align", "finetune", "answer", "score", "drift")
+ESTIMATED: tuple[str, ...] = ("align", "finetune", "stress", "answer", "score", "drift")
 """The stages that an estimate covers."""
 
 
@@ -64,6 +64,8 @@ def estimate_costs(
         for name in trained
         if name in stages
     ]
+    if "stress" in stages and experiment.attack_team.stresses_weights:
+        estimates.append(_estimate_stress(experiment))
     if "answer" in stages:
         estimates.append(estimate_answers(experiment, target, read_rows))
     if "score" in stages:
@@ -88,6 +90,12 @@ def _estimate_training(
     detail = f"{steps} steps of {settings.batch} rows of {width} tokens, {forward}F {backward}B per step"
     disk = memory.adapter // 4 * 7  # of 4 copies: the adapter, then it and its moments twice
     return Estimate(name, seconds, memory.peak, detail, disk, measured is not None)
+
+
+def _estimate_stress(experiment: Experiment) -> Estimate:
+    """Estimate the edit of the final weights, which are loaded and stored once; it runs no model."""
+    size = count_weights(experiment.model, experiment.protocol.dtype).weights
+    return Estimate("stress", 0.0, size, "edits and stores every weight, not timed", size, timed=True)
 
 
 def passes_per_step(defenses: Sequence[Defense], stage: StageName) -> tuple[int, int]:

@@ -87,6 +87,7 @@ _LESS_TRAINING = ("fewer rows per batch with more accumulation steps", "--gradie
 _LESS_MEMORY = {
     "align": (*_LESS_TRAINING, "--set quantization=4bit"),
     "finetune": (*_LESS_TRAINING, "--set quantization=4bit"),
+    "stress": ("a smaller model",),
     "answer": ("--backend vllm", "--set quantization=4bit"),
     "score": ("a smaller judge", "a judge in 16 bits (--scorer beaver_dam:dtype=bfloat16)"),
     "drift": ("--set score.drift_batch=1", "--set quantization=4bit"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harmbench_vaccine.core.errors import BadInput, HbvError
+from harmbench_vaccine.core.types import MODEL_STAGES
 from harmbench_vaccine.core.visible import visible
 from harmbench_vaccine.evaluation.records import by_question, load_result, load_run
 from harmbench_vaccine.evaluation.result import Result
@@ -208,7 +209,7 @@ def _run(run: Mapping[str, Any], result: Result | None, texts: PageTexts) -> lis
 
 def _model_key(result: Result) -> str | None:
     """Return the beginning of the key of the last stage that made the model."""
-    artifacts = (result.stages[stage].artifacts for stage in reversed(STAGE_TITLES) if stage in result.stages)
+    artifacts = (result.stages[stage].artifacts for stage in reversed(MODEL_STAGES) if stage in result.stages)
     return next((artifact.key[:_KEY_LENGTH] for each in artifacts for artifact in each.values()), None)
 
 
