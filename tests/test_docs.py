@@ -243,7 +243,7 @@ def test_readme_lists_every_method_with_its_paper() -> None:
 
 
 def test_readme_counts_the_methods() -> None:
-    words = {14: "fourteen", 42: "Forty-two"}
+    words = {17: "seventeen", 45: "Forty-five"}
     counts = f"{words[len(DEFENSES.loadable())]} defenses and {words[len(ATTACKS.loadable())]} attacks"
     assert counts in README
 

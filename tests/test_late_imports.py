@@ -210,7 +210,7 @@ def test_imports_are_executed_in_any_order(order: tuple[int, ...], load: Load) -
 # ---------------------------------------------------------------------------------------------------------------------
 # Built-in plug-ins
 
-NEED_TORCH = {"antidote", "constrained_sft", "ldifs", "panacea", "refusal_ablation"}
+NEED_TORCH = {"antidote", "constrained_sft", "ldifs", "panacea", "quantize", "refusal_ablation", "weight_noise"}
 """Built-in plug-ins that use torch while they are imported: a decorator of theirs is torch's."""
 
 
