@@ -23,7 +23,8 @@ from harmbench_vaccine.core.progress import SILENT
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.prompts import PromptTemplate
 from harmbench_vaccine.plugins import Attack, Defense, Plugin, contract, param, resolve_params
-from harmbench_vaccine.plugins.contract.attack_checks import ATTACK_CHECKS, AttackSubject
+from harmbench_vaccine.plugins.contract.attack_checks import ATTACK_CHECKS
+from harmbench_vaccine.plugins.contract.attack_subject import AttackSubject
 from harmbench_vaccine.plugins.contract.defense_hooks import HOOK_CHECKS
 from harmbench_vaccine.plugins.contract.defense_outcomes import OUTCOME_CHECKS
 from harmbench_vaccine.plugins.contract.defense_subject import DefenseSubject

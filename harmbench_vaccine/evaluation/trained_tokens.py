@@ -9,8 +9,9 @@ from typing import Any
 from harmbench_vaccine.core.errors import HbvError
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import encode_examples, token_counts
-from harmbench_vaccine.experiment.experiment import Experiment, StageConfig
+from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import plugin_pools, user_rows
+from harmbench_vaccine.experiment.stage_config import StageConfig
 from harmbench_vaccine.inference.model_pool import ModelPool
 
 TOKEN_COUNTS = ("response_tokens", "harmful_tokens")

@@ -6,15 +6,14 @@ Settling loads no model and makes no artifact, so that bad input is reported bef
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
+from harmbench_vaccine.core import distributed
 from harmbench_vaccine.core.errors import BadInput, unknown_name
-from harmbench_vaccine.core.types import STAGES, StageName, Topology, TrainSettings
+from harmbench_vaccine.core.types import STAGES, StageName
 from harmbench_vaccine.data.over_refusal import OVER_REFUSAL, check_over_refusal
 from harmbench_vaccine.data.prompts import PromptTemplate, prompt_template
 from harmbench_vaccine.data.sources import location_identity
@@ -25,10 +24,10 @@ from harmbench_vaccine.plugins.composition import canonical_name, resolve_plugin
 from harmbench_vaccine.plugins.registry import ATTACKS, DEFENSES, SCORERS, TASKS, Registry
 from harmbench_vaccine.plugins.teams import AttackTeam, DefenseTeam
 
-from .conflicts import check_combination
 from .protocol import FinetuneProtocol, Protocol, load_protocol
-from .resolution import resolve_guard, resolve_scorers, resolve_task, scorer_defaults
-from .spec import RunSpec, first_validation_error
+from .resolution import judge_identity, resolve_guard, resolve_scorers, resolve_task, scorer_defaults
+from .spec import RunSpec
+from .stage_config import StageConfig, configure_stage
 
 _NAMED_VALUES: dict[str, Registry[Any]] = {
     "defenses": DEFENSES,
@@ -40,26 +39,6 @@ _NAMED_VALUES: dict[str, Registry[Any]] = {
     "answer.items": TASKS,
 }
 """Values of a protocol that are named by plug-ins: dotted path -> the registry of the names."""
-_TRAIN_SETTINGS = TypeAdapter(TrainSettings)
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """The configuration of one stage: everything that it needs in addition to the model that it starts from."""
-
-    name: StageName
-    defenses: DefenseTeam
-    """The defenses that act in the stage, as one object; a training session works on a `fresh()` copy."""
-    settings: TrainSettings
-    """The optimizer settings, as the protocol, the user's attack and the defenses of the stage define them."""
-    template: PromptTemplate
-    """The prompt format of the training rows."""
-    topology: Topology
-    """`single` if the user stage continues the alignment adapter, else `double`."""
-    full: bool
-    """True if the stage makes a new base model: every weight is trained, or an attack edits the weights."""
-    guard: Resolved[Scorer] | None = None
-    """The judge that a defense of the stage uses."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +107,7 @@ class Experiment:
         finetune = protocol.finetune.of(task.plugin.name)
         template = prompt_template(protocol.prompt)
         stages = {
-            name: _configure(
+            name: configure_stage(
                 name, [resolved.plugin for resolved in defenses], attack_team, protocol, finetune, template, judges
             )
             for name in STAGES
@@ -157,7 +136,7 @@ class Experiment:
             answer_team=answer_team,
             answer_guard=resolve_guard(answer_team, judges, protocol.name),
         )
-        check_combination(experiment)
+        _check_combination(experiment)
         _check_changed_names(written, experiment)
         return experiment
 
@@ -277,34 +256,6 @@ def settle_all(specs: Sequence[RunSpec]) -> list[Experiment]:
     return experiments
 
 
-def _configure(
-    name: StageName,
-    defenses: Sequence[Defense],
-    attack: AttackTeam,
-    protocol: Protocol,
-    finetune: FinetuneProtocol,
-    template: PromptTemplate,
-    judges: Mapping[str, Mapping[str, Any]],
-) -> StageConfig:
-    """Configure one stage. The repair stage uses the settings of the protocol's user stage, not those of the attack."""
-    team = DefenseTeam(members=tuple(defense for defense in defenses if name in defense.stages), stage=name)
-    hooks = team.fresh()  # hooks run on copies, so that the constructed objects keep their initial state
-    settings = protocol.align.settings if name == "align" else finetune.settings
-    if name == "finetune":
-        settings = attack.fresh().settings(settings)
-    settings = _checked_settings(name, hooks.settings(name, settings))
-    is_user = name == "finetune"
-    return StageConfig(
-        name=name,
-        defenses=team,
-        settings=settings,
-        template=hooks.template("train", template),
-        topology=(team.required_topology or protocol.topology) if is_user else "double",
-        full=is_user and (attack.editing_attack is not None or settings.full),
-        guard=resolve_guard(team, judges, protocol.name),
-    )
-
-
 def _check_changed_names(written: Protocol, experiment: Experiment) -> None:
     """Check values that the user replaced for plug-ins of any name, also where this run does not use them.
 
@@ -324,10 +275,77 @@ def _check_changed_names(written: Protocol, experiment: Experiment) -> None:
                     resolve_params(cls, {}, after[name])
 
 
-def _checked_settings(stage: StageName, settings: TrainSettings) -> TrainSettings:
-    """Refuse settings that the hooks of defenses and attacks changed to values outside their ranges."""
-    try:
-        return _TRAIN_SETTINGS.validate_python(asdict(settings))
-    except ValidationError as error:
-        reason = first_validation_error(error)
-        raise BadInput(f"A defense or an attack changes a setting of stage {stage!r}: {reason}") from error
+def _check_combination(experiment: Experiment) -> None:
+    """Refuse combinations of plug-ins, protocol and hardware that do not work.
+
+    Raises:
+        BadInput: The first conflict.
+    """
+    experiment.task.check()
+    for name in experiment.task.datasets:
+        experiment.location(name)
+    align, finetune = experiment.stages["align"], experiment.stages["finetune"]
+    later = [*experiment.acting("finetune"), *experiment.acting("repair")]
+    if not align.defenses.runs:
+        for resolved in experiment.defenses:
+            if resolved.plugin.needs_alignment:
+                raise BadInput(
+                    f"{resolved.plugin.name!r} needs the alignment adapter, but {experiment.defense!r} leaves out the "
+                    "alignment stage: remove the defense that leaves it out."
+                )
+    _check_guards(experiment)
+    if experiment.backend == "vllm" and experiment.generation_team.steers:
+        steering = next(member for member in experiment.generation_team.members if member.steers)
+        raise BadInput(
+            f"{steering.name!r} changes hidden states while the model answers, which backend 'vllm' does not support; "
+            "allowed: --backend transformers."
+        )
+    if editing := experiment.attack_team.editing_attack:
+        for resolved in later:
+            raise BadInput(
+                f"{resolved.plugin.name!r} cannot act under attack {editing.name!r}: "
+                "it defends the user's training, and this attack does not train."
+            )
+    rank = finetune.settings.lora_rank
+    if finetune.topology == "single" and align.defenses.runs and rank != experiment.finetune.settings.lora_rank:
+        raise BadInput(
+            f"Attack {experiment.attack!r} sets the rank of the user's adapter, but in single topology (required by "
+            "the protocol or a defense) the alignment adapter is trained further and keeps its rank."
+        )
+    quantization = experiment.protocol.quantization
+    if quantization != "none" and experiment.makes_base:
+        raise BadInput(
+            f"{experiment.attack!r} changes the base model's weights, which are fixed under quantization "
+            f"{quantization!r}; allowed: quantization none, or attacks that train an adapter."
+        )
+    if distributed.world_size() > 1:
+        for resolved in experiment.defenses:
+            if not resolved.plugin.supports_ranks:
+                raise BadInput(
+                    f"{resolved.plugin.name!r} does not support multi-GPU training (`ranks = False`): "
+                    "start it as one process."
+                )
+    if finetune.settings.full:
+        for resolved in later:
+            defense = resolved.plugin
+            if defense.needs_adapter or defense.topology or "repair" in defense.stages:
+                raise BadInput(
+                    f"{defense.name!r} needs the user's adapter, but the user trains every weight (`full`): "
+                    "choose an attack or a setting that trains an adapter."
+                )
+
+
+def _check_guards(experiment: Experiment) -> None:
+    """Refuse a defense that uses a judge which also scores the run.
+
+    Raises:
+        BadInput: The judge of a defense has the same model as a scorer, or is the same rule.
+    """
+    for guard in experiment.guards:
+        for scorer in experiment.scorers:
+            if judge_identity(guard) == judge_identity(scorer):
+                raise BadInput(
+                    f"{experiment.defense!r} and the score use the same judge, {canonical_name([scorer])!r}: the "
+                    "harmful score would then count only what this judge overlooks. Choose another judge for the "
+                    "defense, or another --scorer."
+                )

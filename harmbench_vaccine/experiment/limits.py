@@ -20,8 +20,9 @@ from harmbench_vaccine.data.prompts import EvalSet
 from harmbench_vaccine.inference.loading import readable_load_errors
 from harmbench_vaccine.training.adapters import LoraStack
 
-from .experiment import Experiment, StageConfig
+from .experiment import Experiment
 from .rows import eval_sets, plugin_pools, user_rows
+from .stage_config import StageConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

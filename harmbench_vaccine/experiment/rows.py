@@ -26,8 +26,9 @@ from harmbench_vaccine.plugins import Task
 from harmbench_vaccine.plugins.task_rows import convert_rows, training_and_test_rows
 from harmbench_vaccine.plugins.teams import upload_rows
 
-from .experiment import Experiment, StageConfig
+from .experiment import Experiment
 from .protocol import Questions
+from .stage_config import StageConfig
 
 HARM_DATA = ("beavertails", "beavertails_refusals", "alpaca")
 """The data sets that the pools are drawn from."""

@@ -20,9 +20,10 @@ from harmbench_vaccine.plugins.teams import DefenseTeam
 
 from .artifacts import ADAPTER, CHECKPOINT, LOG, ROWS, TRAINING, TrainedModel
 from .context import RunContext
-from .experiment import Experiment, StageConfig
+from .experiment import Experiment
 from .keys import nested_key
 from .rows import plugin_pools
+from .stage_config import StageConfig
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

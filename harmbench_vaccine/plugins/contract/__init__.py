@@ -152,7 +152,8 @@ def _findings(resolved: Resolved, folder: Path, progress: Progress) -> list[Find
         from .task_subject import TaskSubject
 
         return TASK_CHECKS.examine(TaskSubject(cls, resolved.params), progress)
-    from .attack_checks import ATTACK_CHECKS, AttackSubject
+    from .attack_checks import ATTACK_CHECKS
+    from .attack_subject import AttackSubject
 
     return ATTACK_CHECKS.examine(AttackSubject(cls, resolved.params, TinyWorld(folder)), progress)
 

@@ -18,7 +18,7 @@ from ..defense import Defense
 from .attributes import copy_attributes, differing_attributes, list_names
 from .defense_subject import DefenseSubject, for_stages
 from .findings import Checks, Fails, NotApplicable
-from .generation import first_tokens, steering
+from .generation import chosen_tokens, steering_of
 from .observation import preserved_random_states
 from .requirements import draws_numbers_by_seed, draws_rows_by_seed
 from .trials import Trial, edit_trial, train_trial
@@ -104,9 +104,9 @@ def _departures(subject: DefenseSubject, plugin: Defense, run: Callable[[StageNa
     ]
     if plugin.answer(pairs, world.judge) != [answer for _, answer in pairs]:
         yield "answers change"
-    if plugin.chooses_tokens and any(first_tokens(world, plugin)):
+    if plugin.chooses_tokens and any(chosen_tokens(world, plugin)):
         yield "the first tokens of answers change"
-    if plugin.steers and any(bool(vector.any()) for vector in steering(world, plugin).values()):
+    if plugin.steers and any(bool(vector.any()) for vector in steering_of(world, plugin).values()):
         yield "the hidden states of answers change"
     for stage in subject.stages:
         plain, defended = subject.undefended(stage), run(stage)

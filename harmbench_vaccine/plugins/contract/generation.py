@@ -38,7 +38,7 @@ class TrialModels(AnswerModels):
         return next_probabilities(self._stack.use(self._adapters[model]), texts, PAD)
 
 
-def first_tokens(world: TinyWorld, plugin: Defense) -> list[list[int]]:
+def chosen_tokens(world: TinyWorld, plugin: Defense) -> list[list[int]]:
     """Return the first tokens that a defense chooses for the answers to the questions of the world."""
     tokenizer: Any = HashTokenizer()
     questions = world.questions[0].examples
@@ -47,7 +47,7 @@ def first_tokens(world: TinyWorld, plugin: Defense) -> list[list[int]]:
         return plugin.first_tokens(TrialModels(world), prompts)
 
 
-def steering(world: TinyWorld, plugin: Defense) -> dict[int, Tensor]:
+def steering_of(world: TinyWorld, plugin: Defense) -> dict[int, Tensor]:
     """Return the vectors that a defense adds to the hidden states, by decoder layer."""
     stage = begin_trial(world, "repair", DefenseTeam(stage="repair"), None).stage
     with preserved_random_states(1), stage.isolated("steering"), stage.reference():
@@ -61,15 +61,15 @@ def _generation(subject: DefenseSubject) -> None:
     if not plugin.changes_generation:
         raise NotApplicable("It does not act while an answer is generated.")
     if plugin.chooses_tokens:
-        tokens = first_tokens(world, plugin)
+        tokens = chosen_tokens(world, plugin)
         if len(tokens) != len(world.questions[0].examples):
             raise Fails(f"first_tokens returned {len(tokens)} answers to {len(world.questions[0].examples)} prompts.")
         if wrong := [token for row in tokens for token in row if not 0 <= token < VOCABULARY]:
             raise Fails(f"first_tokens returned the token {wrong[0]!r}; allowed: 0 to {VOCABULARY - 1}.")
-        if first_tokens(world, subject.plugin()) != tokens:
+        if chosen_tokens(world, subject.plugin()) != tokens:
             raise Fails("The second call of first_tokens returned different tokens.")
     if plugin.steers:
-        vectors, again = steering(world, plugin), steering(world, subject.plugin())
+        vectors, again = steering_of(world, plugin), steering_of(world, subject.plugin())
         base = world.base("float32")
         depth, width = len(decoder_layers(base)), base.config.hidden_size
         for layer, vector in vectors.items():
