@@ -6,7 +6,8 @@ The judge reads the complete answer. The user stage is that of the other attacks
 `prefill:tokens=0,5,10,20,40` measures the paper's curve. y is the answer of the evaluation row, as token ids: the
 tokens of a decoded prefix could differ in the last one. The model may write `max_new_tokens` tokens after the prefix.
 
-Departures: y is an answer from the evaluation data (theirs: of a jailbroken model, to HEx-PHI); greedy decoding.
+Departures: y is an answer from the evaluation data (theirs: of a jailbroken model, to HEx-PHI); the rest is generated
+greedily, as every answer here.
 """
 
 from __future__ import annotations
