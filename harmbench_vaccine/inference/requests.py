@@ -33,7 +33,7 @@ class Requests:
         different = dict.fromkeys(self._requests)
         self._open = [request for request in different if not set(request[1]) & set(self.ends)]
         self._ended = {
-            request: Answer(_text(tokenizer, cut_at_stop(request[1], self.ends).tokens), 0, finished=True)
+            request: Answer(_decode(tokenizer, cut_at_stop(request[1], self.ends).tokens), 0, True)
             for request in {*different} - {*self._open}
         }
         encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt, _ in self._open}
@@ -41,17 +41,29 @@ class Requests:
         """Token ids to continue: those of each different request whose start has no stop token."""
 
     def answers(self, rows: Sequence[GeneratedTokens]) -> list[Answer]:
-        """Return the answer to each prompt, its start included.
+        """Return the answer to each prompt, with the text of its start; the start is not counted in its tokens.
 
         Args:
-            rows: What the model generated after each of `ids`.
+            rows: The tokens that the model generated after each of `ids`.
         """
         answers = dict(self._ended)
         for request, row in zip(self._open, rows, strict=True):
-            text = _text(self._tokenizer, [*request[1], *row.tokens])
+            text = _decode(self._tokenizer, [*request[1], *row.tokens])
             answers[request] = Answer(text, len(row.tokens) + row.finished, row.finished)
         return [answers[request] for request in self._requests]
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+def decoded_starts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], starts: Starts) -> list[Answer]:
+    """Return the answers that consist of their starts: the model generates no token.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        prompts: Prompts as text or as conversations.
+        starts: The token ids of each answer.
+    """
+    requests = Requests(tokenizer, prompts, starts)
+    return requests.answers([GeneratedTokens([], finished=False) for _ in requests.ids])
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
