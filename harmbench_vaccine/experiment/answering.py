@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harmbench_vaccine.core.jsonl import write_json, write_lines
 from harmbench_vaccine.core.store import Artifact
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.answer_checks import cut_answer
 from harmbench_vaccine.data.collate import encode_prompt, encode_start
 from harmbench_vaccine.data.prompts import EvalSet
@@ -47,14 +48,21 @@ def store_answers(
         steering: The vectors of `steering_vectors`, if a defense adds any.
         folder: The artifact to write.
     """
+    from harmbench_vaccine.inference.answer_models import steered
+    from harmbench_vaccine.inference.requests import decoded_starts
+
     engine = context.models.engine(model.spec, experiment.backend)
-    starts = _written_starts(context, model.spec, eval_set, prompts)
-    chosen = _chosen_tokens(experiment, context, model, aligned, prompts, starts)
-    limit = max(eval_set.max_new_tokens - max(map(len, chosen), default=0), 1)
-    starts = [[*start, *tokens] for start, tokens in zip(starts, chosen, strict=True)]
-    with _steered(context, model.spec, steering):
+    vectors = _stored_vectors(steering)
+    written = _written_starts(context, model.spec, eval_set, prompts)
+    chosen = _chosen_tokens(experiment, context, model, aligned, prompts, written, vectors)
+    chosen = [tokens[: eval_set.max_new_tokens] for tokens in chosen]
+    starts = [[*start, *tokens] for start, tokens in zip(written, chosen, strict=True)]
+    if limit := eval_set.max_new_tokens - max(map(len, chosen), default=0):
         options: dict[str, Any] = {"starts": starts} if any(starts) else {}
-        answers = engine.generate(model.spec.adapters, prompts, limit, context.progress, **options)
+        with steered(context.models.stack(model.spec).model, vectors) if vectors else nullcontext():
+            answers = engine.generate(model.spec.adapters, prompts, limit, context.progress, **options)
+    else:  # a defense chose every token
+        answers = decoded_starts(context.models.tokenizer(model.spec), prompts, starts)
     if experiment.backend != "transformers":
         write_json(folder / ENGINE, {"answered_by": engine.answered_by})
     cut_at = experiment.protocol.answer.cut_at
@@ -64,7 +72,7 @@ def store_answers(
     write_lines(folder / ANSWERS, rows)
 
 
-def _answer_row(example: Any, prompt: str, answer: Answer, chosen: int, cut_at: str) -> dict[str, Any]:
+def _answer_row(example: Example, prompt: str, answer: Answer, chosen: int, cut_at: str) -> dict[str, Any]:
     text, removed = cut_answer(answer.text, cut_at)
     row = {
         "id": example.id,
@@ -97,6 +105,7 @@ def _chosen_tokens(
     aligned: TrainedModel,
     prompts: Sequence[str],
     starts: Sequence[Sequence[int]],
+    vectors: Mapping[int, Tensor],
 ) -> list[list[int]]:
     """Return the tokens of every answer that a defense chooses, after those that the attack wrote."""
     team = experiment.generation_team.fresh()
@@ -106,7 +115,8 @@ def _chosen_tokens(
     from harmbench_vaccine.inference.answer_models import AnswerModels
 
     tokenizer = context.models.tokenizer(model.spec)
-    models = AnswerModels(context.models, model.spec, aligned.spec, stop_token_ids(tokenizer, prompts))
+    ends = stop_token_ids(tokenizer, prompts)
+    models = AnswerModels(context.models, model.spec, aligned.spec, ends, vectors)
     texts = [[*encode_prompt(tokenizer, prompt), *start] for prompt, start in zip(prompts, starts, strict=True)]
     return team.first_tokens(models, texts)
 
@@ -127,17 +137,10 @@ def steering_vectors(experiment: Experiment, context: RunContext, aligned: Train
     return context.store.get_or_create("steering", steering_key(experiment, aligned), create, all_ranks=True)
 
 
-def _steered(context: RunContext, spec: ModelSpec, steering: Artifact | None) -> AbstractContextManager[None]:
-    """Add the vectors to the residual stream of every forward pass inside the block."""
+def _stored_vectors(steering: Artifact | None) -> dict[int, Tensor]:
+    """Return decoder layer -> the vector that is added to its output; empty: no defense adds any."""
     if steering is None:
-        return nullcontext()
+        return {}
     from safetensors.torch import load_file
 
-    from harmbench_vaccine.training.taps import Taps
-
-    vectors = {int(layer): vector for layer, vector in load_file(steering.path / STEERING).items()}
-
-    def add(layer: int, output: Tensor) -> Tensor | None:
-        return output + vectors[layer].to(output) if layer in vectors else None
-
-    return Taps(context.models.stack(spec).model, "layer").changed(add)
+    return {int(layer): vector for layer, vector in load_file(steering.path / STEERING).items()}
