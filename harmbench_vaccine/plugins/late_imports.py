@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from harmbench_vaccine.core.errors import BadInput
 
-SLOW = ("torch", "transformers", "peft", "harmbench_vaccine.training")
+SLOW = ("torch", "transformers", "peft", "harmbench_vaccine.training", "harmbench_vaccine.inference.answer_models")
 """Packages whose import takes seconds, alone or because it imports another one of them."""
 
 Statements = dict[str, list[ast.stmt]]
