@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from harmbench_vaccine.core.device import forked_rng
 from harmbench_vaccine.core.types import STAGES, StageName
 from harmbench_vaccine.plugins import Defense
-from harmbench_vaccine.plugins.contract import find_plugins, run_contract, trials
+from harmbench_vaccine.plugins.contract import find_plugins, generation, run_contract, trials
 from harmbench_vaccine.plugins.contract import world as tiny_world
 from harmbench_vaccine.plugins.contract.trials import aligned_adapter, begin_trial, edit_trial, train_trial
 from harmbench_vaccine.plugins.contract.world import TinyWorld
@@ -74,6 +74,15 @@ def run_hooks(world: TinyWorld, cls: type[Defense], name: StageName) -> Adapter:
 def test_no_hook_of_a_defense_mixes_devices(defense: str, stage: StageName, gpu: None, world: TinyWorld) -> None:
     adapter = run_hooks(world, DEFENSES.get(defense), stage)
     assert {factor.device.type for pair in adapter.factors.values() for factor in pair} == {"cpu"}  # as it is stored
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if DEFENSES.get(name)().changes_generation])
+def test_no_hook_on_generation_mixes_devices(name: str, gpu: None, world: TinyWorld) -> None:
+    plugin = DEFENSES.get(name)().seeded(0)
+    if plugin.chooses_tokens:
+        assert any(generation.trial_tokens(world, plugin))
+    if plugin.steers:
+        assert generation.steering(world, plugin)
 
 
 @pytest.mark.slow
