@@ -389,8 +389,8 @@ def test_settings_of_peft_that_are_read_exist() -> None:
         (
             "vaccine",
             "Defense 'vaccine' acts during training and cannot edit a finished adapter; "
-            "allowed: antidote, random_perturbation, realign, resta, safe_lora, safemerge, task_arithmetic, wise_ft, "
-            "or a file",
+            "allowed: antidote, random_perturbation, realign, resta, safe_delta, safe_lora, safemerge, "
+            "task_arithmetic, wise_ft, or a file",
         ),
         ("resta+sft", "Defense 'sft' acts during training"),
         ("antidot", "Unknown defense 'antidot'. Did you mean 'antidote'?"),

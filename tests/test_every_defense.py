@@ -28,8 +28,9 @@ NAMES = [name for name, entry in DEFENSES.entries().items() if entry.origin == "
 NEUTRAL = [name for name in NAMES if DEFENSES.get(name).neutral is not None]
 
 
-def test_only_baselines_have_no_neutral_setting() -> None:
-    assert set(NAMES) - set(NEUTRAL) == {"none", "sft"}
+def test_all_but_three_have_a_neutral_setting() -> None:
+    """The others are the baselines, and `safe_delta`: no value of `s` gives the user's model."""
+    assert set(NAMES) - set(NEUTRAL) == {"none", "sft", "safe_delta"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
