@@ -14,7 +14,8 @@ weights can leave it out.
 Cost: 2 m forward passes of every prompt.
 
 Departures: the expert is the aligned model (theirs: a LoRA trained on the model's answers that refuse); decoding is
-greedy, so that the sum is not normalized; a token of V with a negative sum stays (theirs: floored at 1e-8).
+greedy, so that the sum is not normalized; a token of V with a negative sum stays (theirs: floored at 1e-8); of tokens
+with the same probability, the smaller id is first (theirs: an order that sorting leaves open).
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from torch import Tensor
 
 from harmbench_vaccine.inference.answer_models import AnswerModels
 from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
+
+TEXTS = 64
+"""Texts whose vocabularies are sorted at a time, which takes eight times the memory of their probabilities."""
 
 
 class SafeDecoding(Defense):
@@ -54,11 +58,16 @@ class SafeDecoding(Defense):
             if not texts:
                 break
             model, expert = models.probabilities("answering", texts), models.probabilities("aligned", texts)
-            scores = model + self.alpha * (expert - model)
-            best = scores.where(common_tokens(model, expert, self.common), -torch.inf).argmax(1)
-            for row, token in zip(rows, best.tolist(), strict=True):
+            parts = zip(model.split(TEXTS), expert.split(TEXTS), strict=True)
+            chosen = [token for part in parts for token in self._mixed(*part)]
+            for row, token in zip(rows, chosen, strict=True):
                 tokens[row].append(token)
         return tokens
+
+    def _mixed(self, model: Tensor, expert: Tensor) -> list[int]:
+        scores = model + self.alpha * (expert - model)
+        best = scores.where(common_tokens(model, expert, self.common), -torch.inf).argmax(1)
+        return [int(token) for token in best]
 
 
 def common_tokens(first: Tensor, second: Tensor, count: int) -> Tensor:
