@@ -12,7 +12,8 @@ vectors to hidden states: with it, the defense is refused. The user who has the 
 Cost: one forward pass of the prompts, once; an addition for each token.
 
 Departures: the layer is a parameter, the paper's for Llama-2-7B scaled by depth (theirs: chosen on held-out prompts
-among layers and positions); the harmful prompts are those of the defender's pairs (theirs: AdvBench and others).
+among layers and positions); prompts are the defender's pairs and benign rows (theirs: AdvBench and others, and
+Alpaca, without harmful prompts that the model answers and benign ones that it refuses).
 """
 
 from __future__ import annotations
@@ -61,13 +62,10 @@ class RefusalSteering(Defense):
 
     def _mean_state(self, stage: TrainingStage, rows: Sequence[Example], layer: int) -> Tensor:
         """Return the mean output of the layer at the last prompt token (width), float32."""
-        encoded, total, taps = stage.encode(rows), None, stage.taps_on("layer")
+        encoded, states, taps = stage.encode(rows), [], stage.taps_on("layer")
         for start in range(0, len(encoded), stage.settings.batch):
             part = encoded[start : start + stage.settings.batch]
             with torch.no_grad(), taps.recorded() as outputs:
                 stage.output(stage.collated(part))
-            last = [row.response_start - 1 for row in part]
-            states = outputs[layer].double()[torch.arange(len(part)), last].sum(0)
-            total = states if total is None else total + states
-        assert total is not None
-        return (total / len(encoded)).float()
+            states += [outputs[layer][number, row.response_start - 1] for number, row in enumerate(part)]
+        return torch.stack(states).double().mean(0).float()
