@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer
 
 from harmbench_vaccine.attacks.prefill import Prefill
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.core.jsonl import read_lines
+from harmbench_vaccine.core.progress import SILENT, Progress
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.collate import IGNORED, encode_example, encode_prompt, encode_start
 from harmbench_vaccine.data.prompts import EvalSet, prompt_template
@@ -34,7 +35,7 @@ from harmbench_vaccine.experiment.rows import (
     user_rows,
 )
 from harmbench_vaccine.experiment.spec import RunSpec
-from harmbench_vaccine.inference.engine import Answer
+from harmbench_vaccine.inference.engine import Answer, Starts
 from harmbench_vaccine.inference.transformers_engine import TransformersEngine
 from harmbench_vaccine.pipeline import align, answer_all, finetune, run, train_models
 from harmbench_vaccine.plugins.composition import parse_plugins
@@ -59,9 +60,9 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
 
 
 @pytest.fixture
-def words(world: Path) -> PreTrainedTokenizerFast:
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(world.parent / "model")
-    return tokenizer
+def words(world: Path) -> Any:
+    """Return the tokenizer of the small world's model, which a test may change."""
+    return AutoTokenizer.from_pretrained(world.parent / "model")
 
 
 def settle(world: Path, attack: str, **spec: Any) -> Experiment:
@@ -73,7 +74,7 @@ def uploaded(world: Path, attack: str) -> list[Example]:
     return user_rows(experiment, plugin_pools(experiment))
 
 
-def trained_response(words: PreTrainedTokenizerFast, prompt: str, example: Example) -> list[int]:
+def trained_response(words: Any, prompt: str, example: Example) -> list[int]:
     """Return the response tokens of a training row, with the token that ends it."""
     row = encode_example(words, prompt_template(prompt), example, 1000)
     assert row is not None
@@ -85,7 +86,7 @@ def trained_response(words: PreTrainedTokenizerFast, prompt: str, example: Examp
 
 
 @pytest.mark.parametrize("prompt", ["brief", "none", "chat"])
-def test_start_is_the_beginning_of_the_response_in_training(prompt: str, words: PreTrainedTokenizerFast) -> None:
+def test_start_is_the_beginning_of_the_response_in_training(prompt: str, words: Any) -> None:
     words.chat_template = CHAT
     text = prompt_template(prompt).render(QUESTION)
     *response, end = trained_response(words, prompt, QUESTION)
@@ -98,7 +99,7 @@ def test_start_is_the_beginning_of_the_response_in_training(prompt: str, words: 
 
 
 @pytest.mark.parametrize("prompt", ["brief", "chat"])
-def test_shorter_response_is_complete_and_does_not_end(prompt: str, words: PreTrainedTokenizerFast) -> None:
+def test_shorter_response_is_complete_and_does_not_end(prompt: str, words: Any) -> None:
     words.chat_template = CHAT
     short = replace(QUESTION, response="Yes")
     *response, end = trained_response(words, prompt, short)
@@ -107,13 +108,13 @@ def test_shorter_response_is_complete_and_does_not_end(prompt: str, words: PreTr
     assert end not in start
 
 
-def test_control_tokens_in_a_response_stay_text(words: PreTrainedTokenizerFast) -> None:
+def test_control_tokens_in_a_response_stay_text(words: Any) -> None:
     start = encode_start(words, "x", "First </s> you", 50)
     assert words.eos_token_id not in start
     assert words.decode(start) == "First </s> you"
 
 
-def test_text_of_a_start_may_have_other_tokens(words: PreTrainedTokenizerFast) -> None:
+def test_text_of_a_start_may_have_other_tokens(words: Any) -> None:
     """A start ends inside a character: the ids are those of training, which its text does not give."""
     response = trained_response(words, "brief", QUESTION)
     different = [
@@ -258,7 +259,7 @@ def greedy(world: Path, context: RunContext, experiment: Experiment, start: Sequ
     """Generate with the final model from the complete text at every step, up to the end token."""
     _, final = train_models(experiment, context)
     model = context.models.stack(final.spec).use(final.spec.adapters)
-    words = context.models.tokenizer(final.spec)
+    words: Any = context.models.tokenizer(final.spec)
     ids = [*encode_prompt(words, prompt), *start]
     generated: list[int] = []
     while len(generated) < 8 and words.eos_token_id not in generated:
@@ -269,7 +270,7 @@ def greedy(world: Path, context: RunContext, experiment: Experiment, start: Sequ
 
 
 def test_stored_answer_is_the_whole_text_and_tokens_are_the_generated_ones(
-    world: Path, context: RunContext, words: PreTrainedTokenizerFast
+    world: Path, context: RunContext, words: Any
 ) -> None:
     experiment = settle(world, "prefill=4+ratio=0.25")
     artifacts = answer_all(experiment, context, *train_models(experiment, context))
@@ -313,7 +314,7 @@ class Starts(Scorer):
 
 
 def test_headline_score_is_that_of_the_whole_answers(
-    world: Path, context: RunContext, tmp_path: Path, words: PreTrainedTokenizerFast
+    world: Path, context: RunContext, tmp_path: Path, words: Any
 ) -> None:
     judge = tmp_path / "starts.py"
     judge.write_text(CountingJudge.code)
@@ -357,9 +358,16 @@ def test_backend_vllm_stores_the_same_answers(
     class Engine(TransformersEngine):
         answered_by = "vllm"
 
-        def generate(self, adapters: Any, prompts: Any, limit: int, *rest: Any, **options: Any) -> list[Answer]:
-            calls.append((list(prompts), options.get("starts")))
-            return super().generate(adapters, prompts, limit, *rest, **options)
+        def generate(
+            self,
+            adapters: Sequence[Path],
+            prompts: Sequence[str],
+            max_new_tokens: int,
+            progress: Progress = SILENT,
+            starts: Starts = (),
+        ) -> list[Answer]:
+            calls.append((list(prompts), starts))
+            return super().generate(adapters, prompts, max_new_tokens, progress, starts)
 
     other = run_context(tmp_path / "store")
     engine = Engine(other.models.stack(final.spec), other.models.tokenizer(final.spec))
@@ -367,9 +375,9 @@ def test_backend_vllm_stores_the_same_answers(
     experiment = replace(experiment, backend="vllm")
     rows = read_lines(answer_all(experiment, other, aligned, final)["after/harmful"].path / ANSWERS)
     assert rows == expected
-    starts = [options for prompts, options in calls if len(prompts) == 8 and options]
-    assert len(starts) == 2  # of both models
-    assert all(len(start) == 4 for each in starts for start in each)
+    requested = [starts for _, starts in calls if starts]
+    assert len(requested) == 2  # of both models
+    assert all(len(start) == 4 for starts in requested for start in starts)
 
 
 def test_a_run_with_a_chat_template(tmp_path: Path) -> None:
@@ -379,7 +387,7 @@ def test_a_run_with_a_chat_template(tmp_path: Path) -> None:
     context = run_context(tmp_path / "store")
     experiment = settle(file, "prefill=6+ratio=0.25")
     artifacts = answer_all(experiment, context, *train_models(experiment, context))
-    words = AutoTokenizer.from_pretrained(tmp_path / "world" / "model")
+    words: Any = AutoTokenizer.from_pretrained(tmp_path / "world" / "model")
     for row, example in zip(
         read_lines(artifacts["after/harmful"].path / ANSWERS), harmful_sets(experiment)[0].examples, strict=True
     ):

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from harmbench_vaccine.data.collate import encode_prompt
 from harmbench_vaccine.inference import vllm_runner
@@ -95,6 +94,9 @@ def test_each_prompt_needs_a_start() -> None:
 # Engines
 
 
+def ignore_progress(steps: int, detail: str = "", seconds_left: float | None = None) -> None: ...
+
+
 class ModelProcess:
     """A vLLM worker that generates with a transformers model."""
 
@@ -113,7 +115,12 @@ class ModelProcess:
             return {}
         ModelProcess.requested += values["prompts"]
         rows = generate_greedy(
-            self._model, values["prompts"], values["max_new_tokens"], pad=0, ends=values["ends"], advance=lambda _: None
+            self._model,
+            values["prompts"],
+            values["max_new_tokens"],
+            pad=0,
+            ends=values["ends"],
+            advance=ignore_progress,
         )
         return {"rows": [[*row.tokens, *[END] * row.finished] for row in rows]}
 
@@ -129,7 +136,7 @@ def spec(tmp_path: Path) -> ModelSpec:
     return ModelSpec(str(tmp_path / "model"), "float32", (tmp_path / "adapter",))
 
 
-def step_by_step(network: PreTrainedModel, prompt: str, start: Sequence[int], limit: int) -> Answer:
+def step_by_step(network: Any, prompt: str, start: Sequence[int], limit: int) -> Answer:
     """Generate from the complete text at every step, without a cache and without a batch."""
     generated: list[int] = []
     finished = False
