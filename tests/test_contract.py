@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from harmbench_vaccine.core.progress import SILENT
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.prompts import PromptTemplate
+from harmbench_vaccine.inference.answer_models import AnswerModels
 from harmbench_vaccine.plugins import Attack, Defense, Plugin, contract, param, resolve_params
 from harmbench_vaccine.plugins.contract.attack_checks import ATTACK_CHECKS
 from harmbench_vaccine.plugins.contract.attack_subject import AttackSubject
@@ -29,6 +30,7 @@ from harmbench_vaccine.plugins.contract.defense_hooks import HOOK_CHECKS
 from harmbench_vaccine.plugins.contract.defense_outcomes import OUTCOME_CHECKS
 from harmbench_vaccine.plugins.contract.defense_subject import DefenseSubject
 from harmbench_vaccine.plugins.contract.findings import Checks, Finding
+from harmbench_vaccine.plugins.contract.generation import GENERATION_CHECKS
 from harmbench_vaccine.plugins.contract.observation import PassCounter
 from harmbench_vaccine.plugins.contract.trials import aligned_path
 from harmbench_vaccine.plugins.contract.world import TinyWorld
@@ -40,7 +42,7 @@ from support.cli import hbv
 
 gc.freeze()  # as in tiny, with the modules imported since
 
-DEFENSE_CHECKS: Checks[Any] = Checks([*HOOK_CHECKS.all, *OUTCOME_CHECKS.all])
+DEFENSE_CHECKS: Checks[Any] = Checks([*HOOK_CHECKS.all, *GENERATION_CHECKS.all, *OUTCOME_CHECKS.all])
 TUTORIAL = Path(__file__).parents[1] / "docs" / "your-own-defense.md"
 KINDS: dict[str, Checks[Any]] = {"defense": DEFENSE_CHECKS, "attack": ATTACK_CHECKS}
 
@@ -134,6 +136,7 @@ def test_reasons_of_checks_that_do_not_apply() -> None:
     reasons = {name: finding.reason for name, finding in findings.items() if finding.outcome == "n/a"}
     assert reasons == {
         "below": "The alignment stage has no adapter below the trained one.",
+        "generation": "It does not act while an answer is generated.",
         "seeds": "It draws nothing, or too little to compare two seeds.",
         "acts": "It overrides no hook: it is plain SFT, or skips the stage.",
         "neutral": "It declares no neutral setting.",
@@ -247,6 +250,12 @@ class Everywhere(Defense):
             return adapter
         return stage.train_separately("again", self.draw("benign rows", stage.pools.benign, self.rows), start=adapter)
 
+    def first_tokens(self, models: AnswerModels, prompts: list[list[int]]) -> list[list[int]]:
+        return [[5]] * len(prompts) if self.rows else [[] for _ in prompts]
+
+    def steering(self, stage: TrainingStage) -> dict[int, Tensor]:
+        return {0: torch.full((stage.stack.base.config.hidden_size,), self.size)}
+
     def state(self) -> dict[str, Tensor]:
         return {"sum": self._sum}
 
@@ -254,8 +263,32 @@ class Everywhere(Defense):
         self._sum = state["sum"]
 
 
+class SoundAnswers(Defense):
+    """Starts every answer with the most likely token of the aligned model, and shifts the first layer."""
+
+    citation: ClassVar[str] = "unpublished"
+    stages = ()
+    cost = "none"
+
+    def first_tokens(self, models: AnswerModels, prompts: list[list[int]]) -> list[list[int]]:
+        return [[token] for token in models.probabilities("aligned", prompts).argmax(1).tolist()]
+
+    def steering(self, stage: TrainingStage) -> dict[int, Tensor]:
+        return {0: torch.ones(stage.stack.base.config.hidden_size)}
+
+
+class SoundStress(Attack):
+    """Shrinks the LM head of the finished model."""
+
+    citation: ClassVar[str] = "unpublished"
+
+    @torch.no_grad()
+    def stress(self, model: Any) -> None:
+        model.lm_head.weight.mul_(0.5)
+
+
 def test_sound_plugins_pass() -> None:
-    for cls in (Sound, SoundRepair, SoundAttack, SoundEdit):
+    for cls in (Sound, SoundRepair, SoundAnswers, SoundAttack, SoundEdit, SoundStress):
         assert failing(findings_of(cls)) == {}, cls.__name__
 
 
@@ -455,6 +488,13 @@ class Cheap(Sound):
         return super().gradient(stage, batch)
 
 
+class UnknownToken(SoundAnswers):
+    """Chooses a token that the vocabulary does not have."""
+
+    def first_tokens(self, models: AnswerModels, prompts: list[list[int]]) -> list[list[int]]:
+        return [[96] for _ in prompts]
+
+
 BROKEN: dict[type[Plugin], tuple[str, str]] = {
     Undescribed: (
         "described",
@@ -473,6 +513,7 @@ BROKEN: dict[type[Plugin], tuple[str, str]] = {
     DuplicateSet: ("evaluations", "evaluations returned 2 sets named 'harmful'."),
     Attached: ("gradient", "Its loss is a tensor without dimensions with a graph; allowed: a scalar tensor without a"),
     Raising: ("trains", "after_step raised ZeroDivisionError: no such step"),
+    UnknownToken: ("generation", "first_tokens returned the token 96; allowed: 0 to 95."),
     FewerModules: ("edit", "Its adapter covers 5 modules instead of 6, or other modules: model."),
     Still: ("moves", "After 3 steps every trainable parameter is unchanged, to the bit."),
     TouchesBase: ("frozen", "norm.weight changed: only the adapter is trained."),
@@ -775,7 +816,55 @@ def every_step(self: Any, stage: TrainingStage) -> None:
 
 ROW = Example("id", "question", "answer")
 MORE_BROKEN: list[tuple[type[Plugin], str, str]] = [
-    (broken(Sound, "stages", ()), "facts", "It declares no stage and does not override `answer`."),
+    (
+        broken(Sound, "stages", ()),
+        "facts",
+        "It declares no stage and does not override `answer`, `first_tokens` or `steering`.",
+    ),
+    (
+        broken(SoundAnswers, "first_tokens", lambda self, models, prompts: [[2]]),
+        "generation",
+        "first_tokens returned 1 answers to 6 prompts.",
+    ),
+    (
+        broken(SoundAnswers, "first_tokens", lambda self, models, prompts: [[-1] for _ in prompts]),
+        "generation",
+        "first_tokens returned the token -1; allowed: 0 to 95.",
+    ),
+    (
+        broken(SoundAnswers, "first_tokens", lambda self, models, prompts: [[os.urandom(1)[0] % 96] for _ in prompts]),
+        "generation",
+        "The second call of first_tokens returned different tokens.",
+    ),
+    (
+        broken(SoundAnswers, "steering", lambda self, stage: {7: torch.ones(stage.stack.base.config.hidden_size)}),
+        "generation",
+        "for layer 7; allowed: layers 0 to",
+    ),
+    (
+        broken(SoundAnswers, "steering", lambda self, stage: {0: torch.ones(3)}),
+        "generation",
+        "steering returned (3,) for layer 0; allowed: layers 0 to",
+    ),
+    (
+        broken(
+            SoundAnswers,
+            "steering",
+            lambda self, stage: {0: torch.full((stage.stack.base.config.hidden_size,), float(os.urandom(1)[0]))},
+        ),
+        "generation",
+        "The second call of steering returned different vectors.",
+    ),
+    (
+        broken(SoundStress, "stress", lambda self, model: None),
+        "ablate",
+        "Every weight is unchanged, to the bit.",
+    ),
+    (
+        broken(SoundStress, "stress", lambda self, model: model.lm_head.weight.data.fill_(float("nan"))),
+        "ablate",
+        "lm_head.weight is not finite after the edit.",
+    ),
     (
         broken(Sound, "data", ("safe rows",)),
         "facts",
@@ -964,7 +1053,7 @@ MORE_BROKEN: list[tuple[type[Plugin], str, str]] = [
             ),
         ),
         "deterministic",
-        "The second call of ablate gave different weights.",
+        "The second edit of the weights gave different ones.",
     ),
     (
         broken(
@@ -1170,7 +1259,7 @@ def test_command_prints_one_line_per_check(tmp_path: Path) -> None:
     assert len(lines) == len(DEFENSE_CHECKS.all)
     assert "ok    neutral        At its neutral setting it is plain SFT, to the bit." in lines
     assert "n/a   state          It trains no stage." in lines
-    assert last == "13 ok, 0 fail, 9 do not apply"
+    assert last == "13 ok, 0 fail, 10 do not apply"
 
 
 def test_command_names_the_hook_and_the_exception(tmp_path: Path) -> None:

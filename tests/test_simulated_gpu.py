@@ -80,9 +80,9 @@ def test_no_hook_of_a_defense_mixes_devices(defense: str, stage: StageName, gpu:
 def test_no_hook_on_generation_mixes_devices(name: str, gpu: None, world: TinyWorld) -> None:
     plugin = DEFENSES.get(name)().seeded(0)
     if plugin.chooses_tokens:
-        assert any(generation.trial_tokens(world, plugin))
+        assert any(generation.chosen_tokens(world, plugin))
     if plugin.steers:
-        assert generation.steering(world, plugin)
+        assert generation.steering_of(world, plugin)
 
 
 @pytest.mark.slow
