@@ -14,6 +14,7 @@ from harmbench_vaccine.evaluation import gates
 from harmbench_vaccine.evaluation.result import AnswerShares, Validity
 from harmbench_vaccine.experiment.protocol import Gates
 from harmbench_vaccine.plugins import Defense
+from harmbench_vaccine.plugins.teams import AttackTeam
 from harmbench_vaccine.reporting.leaderboard.grids import cell_mark
 
 LIMITS = Gates(degenerate=20, refusals=50, above_chance=5, accuracy_before=None, neither_rise=20)
@@ -33,6 +34,7 @@ def validity(
         task=SimpleNamespace(chance=50.0),
         user_trains=True,
         defenses=[SimpleNamespace(plugin=defense())],
+        attack_team=AttackTeam(),
     )
     return gates.measure_validity(experiment, [], "judge", 80.0, 80.0, 0.5)
 

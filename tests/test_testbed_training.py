@@ -36,7 +36,7 @@ from harmbench_vaccine.testbed.world import generate
 from support import tiny
 from support.compare import close
 
-PARTS = ["data", "tokenizer", "model", "judge", "judge held-out"]
+PARTS = ["data", "tokenizer", "model", "judge", "guard", "judge held-out"]
 
 
 def random_rows(lengths: list[int], prompt: int = 0) -> list[Encoded]:
@@ -151,7 +151,7 @@ def test_batches_by_length_have_every_row_once_and_little_padding() -> None:
 
 
 def test_small_testbed_has_ordinary_models_and_the_time_of_every_part(tmp_path: Path) -> None:
-    sizes = Sizes(documents=320, judgments=192, held_out=60, batch=16)
+    sizes = Sizes(documents=320, judgments=192, guard_judgments=96, held_out=60, batch=16)
     build_testbed(tmp_path, sizes=sizes)
     facts = json.loads((tmp_path / "testbed.json").read_text(encoding="utf-8"))
     assert list(facts["seconds"]) == list(facts["cpu_seconds"]) == PARTS
@@ -164,4 +164,7 @@ def test_small_testbed_has_ordinary_models_and_the_time_of_every_part(tmp_path: 
         loss = masked_loss(model, pretraining_batches(tokenizer, generate(0), sizes)[0], tokenizer.pad_token_id)
     assert float(loss) < math.log(len(tokenizer)) - 1  # the loss of a model that knows nothing
     judge = AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge")
-    assert list(judge.config.id2label.values()) == list(CATEGORIES)
+    guard = AutoModelForSequenceClassification.from_pretrained(tmp_path / "guard")
+    assert list(judge.config.id2label.values()) == list(guard.config.id2label.values()) == list(CATEGORIES)
+    assert not torch.equal(judge.score.weight, guard.score.weight)
+    assert {"judge_held_out", "guard_held_out", "guard_on_attacker"} <= facts.keys()

@@ -87,6 +87,14 @@ def test_world_depends_on_the_seed_only(world: World) -> None:
     assert texts(next_seed.attacker) != texts(world.attacker)
 
 
+def test_guard_learns_from_requests_of_the_defender_only(world: World) -> None:
+    judgments = world.guard_judgments(600)
+    harmful = {judgment.prompt for judgment in judgments if judgment.category}
+    assert harmful <= texts(world.defender)
+    assert {judgment.prompt for judgment in world.attacker_judgments(600) if judgment.category} <= texts(world.attacker)
+    assert judgments != world.judgments(600, held_out=False)
+
+
 def test_text_is_that_of_this_version(world: World) -> None:
     """A change of the text needs a new TESTBED_VERSION, because stored testbeds and published numbers depend on it."""
     examples, lessons = world.pretraining(4_000)
