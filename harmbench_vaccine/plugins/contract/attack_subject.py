@@ -89,7 +89,7 @@ class AttackSubject(Subject):
         plugin.stress(model)
         weights = hashlib.sha256()
         for value in model.state_dict().values():
-            weights.update(value.float().numpy().tobytes())
+            weights.update(value.float().cpu().numpy().tobytes())
         return weights.hexdigest()
 
     def chosen_rows(self, plugin: Attack, rows: list[Example]) -> list[Example]:
