@@ -1,4 +1,4 @@
-"""Write the tables of scores on three pages from the results in `leaderboards`.
+"""Write the tables of scores on four pages from the results in `leaderboards`.
 
 python docs/render_leaderboard.py
 """
@@ -27,14 +27,16 @@ class Source(NamedTuple):
 
 
 TESTBED = Source(ROOT / "leaderboards" / "testbed.csv", "p = 10%")
+NEW_DEFENSES = Source(ROOT / "leaderboards" / "testbed-new-defenses.csv", "p = 20%")
 SMOLLM2 = Source(ROOT / "leaderboards" / "smollm2.csv", "p = 20%")
 PAGES = {
     ROOT / "README.md": TESTBED,
     ROOT / "docs" / "leaderboard.md": TESTBED,
+    ROOT / "docs" / "new-defenses.md": NEW_DEFENSES,
     ROOT / "docs" / "smollm2.md": SMOLLM2,
 }
 BEGIN, END = "<!-- Written by docs/render_leaderboard.py: {} -->", "<!-- end: {} -->"
-MARKS = {"": "", "collapsed": "†", "hollow": "‡"}
+MARKS = {"": "", "collapsed": "†", "hollow": "‡", "self-destruct": "§"}
 LEVEL = 0.05
 BASELINES = "none", "sft"
 

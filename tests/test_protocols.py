@@ -56,6 +56,7 @@ def measured_smollm2() -> Protocol:
     [
         ("testbed", ["testbed", "testbed-tuned"]),
         ("testbed-token-share", ["testbed"]),
+        ("testbed-new-defenses", ["testbed"]),
         ("smollm2", ["smollm2"]),
         ("smollm2-token-share", ["smollm2"]),
     ],
