@@ -540,6 +540,23 @@ def test_ranks_show_ties_and_marks(browser: Browser, page: Path) -> None:
 
 @pytest.mark.slow
 @needs_browser
+def test_self_destruct_is_counted_and_drawn_like_a_collapse(browser: Browser, tmp_path: Path) -> None:
+    failed = collapsed("accuracy 40.0 is low")["validity"]
+    intended = cell("seam", 1, fa=40, validity={**failed, "self_destruct": True})
+    write_page(tmp_path, rank(*cell("sft", 80), *cell("ewc", 2, fa=41, validity=failed), *intended))
+    browser.open(tmp_path / "index.html")
+    ranks = [text.split("\n")[0] for text in browser.texts("#ranking td.rank")]
+    assert ranks == ["1", "self-destruct 2/2", "collapsed 2/2"]
+    for what, style in (("circle", "fill"), ("circle", "strokeDasharray"), ("tr", "color")):
+        styles = [
+            browser.evaluate(f"getComputedStyle(document.querySelector('{what}.{mark}')).{style}")
+            for mark in ("self-destruct", "collapsed")
+        ]
+        assert styles[0] == styles[1] != "none", (what, style)
+
+
+@pytest.mark.slow
+@needs_browser
 def test_filters_and_search(browser: Browser, page: Path) -> None:
     browser.open(page)
     assert browser.texts("#status") == ["6 of 9 rows"]  # the attack with most defenses

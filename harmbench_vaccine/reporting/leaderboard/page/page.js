@@ -83,7 +83,7 @@ const precise = optional((value) => String(Number(value.toPrecision(3))));
 const duration = optional((s) => (s < 90 ? `${s.toFixed(0)} s` : s < 5400 ? `${(s / 60).toFixed(0)} min` : `${fixed(s / 3600)} h`));
 const range = (cell, key, format) => `${format(cell[`${key}_low`])} to ${format(cell[`${key}_high`])}`;
 const ranks = (first, last) => (first === last ? `${first}` : `${first}–${last}`);
-const doubt = (cell) => `${cell.mark} ${cell[`${cell.mark}_cells`]}/${cell.seeds}`;
+const doubt = (cell) => `${cell.mark} ${cell[`${cell.mark.replace("-", "_")}_cells`]}/${cell.seeds}`;
 const breakable = (name) => name.split(/(?<=[_,:+])/).flatMap((part) => [html("wbr", {}), part]);
 const small = (...content) => html("div", { class: "small" }, ...content);
 
