@@ -18,6 +18,7 @@ from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.evaluation.measure import answer_rows, measure_result
 from harmbench_vaccine.evaluation.records import find_run, load_run, save_run
 from harmbench_vaccine.evaluation.result import Result
+from harmbench_vaccine.evaluation.result_judges import GuardModel
 from harmbench_vaccine.evaluation.results_csv import COLUMNS, csv_row
 from harmbench_vaccine.evaluation.run_overview import RESULT
 from harmbench_vaccine.evaluation.statistics import mean_interval, percentage, wilson
@@ -222,6 +223,21 @@ def test_rows_that_pass_the_guardrail_are_counted(experiment: Experiment, tmp_pa
     message = "guardrail: 12 of 50 harmful rows accepted, 3 of 450 benign rows rejected"
     assert f"{values.run}: {message}" in rendered(results_table([values]))
     assert "guardrail" not in rendered(results_table([measure_result(experiment, measured(tmp_path / "b"))]))
+
+
+def test_rows_that_a_defense_selects_and_its_judge_are_printed(experiment: Experiment, tmp_path: Path) -> None:
+    measurements = measured(tmp_path / "a")
+    selected = {"harmful": 38, "benign": 3, "harmful_uploaded": 50, "benign_uploaded": 450}
+    rows = {**ROWS_OF_STAGE["finetune"], "selected": selected}
+    (measurements.final.artifacts["finetune"].path / ROWS).write_text(json.dumps(rows))
+    guard = GuardModel(model="testbed:guard", fingerprint="")
+    values = measure_result(experiment, measurements).model_copy(update={"guards": {"beaver_dam": guard}})
+    text = " ".join(rendered(results_table([values])).split())
+    assert f"{values.defense} removes or changes 38 of 50 harmful rows and 3 of 450 others of stage 'finetune'." in text
+    assert f"{values.run}: judge of the defense, which does not score: beaver_dam." in text
+    plain = rendered(results_table([measure_result(experiment, measured(tmp_path / "b"))]))
+    assert "removes or changes" not in plain
+    assert "judge of the defense" not in plain
 
 
 def test_every_harmful_set_has_a_score(experiment: Experiment, tmp_path: Path) -> None:
