@@ -4,10 +4,9 @@
     harmful score and accuracy of `aligned` (before) and of `final` (after); loss and drift of `final`
 
 The stages `align`, `finetune` and `repair` make an adapter; the weights of the base model do not change. Only an attack
-that trains or edits every weight makes a new base model, as does one that changes the weights of the final model
-(`stress`). A stage is a pure function of its inputs (`experiment.keys`)
-and is stored under their hash. All attacks therefore share one aligned model, and an interrupted run resumes at its
-last checkpoint.
+makes a new base model: it trains or edits every weight in the user stage, or changes the final weights (`stress`). A
+stage is a pure function of its inputs (`experiment.keys`) and is stored under their hash. All attacks therefore share
+one aligned model, and an interrupted run resumes at its last checkpoint.
 """
 
 from __future__ import annotations

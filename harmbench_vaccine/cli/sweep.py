@@ -134,9 +134,8 @@ def sweep(
     from harmbench_vaccine.sweeps.sweep import Sweep
 
     opened = Sweep.open(loaded, home(), out)
-    if (model or data or scorers or over_refusal) and not (
-        show_status or is_worker
-    ):  # the workers read what the options have changed
+    replaces = model or data or scorers or over_refusal
+    if replaces and not (show_status or is_worker):  # the workers read what the options have changed
         file = ensure_writable(opened.folder, "The folder of the sweep").absolute() / "suite.yaml"
         loaded.write(file)
         suite = str(file)
