@@ -51,6 +51,7 @@ class VAA(Defense):
     cost: ClassVar[str] = "2F 2B"
     once: ClassVar[str] = "one alignment stage, proxy_steps user steps, 2F over every alignment row"
     memory: ClassVar[str] = "1 gradient and 1 copy of the adapter"
+    draws_batch: ClassVar[bool] = True
     data: ClassVar[tuple[str, ...]] = ("harmful rows", "benign rows")
     neutral: ClassVar[Mapping[str, Any] | None] = {"groups": "one", "rho": 0.0}
     grid: ClassVar[TuningGrid | None] = TuningGrid("rho")

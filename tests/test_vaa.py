@@ -355,10 +355,12 @@ class Weights(Defense):
         return weighted(batch, 2.0 * (batch["rows"] == 1))
 
 
-def test_another_defense_can_change_the_drawn_rows() -> None:
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "last"])
+def test_another_defense_changes_the_drawn_rows(is_first: bool) -> None:
     training, defense = stage(), VAA(lam=0.0)
     grouped(defense, [1, 2], q=0.9)
-    gradient = DefenseTeam(members=(defense, Weights())).gradient(training, {**tiny.batch(), "rows": torch.arange(3)})
+    members = (defense, Weights()) if is_first else (Weights(), defense)
+    gradient = DefenseTeam(members=members).gradient(training, {**tiny.batch(), "rows": torch.arange(3)})
     w = leaves(training)
     counts = [sum(label >= 0 for label in ROWS[row].labels) for row in (1, 2)]
     loss = 2 * counts[0] / sum(counts) * cross_entropy(w, tiny.collated([ROWS[1]]))

@@ -57,6 +57,8 @@ class Defense(Plugin):
     self_destructs: ClassVar[bool] = False
     """True: harmful training is meant to destroy the model, so that a run whose user stage makes it collapse has the
     verdict *self-destruct*."""
+    draws_batch: ClassVar[bool] = False
+    """True: `batch` draws other rows than the trainer's, so it runs before the `batch` hooks of other defenses."""
     ranks: ClassVar[bool] = False
     """True: `batch`, `gradient`, `before_step` and `after_step` support multi-GPU training, where every rank has a part
     of the rows (see `TrainingStage`). A defense that overrides none of these hooks supports it without this flag."""

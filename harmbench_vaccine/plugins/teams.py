@@ -114,7 +114,7 @@ class DefenseTeam(Defense):
             member.before_step(stage)
 
     def batch(self, stage: TrainingStage, batch: Batch) -> Batch:
-        for member in self.members:
+        for member in sorted(self.members, key=lambda member: not member.draws_batch):
             batch = member.batch(stage, batch)
         return batch
 
