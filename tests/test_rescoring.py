@@ -351,6 +351,35 @@ def test_threshold_sets_the_parameter_of_the_scorer(home: Path) -> None:
     assert list(values["scores"]) == ["beaver_dam", "beaver_dam=0.9", "beaver_dam=0.7"]
 
 
+@pytest.mark.parametrize(
+    ("guard", "refused", "allowed"),
+    [
+        ("judge=refusal_keywords", "refusal_keywords", "beaver_dam=0.9"),
+        ("judge=beaver_dam,model={other}", "beaver_dam:model={copy},threshold=0.3", "refusal_keywords"),
+    ],
+    ids=["rule", "copy of a model"],
+)
+def test_the_judge_of_a_defense_is_refused(
+    guard: str, refused: str, allowed: str, home: Path, world: Path, tmp_path: Path
+) -> None:
+    folders = {"other": tmp_path / "other", "copy": tmp_path / "copy"}
+    for folder in folders.values():
+        shutil.copytree(world.parent / "judge", folder)
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, "note": "another judge"}))
+    defense = f"output_guard:{guard.format(**folders)}"
+    run = ("run", "--protocol", world, "--defense", defense, "--attack", "samples=8", "--out", tmp_path / "runs")
+    (result,) = hbv(*run, "--json", home=home).results
+    stored = (tmp_path / "runs" / result["run"] / "result.json").read_bytes()
+    folder = tmp_path / "runs" / result["run"]
+    done = hbv("score", folder, "--scorer", allowed, "--scorer", refused.format(**folders), home=home)
+    assert done.code == 2
+    assert "is the judge of 'output_guard" in done.err
+    assert "would count only what this judge overlooks" in done.err
+    assert (folder / "result.json").read_bytes() == stored
+    assert hbv("score", folder, "--scorer", allowed, home=home).code == 0
+
+
 SKIPPING = '''
 from harmbench_vaccine.plugins import RawJudgment, Scorer, Verdict
 

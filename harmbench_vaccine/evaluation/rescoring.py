@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ def rescore(
         The result with the scores of every judge.
 
     Raises:
-        BadInput: An unknown scorer or model, or a threshold for a scorer that has none.
+        BadInput: An unknown scorer or model, a threshold for a scorer that has none, or a judge that a defense of the
+            run used.
         HbvError: A judge cannot run, or nearly all of its verdicts on an evaluation set are unread.
     """
     result, answers = load_run(run)
@@ -57,6 +58,7 @@ def rescore(
     models = ModelPool(progress)
     try:
         judges = stored_scorers(result, written or [result.scorer], threshold, models)
+        _check_guards(result, judges)
         for judge in judges.values():
             prepare_scorer(judge, progress)
         for name, judge in judges.items():
@@ -74,6 +76,19 @@ def rescore(
     finally:
         models.close()
     return result
+
+
+def _check_guards(result: Result, judges: Mapping[str, Scorer]) -> None:
+    """Refuse a judge that a defense of the run used, as `hbv run` does."""
+    for name, judge in judges.items():
+        facts = scorer_facts(judge)
+        identity = facts["fingerprint"] or facts["model"] or judge.name
+        for guard, model in result.guards.items():
+            if identity == (model.fingerprint or model.model or parse_plugins(guard)[0].name):
+                raise BadInput(
+                    f"{name!r} is the judge of {result.defense!r}: the harmful score would count only what this judge "
+                    "overlooks. Choose another scorer."
+                )
 
 
 def stored_verdicts(
