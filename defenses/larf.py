@@ -1,12 +1,12 @@
 """LARF: drop the rows whose hidden states resemble unsafe ones. Li et al., arXiv 2507.18631.
 
-With h the output of one layer at the last token of a complete row, at the aligned model, and the top-m mean over the m
-largest values:
+With h the output of one layer at the last token of a complete row, at the aligned model, and u_j and s_j the unsafe and
+the safe row of the defender's pair j:
 
-    score_i = top-m mean over unsafe j of cos(h_i, h_j) - top-m mean over safe j of cos(h_i, h_j)
+    score_i = mean of the m largest values, over j, of cos(h_i, h_(u_j)) - cos(h_i, h_(s_j))
     the `share` of the user's rows with the largest scores is dropped, then SFT
 
-Unsafe and safe rows are the two halves of the defender's pairs. No judge. Cost of a step: 1 forward, 1 backward; once:
+No judge. Cost of a step: 1 forward, 1 backward; once:
 1 forward over every user row and over the pairs.
 
 Departures from the authors' code (LLLeoLi/LARF): the layer is a parameter (theirs finds the most sensitive one of each
@@ -42,8 +42,10 @@ class LARF(Defense):
     grid: ClassVar[TuningGrid | None] = TuningGrid("share", share=True)
 
     share: float = param(0.1, "share of the user's rows to drop", source="ours", main=True, ge=0, le=1)
-    layer: float = param(16.0, "layer of 32 whose output is compared", source="ours", ge=1, le=DEPTH)
-    nearest: int = param(100, "m, number of the most similar rows", source="authors' get_bi_rep_llama.py", ge=1)
+    layer: float = param(
+        14.0, "layer of 32 whose output is compared", source="authors' get_bi_rep_llama.py", ge=1, le=DEPTH
+    )
+    nearest: int = param(100, "m, number of the nearest pairs", source="authors' get_bi_rep_llama.py", ge=1)
 
     def select(self, stage: TrainingStage, rows: list[Example]) -> list[Example]:
         """Return the rows without those of the largest scores, in their order."""
@@ -55,7 +57,8 @@ class LARF(Defense):
             raise too_few_rows(1, "pairs", 0, by=self.name)
         safe, unsafe = (self._states(stage, stage.encode(side)) for side in zip(*stage.pools.paired, strict=True))
         states = self._states(stage, encoded)
-        scores = self._similarity(states, unsafe) - self._similarity(states, safe)
+        differences = states @ (unsafe - safe).T
+        scores = differences.topk(min(self.nearest, differences.shape[1]), dim=1).values.mean(1)
         dropped = {encoded[number].id for number in scores.topk(count).indices.tolist()}
         return [row for row in rows if row.id not in dropped]
 
@@ -70,7 +73,3 @@ class LARF(Defense):
             last = batch["attention_mask"].sum(1) - 1
             states.append(outputs[number].float()[torch.arange(len(last)), last])
         return nn.functional.normalize(torch.cat(states), dim=1)
-
-    def _similarity(self, states: Tensor, others: Tensor) -> Tensor:
-        """Return the mean cosine with the most similar other rows (rows)."""
-        return (states @ others.T).topk(min(self.nearest, len(others)), dim=1).values.mean(1)

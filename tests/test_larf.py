@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,14 @@ def last_state(model: nn.Module, row: Encoded, layer: int) -> Tensor:
 def scores(states: Sequence[Tensor], safe: Sequence[Tensor], unsafe: Sequence[Tensor], m: int) -> list[float]:
     """Compute the score of every row from the equation, one cosine after the other."""
 
-    def mean_of_largest(state: Tensor, others: Sequence[Tensor]) -> float:
-        cosines = sorted(float(state @ other / state.norm() / other.norm()) for other in others)
-        return sum(cosines[-m:]) / len(cosines[-m:])
+    def cosine(state: Tensor, other: Tensor) -> float:
+        return float(state @ other / state.norm() / other.norm())
 
-    return [mean_of_largest(state, unsafe) - mean_of_largest(state, safe) for state in states]
+    def mean_of_largest(state: Tensor) -> float:
+        differences = sorted(cosine(state, bad) - cosine(state, good) for good, bad in zip(safe, unsafe, strict=True))
+        return sum(differences[-m:]) / len(differences[-m:])
+
+    return [mean_of_largest(state) for state in states]
 
 
 def expected_rows(stage: TrainingStage, count: int, layer: int, *numbers: int) -> list[list[Example]]:
@@ -96,9 +100,9 @@ def expected_rows(stage: TrainingStage, count: int, layer: int, *numbers: int) -
 )
 def test_dropped_rows_are_those_of_the_equations(architecture: str, layer: float, number: int) -> None:
     stage, numbers = user_stage(architecture), (1, 5, 100)
-    expected = expected_rows(stage, 10, number, *numbers)
-    assert [LARF(share=0.5, layer=layer, nearest=m).select(stage, USER) for m in numbers] == expected
-    other = expected_rows(stage, 10, number % DEPTH + 1, *numbers)
+    expected = expected_rows(stage, 9, number, *numbers)
+    assert [LARF(share=0.45, layer=layer, nearest=m).select(stage, USER) for m in numbers] == expected
+    other = expected_rows(stage, 9, number % DEPTH + 1, *numbers)
     assert expected != other  # so that a wrong layer is noticed
     assert expected[0] != expected[2]
 
@@ -128,11 +132,13 @@ def test_share_is_that_of_the_rows_with_room() -> None:
     assert {"benign:1", "benign:2"} <= {row.id for row in remaining}
 
 
-def test_rows_equal_to_unsafe_ones_are_dropped() -> None:
-    unsafe = [Example(f"user:{n}", row.instruction, row.response) for n, (_, row) in enumerate(POOLS.paired[:3])]
-    safe = [Example(f"user:{n + 3}", row.instruction, row.response) for n, (row, _) in enumerate(POOLS.paired[3:6])]
-    rows = [row for pair in zip(unsafe, safe, strict=True) for row in pair]
-    assert LARF(share=0.5, nearest=1).select(user_stage(), rows) == safe
+def test_exchanged_pairs_drop_the_other_half() -> None:
+    """The mean over all pairs changes its sign when safe and unsafe rows change places."""
+    stage, exchanged = user_stage(), user_stage()
+    exchanged.pools = replace(POOLS, paired=[(unsafe, safe) for safe, unsafe in POOLS.paired])
+    remaining, dropped = (LARF(share=0.5).select(each, USER) for each in (stage, exchanged))
+    assert len(remaining) == len(dropped) == 10
+    assert not {row.id for row in remaining} & {row.id for row in dropped}
 
 
 def plain_gradient(stage: TrainingStage, batch: Batch) -> list[Tensor]:
