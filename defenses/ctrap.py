@@ -1,20 +1,18 @@
-"""CTRAP: plant a collapse that harmful fine-tuning triggers. Yi et al., NeurIPS 2025, arXiv 2505.16559.
+"""CTRAP: plant a collapse that harmful fine-tuning triggers. Yi et al., arXiv 2505.16559.
 
 With B_h harmful rows, B_g benign instructions, e one fixed token, and L_c the mean of -log p(e | ..) over the response
 positions of B_g:
 
-    w' = w - alpha * grad L(w; B_h)
+    g_h = grad L(w; B_h),   w' = w - alpha * g_h / (||g_h|| + 1e-7)
     w <- w - lr * [grad L(w; B_a) + lam * grad L_c(w'; B_g)]          dw'/dw is replaced by the identity
 
-After harmful training the model answers everything with e: HS and FA both fall, and the verdict of such a model is
+The paper has the step without the norm, normalized=False; its values are those of the authors' code, which divides by
+it. After harmful training the model answers everything with e: HS and FA both fall, and the verdict of such a model is
 *self-destruct* instead of *collapsed*. Cost of a step: 3 forward, 3 backward.
 
-The authors' code is on an anonymous host and was not read; the rule and the values are those of two other projects
-(SafeTune, lm_immunisation). The gradient of the simulated step is not normalized.
-
-Departures from the paper: the factor I - alpha H of the exact gradient, which needs second derivatives, is left out, as
-in these projects; L_c is a mean over all response tokens of the batch, as every loss here (the paper takes the mean of
-each answer first, so that short answers count more).
+Departures from the authors' code (clearloveclearlove/CTRAP): both losses have rows of their own (there both are over
+alignment rows and benign rows together); the harmful pass and the collapse see the same dropout masks; w is restored
+from a copy (theirs adds the step again, which leaves rounding errors).
 """
 
 from __future__ import annotations
@@ -39,15 +37,19 @@ class CTRAP(Defense):
     neutral: ClassVar[Mapping[str, Any] | None] = {"lam": 0.0}
     grid: ClassVar[TuningGrid | None] = TuningGrid("lam")
 
-    lam: float = param(0.1, "weight of the collapse", source="SafeTune", main=True, ge=0)
-    alpha: float = param(0.1, "rate of the simulated harmful step", source="SafeTune", ge=0)
-    text: str = param("error", "the first token of this text is repeated after the collapse", source="SafeTune")
+    lam: float = param(0.1, "weight of the collapse", source="authors' CTRAP.sh", main=True, ge=0)
+    alpha: float = param(0.1, "length (L2) or rate of the simulated harmful step", source="authors' CTRAP.sh", ge=0)
+    normalized: bool = param(True, "alpha is a length: divide by the norm", source="authors' trainer.py")
+    text: str = param(
+        "an error", "the last token of this text is repeated after the collapse", source="authors' trainer.py"
+    )
 
     def gradient(self, stage: TrainingStage, batch: Batch) -> Gradient:
         """Return the alignment gradient plus that of the collapse after a harmful step."""
         with same_dropout():
             harmful = stage.gradient(stage.stream("harmful", stage.pools.harmful))
-        shifts = [None if value is None else -self.alpha * value for value in harmful.values]
+        scale = -self.alpha / (harmful.norm + 1e-7) if self.normalized else -self.alpha
+        shifts = [None if value is None else scale * value for value in harmful.values]
         with same_dropout(), stage.shifted(shifts):
             collapse = self._collapse(stage, stage.stream("benign", stage.pools.benign))
         return stage.gradient(batch) + self.lam * collapse
@@ -55,5 +57,5 @@ class CTRAP(Defense):
     def _collapse(self, stage: TrainingStage, benign: Batch) -> Gradient:
         """Return the gradient of the loss on benign rows whose response tokens all have the label e."""
         (row,) = stage.encoded("collapse", [Example("collapse", "Answer.", self.text)])
-        token, labels = row.labels[-row.response_tokens], benign["labels"]
+        token, labels = row.labels[-2], benign["labels"]  # the last label is the token that ends a response
         return stage.gradient({**benign, "labels": labels.masked_fill(labels != IGNORED, token)})

@@ -25,8 +25,9 @@ from support.hooks import recorded_rows
 from support.optimizers import assert_equal_where_firm, plain_adamw
 
 POOLS = tiny.example_pools()
-TOKEN = 3 + ord("e") % 90
-"""The first token of the default text "error" (see `tiny.encode`)."""
+TOKEN = 3 + ord("o") % 90
+"""The last token of the default text "an error": a response of `tiny.encode` ends with a letter, here r, which takes the place of
+the token that ends a response."""
 
 
 def stage(**changes: Any) -> TrainingStage:
@@ -50,14 +51,23 @@ def collapse_loss(stage: TrainingStage, benign: Batch, token: int = TOKEN) -> Te
 
 
 def expected(
-    stage: TrainingStage, batch: Batch, harmful: Batch, benign: Batch, lam: float, alpha: float, token: int = TOKEN
+    stage: TrainingStage,
+    batch: Batch,
+    harmful: Batch,
+    benign: Batch,
+    lam: float,
+    alpha: float,
+    token: int = TOKEN,
+    *,
+    normalized: bool = True,
 ) -> tuple[list[Tensor], float]:
     """Return the gradient of the step and its loss."""
     parameters, w = list(stage.trainable.values()), stage.values()
     g_h, g_a = gradient_at(stage, harmful, w), gradient_at(stage, batch, w)
     loss = cross_entropy(stage.model, batch).item()
+    rate = alpha / (math.sqrt(sum(float((slope**2).sum()) for slope in g_h)) + 1e-7) if normalized else alpha
     for parameter, value, slope in zip(parameters, w, g_h, strict=True):
-        parameter.data = value - alpha * slope
+        parameter.data = value - rate * slope
     collapse = collapse_loss(stage, benign, token)
     g_c = torch.autograd.grad(collapse, parameters)
     for parameter, value in zip(parameters, w, strict=True):
@@ -65,20 +75,23 @@ def expected(
     return [a + lam * c for a, c in zip(g_a, g_c, strict=True)], loss + lam * collapse.item()
 
 
+@pytest.mark.parametrize("normalized", [True, False], ids=["code", "paper"])
 @pytest.mark.parametrize(("lam", "alpha"), [(0.1, 0.1), (1.0, 0.5), (3.0, 0.0)])
-def test_gradient_equals_plain_autograd(lam: float, alpha: float) -> None:
-    """The gradient of the simulated step is not normalized; with alpha = 0, the collapse loss is that at w."""
+def test_gradient_equals_plain_autograd(lam: float, alpha: float, normalized: bool) -> None:
+    """With alpha = 0, the collapse loss is that at w."""
     training, batch = stage(), tiny.batch()
     drawn = record_stream(training)
-    gradient = CTRAP(lam=lam, alpha=alpha).gradient(training, batch)
+    gradient = CTRAP(lam=lam, alpha=alpha, normalized=normalized).gradient(training, batch)
     harmful, benign = drawn
-    values, loss = expected(training, batch, harmful, benign, lam, alpha)
+    values, loss = expected(training, batch, harmful, benign, lam, alpha, normalized=normalized)
     assert close_in_norm(gradient, values)
     assert gradient.loss.item() == pytest.approx(loss, rel=1e-5)
     assert not gradient.loss.requires_grad
     assert not close_in_norm(training.gradient(batch), values, 1e-2)
-    for other in (alpha + 0.1, 2 * alpha + 0.2):  # the simulated step is large enough to test
-        assert not close_in_norm(gradient, expected(training, batch, harmful, benign, lam, other)[0], 1e-3)
+    for other in (alpha + 0.1, 2 * alpha + 0.2):  # the simulated step is large enough for a comparison
+        assert not close_in_norm(
+            gradient, expected(training, batch, harmful, benign, lam, other, normalized=normalized)[0], 1e-3
+        )
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -120,30 +133,32 @@ def test_uniform_logits_have_the_loss_log_v() -> None:
     assert gradient.loss.item() == pytest.approx(4.0 * math.log(tiny.VOCABULARY), rel=1e-6)
 
 
-@pytest.mark.parametrize("text", ["stop", "s", "sorry"])
-def test_the_token_is_the_first_of_the_text(text: str) -> None:
+@pytest.mark.parametrize("text", ["that", "st", "no start"])
+def test_the_token_is_the_last_of_the_text(text: str) -> None:
+    token = 3 + ord(text[-2]) % 90
     training, batch = stage(), tiny.batch()
     drawn = record_stream(training)
     gradient = CTRAP(lam=1.0, text=text).gradient(training, batch)
     harmful, benign = drawn
-    assert close_in_norm(gradient, expected(training, batch, harmful, benign, 1.0, 0.1, 3 + ord("s") % 90)[0])
+    assert close_in_norm(gradient, expected(training, batch, harmful, benign, 1.0, 0.1, token)[0])
 
 
 def collapse_after(alpha: float | None, folder: Path) -> tuple[float, float]:
     """Train a stage, and return the collapse loss on benign rows before and after a step on harmful rows.
 
     Args:
-        alpha: The rate of CTRAP; None: plain supervised fine-tuning.
+        alpha: The rate of CTRAP, as in the paper; None: plain supervised fine-tuning.
         folder: Folder for checkpoints.
     """
     training = stage(epochs=6, lr=2e-2)
-    defense = SFT() if alpha is None else CTRAP(lam=1.0, alpha=alpha)
+    defense = SFT() if alpha is None else CTRAP(lam=1.0, alpha=alpha, normalized=False, text="e.")
+    token = 3 + ord("e") % 90
     train(training, defense, tiny.rows(16), training.settings, folder, pad=tiny.PAD)
     harmful, benign = (tiny.collated(tiny.encode(rows)) for rows in (POOLS.harmful, POOLS.benign))
     slopes = gradient_at(training, harmful, training.values())
-    before = collapse_loss(training, benign).item()
+    before = collapse_loss(training, benign, token).item()
     with training.shifted([-0.3 * slope for slope in slopes]):
-        return before, collapse_loss(training, benign).item()
+        return before, collapse_loss(training, benign, token).item()
 
 
 def test_the_collapse_withstands_a_harmful_step(tmp_path: Path) -> None:
