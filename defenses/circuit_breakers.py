@@ -23,12 +23,13 @@ above the last target); the target layers scale with the depth.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, model_validator
 from torch import Tensor
 
+from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, attended_tokens, same_dropout
 
@@ -55,6 +56,12 @@ class CircuitBreakers(Defense):
 
     _reference: list[Tensor] = PrivateAttr(default_factory=list)
 
+    @model_validator(mode="after")
+    def _has_a_term(self) -> Self:
+        if not (self.a or self.gamma):
+            raise ValueError("a=0 and gamma=0 leave no loss; allowed: one of them above 0")
+        return self
+
     def passes(self, stage: StageName) -> str:
         """Return the passes of a step; without a weight there is only the alignment loss."""
         return self.cost if self.a else "1F 1B"
@@ -63,6 +70,10 @@ class CircuitBreakers(Defense):
         """Run phase 1, and start phase 2 near its result; without a weight there is one phase only."""
         if not self.a:
             return
+        if not (self.noise or self.gamma or stage.settings.lora_dropout):
+            raise BadInput(
+                "'circuit_breakers' has a gradient of 0 at its start without noise and without dropout: raise noise."
+            )
         stage.encoded("harmful", stage.pools.harmful)  # refuse missing rows before phase 1
         stage.replace_adapter(stage.train_separately("aligned", stage.pools.alignment))
         self._reference, generator = stage.values(), stage.generator("noise")

@@ -264,28 +264,37 @@ def test_phase_2_starts_near_plain_alignment() -> None:
     assert noise.mean().abs() < 1e-3
     assert same(training.values(), begun(CircuitBreakers(noise=0.01)).values())
     assert same(list(defense.state().values()), reference)
-    assert close(begun(CircuitBreakers(noise=0.0)).values(), reference, 0.0)
+    assert close(begun(CircuitBreakers(noise=0.0, gamma=1.0)).values(), reference, 0.0)
 
 
 def test_phase_1_is_one_plain_alignment_on_the_alignment_rows() -> None:
     training = stage()
     runs = record_runs(training)
-    CircuitBreakers(noise=0.0).before(training)
+    CircuitBreakers(noise=0.0, gamma=1.0).before(training)
     assert same(training.values(), aligned_values())
     assert [run.rows for run in runs] == [POOLS.alignment]
     assert (runs[0].start, runs[0].steps, runs[0].on_base) == (None, None, False)
 
 
+def test_a_start_without_a_gradient_is_refused() -> None:
+    """Adam would take a step along rounding errors; without any loss there is nothing to train on."""
+    with pytest.raises(BadInput, match="a gradient of 0 at its start without noise and without dropout: raise noise"):
+        begun(CircuitBreakers(noise=0.0))
+    begun(CircuitBreakers(noise=0.0), lora_dropout=0.1)
+    with pytest.raises(BadInput, match="a=0 and gamma=0 leave no loss; allowed: one of them above 0"):
+        CircuitBreakers(a=0.0)
+
+
 def test_the_noise_starts_the_first_step_without_dropout() -> None:
     """At the reference the gradient of L_break is 0, and Adam would take a step along rounding errors."""
     norms = {}
-    for noise in (0.0, 1e-3):
+    for noise in (1e-12, 1e-3):
         defense = CircuitBreakers(noise=noise)
         training = begun(defense)
         training.step, training.steps = 1, 10**6  # L_keep has almost no weight
         norms[noise] = defense.gradient(training, tiny.batch()).norm.item()
     assert norms[1e-3] > 0.01
-    assert norms[0.0] < 1e-3 * norms[1e-3]
+    assert norms[1e-12] < 1e-3 * norms[1e-3]
 
 
 def test_missing_harmful_rows_are_refused_before_phase_1() -> None:
