@@ -12,7 +12,9 @@ The authors' code was not read: the rule is that of another project (SafeTune), 
 The values are that project's. The projection is before Adam and weight decay, so the update may still conflict.
 
 Departures from SafeTune: both distributions of the KL term are without dropout, so that g_a at w = w0 is 0 up to
-rounding; there is no projection where ||g_a|| <= 1e-5 ||g_u||, because the direction of such a g_a is noise.
+rounding; the KL term is a mean over response tokens (theirs is the sum over all positions, prompt and padding
+included, divided by the number of rows: there the same rho weighs much more); there is no projection where ||g_a|| <=
+1e-5 ||g_u||, because the direction of such a g_a is noise.
 """
 
 from __future__ import annotations

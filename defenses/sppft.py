@@ -10,8 +10,8 @@ Cost of a step: 1 forward, 1 backward, without the gradients of the frozen param
 that momentum and weight decay do not change them either.
 
 Departures: the safety layers are parameters (the paper finds them for each model by comparing hidden states of benign
-and harmful prompts); full fine-tuning also freezes the norms of a layer (the authors' code freezes its attention and
-its MLP).
+and harmful prompts); full fine-tuning also freezes the norms of a layer (SPPFT.py, as others report, freezes its
+attention and its MLP).
 """
 
 from __future__ import annotations
@@ -38,9 +38,16 @@ class SPPFT(Defense):
     neutral: ClassVar[Mapping[str, Any] | None] = {"below": 0.0}
     grid: ClassVar[TuningGrid | None] = TuningGrid("below", step=1.25)
 
-    above: float = param(4.0, "frozen layers are above this layer of 32", source="authors' SPPFT.py", ge=-1, le=DEPTH)
+    above: float = param(
+        4.0, "frozen layers are above this layer of 32", source="reported for SPPFT.py, not read", ge=-1, le=DEPTH
+    )
     below: float = param(
-        15.0, "frozen layers are below this layer of 32", source="authors' SPPFT.py", main=True, ge=0, le=DEPTH
+        15.0,
+        "frozen layers are below this layer of 32",
+        source="reported for SPPFT.py, not read",
+        main=True,
+        ge=0,
+        le=DEPTH,
     )
 
     def before_step(self, stage: TrainingStage) -> None:

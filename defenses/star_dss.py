@@ -45,11 +45,11 @@ class StarDSS(Defense):
 
     lam: float = param(1.0, "weight of the divergence", source="SafeTune", main=True, ge=0)
     chunk: int = param(5, "tokens in a chunk", source="ours: the paper's value is not verified", ge=1)
-    kl: Literal["full", "k3"] = param("full", "how the divergence is computed", source="paper; k3: SafeTune")
+    kl: Literal["full", "k3"] = param("full", "how the divergence is computed", source="ours; k3: SafeTune")
     strength: float = param(
         1.0, "share of the unsafe part that is shaped", source="ours: for a neutral setting", ge=0, le=1
     )
-    judge: str = param("llama_guard", "name of the judge: `hbv list scorers`", source="paper")
+    judge: str = param("llama_guard", "name of the judge: `hbv list scorers`", source="ours")
     model: str | None = param(None, "folder or hub id of the judge's model", source="the judge's own")
 
     _safety: dict[str, list[float]] = PrivateAttr(default_factory=dict)
