@@ -17,9 +17,8 @@ Cost of a step: alignment 4 forward, 4 backward; user stage 3 forward, 1 backwar
 lam_r and tau are the values of another project, SafeTune. xi is ours: rho * xi is lam * alpha of Booster. The refusal
 of the user stage is the first one of the defender's pairs.
 
-Departures from SafeTune: xi is 10 (theirs is 0 by default), so that lam is 10 where the gradients are orthogonal and g_s
-has length 1; lam has no upper limit (theirs is 10); v weights the losses of tokens (theirs weights the mean losses of
-rows).
+Departures from SafeTune: xi is 10 (theirs is 0 by default); lam has no upper limit (theirs is 10); v weights the losses
+of tokens (theirs weights the mean losses of rows).
 """
 
 from __future__ import annotations

@@ -26,8 +26,7 @@ from support.optimizers import assert_equal_where_firm, plain_adamw
 
 POOLS = tiny.example_pools()
 TOKEN = 3 + ord("o") % 90
-"""The last token of the default text "an error": a response of `tiny.encode` ends with a letter, here r, which takes the place of
-the token that ends a response."""
+"""The last token of the default text "an error", before the token that ends a response: in `tiny.encode` the r."""
 
 
 def stage(**changes: Any) -> TrainingStage:
