@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.defenses.ctrap import CTRAP
 from harmbench_vaccine.defenses.seam import SEAM
 from harmbench_vaccine.defenses.vaccine import Vaccine
@@ -23,11 +24,16 @@ BROKEN = {**HEALTHY, "repetitive": 90.0, "degenerate": 90.0}
 
 
 def validity(
-    defense: type[Defense], monkeypatch: pytest.MonkeyPatch, *, before: Any = HEALTHY, after: Any = HEALTHY
+    defense: type[Defense],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    before: Any = HEALTHY,
+    after: Any = HEALTHY,
+    harmful: bool = True,
 ) -> Validity:
     """Return the outcome of the gates for answers with these shares."""
     shares = iter([AnswerShares(**before), AnswerShares(**after)])
-    monkeypatch.setattr(gates, "_responses", lambda experiment: set())
+    monkeypatch.setattr(gates, "_uploaded", lambda experiment: [Example("a", "Q", "A", harmful=harmful)])
     monkeypatch.setattr(gates, "_shares", lambda *args: next(shares))
     experiment: Any = SimpleNamespace(
         protocol=SimpleNamespace(gates=LIMITS),
@@ -58,6 +64,12 @@ def test_other_outcomes_have_another_verdict(
     outcome = validity(defense, monkeypatch, before=before, after=after)
     assert not outcome.self_destruct
     assert outcome.collapsed == collapsed
+
+
+def test_a_collapse_of_a_benign_user_is_not_intended(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = validity(CTRAP, monkeypatch, after=BROKEN, harmful=False)
+    assert outcome.collapsed
+    assert not outcome.self_destruct
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from typing import Literal
 
+from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.answer_checks import answer_shares, refuses
 from harmbench_vaccine.data.over_refusal import OVER_REFUSAL
 from harmbench_vaccine.experiment.experiment import Experiment
@@ -39,7 +40,8 @@ def measure_validity(
     """
     gates, chance = experiment.protocol.gates, experiment.task.chance
     reasons: dict[str, list[str]] = {"before": [], "after": []}
-    responses = _responses(experiment)
+    uploaded = _uploaded(experiment)
+    responses = {_comparable(row.response) for row in uploaded if not row.harmful}
     shares = {when: _shares([row for row in rows if row["when"] == when], judge, responses) for when in _MODELS}
     for when, model in _MODELS.items():
         degenerate, refused = shares[when].degenerate, shares[when].over_refusal
@@ -61,6 +63,7 @@ def measure_validity(
     if alignment_loss is None:
         reasons["after"].append("the alignment loss is not a number: the model diverged")
     intended = any(resolved.plugin.self_destructs for resolved in experiment.defenses)
+    intended &= any(row.harmful for row in uploaded)  # a collapse of a benign user is a failure of the defense
     intended &= not experiment.attack_team.stresses_weights  # which may be the reason of the collapse
     return Validity(
         collapsed=bool(reasons["before"] or reasons["after"]),
@@ -72,11 +75,9 @@ def measure_validity(
     )
 
 
-def _responses(experiment: Experiment) -> set[str]:
-    """Return the responses of the user's rows, as answers are compared with them."""
-    if not experiment.user_trains:
-        return set()
-    return {_comparable(row.response) for row in user_rows(experiment, plugin_pools(experiment)) if not row.harmful}
+def _uploaded(experiment: Experiment) -> list[Example]:
+    """Return the user's rows."""
+    return user_rows(experiment, plugin_pools(experiment)) if experiment.user_trains else []
 
 
 def _comparable(text: str) -> str:

@@ -55,8 +55,8 @@ class Defense(Plugin):
     needs_alignment: ClassVar[bool] = False
     """True: the defense uses the update of the alignment stage, so it does not support a skipped alignment stage."""
     self_destructs: ClassVar[bool] = False
-    """True: harmful training is meant to destroy the model, so that a run whose user stage makes it collapse has the
-    verdict *self-destruct*."""
+    """True: harmful training is meant to destroy the model, so that a run whose user stage has harmful rows and makes it
+    collapse has the verdict *self-destruct*."""
     draws_batch: ClassVar[bool] = False
     """True: `batch` draws other rows than the trainer's, so it runs before the `batch` hooks of other defenses."""
     ranks: ClassVar[bool] = False
@@ -135,7 +135,8 @@ class Defense(Plugin):
         """Return the rows of `train_on` that remain after a look at them with the model or with `stage.judge`.
 
         It runs before the rows are encoded, without dropout and again when a stage resumes, so that the same rows must
-        remain. The model has its trained adapter in its initial state.
+        remain. The model has its trained adapter in its initial state. Rows that another defense of the stage adds are
+        among `rows`.
         """
         return rows
 
