@@ -25,6 +25,9 @@ def test_short_answers_are_ordinary(answer: str) -> None:
     [
         ("no " * 8, "repetitive"),
         ("no " * 7, None),  # seven words are too few
+        ("error" * 8, "repetitive"),  # one token without a space
+        ("error" * 7, None),
+        ("Error " + "error" * 8, None),
         ("No NO no " * 4, "repetitive"),  # upper and lower case
         (" ".join(["the", "x"] * 4), "repetitive"),  # one word makes up half
         # the word "the" is half of 8 words, or just less than half of 9
