@@ -8,7 +8,7 @@ same filter as a part of the threat; a row whose harm the judge does not see, su
 
 The judge must not be the one that scores: HS would then count only what this judge overlooks. Cost of a step: 1
 forward, 1 backward; once: the judge reads every row. If fewer rows remain, an epoch has fewer steps; length=steps keeps
-the number of steps.
+the number of steps. Rows that another defense adds are judged too.
 
 Departures from the baseline of Virus: the judge is a parameter (theirs is Llama Guard 2); an unread verdict removes a
 row (theirs removes a row only if the text of the judge contains "unsafe").

@@ -6,7 +6,7 @@ the safe row of the defender's pair j:
     score_i = mean of the m largest values, over j, of cos(h_i, h_(u_j)) - cos(h_i, h_(s_j))
     the `share` of the user's rows with the largest scores is dropped, then SFT
 
-No judge. Cost of a step: 1 forward, 1 backward; once:
+No judge. Rows that another defense adds count as rows of the user. Cost of a step: 1 forward, 1 backward; once:
 1 forward over every user row and over the pairs.
 
 Departures from the authors' code (LLLeoLi/LARF): the layer is a parameter (theirs finds the most sensitive one of each

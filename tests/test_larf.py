@@ -195,9 +195,14 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> RunContext:
     return run_context(tmp_path_factory.mktemp("store"))
 
 
-def settle(protocol: Path, defense: str) -> Experiment:
+def settle(protocol: Path, defense: str, values: dict[str, str] | None = None) -> Experiment:
     return Experiment.settle(
-        RunSpec(protocol=str(protocol), defense=parse_plugins(defense), attack=parse_plugins("ratio=0.25"))
+        RunSpec(
+            protocol=str(protocol),
+            defense=parse_plugins(defense),
+            attack=parse_plugins("ratio=0.25"),
+            values=values or {},
+        )
     )
 
 
@@ -242,6 +247,14 @@ def test_a_run_looks_at_the_aligned_model_without_dropout(small: Path, context: 
 def test_all_rows_dropped_is_a_clear_error(small: Path, context: RunContext) -> None:
     with pytest.raises(HbvError, match=r"'larf=1' removes all 40 rows of the finetune stage"):
         tuned(settle(small, "larf=1"), context)
+
+
+def test_too_few_rows_for_a_step_are_a_clear_error(small: Path, context: RunContext) -> None:
+    """40 rows are five batches, 8 rows are one."""
+    values = {"finetune.settings.epochs": "0.3"}
+    tuned(settle(small, "larf=0", values), context)
+    with pytest.raises(BadInput, match=r"'finetune' would train no step: 0.3 epochs of 8 rows"):
+        tuned(settle(small, "larf=0.8", values), context)
 
 
 def test_an_interrupted_stage_gives_the_same_result(small: Path, context: RunContext, tmp_path: Path) -> None:

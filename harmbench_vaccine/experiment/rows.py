@@ -45,11 +45,16 @@ def check_rows(experiment: Experiment) -> None:
     for name, config in experiment.stages.items():
         if name in rows:
             trained = config.defenses.fresh().train_on(name, rows[name], pools)
-            _check_steps(config, len(trained))
+            check_steps(config, len(trained))
     eval_sets(experiment)
 
 
-def _check_steps(stage: StageConfig, rows: int) -> None:
+def check_steps(stage: StageConfig, rows: int) -> None:
+    """Refuse a number of rows with which a stage would train no step.
+
+    Raises:
+        BadInput: The epochs are less than half a batch.
+    """
     if rows and not stage.settings.micro_batches(rows):
         raise BadInput(
             f"Stage {stage.name!r} would train no step: {stage.settings.epochs:g} epochs of {rows} rows are less than "

@@ -22,7 +22,7 @@ from .artifacts import ADAPTER, CHECKPOINT, LOG, ROWS, TRAINING, TrainedModel
 from .context import RunContext
 from .experiment import Experiment
 from .keys import nested_key
-from .rows import plugin_pools
+from .rows import check_steps, plugin_pools
 from .stage_config import StageConfig
 
 if TYPE_CHECKING:
@@ -191,6 +191,7 @@ class TrainingSession:
         """Return the rows that the defenses select, without dropout and with a fixed seed; no judge stays on a GPU.
 
         Raises:
+            BadInput: Too few rows for a step are left.
             HbvError: None is left.
         """
         with self.stage.isolated("select"):
@@ -202,6 +203,7 @@ class TrainingSession:
                 f"{self.experiment.defense!r} removes all {len(rows)} rows of the {self.stage.name} stage, so that "
                 "nothing remains to train on; allowed: parameters or a judge with which some rows remain."
             )
+        check_steps(self.config, len(selected))
         return selected
 
     def _edited(self, adapter: Adapter) -> Adapter:
