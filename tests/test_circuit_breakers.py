@@ -277,7 +277,7 @@ def test_phase_1_is_one_plain_alignment_on_the_alignment_rows() -> None:
 
 
 def test_a_start_without_a_gradient_is_refused() -> None:
-    """Adam would take a step along rounding errors; without any loss there is nothing to train on."""
+    """Adam would take a step along rounding errors, and without a loss there are none to take."""
     with pytest.raises(BadInput, match="a gradient of 0 at its start without noise and without dropout: raise noise"):
         begun(CircuitBreakers(noise=0.0))
     begun(CircuitBreakers(noise=0.0), lora_dropout=0.1)

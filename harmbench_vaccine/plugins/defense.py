@@ -55,8 +55,8 @@ class Defense(Plugin):
     needs_alignment: ClassVar[bool] = False
     """True: the defense uses the update of the alignment stage, so it does not support a skipped alignment stage."""
     self_destructs: ClassVar[bool] = False
-    """True: harmful training is meant to destroy the model, so that a run whose user stage has harmful rows and makes it
-    collapse has the verdict *self-destruct*."""
+    """True: harmful training is meant to destroy the model, so that a run that collapses in a user stage with harmful
+    rows has the verdict *self-destruct*."""
     draws_batch: ClassVar[bool] = False
     """True: `batch` draws other rows than the trainer's, so it runs before the `batch` hooks of other defenses."""
     ranks: ClassVar[bool] = False
