@@ -15,6 +15,7 @@ from harmbench_vaccine.attacks.overfit_benign import OverfitBenign
 from harmbench_vaccine.core.errors import BadInput
 from harmbench_vaccine.data.collate import Encoded
 from harmbench_vaccine.experiment.experiment import Experiment
+from harmbench_vaccine.experiment.rows import eval_sets, plugin_pools
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.pipeline import align, finetune
 from harmbench_vaccine.plugins import Example, Mix, Pools
@@ -116,6 +117,13 @@ def test_overfitting_sets_rows_and_epochs_and_no_harmful_rows() -> None:
     assert attack.settings(tiny.settings(epochs=1)).epochs == 25
 
 
+@pytest.mark.parametrize("other", ["ratio=0.1", "samples=8"])
+def test_overfitting_has_rows_of_its_own(other: str, tmp_path: Path) -> None:
+    protocol = make_world(tmp_path, models=False)
+    with pytest.raises(BadInput, match="'overfit_benign' excludes it"):
+        Experiment.settle(RunSpec(protocol=str(protocol), attack=parse_plugins(f"overfit_benign=4+{other}")))
+
+
 def test_both_run_in_the_pipeline_and_compose(tmp_path: Path) -> None:
     protocol, context = make_world(tmp_path / "world"), run_context(tmp_path / "store")
 
@@ -124,8 +132,10 @@ def test_both_run_in_the_pipeline_and_compose(tmp_path: Path) -> None:
         tuned = finetune(experiment, context, align(experiment, context))
         return tuned.artifacts["finetune"].json("rows.json")["used"], experiment
 
-    used, _ = rows("outlier_benign=3+samples=8+ratio=0.25")
+    used, experiment = rows("outlier_benign=3+samples=8+ratio=0.25")
     assert len(used) == 8
+    evaluated = {row.id for evaluation in eval_sets(experiment) for row in evaluation.examples}
+    assert not {*used} & (evaluated | {row.id for row in plugin_pools(experiment).alignment})
     assert sum(name.startswith("benign") for name in used) == 3
     assert sum(name.startswith("harmful") for name in used) == 2
     used, experiment = rows("overfit_benign:rows=4,epochs=2")
