@@ -164,7 +164,7 @@ def test_defense_tutorial_produces_leaderboard_rows(
     tmp_path: Path, testbed_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    outputs = follow(DEFENSE, tmp_path, testbed_home)
+    outputs = follow(DEFENSE, tmp_path, testbed_home, SMALL)
     rows = {row["defense"]: row for row in rows_of(tmp_path / "surgery.csv")}
     assert set(rows) == {"sft", "surgery"}
     assert all(row["collapsed"] == "False" and float(row["finetune_accuracy"]) > 60 for row in rows.values())
