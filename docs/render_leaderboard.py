@@ -27,12 +27,12 @@ class Source(NamedTuple):
 
 
 TESTBED = Source(ROOT / "leaderboards" / "testbed.csv", "p = 10%")
-NEW_DEFENSES = Source(ROOT / "leaderboards" / "testbed-new-defenses.csv", "p = 20%")
+ALL_DEFENSES = Source(ROOT / "leaderboards" / "testbed-all-defenses.csv", "p = 20%")
 SMOLLM2 = Source(ROOT / "leaderboards" / "smollm2.csv", "p = 20%")
 PAGES = {
     ROOT / "README.md": TESTBED,
     ROOT / "docs" / "leaderboard.md": TESTBED,
-    ROOT / "docs" / "new-defenses.md": NEW_DEFENSES,
+    ROOT / "docs" / "all-defenses.md": ALL_DEFENSES,
     ROOT / "docs" / "smollm2.md": SMOLLM2,
 }
 BEGIN, END = "<!-- Written by docs/render_leaderboard.py: {} -->", "<!-- end: {} -->"

@@ -56,7 +56,7 @@ def measured_smollm2() -> Protocol:
     [
         ("testbed", ["testbed", "testbed-tuned"]),
         ("testbed-token-share", ["testbed"]),
-        ("testbed-new-defenses", ["testbed"]),
+        ("testbed-all-defenses", ["testbed"]),
         ("smollm2", ["smollm2"]),
         ("smollm2-token-share", ["smollm2"]),
     ],
