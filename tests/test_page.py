@@ -234,6 +234,23 @@ def test_plugin_files_of_a_csv_are_not_read(tmp_path: Path) -> None:
     assert (facts["stage"], facts["harmful_data"]) == (["unknown"], "unknown")
 
 
+@pytest.mark.parametrize(
+    ("defense", "stages", "color"),
+    [
+        ("vaccine", ["alignment"], "alignment"),
+        ("safe_decoding", ["while answering"], "answers"),
+        ("lisa+output_guard", ["user stage", "while answering"], "several"),
+        ("vaccine+safe_lora", ["alignment", "after the user stage"], "several"),
+        ("sft", ["baseline"], "baseline"),
+    ],
+)
+def test_stages_of_a_defense(defense: str, stages: list[str], color: str) -> None:
+    facts = page_json(render_page(rank(*(run for name in {defense, "sft"} for run in cell(name, 50)))))["defenses"][
+        defense
+    ]
+    assert (facts["stage"], facts["color"]) == (stages, color)
+
+
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harmbench_vaccine.reporting.leaderboard.files.draw_figures", lambda *_: ({}, []))

@@ -32,8 +32,8 @@ GRADES: dict[Grade, str] = {
     "authors' code run": "the authors' code was run next to the equations, with the same weights and rows",
     "authors' code read": "written from the equations and from the authors' code, which was not run",
     "third-party code": "written from the code of another project",
-    "equations only": "written from the text of the authors; their code was not compared",
-    "third-party text": "written from a description by others, without the paper's equations and code",
+    "equations only": "written from the text of the authors, without their code",
+    "third-party text": "written from a description by others",
     "definition": "a baseline, a control or a format without authors: its definition is one line",
 }
 """The grades, the strongest first, with their explanations."""

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING
 
 from harmbench_vaccine.reporting.leaderboard.grids import Cell, Grid, cell_mark
 
-from .style import ACCURACY, GRAY, INK, MUTED, Label, new_figure, panel_grid, short_name, styled, write_labels
+from .style import (
+    ACCURACY,
+    GRAY,
+    INK,
+    MUTED,
+    Label,
+    label_gap,
+    new_figure,
+    panel_grid,
+    short_name,
+    styled,
+    write_labels,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +27,10 @@ if TYPE_CHECKING:
 
 _COLUMNS = 2
 _PANEL = (4.4, 3.6)
-"""Width and height of a panel in inches."""
+"""Width and least height of a panel in inches."""
+_MARGIN = 0.9
+"""Height of the title and of the numbers of a panel."""
+_FONT = 7
 _LEAST_RANGE = 4.0
 """Points of FA that the horizontal axis shows at least."""
 
@@ -31,15 +46,17 @@ def plot_pareto(grid: Grid, note: str = "") -> Figure:
     columns = min(_COLUMNS, len(grid.columns))
     rows = math.ceil(len(grid.columns) / columns)
     title = "HS against FA; blue: Pareto front; bars: 95% intervals; the best is at the bottom right"
-    figure = new_figure(max(7.0, columns * _PANEL[0]), 0.7 + rows * _PANEL[1], title, grid.title, note)
+    names = max(len(ranking.rows) for ranking in grid.columns.values())
+    height = max(_PANEL[1], _MARGIN + label_gap(_FONT) * names)
+    figure = new_figure(max(7.0, columns * _PANEL[0]), 0.7 + rows * height, title, grid.title, note)
     panels = panel_grid(figure, len(grid.columns), columns)
     for axes, (name, ranking) in zip(panels, grid.columns.items(), strict=True):
-        _draw_panel(axes, [row for row in ranking.rows if row["trained"]] or ranking.rows)
+        _draw_panel(axes, [row for row in ranking.rows if row["trained"]] or ranking.rows, height - _MARGIN)
         axes.set_title(short_name(name), loc="left")
     return figure
 
 
-def _draw_panel(axes: Axes, cells: list[Cell]) -> None:
+def _draw_panel(axes: Axes, cells: list[Cell], height: float) -> None:
     working = [cell for cell in cells if not cell["collapsed_cells"]]
     least = min((cell["finetune_accuracy_low"] for cell in working or cells), default=0.0)
     axes.set_xlim(min(least - 0.5, 100 - _LEAST_RANGE), 100.4)
@@ -56,10 +73,10 @@ def _draw_panel(axes: Axes, cells: list[Cell]) -> None:
             continue
         _draw_point(axes, cell)
         labels.append(Label(x, y, f"{name} ({mark})" if mark else name, _color(cell)))
-    write_labels(axes, labels, height=2.7, fontsize=7)
+    write_labels(axes, labels, height, _FONT)
     if outside:
         text = "\n".join(["outside:", *outside])
-        axes.text(0.03, 0.98, text, transform=axes.transAxes, va="top", fontsize=6.5, color=MUTED)
+        axes.text(0.03, 0.88, text, transform=axes.transAxes, va="top", fontsize=6.5, color=MUTED)
 
 
 def _draw_front(axes: Axes, cells: list[Cell]) -> None:

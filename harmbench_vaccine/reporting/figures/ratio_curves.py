@@ -40,6 +40,8 @@ _MOST_LINES = len(LINE_STYLES)
 _LEAST_RANGE = 10.0
 """Points of a score that an axis shows at least."""
 _COLUMNS = 6
+_TITLE = 20
+"""Characters of the title of a small panel: more would cover its neighbor's."""
 _LOG_RANGE = 30.0
 """Ratio of the largest to the smallest value above which an axis is logarithmic."""
 
@@ -200,7 +202,7 @@ def _small_panels(part: SubFigure, layers: Sequence[_Layer]) -> None:
         for layer, drawn in layers:
             for quantity, marker in zip(drawn, "os", strict=False):
                 _draw_line(axes, layer, name, quantity, quantity.color, marker)
-        axes.set_title(short_name(name), fontsize=8, loc="left", pad=3)
+        axes.set_title(short_name(name, _TITLE), fontsize=8, loc="left", pad=3)
         axes.tick_params(labelsize=7)
     for axes in panels:
         if quantities[0].is_percent:

@@ -159,9 +159,9 @@ def write_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
         legend.remove()
 
 
-def short_name(name: str) -> str:
-    """Return the name of a plug-in for a label."""
-    return shortened(visible(name).replace("\n", " "), 26)
+def short_name(name: str, length: int = 26) -> str:
+    """Return the name of a plug-in for a label, shortened to a number of characters."""
+    return shortened(visible(name).replace("\n", " "), length)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,6 +204,11 @@ def spread_labels(heights: Sequence[float], gap: float, top: float) -> list[floa
     return [float(position) for position in positions]
 
 
+def label_gap(fontsize: float) -> float:
+    """Return the least distance of two labels in inches, for a font size in points."""
+    return 1.25 * fontsize / 72
+
+
 def write_labels(axes: Axes, labels: Sequence[Label], height: float, fontsize: float = 8) -> None:
     """Write names at the right of a panel, each with a thin line to its point.
 
@@ -214,7 +219,7 @@ def write_labels(axes: Axes, labels: Sequence[Label], height: float, fontsize: f
         fontsize: In points.
     """
     shares = [_share(axes, label.y) for label in labels]
-    for label, share in zip(labels, spread_labels(shares, 1.25 * fontsize / 72 / height, top=1.0), strict=True):
+    for label, share in zip(labels, spread_labels(shares, label_gap(fontsize) / height, top=1.0), strict=True):
         axes.annotate(
             label.text,
             (label.x, label.y),

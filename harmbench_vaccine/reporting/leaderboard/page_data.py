@@ -47,13 +47,14 @@ CELL_COLUMNS = (
 RUN_COLUMNS = ("run", "seed", "harmful_score", "finetune_accuracy", "seconds", "versions", "machine", "key")
 """The values of a run, in their order; `key` is the beginning of the key of its final model, absent if unknown."""
 STAGE_TITLES = {"align": "alignment", "finetune": "user stage", "repair": "after the user stage"}
-BASELINE, UNKNOWN = "baseline", "unknown"
-"""Stages of a defense that is compared with, and of one that is not installed."""
+BASELINE, ANSWERING, UNKNOWN = "baseline", "while answering", "unknown"
+"""Stages of a defense that is compared with, of one without a stage, and of one that is not installed."""
 COLORS = {
     BASELINE: "baseline",
     "alignment": "alignment",
     "user stage": "user",
     "after the user stage": "after",
+    ANSWERING: "answers",
     UNKNOWN: "unknown",
 }
 NO_EVIDENCE = "no evidence"
@@ -318,7 +319,10 @@ def _facts_of(declared: Mapping[str, Declaration], is_baseline: bool) -> dict[st
     if is_baseline or not all(part.facts["trains"] for part in parts):
         titles = [BASELINE]
     else:
-        titles = [title for stage, title in STAGE_TITLES.items() if stage in stages] or [UNKNOWN]
+        titles = [title for stage, title in STAGE_TITLES.items() if stage in stages]
+        if any(not part.facts["stages"] and part.facts["cost"] == "none" for part in parts):
+            titles.append(ANSWERING)
+        titles = titles or [UNKNOWN]
     extra_rows = list(dict.fromkeys(kind for part in parts for kind in part.facts["data"]))
     needs_harmful = "yes" if any("harmful" in kind for kind in extra_rows) else "no"
     return {

@@ -17,7 +17,7 @@ const html = make((name) => document.createElement(name));
 const svg = make((name) => document.createElementNS("http://www.w3.org/2000/svg", name));
 const line = (name, x1, y1, x2, y2) => svg("line", { class: name, x1, y1, x2, y2 });
 
-// --- Data ------------------------------------------------------------------------------------------------------------
+// --- Data ---
 const PLACE = ["attack", "task", "model", "scorer", "protocol"];
 const cells = data.cells.map((values) => {
   const cell = named(data.columns, values);
@@ -33,7 +33,7 @@ const label = (cell, without) => varied.filter((key) => key !== without).map((ke
 all("#ranking thead th").forEach((head) => cells.some((cell) => cell[head.dataset.key] !== null) || head.remove());
 const heads = all("#ranking thead th");
 
-// --- State: filters, order and open rows, which the fragment of the address has --------------------------------------
+// --- State: filters, order and open rows, which the fragment of the address has ---
 const state = { q: "", sort: "rank", open: new Set(), filters: {} };
 const toggle = (set, item) => set.delete(item) || set.add(item);
 
@@ -75,7 +75,7 @@ function compare(a, b) {
 
 const shownCells = () => cells.filter((cell) => matches(cell)).sort((a, b) => a.setting - b.setting || compare(a, b));
 
-// --- Formats of the cells of the table and of the row that opens -----------------------------------------------------
+// --- Formats of the cells of the table and of the row that opens ---
 const optional = (convert) => (value) => (value === null ? "–" : convert(value));
 const fixed = optional((value) => value.toFixed(1));
 const signed = optional((value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(1)}`);
@@ -127,7 +127,7 @@ const FORMATS = {
 };
 const format = (name, cell, key) => FORMATS[name](cell, key).filter((part) => part !== false);
 
-// --- Table -----------------------------------------------------------------------------------------------------------
+// --- Table ---
 function renderTable(shown) {
   all("#ranking > tbody").forEach((body) => body.remove());
   const order = state.sort.startsWith("-") ? "descending" : "ascending";
@@ -156,7 +156,7 @@ function details(cell) {
   return html("tr", { class: "details" }, html("td", { colspan: heads.length }, content));
 }
 
-// --- Figures ---------------------------------------------------------------------------------------------------------
+// --- Figures ---
 const [MOST_FIGURES, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [4, 320, 34, 120, 10, 40];
 const WIDTH = Math.min(520, Math.max(340, document.body.clientWidth)); // in pixels, so that text is as large on a phone
 const PERCENT = [0, 20, 40, 60, 80, 100];
@@ -165,29 +165,29 @@ const word = (x, y, anchor, content) => svg("text", { x, y, "text-anchor": ancho
 const point = (cell, [cx, cy]) => svg("circle", { class: `point ${cell.mark}`, cx, cy, r: 4.2 }, svg("title", {},
   `${cell.defense}, ${cell.place.attack}: HS ${fixed(cell.harmful_score)}, FA ${fixed(cell.finetune_accuracy)} ${cell.mark}`));
 
-function plot(title, subtitle, xs, ys, xTitle, xTick) {
+function plot(title, subtitle, xs, ys, xTitle, xTick, names, height = Math.max(HEIGHT, 11 * names + TOP + BOTTOM - 16)) {
   const scale = (ticks, from, to) => (value) => from + ((value - ticks[0]) / (ticks.at(-1) - ticks[0])) * (to - from);
-  const [right, bottom] = [WIDTH - RIGHT, HEIGHT - BOTTOM];
+  const [right, bottom] = [WIDTH - RIGHT, height - BOTTOM];
   const [x, y] = [scale(xs, LEFT, right), scale(ys, bottom, TOP)];
-  const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${title}; the tables have the numbers` },
+  const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": `${title}; the tables have the numbers` },
     ys.flatMap((tick) => [line("grid", LEFT, y(tick), right, y(tick)), word(LEFT - 6, y(tick) + 4, "end", tick)]),
     line("axis", LEFT, bottom, right, bottom), xs.map((tick) => word(x(tick), bottom + 16, "middle", xTick(tick))),
-    word((LEFT + right) / 2, HEIGHT - 4, "middle", xTitle));
-  return { root, x, y, figure: html("figure", {}, html("figcaption", {}, title, html("span", {}, subtitle)), root) };
+    word((LEFT + right) / 2, height - 4, "middle", xTitle));
+  return { root, x, y, full: height, figure: html("figure", {}, html("figcaption", {}, title, html("span", {}, subtitle)), root) };
 }
 
 function drawCurves(family) {
   const ratios = [...new Set(family.map((cell) => cell.place.ratio))].sort((a, b) => a - b);
   const subtitle = label(family[0], "attack") || "lower is better; bars are 95% intervals";
-  const { root, x, y, figure } = plot("HS against the harmful ratio", subtitle, ratios, PERCENT,
-    "harmful ratio p of the user's data", (p) => `${precise(100 * p)}%`);
-  const place = (cell, end = "") => [x(cell.place.ratio), y(cell[`harmful_score${end}`])];
   const curves = groups(family, (cell) => cell.defense).map((curve) => curve.sort((a, b) => a.place.ratio - b.place.ratio));
+  const { root, x, y, full, figure } = plot("HS against the harmful ratio", subtitle, ratios, PERCENT,
+    "harmful ratio p of the user's data", (p) => `${precise(100 * p)}%`, curves.length);
+  const place = (cell, end = "") => [x(cell.place.ratio), y(cell[`harmful_score${end}`])];
   curves.sort((a, b) => b.at(-1).harmful_score - a.at(-1).harmful_score);
-  const gap = Math.min(12.5, (HEIGHT - TOP - BOTTOM + 16) / curves.length); // between labels, which must not overlap
+  const gap = Math.min(12.5, (full - TOP - BOTTOM + 16) / curves.length); // between labels, which must not overlap
   const heights = curves.map((curve) => place(curve.at(-1))[1]);
   heights.forEach((height, index) => { heights[index] = Math.max(height, (heights[index - 1] ?? -gap) + gap); });
-  heights.reverse().forEach((height, index) => { heights[index] = Math.min(height, HEIGHT - BOTTOM + 8 - gap * index); });
+  heights.reverse().forEach((height, index) => { heights[index] = Math.min(height, full - BOTTOM + 8 - gap * index); });
   root.append(...curves.map((curve, index) => {
     const [last, right, height] = [curve.at(-1), WIDTH - RIGHT, heights.at(-1 - index)];
     return svg("g", { class: last.facts.color, "data-defense": last.defense },
@@ -204,7 +204,7 @@ function drawScatter(group) {
   const least = Math.max(0, 20 * Math.floor((Math.min(...group.map((cell) => cell.finetune_accuracy_low)) - 2) / 20));
   const ys = [0, 1, 2, 3, 4].map((step) => least + (step * (100 - least)) / 4);
   const subtitle = `${label(group[0]) || group[0].place.attack}; best: top left, dotted: Pareto front`;
-  const { root, x, y, figure } = plot("FA against HS", subtitle, PERCENT, ys, "HS", String);
+  const { root, x, y, full, figure } = plot("FA against HS", subtitle, PERCENT, ys, "HS", String, group.length);
   const place = (cell, hs = "", fa = "") => [x(cell[`harmful_score${hs}`]), y(cell[`finetune_accuracy${fa}`])];
   const front = group.filter((cell) => cell.pareto).sort((a, b) => a.harmful_score - b.harmful_score).map((cell) => place(cell));
   const steps = front.map(([px, py], index) => (index ? `H${px}V${py}` : `M${px} ${py}`)).join("");
@@ -214,7 +214,7 @@ function drawScatter(group) {
   root.append(...group.map((cell) => {
     const [[px, py], name, drawn] = [place(cell), shortened(cell.defense), { class: cell.facts.color, "data-defense": cell.defense }];
     const width = 6.6 * name.length;
-    const isFree = ([left, base]) => left > LEFT && base > TOP + 8 && base < HEIGHT - BOTTOM
+    const isFree = ([left, base]) => left > LEFT && base > TOP + 8 && base < full - BOTTOM
       && !taken.some((box) => left < box[0] + box[2] && box[0] < left + width && Math.abs(base - box[1]) < 12);
     const shifts = [[8, 4], [-8 - width, 4], ...[1, 2, 3, 4, 5, 6, 7, 8].flatMap((row) => [[2, 5 + 12 * row], [2, -12 * row]])];
     const spot = shifts.map(([dx, dy]) => [px + dx, py + dy]).find(isFree);
@@ -244,7 +244,7 @@ function highlight({ type, target }) {
   byId("figures").classList.toggle("lit", marks.some((each) => each.dataset.defense === name));
 }
 
-// --- Downloads -------------------------------------------------------------------------------------------------------
+// --- Downloads ---
 function exported(cell) {
   const columns = data.columns.filter((key) => !["setting", "published", "deviations", "runs"].includes(key));
   const place = ["protocol", "protocol_hash", "model", "scorer", "task", "attack"].map((key) => [key, cell.place[key]]);
@@ -267,7 +267,7 @@ function download(name, type, content) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-// --- Events ----------------------------------------------------------------------------------------------------------
+// --- Events ---
 function render() {
   const [shown, focused] = [shownCells(), document.activeElement.id];
   [renderTable, renderFigures].forEach((draw) => draw(shown));
