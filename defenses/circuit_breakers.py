@@ -30,7 +30,7 @@ from pydantic import PrivateAttr, model_validator
 from torch import Tensor
 
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
+from harmbench_vaccine.plugins import Defense, SeparateTraining, StageName, TuningGrid, param
 from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, attended_tokens, same_dropout
 
 DEPTH = 32
@@ -65,6 +65,10 @@ class CircuitBreakers(Defense):
     def passes(self, stage: StageName) -> str:
         """Return the passes of a step; without a weight there is only the alignment loss."""
         return self.cost if self.a else "1F 1B"
+
+    def separate_trainings(self, stage: StageName) -> tuple[SeparateTraining, ...]:
+        """Return phase 1."""
+        return (SeparateTraining("aligned", "alignment"),) if self.a else ()
 
     def before(self, stage: TrainingStage) -> None:
         """Run phase 1, and start phase 2 near its result; without a weight there is one phase only."""

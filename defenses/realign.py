@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
+from harmbench_vaccine.plugins import Defense, SeparateTraining, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter
 from harmbench_vaccine.training.stage import TrainingStage
 
@@ -31,6 +31,10 @@ class Realign(Defense):
     steps: int = param(
         400, "optimizer steps", source="one epoch of 2000 rows, batch 5; not from a single source", main=True, ge=0
     )
+
+    def separate_trainings(self, stage: StageName) -> tuple[SeparateTraining, ...]:
+        """Return the second alignment."""
+        return (SeparateTraining("realigned", "alignment", self.steps, start=True),)
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
         """Return the adapter after more training on alignment rows."""

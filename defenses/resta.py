@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
+from harmbench_vaccine.plugins import Defense, SeparateTraining, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter, concatenate
 from harmbench_vaccine.training.stage import TrainingStage
 
@@ -41,6 +41,10 @@ class RESTA(Defense):
     gamma: float = param(
         0.5, "weight of the safety vector", source="value reported for the paper, not verified", main=True, ge=0
     )
+
+    def separate_trainings(self, stage: StageName) -> tuple[SeparateTraining, ...]:
+        """Return the training on harmful rows."""
+        return (SeparateTraining("unaligned", "harmful"),) if self.gamma else ()
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
         """Return the adapter minus gamma times the harmful adapter."""

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
+from harmbench_vaccine.plugins import Defense, SeparateTraining, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter, concatenate
 from harmbench_vaccine.training.projection import projected_update
 from harmbench_vaccine.training.stage import TrainingStage
@@ -42,6 +42,10 @@ class SafeMERGE(Defense):
     weight: float = param(0.2, "share of the safe update", source="authors' script", main=True, ge=0, le=1)
     tau: float = param(0.35, "merge modules with a cosine below tau", source="authors' script", ge=-1, le=2)
     projector: Literal["paper", "exact"] = param("paper", "formula of C (see safe_lora)", source="authors' utils.py")
+
+    def separate_trainings(self, stage: StageName) -> tuple[SeparateTraining, ...]:
+        """Return the training of the safe adapter."""
+        return (SeparateTraining("safe", "alignment"),) if self.weight else ()
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
         """Return the adapter with the selected modules merged."""

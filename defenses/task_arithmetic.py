@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from harmbench_vaccine.plugins import Defense, StageName, TuningGrid, param
+from harmbench_vaccine.plugins import Defense, SeparateTraining, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter, concatenate
 from harmbench_vaccine.training.stage import TrainingStage
 
@@ -38,6 +38,10 @@ class TaskArithmetic(Defense):
     lam: float = param(
         0.5, "weight of the harmful task vector", source="ours: the paper chooses it on held-out data", main=True, ge=0
     )
+
+    def separate_trainings(self, stage: StageName) -> tuple[SeparateTraining, ...]:
+        """Return the training on harmful rows."""
+        return (SeparateTraining("harmful task", "harmful", on_base=True),) if self.lam else ()
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
         """Return the adapter minus lam times the harmful task vector."""

@@ -29,16 +29,9 @@ from pydantic import PrivateAttr
 from torch import Tensor
 
 from harmbench_vaccine.core.errors import BadInput
-from harmbench_vaccine.plugins import Defense, Example, StageName, TuningGrid, param
+from harmbench_vaccine.plugins import Defense, Example, SeparateTraining, StageName, TuningGrid, param
 from harmbench_vaccine.training.adapters import Adapter
-from harmbench_vaccine.training.stage import (
-    Batch,
-    Gradient,
-    TrainingStage,
-    row_means,
-    same_dropout,
-    token_losses,
-)
+from harmbench_vaccine.training.stage import Batch, Gradient, TrainingStage, row_means, same_dropout, token_losses
 
 BOUNDS = 0.1, 0.9
 """The bounds of q, from the authors' trainer."""
@@ -71,6 +64,12 @@ class VAA(Defense):
     def passes(self, stage: StageName) -> str:
         """Return the passes of a shifted step; the other steps need half of them."""
         return self.cost if self.rho and self.lam else "1F 1B"
+
+    def separate_trainings(self, stage: StageName) -> tuple[SeparateTraining, ...]:
+        """Return the plain alignment and the proxy attack."""
+        aligned = SeparateTraining("aligned", "alignment")
+        attack = SeparateTraining("proxy attack", rows=None, steps=self.proxy_steps, start=True)
+        return () if self.groups == "one" else (aligned, attack)
 
     def before(self, stage: TrainingStage) -> None:
         """Find the vulnerable rows by a proxy attack on a plainly aligned model."""

@@ -23,7 +23,16 @@ from harmbench_vaccine.core.progress import SILENT
 from harmbench_vaccine.core.types import Example
 from harmbench_vaccine.data.prompts import PromptTemplate
 from harmbench_vaccine.inference.answer_models import AnswerModels
-from harmbench_vaccine.plugins import Attack, Defense, Plugin, contract, param, resolve_params
+from harmbench_vaccine.plugins import (
+    Attack,
+    Defense,
+    Plugin,
+    SeparateTraining,
+    StageName,
+    contract,
+    param,
+    resolve_params,
+)
 from harmbench_vaccine.plugins.contract.attack_checks import ATTACK_CHECKS
 from harmbench_vaccine.plugins.contract.attack_subject import AttackSubject
 from harmbench_vaccine.plugins.contract.defense_hooks import HOOK_CHECKS
@@ -141,6 +150,7 @@ def test_reasons_of_checks_that_do_not_apply() -> None:
         "acts": "It overrides no hook: it is plain SFT, or skips the stage.",
         "neutral": "It declares no neutral setting.",
         "state": "It has no state between steps.",
+        "separate": "It requests no training inside a stage.",
     }
 
 
@@ -249,6 +259,9 @@ class Everywhere(Defense):
         if stage.name != "repair" or not self.rows:
             return adapter
         return stage.train_separately("again", self.draw("benign rows", stage.pools.benign, self.rows), start=adapter)
+
+    def separate_trainings(self, stage: StageName) -> tuple[SeparateTraining, ...]:
+        return (SeparateTraining("again", self.rows, start=True),) if stage == "repair" and self.rows else ()
 
     def first_tokens(self, models: AnswerModels, prompts: list[list[int]]) -> list[list[int]]:
         return [[5]] * len(prompts) if self.rows else [[] for _ in prompts]
@@ -488,6 +501,13 @@ class Cheap(Sound):
         return super().gradient(stage, batch)
 
 
+class Secret(SoundRepair):
+    """Requests a training that it does not declare."""
+
+    def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
+        return stage.train_separately("more", stage.pools.alignment, start=adapter, steps=2)
+
+
 class UnknownToken(SoundAnswers):
     """Chooses a token that the vocabulary does not have."""
 
@@ -532,6 +552,10 @@ BROKEN: dict[type[Plugin], tuple[str, str]] = {
     Zeroing: ("accumulation", "At step 1 .grad of base_model.model.model.layers.0.self_attn.q_proj.lora_A.trained"),
     OnlyFloat32: ("bfloat16", "gradient raised RuntimeError: expected m1 and m2 to have the same dtype"),
     Cheap: ("cost", "It declares 1F 1B; a step took 2F 1B."),
+    Secret: (
+        "separate",
+        "separate_trainings declares none; the stage requested 'more' (alignment rows, 2 steps, from an adapter).",
+    ),
 }
 
 
@@ -587,6 +611,50 @@ def test_attributes_that_change_in_steps_are_named_where_no_state_is_stored(tmp_
     assert finding_of(Scratch, tmp_path, "resume").outcome == "ok"
 
 
+REQUESTED = (SeparateTraining("more", "harmful", 2, on_base=True), SeparateTraining("drawn", 3, start=True))
+
+
+@pytest.mark.parametrize(
+    ("declared", "outcome"),
+    [
+        (REQUESTED, "ok"),
+        ((REQUESTED[0], replace(REQUESTED[1], rows=None, steps=2)), "fails"),  # it has the epochs of the stage
+        ((REQUESTED[0],), "fails"),
+        ((*REQUESTED, REQUESTED[0]), "fails"),
+        (REQUESTED[::-1], "fails"),
+        *(
+            ((replace(REQUESTED[0], **change), REQUESTED[1]), "fails")
+            for change in (
+                {"purpose": "other"},
+                {"rows": "alignment"},
+                {"rows": 3},
+                {"steps": None},
+                {"steps": 3},
+                {"start": True},
+                {"on_base": False},
+            )
+        ),
+        ((replace(REQUESTED[0], rows=None), REQUESTED[1]), "ok"),
+        ((replace(REQUESTED[0], rows=64), REQUESTED[1]), "ok"),  # the pool has 64 pairs
+        ((REQUESTED[0], replace(REQUESTED[1], rows=4)), "fails"),
+    ],
+)
+def test_declared_trainings_are_compared_with_the_requests(
+    declared: tuple[SeparateTraining, ...], outcome: str, tmp_path: Path
+) -> None:
+    class Two(SoundRepair):
+        """Requests two trainings."""
+
+        def separate_trainings(self, stage: StageName) -> tuple[SeparateTraining, ...]:
+            return declared
+
+        def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
+            stage.train_separately("more", stage.pools.harmful, steps=2, on_base=True)
+            return stage.train_separately("drawn", stage.pools.benign[:3], start=adapter)
+
+    assert finding_of(Two, tmp_path, "separate").outcome == outcome
+
+
 @pytest.mark.parametrize("cls", BROKEN)
 def test_only_the_broken_check_of_a_defense_fails(cls: type[Plugin]) -> None:
     check, text = BROKEN[cls]
@@ -618,6 +686,7 @@ def test_dependents_of_a_failing_check_do_not_apply() -> None:
         "accumulation",
         "bfloat16",
         "cost",
+        "separate",
     }
     assert findings["resume"].reason == "Not checked, because 'trains' fails."  # through another check
     assert findings["gradient"].outcome == "ok"
@@ -1259,7 +1328,7 @@ def test_command_prints_one_line_per_check(tmp_path: Path) -> None:
     assert len(lines) == len(DEFENSE_CHECKS.all)
     assert "ok    neutral        At its neutral setting it is plain SFT, to the bit." in lines
     assert "n/a   state          It trains no stage." in lines
-    assert last == "13 ok, 0 fail, 10 do not apply"
+    assert last == "13 ok, 0 fail, 11 do not apply"
 
 
 def test_command_names_the_hook_and_the_exception(tmp_path: Path) -> None:

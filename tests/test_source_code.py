@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harmbench_vaccine.data import answer_checks
-from harmbench_vaccine.plugins import judge_text, source_code
+from harmbench_vaccine.plugins import Defense, SeparateTraining, judge_text, source_code
 from harmbench_vaccine.plugins.registry import DEFENSES, SCORERS
 from harmbench_vaccine.plugins.scorers import wildguard
-from harmbench_vaccine.plugins.source_code import code_of_modules
+from harmbench_vaccine.plugins.source_code import code_of_definitions, code_of_modules
 
 FILES = {
     "mine.py": "from harmbench_vaccine.plugins import Defense\n\n\nclass Mine(Defense):\n    def go(self):\n"
@@ -69,3 +70,46 @@ def test_every_scorer_that_reads_text_covers_the_reader(monkeypatch: pytest.Monk
 
 def test_the_refusal_phrases_are_part_of_the_fingerprint() -> None:
     assert answer_checks.REFUSAL_PHRASES.pattern in SCORERS.get("refusal_keywords").fixed_texts
+
+
+DECLARED = (
+    "from harmbench_vaccine.plugins import Defense\n\n\nclass Mine(Defense):\n"
+    "    def edit(self, stage, adapter):\n        return stage.train_separately('more', stage.pools.alignment)\n"
+)
+METHOD = (
+    "\n    def separate_trainings(self, stage):\n        from harmbench_vaccine.plugins import SeparateTraining\n\n"
+    "        return (SeparateTraining('more', 'alignment'),)\n"
+)
+
+
+def test_declared_trainings_are_not_part_of_the_fingerprint(tmp_path: Path) -> None:
+    """Stored results stay valid if a defense declares its trainings; the code of its hooks counts."""
+    before = fingerprint(tmp_path / "before", {"mine.py": DECLARED})
+    assert fingerprint(tmp_path / "declared", {"mine.py": DECLARED + METHOD}) == before
+    assert fingerprint(tmp_path / "other", {"mine.py": DECLARED + METHOD.replace("'more'", "'other'")}) == before
+    assert fingerprint(tmp_path / "hook", {"mine.py": DECLARED.replace("'more'", "'other'")}) != before
+    renamed = METHOD.replace("separate_trainings", "other_trainings")
+    assert fingerprint(tmp_path / "renamed", {"mine.py": DECLARED + renamed}) != before
+    function = METHOD.replace("\n    ", "\n")  # at the top of the module
+    assert fingerprint(tmp_path / "module", {"mine.py": DECLARED + function}) != before
+
+
+def test_declared_trainings_of_a_class_of_a_notebook_are_not_part_of_its_code() -> None:
+    class Before(Defense):
+        def edit(self, stage: Any, adapter: Any) -> Any:
+            return adapter.scaled(0.5)
+
+    class Declaring(Defense):
+        def edit(self, stage: Any, adapter: Any) -> Any:
+            return adapter.scaled(0.5)
+
+        def separate_trainings(self, stage: Any) -> tuple[SeparateTraining, ...]:
+            return (SeparateTraining("more", "alignment", OTHER),)
+
+    def code(cls: type[Defense]) -> str:
+        return code_of_definitions([cls]).replace(cls.__name__, "Mine")
+
+    assert code(Declaring) == code(Before)
+
+
+OTHER = 7

@@ -15,7 +15,7 @@ from harmbench_vaccine.data.prompts import EvalSet, PromptTemplate
 
 from .attack import Attack, Judge
 from .base import Plugin, Resolved, param, resolve_params
-from .defense import Defense
+from .defense import Defense, SeparateTraining
 from .grid import TuningGrid
 from .scorer import Form, Scorer
 from .task import Task
@@ -35,6 +35,7 @@ __all__ = [
     "RawJudgment",
     "Resolved",
     "Scorer",
+    "SeparateTraining",
     "StageName",
     "Task",
     "Topology",

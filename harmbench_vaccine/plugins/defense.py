@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from harmbench_vaccine.core.types import Example, Pools, StageName, Topology, TrainSettings
@@ -34,6 +35,46 @@ ROW_KINDS = {
     "benign rows": "pools.benign",
 }
 """The texts allowed in `Defense.data`, and the pool of each."""
+
+
+TrainedPool = Literal["alignment", "harmful", "benign"]
+"""The attributes of `Pools` whose rows a separate training may use."""
+
+
+@dataclass(frozen=True)
+class SeparateTraining:
+    """A training inside a stage, by the arguments of `TrainingStage.train_separately`.
+
+    Raises:
+        ValueError: It has neither rows nor steps, so that its length is unknown.
+    """
+
+    purpose: str
+    """Its name."""
+    rows: TrainedPool | int | None
+    """All rows of a pool, or the number of other rows; None: any number, which needs `steps`."""
+    steps: int | None = None
+    """Number of optimizer steps; None: the epochs of the stage's settings."""
+    start: bool = False
+    """True: it continues from an adapter."""
+    on_base: bool = False
+    """True: it trains the base model instead of the model that the stage started from."""
+
+    def __post_init__(self) -> None:
+        if self.rows is None and self.steps is None:
+            raise ValueError(f"SeparateTraining {self.purpose!r} has neither rows nor steps")
+
+    @property
+    def uses_pool(self) -> bool:
+        """True if it trains a new adapter on all rows of a pool, so that its rows and its start are known early."""
+        return isinstance(self.rows, str) and not self.start
+
+    def __str__(self) -> str:
+        parts = ["chosen rows" if self.rows is None else f"{self.rows} rows"]
+        parts += [] if self.steps is None else [f"{self.steps} steps"]
+        parts += ["from an adapter"] if self.start else []
+        parts += ["on the base model"] if self.on_base else []
+        return f"{self.purpose!r} ({', '.join(parts)})"
 
 
 class Defense(Plugin):
@@ -80,6 +121,14 @@ class Defense(Plugin):
         Override it if a parameter or the stage changes the number of passes; the default is `cost`.
         """
         return self.cost
+
+    def separate_trainings(self, stage: StageName) -> tuple[SeparateTraining, ...]:
+        """Return the trainings that the defense requests inside a stage, in their order, for these parameters.
+
+        The cost estimate of a run counts them. The method does not change what the defense computes, so it is not part
+        of the fingerprint.
+        """
+        return ()
 
     @property
     def is_plain(self) -> bool:

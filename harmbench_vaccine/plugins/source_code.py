@@ -137,15 +137,15 @@ def _imports(code: str, package: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-UNCOVERED = frozenset({"grid"})
-"""Class attributes that change nothing that a plug-in computes, and are not part of a fingerprint."""
+UNCOVERED = frozenset({"grid", "separate_trainings"})
+"""Class attributes and methods that change nothing that a plug-in computes, and are not part of a fingerprint."""
 
 
 class _CodeOnly(ast.NodeTransformer):
-    """A transformer that removes docstrings, other bare strings, imports and the class attributes `UNCOVERED`."""
+    """A transformer that removes docstrings, other bare strings, imports and the members `UNCOVERED` of classes."""
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
-        node.body = [statement for statement in node.body if not _assigned_names(statement) & UNCOVERED]
+        node.body = [statement for statement in node.body if not _defined_names(statement) & UNCOVERED]
         return self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
@@ -157,8 +157,10 @@ class _CodeOnly(ast.NodeTransformer):
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None: ...
 
 
-def _assigned_names(statement: ast.stmt) -> set[str]:
-    """Return the names that an assignment sets; empty for another statement."""
+def _defined_names(statement: ast.stmt) -> set[str]:
+    """Return the names that an assignment or a function sets; empty for another statement."""
+    if isinstance(statement, ast.FunctionDef):
+        return {statement.name}
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
     return {target.id for target in targets if isinstance(target, ast.Name)}
 

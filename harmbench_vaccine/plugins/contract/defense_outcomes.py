@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
+from typing import get_args
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from harmbench_vaccine.core.progress import Advance, Silent
-from harmbench_vaccine.core.types import StageName
+from harmbench_vaccine.core.types import Pools, StageName
 from harmbench_vaccine.training.adapters import Adapter
-from harmbench_vaccine.training.stage import Gradient
+from harmbench_vaccine.training.stage import Gradient, SeparateRun
 
-from ..defense import Defense
+from ..defense import Defense, SeparateTraining, TrainedPool
 from .attributes import copy_attributes, differing_attributes, list_names
 from .defense_subject import DefenseSubject, for_stages
 from .findings import Checks, Fails, NotApplicable
@@ -261,6 +263,37 @@ def _cost(subject: DefenseSubject, stage: StageName) -> None:
     counted = f"{counts[0]:g}F {counts[1]:g}B"
     if counted != declared:
         raise Fails(f"It declares {declared}; a step took {counted}.")
+
+
+@OUTCOME_CHECKS.add("separate", after=["trains", "edit"])
+@for_stages("stages")
+def _separate(subject: DefenseSubject, stage: StageName) -> None:
+    """The trainings inside a stage are those that `separate_trainings` declares, in their order."""
+    trial, _ = subject.observed(stage)
+    subject.observed_edit(stage)
+    declared = subject.plugin().separate_trainings(stage)
+    requests = [_described(*pair, trial.stage.pools) for pair in zip_longest(trial.nested.requests, declared)]
+    if requests != list(declared):
+        raise Fails(
+            f"separate_trainings declares {_trainings_text(declared)}; the stage requested {_trainings_text(requests)}."
+        )
+    if not declared:
+        raise NotApplicable("It requests no training inside a stage.")
+
+
+def _described(request: SeparateRun | None, declared: SeparateTraining | None, pools: Pools) -> SeparateTraining | None:
+    """Return a request as a declaration, with its rows in the form of the declared ones; None: no request."""
+    if request is None:
+        return None
+    names = [name for name in get_args(TrainedPool) if list(getattr(pools, name)) == list(request.rows)]
+    rows = names[0] if names else len(request.rows)
+    if declared and not isinstance(declared.rows, str):
+        rows = declared.rows and len(request.rows)
+    return SeparateTraining(request.purpose, rows, request.steps, request.start is not None, request.on_base)
+
+
+def _trainings_text(trainings: Sequence[SeparateTraining | None]) -> str:
+    return ", ".join(str(training) for training in trainings if training) or "none"
 
 
 def _mean(gradients: Sequence[Gradient]) -> list[Tensor | None]:

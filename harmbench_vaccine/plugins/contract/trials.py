@@ -55,9 +55,12 @@ class NestedTraining:
         self.world = world
         self.micro_batches = 0
         """The sum over all runs."""
+        self.requests: list[SeparateRun] = []
+        """The requests, in their order."""
 
     def __call__(self, outer: TrainingStage, run: SeparateRun) -> Adapter:
         """Train with plain SFT, for a few steps only."""
+        self.requests.append(run)
         rows, settings = outer.encode(run.rows), outer.settings
         per_epoch = math.ceil(len(rows) / settings.batch)
         micro_batches = settings.epochs * per_epoch if run.steps is None else run.steps * settings.accumulation
