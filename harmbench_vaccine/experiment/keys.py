@@ -16,7 +16,7 @@ from harmbench_vaccine.core.store import Artifact
 from harmbench_vaccine.core.types import StageName, TrainSettings
 from harmbench_vaccine.data.prompts import EvalSet
 from harmbench_vaccine.data.sources import fingerprint, location_identity
-from harmbench_vaccine.plugins import Attack, Resolved, Scorer
+from harmbench_vaccine.plugins import Attack, Resolved, Scorer, SeparateTraining
 
 from .artifacts import TrainedModel
 from .experiment import Experiment
@@ -79,6 +79,24 @@ def nested_key(
         "rows": digest([[row.ids, row.labels] for row in rows]),
         "settings": asdict(settings),
         "seed": seed,
+    }
+
+
+def planned_key(experiment: Experiment, stage: StageName, model: TrainedModel, training: SeparateTraining) -> Inputs:
+    """Return the inputs of a training inside a stage that are known without its tokens: equal ones give one artifact.
+
+    Args:
+        experiment: The experiment.
+        stage: The stage that requests the training.
+        model: The model that the training starts from.
+        training: A new adapter on all rows of a pool.
+    """
+    return {
+        "model": model_inputs(model),
+        "stage": stage,
+        "training": asdict(training),
+        "template": asdict(experiment.stages[stage].template),
+        **_stage_rows(experiment, stage),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from .context import RunContext
 from .experiment import Experiment
 from .keys import nested_key
 from .rows import check_steps, plugin_pools
+from .separate_trainings import separate_settings
 from .stage_config import StageConfig
 
 if TYPE_CHECKING:
@@ -224,9 +224,7 @@ def _train_nested(
     from harmbench_vaccine.training.trainer import train_nested
 
     rows = outer.encode(run.rows)
-    settings: TrainSettings = outer.settings
-    if run.steps is not None:
-        settings = replace(settings, epochs=run.steps * settings.accumulation / math.ceil(len(rows) / settings.batch))
+    settings: TrainSettings = separate_settings(outer.settings, run.steps, len(rows))
 
     def create(folder: Path, checkpoints: Path) -> None:
         title = f"{outer.name}: {run.purpose}"

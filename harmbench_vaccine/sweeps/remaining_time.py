@@ -137,6 +137,7 @@ class StageSeconds:
 def _longest_estimate(experiments: Sequence[Experiment], kind: str) -> float:
     """Return the longest estimated time of a kind of stage on this machine; 0 if it is not covered or not possible.
 
+    The time of a stage includes the separate trainings that it requests, as that of a stored stage does.
     Experiments that differ only in their seeds or attacks are estimated once.
     """
     if kind not in ESTIMATED:
@@ -147,6 +148,7 @@ def _longest_estimate(experiments: Sequence[Experiment], kind: str) -> float:
     longest = 0.0
     for experiment in groups.values():
         with suppress(HbvError):  # for example, the configuration of a judge is not on this machine
-            for estimate in estimate_costs(experiment, stages=[kind]):
-                longest = max(longest, estimate.seconds / estimate.artifacts)
+            costs = estimate_costs(experiment, stages=[kind, "nested"] if kind in STAGES else [kind])
+            parts = [cost for cost in costs if kind in (cost.stage, cost.training.partition(":")[0])]
+            longest = max(longest, sum(cost.seconds / cost.artifacts for cost in parts))
     return longest

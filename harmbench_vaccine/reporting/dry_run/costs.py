@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+Kind = tuple[str, str]
+"""A stage and an empty text, or `nested` and the name of a separate training, such as `align: aligned`."""
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -57,3 +60,10 @@ class Estimate:
     """Whether batches were timed on this machine; else the time follows from the rates of a device."""
     artifacts: int = 1
     """Number of artifacts that the stage creates."""
+    training: str = ""
+    """The stage and the purpose of a separate training, whose `stage` is `nested`; empty for a stage."""
+
+    @property
+    def kind(self) -> Kind:
+        """The stage or the separate training that is estimated."""
+        return self.stage, self.training

@@ -13,14 +13,16 @@ import re
 import statistics
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from harmbench_vaccine.core.errors import HbvError
-from harmbench_vaccine.core.types import Example, StageName
+from harmbench_vaccine.core.types import Example, StageName, TrainSettings
 from harmbench_vaccine.data.prompts import PromptTemplate
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import plugin_pools, user_rows
+from harmbench_vaccine.experiment.separate_trainings import RequestedTraining, requested_trainings
 from harmbench_vaccine.inference.loading import readable_load_errors
 from harmbench_vaccine.plugins import Defense
 
@@ -33,8 +35,8 @@ from .timing import measure_training, training_seconds
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ESTIMATED: tuple[str, ...] = ("align", "finetune", "stress", "answer", "score", "drift")
-"""The stages that an estimate covers."""
+ESTIMATED: tuple[str, ...] = ("align", "finetune", "repair", "nested", "stress", "answer", "score", "drift")
+"""The stages that an estimate covers; `nested`: the trainings that defenses request inside a stage."""
 
 
 def estimate_costs(
@@ -64,6 +66,13 @@ def estimate_costs(
         for name in trained
         if name in stages
     ]
+    if "repair" in stages and experiment.acting("repair"):
+        estimates.append(_estimate_repair(experiment, target, read_rows))
+    if "nested" in stages:
+        estimates += [
+            _estimate_separate(experiment, requested, target, read_rows, gradient_checkpointing)
+            for requested in requested_trainings(experiment)
+        ]
     if "stress" in stages and experiment.attack_team.stresses_weights:
         estimates.append(_estimate_stress(experiment))
     if "answer" in stages:
@@ -78,18 +87,72 @@ def estimate_costs(
 def _estimate_training(
     experiment: Experiment, name: StageName, target: Target, read_rows: bool, gradient_checkpointing: bool
 ) -> Estimate:
-    protocol, model, settings = experiment.protocol, experiment.model, experiment.stages[name].settings
+    settings = experiment.stages[name].settings
     rows, width = _row_shape(experiment, name, read_rows)
-    steps = math.ceil(settings.micro_batches(rows) / settings.accumulation)
+    passes = passes_per_step([defense.plugin for defense in experiment.acting(name)], name)
+    return _estimate_steps(experiment, name, _step_count(settings, rows), width, passes, target, gradient_checkpointing)
+
+
+def _estimate_separate(
+    experiment: Experiment,
+    requested: RequestedTraining,
+    target: Target,
+    read_rows: bool,
+    gradient_checkpointing: bool,
+) -> Estimate:
+    """Estimate plain fine-tuning inside a stage, with the settings of the stage."""
+    stage, training = requested.stage, requested.training
+    rows, width = _separate_shape(experiment, requested, read_rows)
+    steps = _step_count(experiment.stages[stage].settings, rows) if training.steps is None else training.steps
+    cost = _estimate_steps(experiment, stage, steps, width, (1, 1), target, gradient_checkpointing)
+    return replace(cost, stage="nested", training=requested.name)
+
+
+def _estimate_steps(
+    experiment: Experiment,
+    name: StageName,
+    steps: int,
+    width: int,
+    passes: tuple[int, int],
+    target: Target,
+    gradient_checkpointing: bool,
+) -> Estimate:
+    """Estimate the steps of a training with the settings of a stage.
+
+    Args:
+        experiment: The experiment.
+        name: The stage.
+        steps: Number of optimizer steps.
+        width: Tokens per row.
+        passes: Forward and backward passes of each micro-batch.
+        target: The device.
+        gradient_checkpointing: As in `estimate_costs`.
+    """
+    protocol, model, settings = experiment.protocol, experiment.model, experiment.stages[name].settings
     memory = count_memory(model, protocol.dtype, protocol.quantization, settings, width, gradient_checkpointing)
     measured = None if target.rates else measure_training(model, protocol.dtype, settings, width)
     times = measured or training_seconds(target.table_rates(), memory, settings, width)
-    forward, backward = passes_per_step([defense.plugin for defense in experiment.acting(name)], name)
+    forward, backward = passes
     forward += backward if gradient_checkpointing else 0
     seconds = steps * (settings.accumulation * (forward * times.forward + backward * times.backward) + times.update)
     detail = f"{steps} steps of {settings.batch} rows of {width} tokens, {forward}F {backward}B per step"
     disk = memory.adapter // 4 * 7  # of 4 copies: the adapter, then it and its moments twice
     return Estimate(name, seconds, memory.peak, detail, disk, measured is not None)
+
+
+def _step_count(settings: TrainSettings, rows: int) -> int:
+    """Return the optimizer steps of a stage; the last one may have fewer micro-batches."""
+    return math.ceil(settings.micro_batches(rows) / settings.accumulation)
+
+
+def _estimate_repair(experiment: Experiment, target: Target, read_rows: bool) -> Estimate:
+    """Estimate the edit of the user's adapter without the passes of the edit; its trainings are separate estimates."""
+    protocol, settings = experiment.protocol, experiment.stages["repair"].settings
+    width = _row_shape(experiment, "finetune", read_rows)[1]
+    memory = count_memory(experiment.model, protocol.dtype, protocol.quantization, settings, width)
+    adapter = memory.adapter // 4
+    size = memory.weights + adapter
+    return Estimate("repair", 0.0, size, "edits and stores the adapter, not timed", adapter, target.rates is None)
 
 
 def _estimate_stress(experiment: Experiment) -> Estimate:
@@ -113,22 +176,48 @@ def _row_shape(experiment: Experiment, name: StageName, read_rows: bool) -> tupl
     If the rows are not on this machine, return the number in the protocol and the maximum width.
     """
     settings = experiment.stages[name].settings
-    align = experiment.protocol.align
-    count = align.rows + align.instructions if name == "align" else experiment.finetune.samples
-    if not read_rows:
-        return count, settings.max_length
-    with suppress(HbvError):
-        from harmbench_vaccine.core.seeds import derive_seed
-        from harmbench_vaccine.training.trainer import batch_order
-
-        pools = plugin_pools(experiment)
-        rows = list(pools.alignment) if name == "align" else user_rows(experiment, pools)
-        rows = experiment.stages[name].defenses.fresh().train_on(name, rows, pools)
-        counts = (_token_count(experiment.model, experiment.template, row, settings.max_length) for row in rows)
-        if lengths := [count for count in counts if count]:
-            order = batch_order(len(lengths), settings, derive_seed(experiment.spec.seed, name))
-            return len(lengths), round(statistics.mean(max(lengths[index] for index in batch) for batch in order))
+    count = _alignment_count(experiment) if name == "align" else experiment.finetune.samples
+    if read_rows:
+        with suppress(HbvError):
+            pools = plugin_pools(experiment)
+            rows = list(pools.alignment) if name == "align" else user_rows(experiment, pools)
+            rows = experiment.stages[name].defenses.fresh().train_on(name, rows, pools)
+            if shape := _encoded_shape(experiment, name, rows):
+                return shape
     return count, settings.max_length
+
+
+def _separate_shape(experiment: Experiment, requested: RequestedTraining, read_rows: bool) -> tuple[int, int]:
+    """Return the number of rows of a separate training, and the mean width of its batches in tokens.
+
+    Rows that the defense chooses are as wide as those of the stage, in the repair stage as alignment rows. If the rows
+    are not on this machine, every pool has as many rows as the alignment stage, of the maximum width.
+    """
+    stage, rows = requested.stage, requested.training.rows
+    if not isinstance(rows, str):
+        return rows or 0, _row_shape(experiment, "align" if stage == "repair" else stage, read_rows)[1]
+    if read_rows:
+        with suppress(HbvError):
+            if shape := _encoded_shape(experiment, stage, getattr(plugin_pools(experiment), rows)):
+                return shape
+    return _alignment_count(experiment), experiment.stages[stage].settings.max_length
+
+
+def _alignment_count(experiment: Experiment) -> int:
+    return experiment.protocol.align.rows + experiment.protocol.align.instructions
+
+
+def _encoded_shape(experiment: Experiment, name: StageName, rows: Sequence[Example]) -> tuple[int, int] | None:
+    """Return the number of rows with room for a response and the mean width of their batches; None without a row."""
+    from harmbench_vaccine.core.seeds import derive_seed
+    from harmbench_vaccine.training.trainer import batch_order
+
+    settings, template = experiment.stages[name].settings, experiment.stages[name].template
+    counts = (_token_count(experiment.model, template, row, settings.max_length) for row in rows)
+    lengths = [count for count in counts if count]
+    order = batch_order(len(lengths), settings, derive_seed(experiment.spec.seed, name)) if lengths else []
+    widths = [max(lengths[index] for index in batch) for batch in order]
+    return (len(lengths), round(statistics.mean(widths))) if widths else None
 
 
 @lru_cache(maxsize=100_000)  # runs share most rows

@@ -1,6 +1,7 @@
 """Plan runs without executing them: stored stages, stages to run, and files to download.
 
-`pipeline.run` itself requests the stages, from a store that creates nothing.
+The functions of `pipeline` request the stages, from a store that creates nothing. The trainings that defenses request
+inside a stage that is not stored are requested as the defenses declare them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from harmbench_vaccine.core.store import Artifact, Store
 from harmbench_vaccine.data import hub
 from harmbench_vaccine.data.sources import TESTBED, TESTBED_VERSION, is_dequantized, local_path
 from harmbench_vaccine.evaluation.scorer_facts import scorer_models
+from harmbench_vaccine.experiment.artifacts import TrainedModel
 from harmbench_vaccine.experiment.context import RunContext
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.rows import data_locations
+from harmbench_vaccine.experiment.separate_trainings import TrainingKeys, requested_trainings
 from harmbench_vaccine.inference.model_pool import ModelPool
 
+from .costs import Kind
 from .random_models import gated_models, model_shapes
 
 
@@ -66,8 +70,14 @@ class Plan:
     stages: list[list[Artifact]] = field(default_factory=list)
     """For every experiment, the artifacts that no earlier experiment requests; empty if they are unknown."""
     sources: list[Source] = field(default_factory=list)
+    trainings: dict[str, str] = field(default_factory=dict)
+    """Key -> name, such as `align: aligned`, of the separate trainings among the stages."""
     unknown: str = ""
     """The reason why some stages are unknown: they depend on data that is not on this machine."""
+
+    def kind_of(self, artifact: Artifact) -> Kind:
+        """Return the stage of an artifact, and the separate training that it is of."""
+        return artifact.stage, self.trainings.get(artifact.key, "")
 
     def is_stored(self, index: int) -> bool:
         """Return whether all artifacts of an experiment are stored."""
@@ -91,15 +101,31 @@ def plan_runs(experiments: Sequence[Experiment], root: Path) -> Plan:
     if missing := [source.location for source in sources if not source.available and source.what != "judge"]:
         return Plan(experiments, sources=sources, unknown=f"{missing[0]} is not on this machine yet")
     plan = Plan(experiments, sources=sources)
-    store = DryRunStore(root)
+    store, models = DryRunStore(root), ModelPool()
+    context, keys = RunContext(store, models), TrainingKeys(models)
     for experiment in experiments:
         earlier = len(store.requested)
         try:
-            pipeline.run(experiment, RunContext(store, ModelPool()))
+            aligned, final = pipeline.train_models(experiment, context)
+            plan.trainings |= _request_trainings(experiment, store, keys, aligned, final)
+            pipeline.measure(experiment, context, aligned, final)
         except HbvError as error:
             plan.unknown = str(error).removesuffix(".")
         plan.stages.append(list(store.requested.values())[earlier:])
     return plan
+
+
+def _request_trainings(
+    experiment: Experiment, store: DryRunStore, keys: TrainingKeys, aligned: TrainedModel, final: TrainedModel
+) -> dict[str, str]:
+    """Request the separate trainings of the stages that are not stored, and return key -> name."""
+    names = {}
+    for requested in requested_trainings(experiment):
+        stage = final.artifacts[requested.stage]
+        if not stage.cached:
+            inputs = keys.inputs(experiment, requested, aligned, stage.key)
+            names[store.get_or_create("nested", inputs, lambda *_: None).key] = requested.name
+    return names
 
 
 def describe_source(what: str, location: str, testbed_is_built: bool) -> Source:

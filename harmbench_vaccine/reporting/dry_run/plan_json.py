@@ -14,9 +14,11 @@ from harmbench_vaccine.core.types import MODEL_STAGES, STAGES
 from harmbench_vaccine.experiment.experiment import Experiment
 from harmbench_vaccine.experiment.keys import run_id
 from harmbench_vaccine.experiment.protocol import leaf_values
+from harmbench_vaccine.experiment.separate_trainings import requested_trainings
 from harmbench_vaccine.experiment.spec import RunSpec
 from harmbench_vaccine.plugins.composition import parse_plugins
 
+from .costs import Kind
 from .devices import HERE, THIS_MACHINE, Target
 from .plan import Plan, plan_runs
 
@@ -59,7 +61,7 @@ def _device_json(target: Target) -> dict[str, Any]:
 def _experiment_json(plan: Plan, index: int, target: Target, gradient_checkpointing: bool) -> dict[str, Any]:
     experiment = plan.experiments[index]
     artifacts = plan.stages[index] if plan.stages else []
-    missing = Counter(artifact.stage for artifact in artifacts if not artifact.cached) if plan.stages else None
+    missing = Counter(plan.kind_of(artifact) for artifact in artifacts if not artifact.cached) if plan.stages else None
     earlier = plan.experiments[:index]
     estimates, no_estimate = _estimates(experiment, earlier, missing, target, gradient_checkpointing)
     plugins = {
@@ -75,7 +77,13 @@ def _experiment_json(plan: Plan, index: int, target: Target, gradient_checkpoint
         "backend": experiment.backend,
         "plugins": plugins,
         "stages": [
-            {"stage": artifact.stage, "key": artifact.key, "cached": artifact.cached, "seconds": artifact.seconds}
+            {
+                "stage": artifact.stage,
+                "training": plan.trainings.get(artifact.key, ""),
+                "key": artifact.key,
+                "cached": artifact.cached,
+                "seconds": artifact.seconds,
+            }
             for artifact in artifacts
         ],
         "over_refusal": _over_refusal_prompts(experiment, read_rows=bool(plan.stages)),
@@ -94,7 +102,7 @@ def _over_refusal_prompts(experiment: Experiment, read_rows: bool) -> dict[str, 
 def _estimates(
     experiment: Experiment,
     earlier: Sequence[Experiment],
-    missing: Mapping[str, int] | None,
+    missing: Mapping[Kind, int] | None,
     target: Target,
     gradient_checkpointing: bool,
 ) -> tuple[list[dict[str, Any]], str]:
@@ -103,7 +111,7 @@ def _estimates(
     Args:
         experiment: The experiment.
         earlier: The experiments before it, which create the artifacts that it shares with them.
-        missing: Stage -> number of missing artifacts; None: they are unknown, so all that no earlier experiment has.
+        missing: Kind -> number of missing artifacts; None: they are unknown, so all that no earlier experiment has.
         target: As in `dry_run_json`.
         gradient_checkpointing: As in `dry_run_json`.
     """
@@ -112,7 +120,8 @@ def _estimates(
     from .estimate import ESTIMATED, estimate_costs
 
     shares = _unshared(experiment, earlier) if missing is None else {}
-    needed = [stage for stage in ESTIMATED if (shares[stage] if missing is None else stage in missing)]
+    kinds = missing if missing is not None else [kind for kind, share in shares.items() if share]
+    needed = {stage for stage, _ in kinds}
     estimate = partial(
         estimate_costs,
         experiment,
@@ -122,29 +131,32 @@ def _estimates(
     )
     problem = ""
     try:
-        costs = estimate(stages=[stage for stage in needed if stage != "score"])
+        costs = estimate(stages=needed - {"score"})
     except HbvError as error:
         if missing is not None and isinstance(error, BadInput):  # everything is on this machine: the run is refused too
             raise
         return [], str(error)
     try:
-        costs += estimate(stages=[stage for stage in needed if stage == "score"])
+        costs += estimate(stages=needed & {"score"})
     except HbvError as error:  # the configuration of a judge is not on this machine
         problem = str(error)
     costs.sort(key=lambda cost: ESTIMATED.index(cost.stage))
     if missing is not None:
-        shares = {cost.stage: missing[cost.stage] / cost.artifacts for cost in costs}
-    costs = [replace(cost, seconds=cost.seconds * shares[cost.stage]) for cost in costs]
-    return [vars(cost) for cost in costs], problem
+        shares = {cost.kind: missing[cost.kind] / cost.artifacts for cost in costs if cost.kind in missing}
+    costs = [cost for cost in costs if shares.get(cost.kind)]
+    return [vars(replace(cost, seconds=cost.seconds * shares[cost.kind])) for cost in costs], problem
 
 
-def _unshared(experiment: Experiment, earlier: Sequence[Experiment]) -> dict[str, float]:
-    """Return stage -> share of its artifacts that no earlier experiment has, without reading rows or models."""
+def _unshared(experiment: Experiment, earlier: Sequence[Experiment]) -> dict[Kind, float]:
+    """Return kind -> share of its artifacts that no earlier experiment has, without reading rows or models."""
     models = _model_inputs(experiment)
     shared = [_model_inputs(other) for other in earlier]
-    shares: dict[str, float] = {
-        stage: float(all(models[stage] != other[stage] for other in shared)) for stage in MODEL_STAGES
+    shares: dict[Kind, float] = {
+        (stage, ""): float(all(models[stage] != other[stage] for other in shared)) for stage in MODEL_STAGES
     }
+    requested = [inputs for other in earlier for inputs in _separate_inputs(other).values()]
+    for name, inputs in _separate_inputs(experiment).items():
+        shares["nested", name] = float(inputs not in requested)
     questions = _answer_inputs(experiment)
     judged = [model for model, run in zip(shared, earlier, strict=True) if _answer_inputs(run) == questions]
     answered = [
@@ -158,7 +170,8 @@ def _unshared(experiment: Experiment, earlier: Sequence[Experiment]) -> dict[str
         return sum(all(models[stage] != other[stage] for other in others) for stage in ("align", "stress")) / 2
 
     # the harmful prompts are those of every task
-    return {**shares, "answer": unshared(answered), "score": unshared(judged), "drift": shares["stress"]}
+    others = {"answer": unshared(answered), "score": unshared(judged), "drift": shares["stress", ""]}
+    return shares | {(stage, ""): share for stage, share in others.items()}
 
 
 def _answer_inputs(experiment: Experiment) -> list[Any]:
@@ -185,6 +198,19 @@ def _model_inputs(experiment: Experiment) -> dict[str, list[Any]]:
         models[stage] = inputs
     stresses = [attack.identity for attack in experiment.attacks if attack.plugin.stresses_weights]
     return {**models, "stress": [*inputs, stresses]}
+
+
+def _separate_inputs(experiment: Experiment) -> dict[str, list[Any]]:
+    """Return name -> everything that a separate training depends on, as in `_model_inputs`; else that of its stage."""
+    models = _model_inputs(experiment)
+    inputs: dict[str, list[Any]] = {}
+    for requested in requested_trainings(experiment):
+        stage, training = requested.stage, requested.training
+        config = experiment.stages[stage]
+        start = [experiment.spec.seed] if training.on_base or stage == "align" else models["align"]
+        known = [start, config.settings, config.template] if training.uses_pool else models[stage]
+        inputs[requested.name] = [stage, training, known]
+    return inputs
 
 
 def protocol_values(experiment: Experiment) -> Iterator[dict[str, Any]]:

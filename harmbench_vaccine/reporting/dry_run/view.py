@@ -87,6 +87,8 @@ _LESS_TRAINING = ("fewer rows per batch with more accumulation steps", "--gradie
 _LESS_MEMORY = {
     "align": (*_LESS_TRAINING, "--set quantization=4bit"),
     "finetune": (*_LESS_TRAINING, "--set quantization=4bit"),
+    "repair": ("--set quantization=4bit",),
+    "nested": (*_LESS_TRAINING, "--set quantization=4bit"),
     "stress": ("a smaller model",),
     "answer": ("--backend vllm", "--set quantization=4bit"),
     "score": ("a smaller judge", "a judge in 16 bits (--scorer beaver_dam:dtype=bfloat16)"),
@@ -222,25 +224,30 @@ def _stage_table(experiments: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 def _stage_rows(experiment: Mapping[str, Any]) -> list[list[str]]:
     """Return the rows of one experiment without its name."""
-    estimates = {estimate["stage"]: estimate for estimate in experiment["estimate"]}
+    estimates = {_kind_name(estimate): estimate for estimate in experiment["estimate"]}
     groups = _artifact_groups(experiment)
     rows = []
-    for stage in list(groups) or list(estimates) or ["all"]:
-        group = groups.get(stage, [])
+    for kind in list(groups) or list(estimates) or ["all"]:
+        group = groups.get(kind, [])
         missing = sum(not artifact["cached"] for artifact in group) if group else 1
         cost = ["", "", ""]
-        if missing and (estimate := estimates.get(stage)):
+        if missing and (estimate := estimates.get(kind)):
             cost = [readable_time(estimate["seconds"]), readable_size(estimate["memory"]), estimate["detail"]]
-        rows.append([stage, _to_do(missing, len(group)), *cost])
+        rows.append([kind, _to_do(missing, len(group)), *cost])
     return rows
 
 
 def _artifact_groups(experiment: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Return stage -> artifacts; empty if they are unknown."""
+    """Return stage or separate training -> artifacts; empty if they are unknown."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for artifact in experiment["stages"]:
-        groups.setdefault(artifact["stage"], []).append(artifact)
+        groups.setdefault(_kind_name(artifact), []).append(artifact)
     return groups
+
+
+def _kind_name(entry: Mapping[str, Any]) -> str:
+    """Return the stage of an artifact or an estimate, with the name of a separate training."""
+    return f"{entry['stage']} ({entry['training']})" if entry["training"] else str(entry["stage"])
 
 
 def _to_do(missing: int, count: int) -> str:
