@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
-import os
 import random
 import re
 from collections.abc import Mapping
@@ -54,6 +54,7 @@ gc.freeze()  # as in tiny, with the modules imported since
 DEFENSE_CHECKS: Checks[Any] = Checks([*HOOK_CHECKS.all, *GENERATION_CHECKS.all, *OUTCOME_CHECKS.all])
 TUTORIAL = Path(__file__).parents[1] / "docs" / "your-own-defense.md"
 KINDS: dict[str, Checks[Any]] = {"defense": DEFENSE_CHECKS, "attack": ATTACK_CHECKS}
+CALLS = itertools.count(1)  # for hooks whose result must differ on every call; random bytes may be equal
 
 
 def findings_of(cls: type[Plugin], **params: Any) -> dict[str, Finding]:
@@ -415,7 +416,7 @@ class Unrepeatable(SoundRepair):
     """Gives a different result every time."""
 
     def edit(self, stage: TrainingStage, adapter: Adapter) -> Adapter:
-        return adapter.scaled(1 + int.from_bytes(os.urandom(4), "big") / 2**32)
+        return adapter.scaled(float(next(CALLS)))
 
 
 class FirstRows(Sound):
@@ -901,7 +902,7 @@ MORE_BROKEN: list[tuple[type[Plugin], str, str]] = [
         "first_tokens returned the token -1; allowed: 0 to 95.",
     ),
     (
-        broken(SoundAnswers, "first_tokens", lambda self, models, prompts: [[os.urandom(1)[0] % 96] for _ in prompts]),
+        broken(SoundAnswers, "first_tokens", lambda self, models, prompts: [[next(CALLS) % 96] for _ in prompts]),
         "generation",
         "The second call of first_tokens returned different tokens.",
     ),
@@ -919,7 +920,7 @@ MORE_BROKEN: list[tuple[type[Plugin], str, str]] = [
         broken(
             SoundAnswers,
             "steering",
-            lambda self, stage: {0: torch.full((stage.stack.base.config.hidden_size,), float(os.urandom(1)[0]))},
+            lambda self, stage: {0: torch.full((stage.stack.base.config.hidden_size,), float(next(CALLS)))},
         ),
         "generation",
         "The second call of steering returned different vectors.",
@@ -1118,7 +1119,7 @@ MORE_BROKEN: list[tuple[type[Plugin], str, str]] = [
             SoundEdit,
             "ablate",
             lambda self, stage: stage.model.lm_head.weight.data.copy_(
-                torch.rand(stage.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(os.urandom(1)[0]))
+                torch.rand(stage.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(next(CALLS)))
             ),
         ),
         "deterministic",
