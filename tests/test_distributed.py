@@ -299,3 +299,21 @@ def test_only_per_rank_generators_differ_between_ranks(monkeypatch: pytest.Monke
     assert draw(0) == draw(1) == draw(0, per_rank=True)
     assert draw(1, per_rank=True) == draw(1, per_rank=True)
     assert len({draw(rank, per_rank=True) for rank in range(3)}) == 3
+
+
+@pytest.mark.parametrize(("is_rank", "text"), [(True, "exit handler\n"), (False, "exit handler\nfinalization\n")])
+def test_a_rank_ends_without_the_finalization_of_the_interpreter(is_rank: bool, text: str) -> None:
+    program = """
+import atexit, sys
+from harmbench_vaccine.core import distributed
+
+class Late:
+    def __del__(self): print("finalization")
+
+late = Late()
+atexit.register(print, "exit handler")
+distributed._store = object() if sys.argv[1] == "True" else None
+distributed.end_process(3)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(is_rank)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, text, "")

@@ -81,12 +81,13 @@ def main() -> None:
     warnings.showwarning = lambda message, *rest, **named: print_warning(str(message))
     try:
         with handled_signals():
-            _run_command()
+            code = _run_command()
     finally:
         close_log()
+    distributed.end_process(code)
 
 
-def _run_command() -> None:
+def _run_command() -> int:
     try:
         _check_surroundings()
         distributed.initialize()
@@ -108,7 +109,7 @@ def _run_command() -> None:
         if isinstance(error, OSError) and error.strerror:  # of a disk, a path or the output, not of this program
             exit_with_error(f"{error.filename or 'Reading or writing failed'}: {error.strerror}.", 1)
         exit_with_error(f"unexpected {type(error).__name__}: {error} (HBV_DEBUG=1 shows the traceback)", 1)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _exit_after_signal(error: BaseException) -> NoReturn:

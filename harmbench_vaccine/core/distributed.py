@@ -9,6 +9,7 @@ Ranks exchange JSON through the launcher's key-value store, and tensors through 
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from .device import device
 from .errors import BadInput, HbvError, shortened
@@ -89,6 +90,20 @@ def shutdown() -> None:
 
         barrier()  # the store ends with the rank that hosts it, so no rank may leave early
         dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at the end of a successful command.
+
+    A rank ends after its exit handlers, without the finalization of the interpreter, which can abort: caches of DTensor
+    keep the group and the threads of gloo alive until then.
+    """
+    if _store is None:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def rank() -> int:

@@ -160,6 +160,7 @@ def main(folder: Path) -> None:
     if distributed.rank() == 0:
         torch.save(results, folder / "found.pt")
     distributed.shutdown()
+    distributed.end_process(0)
 
 
 if __name__ == "__main__":

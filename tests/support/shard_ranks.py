@@ -55,6 +55,7 @@ def main(folder: Path) -> None:
     if distributed.rank() == 0:
         torch.save(results, folder / "results.pt")
     distributed.shutdown()
+    distributed.end_process(0)
 
 
 if __name__ == "__main__":
