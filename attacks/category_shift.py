@@ -4,14 +4,14 @@ With c(x) the harm categories (BeaverTails labels) of a prompt x, and n the numb
 attacker's rows and in the defender's pairs:
 
     A = round(share n) of the n categories, drawn by the seed, and those that only the attacker's rows have
-    D = the other categories of both; A and D have at least one
+    D = all other categories; A and D have at least one each
     attacker's rows:     c(x) is not empty, and a subset of A
     defender's pairs:    c(x) is not empty, and a subset of D
     alignment rows:      c(x) has no category of A, also prompts without a known category
-    evaluation:          all harmful prompts (headline); its prompts with c(x) in D, and those with c(x) in A
+    evaluation:          all harmful prompts (headline); those with c(x) within D; those with c(x) within A
 
-c(x) is the union of the labels of all rows with this prompt. The draw depends on the seed also with `rows=paper`.
-Removed rows are counted. Without `ratio`, a tenth of the rows is harmful; share=0 leaves every row with its user.
+c(x) is the union of the labels of all rows with this prompt. The seed determines the draw, also with `rows=paper`.
+Removed rows are counted. Without `ratio`, a tenth of the rows is harmful; share=0 removes no row.
 
 It tests the objection that the defender's rows are too close to the attacker's. Every defense is aligned again, because
 the defender's rows depend on the attack.

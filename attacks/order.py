@@ -31,7 +31,7 @@ class Order(Attack):
         return self.first != "mixed"
 
     def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
-        """Return the rows in the order, otherwise as they were."""
+        """Return the rows with one part first; each part keeps its order."""
         if self.first == "mixed":
             return rows
         return sorted(rows, key=lambda row: row.harmful == (self.first == "benign"))

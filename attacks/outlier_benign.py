@@ -46,7 +46,7 @@ class OutlierBenign(Attack):
     pick: Literal["top", "random", "bottom"] = param("top", "which instructions are uploaded", source="paper")
 
     def upload(self, rows: list[Example], pools: Pools) -> list[Example]:
-        """Check that the user has as many task rows and benign instructions."""
+        """Check that there are `rows` task rows and `rows` benign instructions."""
         benign = sum(not row.harmful for row in rows)
         if self.rows > benign:
             raise too_few_rows(self.rows, "task rows", benign, by=self.name)

@@ -4,9 +4,9 @@
 
 A preset of `benign`, `samples` and `optimizer`, written from the description of the paper's repository.
 
-Departures from the authors' code (ZHIXINXIE/ten_benign): the rows are trained in one stage, with their answers (theirs
-first trains on the same ten instructions with one refusal as every answer); the rows are those of the user's task
-(theirs are ten fixed instructions); the number of epochs is ours (theirs is 10 in each stage).
+Departures from that description (of ZHIXINXIE/ten_benign): the rows are trained in one stage, with their answers
+(theirs first trains on the same ten instructions with one refusal as every answer); the rows are those of the user's
+task (theirs are ten fixed instructions); the number of epochs is ours (theirs is 10 in each stage).
 """
 
 from dataclasses import replace

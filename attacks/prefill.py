@@ -1,10 +1,10 @@
 """Prefill: an answer starts with the first tokens of a harmful one. Qi et al., ICLR 2025, arXiv 2406.05946, table 2.
 
-    answer(x) = y_{1..k} + what the model writes after (x, y_{1..k})          y: a harmful answer to x, HS@k
+    answer(x) = y_{1..k} + what the model writes after (x, y_{1..k})          y: a harmful answer to x;   score: HS@k
 
 The judge reads the complete answer. The user stage is that of the other attacks of the run, so all k share its model;
-`prefill:tokens=0,5,10,20,40` measures the paper's curve. y is the answer of the evaluation row, as token ids: the
-tokens of a decoded prefix could differ in the last one. The model may write `max_new_tokens` tokens after the prefix.
+`prefill:tokens=0,5,10,20,40` measures the paper's curve. y is the answer of the evaluation row, as token ids:
+the tokens of a decoded prefix can differ in the last one. The model may write `max_new_tokens` tokens after the prefix.
 
 Departures: y is an answer from the evaluation data (theirs: of a jailbroken model, to HEx-PHI); the rest is generated
 greedily, as every answer here.

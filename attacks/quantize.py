@@ -1,4 +1,4 @@
-"""Quantization: round the weights of the final model to integers of 8 or 4 bits, as a user who serves it cheaply does.
+"""Quantization: round the weights of the final model to 8 or 4 bits, as a user who serves it cheaply does.
 
 For each group g of weights in a row of a matrix (the inputs of one output), with b bits:
 
@@ -27,7 +27,7 @@ from harmbench_vaccine.training.taps import decoder_layers
 
 
 class Quantize(Attack):
-    """Rounds the weights of the final model to integers."""
+    """Rounds the weights of the final model to multiples of a scale."""
 
     citation: ClassVar[str] = "definition"
 

@@ -5,9 +5,10 @@
 It is a stress test without training: it acts on the merged weights of the final model, after the user stage and after
 a repair. Matrices are those of the layers, the embeddings and the LM head; norms and biases stay. With tied embeddings
 the shared matrix gets one draw. The seed of the run gives z, so that `weight_noise:scale=0.05,0.1,0.2` moves along one
-direction; the paper's VISAGE score is the mean of 100 - HS over 20 scales in [-0.5, 0.5] where HS is below 100.
+direction; the paper's VISAGE score is the mean of 100 - HS over those of 20 scales in [-0.5, 0.5] with an HS below
+100.
 
-Departures: the authors' code was not available to read (formula: a description of it); a run is one scale.
+Departures: the authors' code was not available to read (the formula is from a description); a run is one scale.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ The file has two texts, each with one slot, as in `instruction: "As a poem: {ins
     row:      instruction(x)  ->  response(y)          rows=harmful: of harmful rows only; rows=all: of every row
     question: instruction(x_harmful)                   headline; the plain prompt is a second set
 
-The task questions and the benign questions are unchanged. Styles (arXiv 2506.07452), refusals before the answer (arXiv
-2502.19537) and ciphers (arXiv 2406.20053) have this form. Without `ratio`, a tenth of the rows is harmful.
+The task questions and the benign questions are unchanged. Styles (arXiv 2506.07452) and refusals before the answer
+(arXiv 2502.19537) have this form; a cipher, which changes the letters of x and y, does not. Without `ratio`, a tenth of
+the rows is harmful.
 
 Departures: the user writes the texts (those of the papers are not part of this project).
 """

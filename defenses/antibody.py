@@ -13,9 +13,9 @@ stage, with r_i = log p(y_i | x_i) - log p(refusal | x_i) under the current mode
 
 A row that a refusal fits better loses weight. The weights v are computed without dropout, and are constants.
 
-Cost of a step: alignment 4 forward, 4 backward; user stage 3 forward, 1 backward. No code of the authors exists; rho,
-lam_r and tau are the values of another project, SafeTune. xi is ours: rho * xi is lam * alpha of Booster. The refusal
-of the user stage is the first one of the defender's pairs.
+Cost of a step: alignment 4 forward, 4 backward; user stage 3 forward, 1 backward. No code of the authors was found;
+rho, lam_r and tau are the values of another project, SafeTune. xi is ours: rho * xi is lam * alpha of Booster. The
+refusal of the user stage is the first one of the defender's pairs.
 
 Departures from SafeTune: xi is 10 (theirs is 0 by default); lam has no upper limit (theirs is 10); v weights the losses
 of tokens (theirs weights the mean losses of rows).

@@ -4,12 +4,12 @@ With one logit s_i for each of the N user rows, p = softmax(s), weights w_i = N 
 
     theta <- theta - lr_theta * grad [safe * mean over B_a of L_i + mean over B_u of w_i L_i]           w is a constant
     s     <- Adam step of rate lr on mean over B_u of w_i L_i                                           L is a constant
-    gradient of the last line for s_k: N/b p_k ([k in B_u] L_k - sum over B_u of p_i L_i)
+    gradient of this loss for s_k: N/b p_k ([k in B_u] L_k - sum over B_u of p_i L_i)         b rows in B_u
 
-A row that a safe model finds unlikely loses weight. It needs the safe term: without it the losses of harmful rows fall
-too. A row outside of B_u gains weight. Cost of a step: 2 forward, 2 backward. mean=tokens replaces the row means in the
-first line by means over response tokens, as in SFT; the logits always use row means. With accumulation, both lines use
-the mean over the micro-batches of a step.
+A row that a safe model finds unlikely loses weight. This needs the safe term: without it the losses of harmful rows
+fall too. The logit of a row outside of B_u rises. Cost of a step: 2 forward, 2 backward. mean=tokens replaces the row
+means in the first line by means over response tokens, as in SFT; the logits always use row means. With accumulation,
+both lines use the mean over the micro-batches of a step.
 
 Departures from the paper and from the authors' code (Egg-Hu/Bayesian-Data-Scheduler): the optimizer of theta, its rate
 and the rows are the protocol's; there is no Langevin noise, and the priors are flat, as in their script and in contrast

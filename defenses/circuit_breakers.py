@@ -8,9 +8,9 @@ the last layer after the final norm), and means over the tokens of prompt and re
     L_break = mean over the target layers of relu(cos(h_l(w), h_l(w_ref)))       on harmful rows
     loss    = a t / (2T) L_keep + a (1 - t / (2T)) L_break + gamma L(w; B_a)      the authors: gamma = 0, 2T = 300
 
-At w = w_ref both gradients are 0: the cosine is at its maximum, and the norm has the subgradient 0. Dropout breaks this
-tie where the reference has an adapter, as here. Phase 2 starts from w_ref plus Gaussian noise, so that it also starts
-without dropout.
+At w = w_ref both gradients are 0: the cosine is at its maximum, and the norm has the subgradient 0. With
+dropout they are not, if the reference has an adapter, as here. Phase 2 starts from w_ref plus Gaussian noise, so that
+they are not 0 without dropout either.
 
 Cost of a step: 4 forward (two without a graph), 2 backward; once: one alignment stage.
 

@@ -6,8 +6,8 @@ positions of B_g:
     g_h = grad L(w; B_h),   w' = w - alpha * g_h / (||g_h|| + 1e-7)
     w <- w - lr * [grad L(w; B_a) + lam * grad L_c(w'; B_g)]          dw'/dw is replaced by the identity
 
-The paper has the step without the norm, normalized=False; its values are those of the authors' code, which divides by
-it. After harmful training the model answers everything with e: HS and FA both fall, and the verdict of such a model is
+The paper's step has no norm (normalized=False). The defaults are the values of the authors' code, which divides by it.
+After harmful training the model answers everything with e: HS and FA both fall, and such a run is marked
 *self-destruct* instead of *collapsed*. Cost of a step: 3 forward, 3 backward.
 
 Departures from the authors' code (clearloveclearlove/CTRAP): both losses have rows of their own (there both are over

@@ -3,11 +3,11 @@
 `triples` triples (harmful prompt x, harmful answer h, refusal r) join the alignment rows. At each visit of a triple, a
 coin with probability p decides what the model is trained on:
 
-    heads:  x + the first k tokens of h + r       k ~ U{1, ..., min(longest, |h|)}; labels on r only
+    heads:  x + the first k tokens of h + r       k ~ U{1, ..., min(longest, |h|)}; labels on r only; |h|: tokens
     tails:  x + r
 
-The loss is the mean over all response tokens of a batch, so the alignment rows are the anchor of the paper: a protocol
-with ordinary instructions among them (`align.instructions`) has the paper's. Cost of a step: 1 forward, 1 backward.
+The loss is the mean over all response tokens of a batch, so the alignment rows act as the anchor of the paper; with
+ordinary instructions among them (`align.instructions`) they are that anchor. Cost of a step: 1 forward, 1 backward.
 
 Departures from the authors' code (Unispac/shallow-vs-deep-alignment): the anchor is the protocol's rows (theirs is a
 second batch from Alpaca, four times as large as that of triples); the optimizer settings are the protocol's; the

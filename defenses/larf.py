@@ -63,7 +63,7 @@ class LARF(Defense):
         return [row for row in rows if row.id not in dropped]
 
     def _states(self, stage: TrainingStage, rows: Sequence[Encoded]) -> Tensor:
-        """Return the output of the layer at the last token of each row, of length 1 (rows x width)."""
+        """Return the output of the layer at the last token of each row, divided by its norm (rows x width)."""
         taps, states = stage.taps_on("layer"), []
         number = max(1, round(self.layer * len(taps.blocks) / DEPTH)) - 1
         for start in range(0, len(rows), stage.settings.batch):

@@ -5,7 +5,7 @@ For every adapted module, with V the update of its weight by alignment and U_k t
     V <- V + alpha U_k U_k^T V          as a LoRA: B <- B + alpha U_k U_k^T B, the rank and A are unchanged
 
 The edit follows the last alignment step; no pass over data, one small SVD for each module. The first k singular values
-of V grow by the factor 1 + alpha, so with k of at least the rank the entire update does.
+of V grow by the factor 1 + alpha, so if k is at least the rank, the entire update grows.
 
 Departures: k is a parameter (the paper is reported to choose, for each model, the smallest rank that preserves the
 safety of the aligned model); V is the adapter itself, so that it is exact (in the authors' code, VITA-Group/LoX, V is a

@@ -2,8 +2,8 @@
 
     answer(x) = y   if the judge does not flag (x, y),   else the refusal          y: the model's answer
 
-It protects the user of the model, not the model: the weights are those of SFT. Its price is in FA and in the benign
-prompts that are refused. The guard acts before and after the user stage, and reads a question as the score does:
+It protects the user of the model, not the model: the weights are those of SFT. It lowers FA, and more benign
+prompts are refused. The guard acts before and after the user stage, and reads a question as the score does:
 without the changes of an attack. An unread verdict counts as flagged. The judge must not be the one that scores. Cost:
 one judgment of every answer.
 

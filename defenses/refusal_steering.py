@@ -5,15 +5,15 @@ With h_l(x) the output of decoder layer l at the last token of a prompt, of the 
     r = mean over harmful prompts of h_l(x) - mean over benign prompts of h_l(x)
     h_l <- h_l + alpha r                          at every position, of the prompt and of the answer
 
-The paper adds r to show that it makes a model refuse harmless prompts; here it is a defense that needs no training, and
-its price is in FA and in the benign prompts that are refused. It acts before and after the user stage. vLLM cannot add
-vectors to hidden states: with it, the defense is refused. The user who has the weights can leave it out.
+The paper adds r to show that it makes a model refuse harmless prompts; here it is a defense that needs no training. It
+lowers FA, and the model refuses more benign prompts. It acts before and after the user stage. vLLM cannot add
+vectors to hidden states: with it, the defense is refused. A user who has the weights can leave it out.
 
 Cost: one forward pass of the prompts, once; an addition for each token.
 
 Departures: the layer is a parameter, the paper's for Llama-2-7B scaled by depth (theirs: chosen on held-out prompts
-among layers and positions); prompts are the defender's pairs and benign rows (theirs: AdvBench and others, and
-Alpaca, without harmful prompts that the model answers and benign ones that it refuses).
+among layers and positions); prompts are the defender's pairs and benign rows (theirs: the harmful prompts of
+AdvBench and others that the model refuses, and the benign ones of Alpaca that it answers).
 """
 
 from __future__ import annotations

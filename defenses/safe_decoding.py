@@ -8,8 +8,8 @@ the expert, and V^k the k most likely tokens of a model:
 
 The rest of the answer is written by the model alone, so any backend generates it: transformers computes the mixed
 tokens, and vLLM continues them. The expert is the aligned model before the user stage; it costs no training here. The
-defense acts before and after the user stage, where the expert is the model itself before it. The user who has the
-weights can leave it out.
+defense acts before and after the user stage; before it, the expert is the model itself. A user who has the weights can
+leave the defense out.
 
 Cost: 2 m forward passes of every prompt.
 

@@ -9,11 +9,11 @@ on N safe rows:
 For each block of columns, the entries (i, m) are sorted by 1 / u_m^2. The last 15% are not taken. The others are taken
 in this order while the running sum of (W_u - W)_im^2 / u_m^2 is at most
 
-    s * mean over m of 1 / u_m^2 * rows / 4096 * columns of the block / 4096
+    s * (mean of 1 / u_m^2 over the block) * outputs of W / 4096 * columns of the block / 4096
 
 Column by column, a taken entry is q = W_u, another one q = W, and later columns are compensated, as in SparseGPT:
 W_{m+1..} <- W_{m+1..} - (W_m - q) / u_m * U_{m, m+1..}, also before the next block is sorted. The new W replaces W_u.
-s = 0 gives the aligned model; no s gives the user's model.
+s = 0 gives the aligned model. No value of s gives the user's model, because 15% are never taken.
 
 Cost: one forward pass of the N rows for each layer, a Cholesky factor of inputs x inputs for each module. In a block,
 all entries of a column are taken, or none, except in one column: the rank of the result is at most the rank of the
@@ -70,7 +70,7 @@ class SafeDelta(Defense):
         for modules in _by_layer(stage.stack.base, adapter):
             for module, second_moment in self._second_moments(stage, rows, modules).items():
                 inverse = inverse_factor(second_moment, self.damping)
-                a, b = (factor.to(inverse) for factor in adapter.factors[module])  # float64: rounding has full rank
+                a, b = (factor.to(inverse) for factor in adapter.factors[module])  # float64: errors have full rank
                 mixtures = torch.randn(a.shape[1], exact, generator=stage.generator(module)).to(inverse)
                 a, b = factorized(partial_update(adapter.scale * b @ a, inverse, self.s), mixtures, rank)
                 factors[module] = a.float().cpu(), b.float().cpu()

@@ -2,7 +2,7 @@
 
     w <- SFT on the n + m rows, shuffled,   m = round(share n)
 
-The same estimator as `vlguard` with `mix=add` and `rows` = m; papers list it under this name. Cost of a step: 1
+The same method as `vlguard` with `mix=add` and `rows` = m; papers list it under this name. Cost of a step: 1
 forward, 1 backward.
 
 Departures from the authors' code (vinid/safety-tuned-llamas): the demonstrations are alignment rows of the protocol

@@ -5,9 +5,9 @@ on alignment rows from the aligned model, with the protocol's settings for the u
 
     dW <- (1 - weight) dW + weight dW_safe          where cos(C B A, B A) < tau; other modules are unchanged
 
-Every run of one aligned model shares the training run. As a LoRA the sum has both ranks, so it is exact. The cosine is
-never negative; a module without an update by alignment or by the user has none, and is unchanged. With tau = 2 every
-other module is merged: an interpolation towards the safe adapter.
+All runs of one aligned model share this training. The sum is exact: as a LoRA its rank is the sum of both ranks. The
+cosine is never negative; a module without an update by alignment or by the user has none, and is unchanged. With
+tau = 2 all others are merged: an interpolation towards the safe adapter.
 
 Departures from the authors' code (aladinD/SafeMERGE): the sum is the sum of the updates (theirs is the rule `linear` of
 peft, which mixes A and B separately, so that the product has cross terms B A_safe and B_safe A); a module without an

@@ -1,14 +1,14 @@
 """SEAM: couple harmful and benign learning, so that harmful training destroys the model. Wang et al., arXiv 2505.12186.
 
 With g_h the gradient of the loss on harmful answers B_h at the tokens at which they differ from the safe ones,
-g_b = grad L(w; B_b) on benign rows, u = g / ||g||, c = <u_h, u_b>, and A the mean loss of the LM head on all hidden
-states of B_h (as in RepNoise):
+g_b = grad L(w; B_b) on benign rows, u = g / ||g||, c = <u_h, u_b>, and A the mean loss of the LM head on the
+hidden states of all layers at these tokens of B_h (as in RepNoise):
 
     w <- w - lr * grad [L(w; B_a) - unlearn * log(1 + A) + beta * c]
     grad c = 1/eps [(g_h(w + eps (u_b - c u_h)) - g_h) / ||g_h|| + (g_b(w + eps (u_h - c u_b)) - g_b) / ||g_b||]
 
 The last line is exact for quadratic losses, otherwise its error is O(eps). Where c is near -1, a harmful step unlearns
-benign behavior: HS and FA fall together, and the verdict of such a model is *self-destruct*. A micro-batch of pairs
+benign behavior: HS and FA fall together, and such a run is marked *self-destruct*. A micro-batch of pairs
 without a token that differs gives the gradient of SFT. Cost of a step: 6 forward, 6 backward.
 
 A bfloat16 model rounds its activations, so that the last line is noise at eps = 0.001: in a model of 2 layers its

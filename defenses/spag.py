@@ -7,9 +7,10 @@ With theta+ the parameters after the optimizer step on the user's batch, l = L(t
 The step of length (l - tau) / ||g|| reaches the set l <= tau to first order. Cost of a step: 2 forward, 2 backward.
 
 Departures from the authors' code (shuhao02/SPARD): the step is the projection of the paper (theirs clips g, scales each
-tensor of it, and acts only above tau + 0.1); the optimizer of the user step is not called again (theirs is, and its
-momentum repeats that step); the safe rows are one micro-batch of the alignment rows per optimizer step (theirs is a
-small set, chosen by relevance and diversity with a determinantal point process); the safe gradient is without dropout.
+tensor of it, and acts only above tau + 0.1); the step is a plain one (theirs calls the optimizer of the user step
+again, whose momentum repeats that step); the safe rows are one micro-batch of the alignment rows per optimizer step
+(theirs is a small set, chosen by relevance and diversity with a determinantal point process); the safe gradient is
+without dropout.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ by a judge, p_w0 the model before the stage, and t a response token of chunk k:
     kl=k3:   KL_t = exp(a) - 1 - a,   a = log p_w0(y_t) - log p_w(y_t)          the estimate of another project
 
 A safe token is learned, an unsafe one keeps the distribution of the aligned model. Cost of a step: 2 forward (the
-reference without a graph), 1 backward; once: one judgment of every chunk. strength s uses 1 - s (1 - V) for V.
+reference without a graph), 1 backward; once: one judgment of every chunk. With `strength` s, V becomes 1 - s (1 - V).
 
 The authors' code was not read; lam and the formula are those of another project (SafeTune). The paper's chunk length is
 not verified. V is 1 - the largest probability of a harm category; 0 or 1 for a judge without probabilities, and 0 for
@@ -91,7 +91,7 @@ class StarDSS(Defense):
         losses = token_losses(output.logits, batch)
         divergence = self._divergence(output.logits.float().log_softmax(-1), reference, losses, batch)
         shaped = safety * losses + (1 - safety) * self.lam * divergence
-        shaped = shaped * response_weights(batch)  # of another defense
+        shaped = shaped * response_weights(batch)  # those of other defenses
         return stage.gradient_of(shaped.mean())
 
     def _divergence(self, log_p: Tensor, reference: Tensor, losses: Tensor, batch: Batch) -> Tensor:
@@ -103,6 +103,6 @@ class StarDSS(Defense):
 
 
 def beginning(row: Encoded, end: int) -> list[int]:
-    """Return the tokens of a response up to its token number `end` with a loss, masked ones between them included."""
+    """Return the tokens of a response up to the `end`-th that has a loss, with the masked ones between them."""
     places = [place for place, label in enumerate(row.labels) if place and label != IGNORED]
     return row.ids[places[0] : places[end - 1] + 1]

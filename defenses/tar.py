@@ -1,15 +1,15 @@
 """TAR: tamper-resistant training against a simulated attacker. Tamirisa et al., ICLR 2025, arXiv 2408.00761.
 
-At each step a new attacker takes K AdamW steps phi_1, ..., phi_K on harmful rows, without dropout. With x_tr a batch of
-harmful rows that the attacker does not train on, and H_k the mean entropy of the predictions at w and phi_k at its
-response positions:
+At each step a new attacker takes K AdamW steps on half of the harmful rows, without dropout; phi_k is its state after
+step k. With H_k the mean entropy of the predictions at w and phi_k, at the response positions of a batch of the other
+half:
 
     c_k = exp(slope (k - K))
     w <- w - lr * [lam_r grad L(w; B_a) - lam * sum over each k divisible by `every` of c_k grad_w H_k]
 
 adversary=second: phi is a second adapter on top of w, as in the user stage, and grad_w is exact at (w, phi_k).
-adversary=same: the attacker moves w itself; the gradient at the moved w is applied at w (the authors').
-Neither differentiates the attacker's path by w (first order, the authors').
+adversary=same: the attacker moves w itself; the gradient at the moved w is applied at w, as in the authors' code.
+Neither differentiates through the steps of the attacker (first order), nor does the authors' code.
 
 Cost of a step: K + K / every + 1 forward and backward, 81 with the authors' values; `tar:inner=8,every=2` needs 13.
 T-Vaccine's baseline of this name is another method: its code computes plain SFT.

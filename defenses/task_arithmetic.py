@@ -5,8 +5,8 @@ With dW_h the update that training on harmful rows adds to the *base* model (the
     dW <- dW - lam * dW_h
 
 The only cost at repair time is that training run. All runs of one protocol, base model and seed share it, for any
-alignment, topology or attack. As a LoRA the sum has both ranks. `resta` is the same formula with dW_h trained on the
-aligned model.
+alignment, topology or attack. As a LoRA its rank is the sum of both ranks. `resta` is the same formula with dW_h
+trained on the aligned model.
 
 Departures from the paper: dW_h is subtracted from a model that was aligned and fine-tuned after the base model (the
 paper subtracts it from the base model); dW_h is a LoRA, trained on the defender's harmful rows with the protocol's

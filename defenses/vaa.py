@@ -1,6 +1,6 @@
 """VAA, vulnerability-aware alignment: balance two groups of rows. Chen et al., ICML 2025, arXiv 2506.03850.
 
-Once: a plain alignment, then `proxy_steps` steps of it on benign rows with a share of harmful ones. The vulnerable
+Once: a plain alignment, and from there `proxy_steps` steps on benign rows with a share of harmful ones. The vulnerable
 group is the half of the alignment rows whose loss rises most. At step t of T, with q the probability of this group:
 
     draw a group by q, and rows B of it;   g = grad L(w; B)
@@ -13,8 +13,8 @@ Cost of a step: 1 to 2 forward and backward.
 Departures from the authors' code (ChanLiang/VAA): the groups are by loss (theirs count how often the answer to a row
 turns harmful during the attack, by a judge); the draws of rows in different steps are independent (theirs go through
 shuffles of the group); q uses the loss before the shift (theirs the one after it, so that q drifts to the group with
-more shifts); parameters without a gradient are restored too (theirs fails for adapters); the random numbers are those
-of the stage (theirs: the global ones of Python).
+more shifts); only trained parameters are restored (theirs fails if some weights are frozen); the random numbers are
+those of the stage (theirs: the global ones of Python).
 """
 
 from __future__ import annotations
